@@ -1,0 +1,303 @@
+"""The records that join the stages, and the JSONL files that hold them.
+
+Problem -> Sample -> Label -> Score -> Choice: one frozen dataclass each, one JSON object a line. `read_jsonl` says
+which file, line and field is wrong; `Appender` adds lines so that a kill or a full disk never leaves half a line
+behind a whole one. Nothing here knows about models or sandboxes.
+"""
+
+import errno
+import gzip
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+import msgspec
+
+Split = Literal["train", "validation", "test", "prompt"]
+Status = Literal[
+    "passed",  # every test held
+    "failed",  # a test's assertion was false
+    "error",  # the program, or a test calling it, raised
+    "syntax_error",  # does not compile
+    "missing",  # the entry point is not defined
+    "timeout",  # CPU or wall limit
+    "memory",  # memory limit
+    "crashed",  # died by a signal, or left with os._exit or sys.exit
+    "forbidden",  # stopped by the sandbox
+    "sandbox_error",  # our fault: never a label to learn from
+]
+TestStatus = Literal[
+    "passed", "failed", "error", "missing", "timeout", "memory", "crashed", "forbidden", "not_run"
+]
+SPLITS: tuple[str, ...] = get_args(Split)
+STATUSES: tuple[str, ...] = get_args(Status)
+
+
+class InputError(Exception):
+    """What the user gave cannot be used: one line that names the input and the remedy. Exit code 2."""
+
+
+class OutsideError(Exception):
+    """Something outside is missing (Docker, disk space, network, GPU): one line with the remedy. Exit code 3."""
+
+
+class RecordError(InputError):
+    """A file is not what it should be: path, line, field and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One programming problem with the tests that decide."""
+
+    task_id: int  # unique in its problem set; MBPP: 1..974
+    prompt: str  # what the program has to do, in words
+    reference: str  # a program that passes
+    tests: list[str]  # Python statements; the first one is shown in the prompt
+    setup: str  # runs after the program and before the tests; often empty
+    entry_point: str  # the name the tests call
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion that a model drew for a Problem."""
+
+    task_id: int
+    sample_id: int  # 0..n-1 within the problem
+    completion: str  # the assistant's whole reply, a given opening included
+    code: str  # the program found in it
+    finish_reason: str  # "stop", or "length" when cut at max_tokens
+    tokens: int  # sampled tokens
+    sum_logprob: float | None  # natural log, at temperature 1, over the sampled tokens; None if the source gave none
+    seed: int | None
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What the hard verifier saw when it ran one Sample against its Problem's tests."""
+
+    task_id: int
+    sample_id: int
+    status: Status
+    passed: bool  # status == "passed"
+    tests: list[TestStatus]  # one for each of the problem's tests
+    seconds: float  # wall time in the sandbox, start-up excluded
+    cpu_seconds: float  # of the candidate's process
+    detail: str  # type and message of what went wrong, cut
+    code_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The critic's opinion of one Sample."""
+
+    task_id: int
+    sample_id: int
+    score: float  # logit of "passes"
+    probability: float  # calibrated, 0..1
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one selection strategy picked for one Problem."""
+
+    task_id: int
+    strategy: str
+    sample_id: int | None  # None where the strategy is an expectation over all samples
+    passed: float  # 1 or 0; a share between them for an expectation
+
+
+class Keyed(Protocol):
+    """A record of one sample."""
+
+    @property
+    def task_id(self) -> int: ...
+    @property
+    def sample_id(self) -> int: ...
+
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Keyed)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a JSONL file (or one element of a JSON array) with its place, for messages."""
+
+    path: Path
+    number: int  # 1-based line; for an array, 1-based element
+    kind: Literal["line", "element"]
+    data: bytes
+
+    def error(self, message: str, remedy: str = "Correct it and run the command again.") -> RecordError:
+        return RecordError(f"{self.path}: {self.kind} {self.number}: {message}. {remedy}")
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of a file, decompressed if gzipped (by content, not by name). Raises RecordError."""
+    if path.is_dir():
+        raise RecordError(f"{path}: is a folder, expected a file.")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RecordError(f"{path}: no such file. Check the path.") from None
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}.") from error
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise RecordError(f"{path}: damaged gzip file: {error}. Fetch it again.") from error
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The records of a JSONL file or of a JSON array, not yet decoded. Raises RecordError if there are none."""
+    data = read_text(path)
+    if not data.strip():
+        raise RecordError(f"{path}: is empty, expected one JSON object a line.")
+    if data.lstrip()[:1] == b"[":
+        try:
+            elements = msgspec.json.decode(data, type=list[msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RecordError(f"{path}: not valid JSON: {error}.") from error
+        if not elements:
+            raise RecordError(f"{path}: is an empty array, expected at least one object.")
+        return [Line(path, i, "element", bytes(raw)) for i, raw in enumerate(elements, 1)]
+    lines = data.split(b"\n")
+    return [Line(path, i, "line", line) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def decode(line: Line, kind: type[T]) -> T:
+    """One record from its line. Raises RecordError with the field and what was expected."""
+    try:
+        return msgspec.json.decode(line.data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # msgspec: "Expected `int`, got `str` - at `$.task_id`", or where the JSON itself is malformed
+        raise line.error(f"not a {kind.__name__}: {error}") from error
+
+
+def decode_object(line: Line) -> dict[str, Any]:
+    """A line of a foreign format as a plain dict. Raises RecordError."""
+    try:
+        value = msgspec.json.decode(line.data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise line.error(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise line.error(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path: Path, kind: type[T]) -> list[T]:
+    """All records of one of our own files; a torn last line (a killed writer) is left out. Raises RecordError.
+
+    A file that is missing or empty holds no records: that is how every stage starts.
+    """
+    if not path.exists():
+        return []
+    data = read_text(path)
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = (Line(path, i, "line", raw) for i, raw in enumerate(whole.split(b"\n"), 1) if raw.strip())
+    return [decode(line, kind) for line in lines]
+
+
+def encode(record: object) -> bytes:
+    """One JSON line. Lone surrogates (possible in programs) are escaped, so any str survives."""
+    try:
+        return msgspec.json.encode(record) + b"\n"
+    except UnicodeEncodeError:
+        import json
+
+        return json.dumps(msgspec.to_builtins(record)).encode("ascii") + b"\n"
+
+
+def unique(records: Iterable[K], path: Path) -> dict[tuple[int, int], K]:
+    """Records by (task_id, sample_id). Raises RecordError on a duplicate."""
+    found: dict[tuple[int, int], K] = {}
+    for record in records:
+        key = (record.task_id, record.sample_id)
+        if key in found:
+            raise RecordError(f"{path}: task_id {key[0]}, sample_id {key[1]} stands twice. Delete one of the lines.")
+        found[key] = record
+    return found
+
+
+class Appender:
+    """Appends records to a JSONL file, each batch with one write; a torn last line is cut off at opening.
+
+    Raises OutsideError when the disk is full; the file then ends with its last whole line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._size = self._mend()
+
+    def _mend(self) -> int:
+        """Cut what follows the last newline, reading back from the end. Returns the file's size."""
+        size = end = os.fstat(self._fd).st_size
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            block = os.pread(self._fd, end - start, start)
+            newline = block.rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end != size:
+            os.ftruncate(self._fd, end)
+        return end
+
+    def write(self, records: Iterable[object]) -> None:
+        data = b"".join(map(encode, records))
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            os.ftruncate(self._fd, self._size)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OutsideError(
+                    f"{self.path}: no space left on the disk. What was written is whole; make room and run the "
+                    "same command again, it goes on where it stopped."
+                ) from error
+            raise
+        self._size += len(data)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file by one rename, so that a reader or a kill never sees half of it. Raises OutsideError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutsideError(f"{path}: no space left on the disk. Make room and run the command again.") from error
+        raise
+
+
+def write_jsonl(path: Path, records: Iterable[object]) -> None:
+    """Replace a JSONL file as a whole."""
+    write_whole(path, b"".join(map(encode, records)))
