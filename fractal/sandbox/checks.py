@@ -1,0 +1,106 @@
+"""What is really in force inside the container: seen by the judge, and by programs sent through the whole sandbox.
+
+`inspect` runs inside. `PROBES` are programs that any sandbox must stop, run against the real thing at every start, by
+the tests and by `fractal doctor`. Standard library only; imported at both ends.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CAPABILITIES = 1 << 5 | 1 << 6 | 1 << 7  # CAP_KILL, CAP_SETGID, CAP_SETUID: capability.h
+DOCKER_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
+
+
+def inspect() -> dict[str, dict[str, Any]]:
+    """Each protection by name: whether it is in force, and what was found."""
+    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    capabilities = int(status["CapEff"], 16) | int(status["CapBnd"], 16)
+    networks = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    scratch = [m for m in mounts if m[1].startswith("/scratch/")]
+    weak = [m[1] for m in scratch if not {"noexec", "nosuid", "nodev"} <= set(m[3].split(","))]
+    writable = [m[1] for m in mounts if "rw" in m[3].split(",") and m not in scratch and _open_to_all(m[1])]
+    sockets = [path for path in DOCKER_SOCKETS if os.path.exists(path)]
+    memory, pids = _limit("memory", "memory.max", "memory.limit_in_bytes"), _limit("pids", "pids.max", "pids.max")
+    found = {
+        "capabilities": (capabilities == CAPABILITIES, f"{capabilities:#x}, expected {CAPABILITIES:#x}"),
+        "no_new_privs": (status.get("NoNewPrivs") == "1", f"NoNewPrivs {status.get('NoNewPrivs')}"),
+        "seccomp": (status.get("Seccomp") == "2", f"mode {status.get('Seccomp')}, expected 2 (filter)"),
+        "network": (networks in ([], ["lo"]), f"interfaces {networks}"),
+        "read_only_root": (bool(os.statvfs("/").f_flag & os.ST_RDONLY), "file system of /"),
+        "scratch": (bool(scratch) and not weak, f"{len(scratch)} scratch file systems, weak: {weak}"),
+        "writable": (not writable, f"writable beside scratch: {writable}"),
+        "memory_limit": (memory is not None, f"{memory} bytes"),
+        "pids_limit": (pids is not None, f"{pids} processes"),
+        "docker_socket": (not sockets, f"found {sockets}"),
+    }
+    return {name: {"ok": ok, "found": text} for name, (ok, text) in found.items()}
+
+
+def _open_to_all(path: str) -> bool:
+    """A folder in which any uid may make files. Message queues stand there, too: RLIMIT_MSGQUEUE 0 closes those."""
+    mode = os.stat(path).st_mode
+    return stat.S_ISDIR(mode) and bool(mode & stat.S_IWOTH) and path != "/dev/mqueue"
+
+
+def _limit(controller: str, v2: str, v1: str) -> int | None:
+    """This container's cgroup limit, or None where there is none (or no file tells)."""
+    for path in (f"/sys/fs/cgroup/{v2}", f"/sys/fs/cgroup/{controller}/{v1}"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+    return None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A program, what it would prove if it passed, and the status it has to get."""
+
+    name: str
+    code: str
+    status: str
+    test: str = "assert f() == 'done'"
+
+
+PROBES = (
+    Probe("an honest program passes", "def f():\n    return 'done'", "passed"),
+    Probe("a wrong program fails", "def f():\n    return 'wrong'", "failed"),
+    Probe(
+        "candidates are not root and have no capabilities",
+        "def f():\n    import os\n    s = open('/proc/self/status').read()\n"
+        "    assert os.getuid() > 0 and os.geteuid() > 0 and os.getgroups() == []\n"
+        "    assert 'CapEff:\\t0000000000000000' in s and 'CapPrm:\\t0000000000000000' in s, s\n"
+        "    assert 'NoNewPrivs:\\t1' in s and 'Seccomp:\\t2' in s, s\n    return 'done'",
+        "passed",
+    ),
+    Probe("no sockets", "def f():\n    import socket\n    socket.socket()\n    return 'done'", "forbidden"),
+    Probe("no processes", "def f():\n    import os\n    os.fork()\n    return 'done'", "forbidden"),
+    Probe("no programs", "def f():\n    import os\n    os.execv('/bin/sh', ['sh'])\n    return 'done'", "forbidden"),
+    Probe("no writing outside scratch", "def f():\n    open('/tmp/x', 'w')\n    return 'done'", "error"),
+    Probe(
+        "the judge cannot be signalled",
+        "import os\ndef f():\n    for p in os.listdir('/proc'):\n        if p.isdigit() and int(p) != os.getpid():\n"
+        "            try:\n                os.kill(int(p), 9)\n                return 'killed'\n"
+        "            except PermissionError:\n                pass\n    return 'done'",
+        "passed",
+    ),
+    Probe("leaving early is not passing", "import os\ndef f():\n    os._exit(0)", "crashed"),
+    Probe("sys.exit is not passing", "import sys\nsys.exit(0)", "crashed"),
+    Probe(
+        "an object that equals everything is not the answer",
+        "class A:\n    def __eq__(self, other):\n        return True\ndef f():\n    return A()",
+        "failed",
+    ),
+    Probe(
+        "threads work",
+        "def f():\n    import threading\n    out = []\n    t = threading.Thread(target=lambda: out.append('done'))\n"
+        "    t.start()\n    t.join()\n    return out[0]",
+        "passed",
+    ),
+    Probe("memory is limited", "def f():\n    return len(bytearray(1 << 40)) and 'done'", "memory"),
+)

@@ -1,0 +1,351 @@
+"""Frames and plain values: what crosses between host, judge and candidate. Standard library only; used at every end.
+
+A frame is a 4-byte big-endian length and that many bytes of JSON. A value is JSON in which every type that JSON lacks
+is an object with one tag ({"t": [...]} is a tuple). Decoding builds exact built-in values and nothing else: it cannot
+run code, look up attributes or import. What is not plain crosses as a reference to an object that stays at its owner.
+"""
+
+import collections
+import datetime
+import decimal
+import fractions
+import json
+import re
+import socket
+import struct
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+HEADER = struct.Struct(">I")
+MAX_FRAME = 64 << 20  # bytes; room for a result of 50 MB, small enough for a judge per core
+MAX_DEPTH = 200  # nested containers in one value
+MAX_ITEMS = 5_000_000  # containers' elements in one value
+BIG_INT = 1 << 256  # larger integers cross in hexadecimal: decimal conversion is quadratic
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
+# Callables that both ends have: they cross by name, so that a test can pass max or str as an argument.
+SHARED_CALLABLES = frozenset(
+    "abs all any ascii bin bool bytearray bytes callable chr complex dict divmod enumerate filter float format frozenset "
+    "hash hex int isinstance issubclass iter len list map max min next object oct ord pow print range repr reversed round "
+    "set slice sorted str sum tuple type zip".split()
+)
+# Exception classes that a test may catch: they cross by name, a class of the program's own as its nearest one here.
+EXCEPTIONS: dict[str, type[BaseException]] = {
+    name: value
+    for name, value in vars(__import__("builtins")).items()
+    if isinstance(value, type) and issubclass(value, Exception)
+}
+
+
+class ProtocolError(Exception):
+    """The other end sent what no honest end sends."""
+
+
+class Unencodable(Exception):
+    """A value is too large, too deep, or not plain."""
+
+
+class Closed(Exception):
+    """The other end is gone."""
+
+
+# --- frames ---------------------------------------------------------------------------------------------------------
+
+
+def pack(message: Any) -> bytes:
+    """A frame. Raises Unencodable if it is larger than MAX_FRAME."""
+    body = json.dumps(message, separators=(",", ":")).encode("ascii")
+    if len(body) > MAX_FRAME:
+        raise Unencodable(f"{len(body)} bytes, at most {MAX_FRAME}")
+    return HEADER.pack(len(body)) + body
+
+
+def unpack(body: bytes | bytearray) -> Any:
+    """The message of a frame's body, not yet trusted. Raises ProtocolError."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"not a frame: {error}") from None
+
+
+class FrameBuffer:
+    """Bytes in, whole frames out."""
+
+    def __init__(self, limit: int = MAX_FRAME) -> None:
+        self._data = bytearray()
+        self._limit = limit
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that are complete now. Raises ProtocolError when a frame announces more than the limit."""
+        self._data += data
+        bodies, at = [], 0
+        while len(self._data) - at >= HEADER.size:
+            (size,) = HEADER.unpack_from(self._data, at)
+            if size > self._limit:
+                raise ProtocolError(f"a frame of {size} bytes, at most {self._limit}")
+            end = at + HEADER.size + size
+            if len(self._data) < end:
+                break
+            bodies.append(bytes(self._data[at + HEADER.size : end]))
+            at = end
+        if at:
+            del self._data[:at]
+        return bodies
+
+
+def receive(sock: socket.socket) -> bytes:
+    """One frame's body from a blocking socket. Raises Closed or ProtocolError."""
+    header = _exactly(sock, HEADER.size)
+    (size,) = HEADER.unpack(header)
+    if size > MAX_FRAME:
+        raise ProtocolError(f"a frame of {size} bytes")
+    return _exactly(sock, size)
+
+
+def _exactly(sock: socket.socket, count: int) -> bytes:
+    data = sock.recv(count)
+    if len(data) == count:
+        return data
+    parts = bytearray(data)
+    while data and len(parts) < count:
+        data = sock.recv(min(count - len(parts), 1 << 20))
+        parts += data
+    if len(parts) < count:
+        raise Closed
+    return bytes(parts)
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """Placeholder for an object that lives at the other end, as decoded; the owner of the channel gives it a face."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+
+
+class Encoder:
+    """Values to JSON-ready structures. `refer(value)` answers for what is not plain, with a dict or Unencodable."""
+
+    def __init__(self, refer: Callable[[Any], dict[str, Any]]) -> None:
+        self._refer = refer
+        self._items = 0
+
+    def encode(self, value: Any) -> Any:
+        self._items = 0
+        return self._encode(value, 0)
+
+    def _encode(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        if kind is str or kind is bool or value is None or kind is float:
+            return value
+        if kind is int:
+            return value if -BIG_INT < value < BIG_INT else {"i": hex(value)}
+        if depth >= MAX_DEPTH:
+            raise Unencodable("nested too deeply")
+        if kind is list:
+            return self._all(value, depth)
+        if kind is tuple:
+            return {"t": self._all(value, depth)}
+        if kind is dict:
+            return {"d": self._pairs(value, depth)}
+        if kind is set:
+            return {"s": self._all(value, depth)}
+        encode = ENCODERS.get(kind)
+        if encode is not None:
+            return encode(self, value, depth)
+        if isinstance(value, tuple) and hasattr(kind, "_fields"):
+            return self._named_tuple(value, kind, depth)
+        if isinstance(value, type) and kind is type and value.__module__ == "builtins":
+            if value.__name__ in SHARED_CALLABLES or value.__name__ in EXCEPTIONS:
+                return {"n": value.__name__}
+        if kind is types.BuiltinFunctionType and value.__module__ == "builtins" and value.__name__ in SHARED_CALLABLES:
+            return {"n": value.__name__}
+        base = plain_base(kind)
+        if base is not None:
+            return self._encode(base(value), depth)
+        return self._refer(value)
+
+    def _all(self, values: Iterable[Any], depth: int) -> list[Any]:
+        out = [self._encode(value, depth + 1) for value in values]
+        self._count(len(out))
+        return out
+
+    def _pairs(self, value: dict[Any, Any], depth: int) -> list[Any]:
+        out = [[self._encode(k, depth + 1), self._encode(v, depth + 1)] for k, v in value.items()]
+        self._count(2 * len(out))
+        return out
+
+    def _count(self, number: int) -> None:
+        self._items += number
+        if self._items > MAX_ITEMS:
+            raise Unencodable("too many elements")
+
+    def _named_tuple(self, value: Any, kind: type, depth: int) -> Any:
+        fields = [str(name) for name in kind._fields]  # type: ignore[attr-defined]
+        return {"nt": [kind.__name__, fields, self._all(tuple(value), depth)]}
+
+
+def plain_base(kind: type) -> Callable[[Any], Any] | None:
+    """The built-in type whose value a subclass instance has, unless the subclass redefines what equality means."""
+    for base in (bool, int, float, str, bytes, list, tuple, dict, set, frozenset):
+        if issubclass(kind, base):
+            return base if kind.__eq__ is base.__eq__ else None
+    return None
+
+
+def _defaultdict(encoder: Encoder, value: Any, depth: int) -> Any:
+    return {"dd": encoder._pairs(value, depth)}
+
+
+ENCODERS: dict[type, Callable[[Encoder, Any, int], Any]] = {
+    frozenset: lambda e, v, d: {"f": e._all(v, d)},
+    complex: lambda e, v, d: {"c": [v.real, v.imag]},
+    bytes: lambda e, v, d: {"b": v.decode("latin-1")},
+    bytearray: lambda e, v, d: {"ba": v.decode("latin-1")},
+    range: lambda e, v, d: {"r": [e._encode(x, d + 1) for x in (v.start, v.stop, v.step)]},
+    slice: lambda e, v, d: {"sl": [e._encode(x, d + 1) for x in (v.start, v.stop, v.step)]},
+    type(...): lambda e, v, d: {"el": 0},
+    type(NotImplemented): lambda e, v, d: {"ni": 0},
+    collections.Counter: lambda e, v, d: {"ct": e._pairs(v, d)},
+    collections.OrderedDict: lambda e, v, d: {"od": e._pairs(v, d)},
+    collections.defaultdict: _defaultdict,
+    collections.deque: lambda e, v, d: {"dq": [e._all(v, d), v.maxlen]},
+    decimal.Decimal: lambda e, v, d: {"dec": str(v)},
+    fractions.Fraction: lambda e, v, d: {"fr": [e._encode(v.numerator, d + 1), e._encode(v.denominator, d + 1)]},
+    datetime.date: lambda e, v, d: {"da": v.isoformat()},
+    datetime.datetime: lambda e, v, d: {"dt": v.isoformat()} if _plain_zone(v) else e._refer(v),
+    datetime.time: lambda e, v, d: {"ti": v.isoformat()} if _plain_zone(v) else e._refer(v),
+    datetime.timedelta: lambda e, v, d: {"td": [v.days, v.seconds, v.microseconds]},
+    type({}.keys()): lambda e, v, d: {"dk": e._all(v, d)},
+    type({}.items()): lambda e, v, d: {"di": [[e._encode(k, d + 1), e._encode(x, d + 1)] for k, x in v]},
+}
+
+
+def _plain_zone(value: Any) -> bool:
+    return value.tzinfo is None or type(value.tzinfo) is datetime.timezone
+
+
+def _big_int(text: str) -> int:
+    return int(text, 16)
+
+
+def _named_tuple(data: list[Any]) -> Any:
+    name, fields, values = data
+    if len(fields) != len(values) or not all(map(IDENTIFIER.match, [name, *fields])):
+        raise ValueError("not a named tuple")
+    return _named_type(name, tuple(fields))(*values)
+
+
+_NAMED_TYPES: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+
+def _named_type(name: str, fields: tuple[str, ...]) -> Any:
+    """A named tuple class, made without the code that collections.namedtuple would compile from the names."""
+    key = (name, fields)
+    if key not in _NAMED_TYPES:
+        if len(_NAMED_TYPES) > 1000:
+            _NAMED_TYPES.clear()
+        members: dict[str, Any] = {"__slots__": (), "_fields": fields, "__new__": lambda cls, *v: tuple.__new__(cls, v)}
+        for place, field in enumerate(fields):
+            if not field.startswith("_"):
+                members[field] = property(lambda self, place=place: self[place])
+        members["__repr__"] = lambda self: f"{name}({', '.join(f'{f}={v!r}' for f, v in zip(fields, self, strict=True))})"
+        members["_asdict"] = lambda self: dict(zip(fields, self, strict=True))
+        _NAMED_TYPES[key] = type(name, (tuple,), members)
+    return _NAMED_TYPES[key]
+
+
+def _shared(name: str) -> Any:
+    import builtins
+
+    if name in EXCEPTIONS or name in SHARED_CALLABLES:
+        return getattr(builtins, name)
+    raise ValueError("not a shared name")
+
+
+def _keys(data: list[Any]) -> Any:
+    return dict.fromkeys(data).keys()
+
+
+DECODERS: dict[str, Callable[[Any], Any]] = {
+    "t": tuple,
+    "d": dict,
+    "s": set,
+    "f": frozenset,
+    "i": _big_int,
+    "c": lambda v: complex(*v),
+    "b": lambda v: v.encode("latin-1"),
+    "ba": lambda v: bytearray(v.encode("latin-1")),
+    "r": lambda v: range(*v),
+    "sl": lambda v: slice(*v),
+    "el": lambda v: ...,
+    "ni": lambda v: NotImplemented,
+    "ct": lambda v: collections.Counter(dict(v)),
+    "od": collections.OrderedDict,
+    "dd": lambda v: collections.defaultdict(None, v),
+    "dq": lambda v: collections.deque(v[0], v[1]),
+    "dec": decimal.Decimal,
+    "fr": lambda v: fractions.Fraction(v[0], v[1]),
+    "da": datetime.date.fromisoformat,
+    "dt": datetime.datetime.fromisoformat,
+    "ti": datetime.time.fromisoformat,
+    "td": lambda v: datetime.timedelta(*v),
+    "dk": _keys,
+    "di": lambda v: dict(v).items(),
+    "nt": _named_tuple,
+    "n": _shared,
+    "it": iter,
+}
+
+
+def decode(body: bytes, resolve: Callable[[Reference], Any]) -> Any:
+    """A message whose values are plain Python values; `resolve` gives references a face. Raises ProtocolError.
+
+    json's C scanner walks the text; this hook sees each tagged object once, innermost first.
+    """
+
+    def hook(tagged: dict[str, Any]) -> Any:
+        if len(tagged) == 1:
+            ((tag, data),) = tagged.items()
+            decoder = DECODERS.get(tag)
+            if decoder is not None:
+                return decoder(data)
+            if tag == "x" and type(data) is list and len(data) == 3 and type(data[0]) is int:
+                return resolve(Reference({"id": data[0], "kind": data[1], "truth": data[2]}))
+            if tag == "o" and type(data) is int:
+                return resolve(Reference({"own": data}))
+        raise ValueError("unknown tag")
+
+    try:
+        return json.loads(body, object_hook=hook)
+    except RecursionError:
+        raise ProtocolError("nested too deeply") from None
+    except (ValueError, TypeError, ArithmeticError, AttributeError, IndexError, KeyError) as error:
+        raise ProtocolError(f"not a value: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+# --- objects that stay ------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """Objects of ours that the other end holds references to."""
+
+    def __init__(self) -> None:
+        self._objects: list[Any] = []
+        self._ids: dict[int, int] = {}
+
+    def put(self, value: Any) -> int:
+        number = self._ids.get(id(value))
+        if number is None:
+            number = self._ids[id(value)] = len(self._objects)
+            self._objects.append(value)  # keeps it alive, so the id stays its own
+        return number
+
+    def get(self, number: Any) -> Any:
+        if type(number) is not int or not 0 <= number < len(self._objects):
+            raise ProtocolError("no such object")
+        return self._objects[number]

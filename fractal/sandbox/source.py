@@ -1,0 +1,2 @@
+def image_name() -> str:
+    return "fractal-sandbox:dev"

@@ -1,0 +1,397 @@
+"""The container's end that forks candidates: one zygote a slot, trusted, and it never sees a test.
+
+It is started fresh (so nothing of the judge is in its memory), imports what programs commonly import, and then, for
+each request of its judge, forks a candidate: a process of the slot's own uid with resource limits and a seccomp filter
+of its own, in the slot's scratch folder. The candidate runs the program and answers the judge's requests. Standard
+library only. Run by judge.py: python3 zygote.py CONTROL_FD SLOT_UID SCRATCH.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import ctypes
+import gc
+import json
+import platform
+import random
+import resource
+import signal
+import socket
+import struct
+import types
+from typing import Any
+
+from fractal.sandbox.protocol import (
+    EXCEPTIONS,
+    IDENTIFIER,
+    MAX_FRAME,
+    Closed,
+    Encoder,
+    ProtocolError,
+    Reference,
+    Table,
+    Unencodable,
+    decode,
+    pack,
+    receive,
+)
+
+PRELOAD = (
+    "abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq "
+    "itertools json math numbers operator queue random re statistics string textwrap time typing unicodedata"
+).split()
+MODULE = "solution"  # __name__ of the program: not "__main__", so a main block does not run, as under exec(code, {})
+THREADS = 32
+DETAIL = 500  # characters kept of an exception's message
+
+# --- the candidate's system calls -----------------------------------------------------------------------------------
+
+# Numbers from the kernel's syscall tables (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h).
+# "Never" ends the process with SIGSYS, which the judge reads as `forbidden`.
+NEVER: dict[str, dict[str, int]] = {
+    "x86_64": dict(
+        socket=41, connect=42, accept=43, sendto=44, sendmsg=46, bind=49, listen=50, socketpair=53, fork=57, vfork=58,
+        execve=59, ptrace=101, mount=165, umount2=166, pivot_root=155, chroot=161, swapon=167, reboot=169, sethostname=170,
+        init_module=175, delete_module=176, add_key=248, request_key=249, keyctl=250, unshare=272, setns=308,
+        perf_event_open=298, accept4=288, name_to_handle_at=303, open_by_handle_at=304, process_vm_readv=310,
+        process_vm_writev=311, kcmp=312, finit_module=313, memfd_create=319, kexec_file_load=320, bpf=321, execveat=322,
+        userfaultfd=323, io_uring_setup=425, io_uring_enter=426, io_uring_register=427, open_tree=428, move_mount=429,
+        fsopen=430, fsconfig=431, fsmount=432, pidfd_open=434, pidfd_getfd=438, memfd_secret=447,
+        shmget=29, shmat=30, shmctl=31, msgget=68, semget=64, mq_open=240, setuid=105, setgid=106, setreuid=113,
+        setregid=114, setgroups=116, setresuid=117, setresgid=119, capset=126, personality=135, seccomp=317,
+    ),
+    "aarch64": dict(
+        socket=198, connect=203, accept=202, sendto=206, sendmsg=211, bind=200, listen=201, socketpair=199, execve=221,
+        ptrace=117, mount=40, umount2=39, pivot_root=41, chroot=51, swapon=224, reboot=142, sethostname=161,
+        init_module=105, delete_module=106, add_key=217, request_key=218, keyctl=219, unshare=97, setns=268,
+        perf_event_open=241, accept4=242, name_to_handle_at=264, open_by_handle_at=265, process_vm_readv=270,
+        process_vm_writev=271, kcmp=272, finit_module=273, memfd_create=279, kexec_file_load=294, bpf=280, execveat=281,
+        userfaultfd=282, io_uring_setup=425, io_uring_enter=426, io_uring_register=427, open_tree=428, move_mount=429,
+        fsopen=430, fsconfig=431, fsmount=432, pidfd_open=434, pidfd_getfd=438, memfd_secret=447,
+        shmget=194, shmat=196, shmctl=195, msgget=186, semget=190, mq_open=180, setuid=146, setgid=144, setreuid=145,
+        setregid=143, setgroups=159, setresuid=147, setresgid=149, capset=91, personality=92, seccomp=277,
+    ),
+}  # fmt: skip
+CLONE = {"x86_64": 56, "aarch64": 220}
+CLONE3 = 435  # same number everywhere
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+CLONE_THREAD = 0x00010000
+ALLOW, KILL, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050000 | 38  # SECCOMP_RET_ALLOW, _KILL_PROCESS, _ERRNO
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+
+
+def seccomp_filter(machine: str) -> bytes:
+    """The candidate's classic BPF program (struct sock_filter[]), for prctl(PR_SET_SECCOMP); see seccomp(2).
+
+    Threads are allowed (clone with CLONE_THREAD; clone3 hides its flags behind a pointer, so it answers ENOSYS and the
+    C library falls back to clone). Raises KeyError on a machine whose numbers are not known: no filter, no candidate.
+    """
+    load, jump_eq, jump_ge, jump_set, ret = 0x20, 0x15, 0x35, 0x45, 0x06
+    code: list[tuple[int, int, int, int]] = [
+        (load, 0, 0, 4),  # seccomp_data.arch
+        (jump_eq, 1, 0, AUDIT_ARCH[machine]),
+        (ret, 0, 0, KILL),
+        (load, 0, 0, 0),  # seccomp_data.nr
+    ]
+    if machine == "x86_64":
+        code += [(jump_ge, 0, 1, 0x40000000), (ret, 0, 0, KILL)]  # the x32 calling convention
+    for number in sorted(NEVER[machine].values()):
+        code += [(jump_eq, 0, 1, number), (ret, 0, 0, KILL)]
+    code += [
+        (jump_eq, 0, 1, CLONE3),
+        (ret, 0, 0, ENOSYS),
+        (jump_eq, 0, 3, CLONE[machine]),
+        (load, 0, 0, 16),  # low half of the first argument: the flags
+        (jump_set, 1, 0, CLONE_THREAD),
+        (ret, 0, 0, KILL),
+        (ret, 0, 0, ALLOW),
+    ]
+    return b"".join(struct.pack("HBBI", *line) for line in code)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+# --- the zygote -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    uid, scratch = int(sys.argv[2]), sys.argv[3]
+    libc = ctypes.CDLL(None, use_errno=True)
+    text = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
+    program = _Program(len(text.raw) // 8, ctypes.cast(text, ctypes.c_void_p))
+    for name in PRELOAD:
+        __import__(name)
+    sys.set_int_max_str_digits(0)
+    for module in [name for name in sys.modules if name.startswith("fractal") or name == "__main__"]:
+        del sys.modules[module]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.path.pop(0)
+    sys.argv = [""]
+    gc.collect()
+    gc.freeze()
+    while True:
+        data, fds, _, _ = socket.recv_fds(control, 4096, 2)
+        if not data:
+            os._exit(0)
+        request = json.loads(data)
+        if request["do"] == "wipe":
+            pid = os.fork()
+            if pid == 0:
+                _wipe(uid, scratch)
+            _, status = os.waitpid(pid, 0)
+            control.send(json.dumps({"wiped": status == 0}).encode())
+            continue
+        pid = os.fork()
+        if pid == 0:
+            try:
+                control.close()
+                _become(request, fds, uid, scratch, libc, program)
+                candidate(socket.socket(fileno=3))
+            finally:
+                os._exit(0)
+        for fd in fds:
+            os.close(fd)
+        control.send(json.dumps({"pid": pid}).encode())
+        _, status, usage = os.wait4(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        control.send(json.dumps({"exit": code, "cpu_s": cpu_s, "rss_kib": usage.ru_maxrss}).encode())
+
+
+def _become(limits: dict[str, Any], fds: list[int], uid: int, scratch: str, libc: Any, program: _Program) -> None:
+    """Turn this fresh fork into a candidate: descriptors, limits, uid and system calls. Fails closed."""
+    channel, output = fds
+    null = os.open("/dev/null", os.O_RDONLY)
+    for number, fd in enumerate((null, output, output, channel)):
+        os.dup2(fd, number + 100)
+    for number in range(4):
+        os.dup2(number + 100, number, inheritable=False)
+    os.closerange(4, 1024)
+    cpu_s = int(limits["cpu_s"]) + 1
+    memory = limits["memory_mib"] << 20
+    for name, soft, hard in (
+        ("AS", memory, memory), ("CPU", cpu_s, cpu_s + 1), ("FSIZE", limits["file_mib"] << 20, limits["file_mib"] << 20),
+        ("NOFILE", 64, 64), ("NPROC", THREADS, THREADS), ("CORE", 0, 0), ("MEMLOCK", 0, 0), ("MSGQUEUE", 0, 0),
+        ("STACK", 8 << 20, 64 << 20),
+    ):  # fmt: skip
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard))
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    os.chdir(scratch)
+    os.environ.clear()
+    os.environ.update(HOME=scratch, TMPDIR=scratch, PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # here: a change of uid clears it
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0):
+        os._exit(70)
+    random.seed(0)  # same draws in every candidate: a label must not depend on what ran before
+
+
+def _wipe(uid: int, scratch: str) -> None:
+    """Empty the scratch folder as its owner; exits 0 when it is empty."""
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        sys.setrecursionlimit(100_000)
+        os.chdir(scratch)
+        for folder, names, files in os.walk(".", topdown=True):
+            for name in names:
+                path = os.path.join(folder, name)
+                if not os.path.islink(path):
+                    os.chmod(path, 0o700)
+            del files
+        for folder, names, files in os.walk(".", topdown=False):
+            for name in files:
+                os.unlink(os.path.join(folder, name))
+            for name in names:
+                path = os.path.join(folder, name)
+                (os.unlink if os.path.islink(path) else os.rmdir)(path)
+        os._exit(0 if not os.listdir(".") else 1)
+    finally:
+        os._exit(1)
+
+
+# --- the candidate --------------------------------------------------------------------------------------------------
+
+
+class Callback:
+    """A function of the test's that was passed to the program."""
+
+    def __init__(self, end: "CandidateEnd", number: int) -> None:
+        self._end, self._number = end, number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._end.ask({"o": self._number}, args, kwargs)
+
+
+class CandidateEnd:
+    """The candidate's end of the channel. All of it is untrusted once the program has run: the judge checks."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.table = Table()
+        self._encoder = Encoder(self._refer)
+        self._callbacks: dict[int, Callback] = {}
+
+    def _refer(self, value: Any) -> dict[str, Any]:
+        if type(value) is Callback:
+            return {"o": value._number}
+        kind = "object"
+        if isinstance(value, types.ModuleType):
+            kind = f"module:{value.__name__}"
+        elif hasattr(value, "__next__"):
+            kind = "iterator"
+        try:
+            truth = bool(value)
+        except Exception:
+            truth = True
+        return {"x": [self.table.put(value), kind, truth]}
+
+    def resolve(self, reference: Reference) -> Any:
+        if "own" in reference.data:
+            return self.table.get(reference.data["own"])
+        number = reference.data["id"]
+        return self._callbacks.setdefault(number, Callback(self, number))
+
+    def encode(self, value: Any) -> Any:
+        try:
+            return self._encoder.encode(value)
+        except (Unencodable, RecursionError, RuntimeError, ValueError):  # RuntimeError: changed while we walked it
+            return self._refer(value)
+
+    def send(self, message: Any) -> None:
+        try:
+            frame = pack(message)
+        except Unencodable:
+            frame = pack(["e", "Unencodable", f"a result of more than {MAX_FRAME >> 20} MiB", []])
+        rest = memoryview(frame)
+        while rest:  # write(2), since sendto(2) is forbidden here
+            rest = rest[os.write(self._sock.fileno(), rest) :]
+
+    def serve(self) -> Any:
+        """Answer requests until a reply to our own request arrives; returns that reply."""
+        while True:
+            body = receive(self._sock)
+            message = decode(body, self.resolve)
+            if message[0] in ("r", "e"):
+                return message
+            try:
+                reply = self._answer(body, message)
+            except BaseException as error:
+                reply = failure(error, self.encode)
+            try:
+                sys.stdout.flush()
+            except BaseException:
+                pass
+            self.send(reply)
+
+    def _answer(self, body: bytes, message: list[Any]) -> list[Any]:
+        _, op, target, *rest = message
+        if op == "call":
+            args, kwargs, mutable = rest
+            result = target(*args, **dict(kwargs))
+            reply = ["r", self.encode(result)]
+            if mutable:
+                after = [self.encode(value) for value in args]
+                if after != json.loads(body)[3]:
+                    reply.append(after)
+            return reply
+        if op == "get":
+            return ["r", self.encode(getattr(target, rest[0]))]
+        if op == "set":
+            setattr(target, rest[0], rest[1])
+            return ["r", None]
+        if op == "item":
+            return ["r", self.encode(target[rest[0]])]
+        if op == "setitem":
+            target[rest[0]] = rest[1]
+            return ["r", None]
+        if op == "len":
+            return ["r", len(target)]
+        if op == "iter":
+            return ["r", self.encode(iter(target))]
+        if op == "next":  # up to rest[0] at once; fewer means the end
+            items = []
+            for _ in range(rest[0]):
+                try:
+                    items.append(self.encode(next(target)))
+                except StopIteration:
+                    return ["r", [items, True]]
+            return ["r", [items, False]]
+        if op in ("str", "repr"):
+            return ["r", str(str(target) if op == "str" else repr(target))]
+        if op == "isinstance":
+            return ["r", isinstance(target, rest[0])]
+        raise ProtocolError(f"no operation {op}")
+
+    def ask(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.send(["q", "call", target, [self.encode(a) for a in args], [[k, self.encode(v)] for k, v in kwargs.items()]])
+        reply = self.serve()
+        if reply[0] == "e":
+            raise EXCEPTIONS.get(reply[1], RuntimeError)(*reply[3])
+        return reply[1]
+
+
+def failure(error: BaseException, encode: Any) -> list[Any]:
+    """An exception as data: name of the nearest built-in class, message, arguments, name of its own class."""
+    if isinstance(error, SystemExit):
+        return ["x", f"SystemExit({error.code!r})"[:DETAIL]]
+    near = next((c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS), "Exception")
+    try:
+        text = str(error)[:DETAIL]
+    except BaseException:
+        text = ""
+    try:
+        args = [encode(value) for value in error.args]
+    except BaseException:
+        args = [text]
+    return ["e", near, text, args, type(error).__name__[:64]]
+
+
+def candidate(sock: socket.socket) -> None:
+    """Receive a program, run it, then answer requests until the judge hangs up."""
+    end = CandidateEnd(sock)
+    try:
+        _, source, imports, names = json.loads(receive(sock))
+    except Closed:
+        return
+    module = types.ModuleType(MODULE)
+    module.__dict__.pop("__doc__")
+    module.__dict__.pop("__loader__")
+    module.__dict__.pop("__spec__")
+    module.__dict__.pop("__package__")
+    sys.modules[MODULE] = module
+    try:
+        code = compile(source, "<program>", "exec", dont_inherit=True)
+    except MemoryError as error:  # also what the parser raises for too many nested brackets
+        end.send(["syntax", f"MemoryError: {error}"[:DETAIL]])
+        return
+    except (SyntaxError, ValueError, RecursionError, OverflowError, UnicodeError) as error:
+        end.send(["syntax", f"{type(error).__name__}: {error}"[:DETAIL]])
+        return
+    del source
+    try:
+        exec(code, module.__dict__)
+        for line in imports:
+            exec(line, module.__dict__)
+        found = [[n, end.encode(module.__dict__[n])] for n in names if IDENTIFIER.match(n) and n in module.__dict__]
+        message: list[Any] = ["ready", found]
+    except BaseException as error:
+        message = failure(error, end.encode)
+    try:
+        end.send(message)
+        end.serve()
+    except (Closed, OSError):
+        pass
+
+
+if __name__ == "__main__":
+    main()
