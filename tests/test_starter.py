@@ -1,0 +1,97 @@
+"""The starter set: every record is sound, every reference passes, no trivial program does.
+
+The references are our own, so they run here with plain `exec`; samples of a model never do.
+"""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import fractal
+from fractal.records import Problem, decode, read_lines
+
+STARTER = Path(fractal.__file__).with_name("starter.jsonl")
+PROBLEMS = [decode(line, Problem) for line in read_lines(STARTER)]
+TRIVIAL = ("None", "0", "1", '""', "[]", "{}", "True", "False", "arguments[0]", "arguments[-1]")
+
+each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.entry_point)
+
+
+def results(problem: Problem, program: str) -> list[bool]:
+    """For each test whether the program passes it; the tests share one fresh namespace."""
+    namespace: dict[str, object] = {}
+    exec(program, namespace)
+    exec(problem.setup, namespace)
+    passed = []
+    for test in problem.tests:
+        try:
+            exec(test, namespace)
+        except Exception:
+            passed.append(False)
+        else:
+            passed.append(True)
+    return passed
+
+
+def test_ids_count_from_one():
+    assert [problem.task_id for problem in PROBLEMS] == list(range(1, 73))
+
+
+def test_entry_points_and_prompts_are_unique():
+    assert len({problem.entry_point for problem in PROBLEMS}) == len(PROBLEMS)
+    assert len({problem.prompt for problem in PROBLEMS}) == len(PROBLEMS)
+
+
+def test_split_sizes():
+    assert Counter(problem.split for problem in PROBLEMS) == {"train": 36, "validation": 12, "test": 24}
+
+
+def test_splits_are_interleaved():
+    """Each third of the file holds every split, so the splits are not sorted by difficulty."""
+    for start in range(0, len(PROBLEMS), 24):
+        counts = Counter(problem.split for problem in PROBLEMS[start : start + 24])
+        assert counts["train"] >= 10, f"problems {start + 1} to {start + 24}: {counts}"
+        assert counts["test"] >= 6, f"problems {start + 1} to {start + 24}: {counts}"
+        assert counts["validation"] >= 2, f"problems {start + 1} to {start + 24}: {counts}"
+
+
+@each_problem
+def test_texts_are_clean(problem):
+    for text in (problem.prompt, problem.reference, problem.setup, *problem.tests):
+        assert "\r" not in text
+        assert not any(line != line.rstrip() for line in text.split("\n"))
+    assert problem.prompt == problem.prompt.strip()
+    assert "\n" not in problem.prompt
+    assert problem.reference.endswith("\n")
+
+
+@each_problem
+def test_the_reference_defines_the_entry_point(problem):
+    defined = [node.name for node in ast.parse(problem.reference).body if isinstance(node, ast.FunctionDef)]
+    assert problem.entry_point in defined
+
+
+@each_problem
+def test_every_test_calls_the_entry_point_and_ends_with_an_assert(problem):
+    assert len(problem.tests) >= 4
+    assert len(set(problem.tests)) == len(problem.tests)
+    for test in problem.tests:
+        tree = ast.parse(test)
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert any(isinstance(call, ast.Name) and call.id == problem.entry_point for call in calls), test
+        assert isinstance(tree.body[-1], ast.Assert), test
+
+
+@each_problem
+def test_the_reference_passes_every_test(problem):
+    assert [
+        test for test, passed in zip(problem.tests, results(problem, problem.reference), strict=True) if not passed
+    ] == []
+
+
+@each_problem
+def test_no_trivial_program_passes(problem):
+    programs = [f"def {problem.entry_point}(*arguments):\n    return {value}\n" for value in TRIVIAL]
+    assert [program for program in programs if all(results(problem, program))] == []
