@@ -28,9 +28,7 @@ Status = Literal[
     "forbidden",  # stopped by the sandbox
     "sandbox_error",  # our fault: never a label to learn from
 ]
-TestStatus = Literal[
-    "passed", "failed", "error", "missing", "timeout", "memory", "crashed", "forbidden", "not_run"
-]
+TestStatus = Literal["passed", "failed", "error", "missing", "timeout", "memory", "crashed", "forbidden", "not_run"]
 SPLITS: tuple[str, ...] = get_args(Split)
 STATUSES: tuple[str, ...] = get_args(Status)
 

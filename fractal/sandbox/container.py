@@ -22,10 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import docker
 import docker.errors
 import requests
 
+import docker
 from fractal.records import Label, OutsideError, Problem, Sample, Status
 from fractal.sandbox import checks, source
 from fractal.sandbox.protocol import FrameBuffer, ProtocolError, pack
@@ -53,7 +53,7 @@ class Limits:
     file_mib: int = 16
 
     def __post_init__(self) -> None:
-        if not (0 < self.cpu_s <= 3600 and 0 < self.wall_s <= 36000 and 64 <= self.memory_mib and 0 < self.file_mib):
+        if not (0 < self.cpu_s <= 3600 and 0 < self.wall_s <= 36000 and self.memory_mib >= 64 and self.file_mib > 0):
             raise ValueError(f"limits out of range: {self}")
 
 
@@ -182,7 +182,8 @@ class Sandbox:
         self._next_id = 0
         self._reference_cpu: dict[int, float] = {}
 
-    def __enter__(self) -> Self:
+    def check(self) -> None:
+        """Whether the engine answers and has the image; starts nothing. Raises SandboxError."""
         self._client = connect()
         try:
             self.image_id = self._client.images.get(self.image).id or ""
@@ -190,13 +191,18 @@ class Sandbox:
             raise SandboxError(
                 f"Docker: the sandbox image {self.image} is not here. Build it: `python -m fractal.images.build`."
             ) from None
+
+    def __enter__(self) -> Self:
+        self.check()
         cpus = int(self._client.info().get("NCPU", 1))
         self._slots = self._slots or cpus
         self._cpus = cpus
         self._start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
         self._client.close()
 

@@ -348,9 +348,7 @@ def prepare(problem: dict[str, Any]) -> Tests:
             imported |= _own_imports(node)
     names = {n for n in used if n in defined or (n not in bound and not hasattr(builtins, n))}
     imports = [
-        ast.unparse(node)
-        for node in setup.body
-        if isinstance(node, ast.Import | ast.ImportFrom) and _own_imports(node)
+        ast.unparse(node) for node in setup.body if isinstance(node, ast.Import | ast.ImportFrom) and _own_imports(node)
     ]
     return Tests(
         setup=compile(setup, "<setup>", "exec") if setup.body else None,

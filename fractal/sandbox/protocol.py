@@ -253,7 +253,9 @@ def _named_type(name: str, fields: tuple[str, ...]) -> Any:
         for place, field in enumerate(fields):
             if not field.startswith("_"):
                 members[field] = property(lambda self, place=place: self[place])
-        members["__repr__"] = lambda self: f"{name}({', '.join(f'{f}={v!r}' for f, v in zip(fields, self, strict=True))})"
+        members["__repr__"] = lambda self: (
+            f"{name}({', '.join(f'{f}={v!r}' for f, v in zip(fields, self, strict=True))})"
+        )
         members["_asdict"] = lambda self: dict(zip(fields, self, strict=True))
         _NAMED_TYPES[key] = type(name, (tuple,), members)
     return _NAMED_TYPES[key]

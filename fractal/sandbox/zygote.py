@@ -333,7 +333,9 @@ class CandidateEnd:
         raise ProtocolError(f"no operation {op}")
 
     def ask(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.send(["q", "call", target, [self.encode(a) for a in args], [[k, self.encode(v)] for k, v in kwargs.items()]])
+        self.send(
+            ["q", "call", target, [self.encode(a) for a in args], [[k, self.encode(v)] for k, v in kwargs.items()]]
+        )
         reply = self.serve()
         if reply[0] == "e":
             raise EXCEPTIONS.get(reply[1], RuntimeError)(*reply[3])

@@ -1,0 +1,348 @@
+"""The command line, and the order of the stages. `fractal --help`, `fractal STAGE --help`.
+
+Exit codes: 0 done; 1 the work failed; 2 bad input or usage; 3 something outside is missing; 130 interrupted.
+"""
+
+import os
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+
+from fractal import console
+from fractal.problems import ProblemSet, load
+from fractal.records import InputError, Label, OutsideError, read_jsonl
+from fractal.run import RunDir
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Generate N programs a problem, verify them in a sandbox, train a critic, choose the best of N, and report. "
+    "A run is a folder; every stage reads files there and appends files there, and goes on where it stopped.",
+    epilog="Start with: fractal run --run runs/demo --problems starter",
+)
+DEFAULTS = {"n": 8, "temperature": 0.8, "top_p": 1.0, "max_tokens": 320, "seed": 0}
+
+Run = Annotated[Path, typer.Option("--run", help="The run folder, made if it is not there.", show_default=False)]
+Problems = Annotated[
+    str | None,
+    typer.Option(
+        help="starter (embedded), mbpp, mbpp-sanitized (from the hub), or a JSON or JSONL file, .gz or not. "
+        "Default: the run's own, else starter."
+    ),
+]
+Splits = Annotated[str | None, typer.Option(help="Which splits, as train,validation,test. Default: all.")]
+Limit = Annotated[int | None, typer.Option(help="Keep the first LIMIT problems of each split.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A folder or a hub id. Default: the run's own, else the embedded smollm2-135m-instruct."),
+]
+N = Annotated[
+    int | None, typer.Option("--n", help="Samples per problem; raising it adds samples to a run. [default: 8]")
+]
+Temperature = Annotated[float | None, typer.Option(help="[default: 0.8]")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; below 1 is slow on a CPU. [default: 1.0]")]
+MaxTokens = Annotated[int | None, typer.Option(help="New tokens for each sample at most. [default: 320]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the run. [default: 0]")]
+Backend = Annotated[str, typer.Option(help="auto, vllm or transformers; auto takes vLLM where it is installed.")]
+Cpu = Annotated[float, typer.Option(help="CPU seconds a program may use; more where its reference needs more.")]
+Wall = Annotated[float, typer.Option(help="Wall seconds a program may take; confirmed alone before it counts.")]
+Memory = Annotated[int, typer.Option(help="Memory of a program in MiB.")]
+Slots = Annotated[int | None, typer.Option(help="Programs run at once. Default: one for each processor.")]
+Image = Annotated[str | None, typer.Option(help="Sandbox image. Default: the one that belongs to this code.")]
+Runtime = Annotated[str | None, typer.Option(help="Container runtime, such as runsc (gVisor), where it is installed.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Run identical programs of a problem once.")]
+Base = Annotated[str | None, typer.Option(help="Model whose features the critic reads. Default: the generator.")]
+Mode = Annotated[str, typer.Option(help="probe: a linear head on frozen features.")]
+Critic = Annotated[Path | None, typer.Option(help="A critic's folder. Default: the run's critic/best.")]
+
+
+class Stage(StrEnum):
+    all = "all"
+    generate = "generate"
+    verify = "verify"
+    train = "train"
+    score = "score"
+    select = "select"
+    report = "report"
+
+
+# --- what the commands share ------------------------------------------------------------------------------------------
+
+
+def _limits(cpu_s: float, wall_s: float, memory_mib: int) -> Any:
+    from fractal.sandbox.container import Limits
+
+    try:
+        return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mib=memory_mib)
+    except ValueError as error:
+        raise InputError(f"--cpu, --wall or --memory: {error}.") from error
+
+
+def _problem_set(folder: RunDir, source: str | None, splits: str | None, limit: int | None) -> ProblemSet:
+    """The problems asked for; without a word, those that the run has."""
+    known = folder.manifest["config"].get("problems")
+    if source is None and known is not None:
+        if splits is not None or limit is not None:
+            raise InputError("--split and --limit go with --problems; this run has its problems already.")
+        return ProblemSet(known["name"], list(folder.problems().values()), known["digest"])
+    return load(source or "starter", splits, limit)
+
+
+def _generate(folder: RunDir, problem_set: ProblemSet, model: str | None, backend: str, **asked: Any) -> None:
+    from fractal import generate, models
+
+    known = folder.manifest["config"].get("generate", {})
+    values = {k: asked[k] if asked[k] is not None else known.get(k, d) for k, d in DEFAULTS.items()}
+    sampling = generate.Sampling(**values)
+    if model is None:
+        model = folder.manifest.get("model_paths", {}).get(known.get("model"), models.EMBEDDED)
+    generate.run(folder, problem_set, model, sampling, backend)
+
+
+def _failed_labels(count: int) -> None:
+    if count:
+        console.warn(f"verify: {count} samples could not be judged (sandbox_error); the same command tries them again.")
+        raise typer.Exit(1)
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    run: Run,
+    problems: Problems = None,
+    split: Splits = None,
+    limit: Limit = None,
+    model: Model = None,
+    n: N = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+    backend: Backend = "auto",
+) -> None:
+    """Draw n programs for each problem (samples.jsonl)."""
+    with RunDir(run, create=True) as folder:
+        found = _problem_set(folder, problems, split, limit)
+        asked = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+        _generate(folder, found, model, backend, **asked)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path | None, typer.Option("--run", help="A run folder.")] = None,
+    problems: Annotated[Path | None, typer.Option(help="Sandbox-only run: the problems' file.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Sandbox-only run: samples, ours or of HumanEval and EvalPlus.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Sandbox-only run: where the labels go.")] = None,
+    cpu: Cpu = 4.0,
+    wall: Wall = 12.0,
+    memory: Memory = 512,
+    slots: Slots = None,
+    image: Image = None,
+    runtime: Runtime = None,
+    cache: Cache = True,
+) -> None:
+    """Run the programs against the tests in the sandbox (labels.jsonl).
+
+    Either --run RUN, or --problems P --samples S --out L.
+    """
+    from fractal import verify as stage
+
+    limits = _limits(cpu, wall, memory)
+    options = {"slots": slots, "image": image, "runtime": runtime, "cache": cache}
+    if slots is not None and slots < 1:
+        raise InputError(f"--slots {slots}: must be at least 1.")
+    if run is not None and problems is samples is out is None:
+        with RunDir(run) as folder:
+            errors = stage.run(folder, limits, **options)
+        labels = folder.file("labels.jsonl")
+    elif run is None and problems and samples and out:
+        errors = stage.run_files(problems, samples, out, limits, **options)
+        labels = out
+    else:
+        raise InputError("give either --run RUN, or all of --problems P --samples S --out L.")
+    console.say(stage.status_table(read_jsonl(labels, Label)))
+    _failed_labels(errors)
+
+
+@app.command()
+def train(run: Run, base: Base = None, mode: Mode = "probe") -> None:
+    """Train the critic on the train problems' labels (critic/)."""
+    from fractal import train as stage
+
+    with RunDir(run) as folder:
+        stage.run(folder, base, mode)
+
+
+@app.command()
+def score(run: Run, critic: Critic = None) -> None:
+    """Score every sample by the critic, without running it (scores.jsonl)."""
+    from fractal import score as stage
+
+    with RunDir(run) as folder:
+        stage.run(folder, critic)
+
+
+@app.command()
+def select(run: Run) -> None:
+    """Let each strategy choose one sample for each problem of the evaluation split (selection.jsonl)."""
+    from fractal import selection
+
+    with RunDir(run) as folder:
+        selection.run(folder)
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write report/index.html and summary.json, and print the table of results."""
+    from fractal import report as stage
+
+    with RunDir(run) as folder:
+        stage.run(folder)
+
+
+@app.command("run")
+def run_stages(
+    run: Run,
+    stage: Annotated[Stage, typer.Option(help="Which stage; all runs them in order.")] = Stage.all,
+    problems: Problems = None,
+    split: Splits = None,
+    limit: Limit = None,
+    model: Model = None,
+    n: N = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+    backend: Backend = "auto",
+    cpu: Cpu = 4.0,
+    wall: Wall = 12.0,
+    memory: Memory = 512,
+    slots: Slots = None,
+    image: Image = None,
+    runtime: Runtime = None,
+    cache: Cache = True,
+    base: Base = None,
+    mode: Mode = "probe",
+) -> None:
+    """Run all stages, or one; what is done is not repeated."""
+    sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    sandbox = {"slots": slots, "image": image, "runtime": runtime, "cache": cache}
+    limits = _limits(cpu, wall, memory)
+    with RunDir(run, create=stage in (Stage.all, Stage.generate)) as folder:
+        if stage in (Stage.all, Stage.generate):
+            found = _problem_set(folder, problems, split, limit)
+            if stage is Stage.all:
+                _check_sandbox(image)
+            _generate(folder, found, model, backend, **sampling)
+        if stage in (Stage.all, Stage.verify):
+            from fractal import verify as verify_stage
+
+            _failed_labels(verify_stage.run(folder, limits, **sandbox))
+        if stage in (Stage.all, Stage.train, Stage.score):
+            _critic(folder, stage, base, mode)
+        if stage in (Stage.all, Stage.select):
+            from fractal import selection
+
+            selection.run(folder)
+        if stage in (Stage.all, Stage.report):
+            from fractal import report as report_stage
+
+            report_stage.run(folder)
+
+
+def _check_sandbox(image: str | None) -> None:
+    """Before hours of generation: is there an engine with the sandbox image?"""
+    from fractal.sandbox.container import Sandbox
+
+    Sandbox(image=image).check()
+
+
+def _critic(folder: RunDir, stage: Stage, base: str | None, mode: str) -> None:
+    from fractal import score as score_stage
+    from fractal import train as train_stage
+
+    if stage in (Stage.all, Stage.train):
+        try:
+            train_stage.run(folder, base, mode)
+        except train_stage.TrainError as error:
+            if stage is Stage.train:
+                raise
+            console.warn(f"train: {error} The report has no critic.")
+            return
+    if stage in (Stage.all, Stage.score):
+        score_stage.run(folder)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, each line with its remedy. Exit code 3 if the main job cannot run here."""
+    from fractal import doctor as checks
+
+    raise typer.Exit(checks.run())
+
+
+# --- the way out ------------------------------------------------------------------------------------------------------
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command; every expected failure is one line on stderr and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = 1
+    try:
+        code = app(standalone_mode=False) or 0
+    except typer.Exit as error:
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(130, "interrupted. What was finished is kept; the same command goes on from there.")
+    except InputError as error:
+        code = _fail(2, str(error))
+    except OutsideError as error:
+        code = _fail(3, str(error))
+    except Exception as error:
+        code = _unexpected(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not exit: vLLM's and torch's threads would delay or break a normal one
+
+
+def _unexpected(error: Exception) -> int:
+    import errno
+
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if type(error).__name__ == "TrainError":
+        return _fail(1, str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _fail(3, f"no space left on the disk ({error.filename or 'temporary files'}). Make room and go on.")
+    if isinstance(error, msgspec.MsgspecError):
+        return _fail(2, str(error))
+    import traceback
+
+    traceback.print_exc()
+    return _fail(1, f"this is a fault of fractal's: {type(error).__name__}: {error}")
+
+
+def _fail(code: int, text: str) -> int:
+    console.err.print(f"fractal: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What a person sees: lines, tables and progress on the terminal, and the same words in a stage's log file."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+out = Console(soft_wrap=True)  # results
+err = Console(stderr=True)  # progress and warnings
+_log: IO[str] | None = None
+
+
+def say(*parts: RenderableType) -> None:
+    """Print to the terminal, and to the log of the stage that is running."""
+    out.print(*parts, highlight=False)
+    if _log is not None:
+        Console(file=_log, width=120).print(*parts, highlight=False)
+        _log.flush()
+
+
+def warn(text: str) -> None:
+    err.print(text, style="yellow", highlight=False, soft_wrap=True)
+    if _log is not None:
+        _log.write(f"warning: {text}\n")
+        _log.flush()
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Append what the stage says, and what libraries log, to a file; library chatter stays off the terminal."""
+    global _log
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    with path.open("a", encoding="utf-8") as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        before, root.handlers, _log = root.handlers, [handler], file
+        level = root.level
+        root.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            root.handlers, _log = before, None
+            root.setLevel(level)
+
+
+@contextmanager
+def quiet(doing: str) -> Iterator[None]:
+    """Send what libraries write to standard output and error into the stage's log; a spinner stands in for it."""
+    if _log is None:
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    terminal = Console(file=open(os.dup(2), "w"), force_terminal=sys.stderr.isatty())
+    begin = time.monotonic()
+    try:
+        os.dup2(_log.fileno(), 1)
+        os.dup2(_log.fileno(), 2)
+        with terminal.status(doing):
+            yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, fd in enumerate(kept, 1):
+            os.dup2(fd, number)
+            os.close(fd)
+        terminal.file.close()
+        _log.write(f"{doing}: {time.monotonic() - begin:.1f} s\n")
+
+
+class Bar:
+    """One progress line on stderr; where that is no terminal, a plain line now and then."""
+
+    def __init__(self, progress: Progress, task: TaskID, name: str, total: int) -> None:
+        self._progress, self._task, self._name, self._total = progress, task, name, total
+        self._done = 0
+        self._next_line_s = 10.0
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done += count
+        self._progress.update(self._task, advance=count, note=note)
+        elapsed_s = self._progress.tasks[self._task].elapsed or 0.0
+        if not sys.stderr.isatty() and elapsed_s >= self._next_line_s:
+            self._next_line_s = elapsed_s + 10.0
+            left_s = elapsed_s / self._done * (self._total - self._done)
+            print(
+                f"{self._name}: {self._done}/{self._total}, {elapsed_s:.0f} s, about {left_s:.0f} s left {note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+@contextmanager
+def bar(name: str, total: int) -> Iterator[Bar]:
+    """A progress bar with count, rate of progress and time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as progress:
+        yield Bar(progress, progress.add_task(name, total=total, note=""), name, total)
