@@ -1,0 +1,12 @@
+# The sandbox: Python's standard library and the judge, nothing else. `python -m fractal.images.build` builds it with the
+# sources of fractal/sandbox as context and names it by their hash. What walls it in are options of `docker run`; the
+# judge starts as root because it gives each candidate a user of its own.
+ARG BASE=debian:bookworm-slim
+FROM ${BASE}
+RUN command -v python3 > /dev/null || { apt-get update && apt-get install -y --no-install-recommends python3; } \
+ && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
+ENV LANG=C.UTF-8
+COPY fractal/sandbox/ /sandbox/
+# The root file system is read-only at run time: without this, every start would compile.
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash /sandbox
+ENTRYPOINT ["python3", "-I", "-S", "-B", "/sandbox/judge.py"]

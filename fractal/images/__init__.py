@@ -1,0 +1,1 @@
+"""The container images that Fractal ships, and how they are built."""

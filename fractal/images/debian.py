@@ -1,0 +1,148 @@
+"""A base image from Debian's packages alone, for where no registry answers: mmdebstrap, filtered, imported.
+
+Not for anything but the sandbox: what Python's standard library does not need is left out (apt, perl, documentation).
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import docker
+
+from fractal import apt
+from fractal.records import OutsideError
+
+SUITE = "bookworm"
+PACKAGES = ("python3", "tzdata")  # tzdata: zoneinfo reads it, and debian:bookworm-slim has it
+# Paths in the image that are left out. Half the size; and no interpreter but Python and the shell.
+LEFT_OUT = re.compile(
+    r"(dev|etc/apt|usr/share/(doc|man|info|locale|lintian|bug|perl5?)|usr/lib/[^/]+/(perl[^/]*|gconv)"
+    r"|var/lib/(apt|dpkg/info)|var/(cache|log))/.|usr/bin/(perl|localedef)|etc/(hostname|resolv\.conf)$"
+)
+MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")  # without it Debian's usrmerge brings 47 MB of perl along
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+BOOTSTRAP_TIMEOUT_S = 900  # 21 s with 2 cores and a near mirror
+
+
+class BootstrapError(OutsideError):
+    """No base image could be made from Debian's packages: one line with the remedy."""
+
+
+def base_name() -> str:
+    """Name of the bootstrapped base; changes when what goes into it changes."""
+    recipe = repr((SUITE, PACKAGES, LEFT_OUT.pattern))
+    return f"fractal-base:{SUITE}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+
+
+def sources(text: str) -> list[str]:
+    """Debian's own entries for our suite in a file of apt sources (either style), as one-line sources."""
+    found = []
+    stanzas = re.split(r"\n\s*\n", "\n".join(line for line in text.splitlines() if not line.startswith("#")))
+    for stanza in stanzas:
+        fields = {
+            key.lower(): value.split()
+            for key, value in re.findall(r"^([\w-]+):((?:.*\n?)(?:[ \t].*\n?)*)", stanza, re.M)
+        }
+        if "deb" in fields.get("types", []) and fields.get("enabled") != ["no"]:
+            key = fields.get("signed-by", [])
+            options = f"[signed-by={key[0]}] " if len(key) == 1 else ""
+            for uri in fields.get("uris", []):
+                found += [(options, uri, suite, fields.get("components", [])) for suite in fields.get("suites", [])]
+    for match in re.finditer(r"^deb\s+(\[[^]]*\]\s+)?(\S+)\s+(\S+)\s+(.+)$", text, re.M):
+        found.append((match[1] or "", match[2], match[3], match[4].split()))
+    wanted = {SUITE, f"{SUITE}-updates", f"{SUITE}-security"}
+    return [
+        f"deb {options}{uri} {suite} main"
+        for options, uri, suite, components in found
+        if suite in wanted and "main" in components and "debian" in uri
+    ]
+
+
+def mirror_arguments(environ: Mapping[str, str], etc: Path = Path("/etc")) -> list[str]:
+    """Where packages come from: FRACTAL_DEBIAN_MIRROR, else this Debian 12's own sources, else mmdebstrap's default."""
+    if mirror := environ.get("FRACTAL_DEBIAN_MIRROR"):
+        return [mirror]
+    files = [etc / "apt/sources.list", *sorted((etc / "apt/sources.list.d").glob("*"))]
+    texts = [
+        file.read_text(errors="replace") for file in files if file.suffix in (".list", ".sources") and file.is_file()
+    ]
+    lines = [line for text in texts for line in sources(text)]
+    return lines if any(f" {SUITE} main" in line for line in lines) else []
+
+
+def network_options() -> list[str]:
+    """The host's apt settings about proxies, certificates and retries; the image does not keep them."""
+    if shutil.which("apt-config") is None:
+        return []
+    dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, timeout=30).stdout
+    return [f"--aptopt={line}" for line in dump.splitlines() if re.match(r'Acquire::(https?|Retries)\b.* "[^"]', line)]
+
+
+def bootstrap(client: docker.DockerClient, log: Path) -> str:
+    """Make the base image; returns its name. Raises BootstrapError, AptError."""
+    if shutil.which("mmdebstrap") is None or not KEYRING.exists():
+        if not apt.allowed():
+            raise BootstrapError(
+                "No registry answers, and mmdebstrap, which makes a base from Debian's packages, is not installed. "
+                "Run: sudo apt-get install mmdebstrap debian-archive-keyring; or name a base with FRACTAL_BASE_IMAGE."
+            )
+        apt.install("mmdebstrap", "debian-archive-keyring", log=log)
+    hook = [f"--hook-dir={MERGED_USR}"] if MERGED_USR.is_dir() else []
+    packages = [*PACKAGES, "usr-is-merged"] if hook else [*PACKAGES]
+    repository, tag = base_name().split(":")
+    with tempfile.TemporaryDirectory(prefix="fractal-base-") as folder:
+        whole, small = Path(folder, "whole.tar"), Path(folder, "small.tar")
+        argv = ["mmdebstrap", "--variant=essential", f"--include={','.join(packages)}", *hook, *network_options()]
+        run([*argv, SUITE, str(whole), *mirror_arguments(os.environ)], log)
+        with tarfile.open(whole) as original, tarfile.open(small, "w") as filtered:
+            slim(original, filtered)
+        reply = str(client.api.import_image(src=str(small), repository=repository, tag=tag))
+        if '"error"' in reply:
+            raise BootstrapError(f"The engine does not take the base image: {reply.strip()[-300:]}")
+    return base_name()
+
+
+def run(argv: list[str], log: Path) -> None:
+    """Run mmdebstrap to its end; ended early, it gets the time to unmount. Raises BootstrapError."""
+    with log.open("a+") as out:
+        out.write(f"$ {argv}\n")
+        out.flush()
+        start = out.tell()
+        # A session of its own: a Ctrl-C reaches it once, from us, and it cleans up.
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+        try:
+            code = child.wait(BOOTSTRAP_TIMEOUT_S)
+        except BaseException as error:
+            child.terminate()
+            child.wait(60)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BootstrapError(f"mmdebstrap does not end after {BOOTSTRAP_TIMEOUT_S} s. Look at {log}") from error
+            raise
+        out.seek(start)
+        if code:
+            raise BootstrapError(
+                f"mmdebstrap failed: {reason(out)}. Check that Debian's mirror can be reached, or name another one "
+                f"with FRACTAL_DEBIAN_MIRROR; log: {log}"
+            )
+
+
+def reason(output: IO[str]) -> str:
+    """The first error in mmdebstrap's output: the later ones follow from it."""
+    lines = [line.strip() for line in output if line.strip()]
+    return next((line for line in lines if line.startswith(("E:", "Err:"))), (lines or ["no output"])[-1])[:300]
+
+
+def slim(original: tarfile.TarFile, filtered: tarfile.TarFile) -> None:
+    """Copy what the sandbox needs. Times stay: Python's compiled files know those of their sources."""
+    for entry in original:
+        if LEFT_OUT.match(entry.name.removeprefix("./")):
+            continue
+        entry.mode &= 0o1777  # no program changes the user who runs it
+        filtered.addfile(entry, original.extractfile(entry) if entry.isreg() else None)

@@ -1,0 +1,224 @@
+"""Set-up's decisions. That it works from nothing is what `make test` on a bare machine shows."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fractal import apt, engine, setup
+from fractal.engine import SOCKET, Machine, State
+
+USER = Machine(platform="linux", user="ada", root=False, in_group=False)
+ROOT = dataclasses.replace(USER, user="root", root=True)
+
+# pip 23.0.1 of Debian 12, shortened
+PIP = """\
+Looking in links: /wheels
+Processing /wheels/torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl
+Ignoring colorama: markers 'sys_platform == "win32"' don't match your environment
+Requirement already satisfied: setuptools==78.1.1 in ./.venv/lib/python3.11/site-packages (from -r cpu.lock (line 9))
+Collecting accelerate==1.15.0
+  Downloading accelerate-1.15.0-py3-none-any.whl (380 kB)
+Collecting numpy==2.3.5
+  Downloading numpy-2.3.5-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl (16.9 MB)
+Collecting six==1.17.0
+  Using cached six-1.17.0-py2.py3-none-any.whl (11 kB)
+Installing collected packages: torch, numpy, accelerate
+"""
+
+
+def read(text: str, total: int) -> setup.Progress:
+    progress = setup.Progress(total)
+    for line in text.splitlines(keepends=True):
+        progress.read(line)
+    return progress
+
+
+def test_progress_follows_pip() -> None:
+    progress = read(PIP, total=6)
+    assert (progress.seen, progress.total, progress.installing, progress.now) == (5, 5, 3, "six")
+    assert progress.mb == pytest.approx(0.38 + 16.9)
+
+
+@pytest.mark.parametrize(
+    ("line", "mb"),
+    [
+        ("  Downloading a-1-py3-none-any.whl (512 bytes)\n", 0.000512),
+        ("  Downloading a-1-py3-none-any.whl.metadata (1.5 kB)\n", 0.0015),  # pip 24
+        ("Downloading torch (180.0MiB)\n", 188.7),  # uv
+        ("  Downloading a-1.tar.gz\n", 0.0),
+    ],
+)
+def test_downloads_are_added_up(line: str, mb: float) -> None:
+    assert read(line, 1).mb == pytest.approx(mb, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("Collecting uvicorn[standard]==0.54.0", "uvicorn"),
+        ("Processing /wheels/torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl", "torch"),
+        ("Requirement already satisfied: setuptools==78.1.1 in ./.venv/lib (1)", "setuptools"),
+    ],
+)
+def test_progress_names_the_package(line: str, name: str) -> None:
+    assert read(line, 1).now == name
+
+
+def test_the_error_is_the_line_that_says_why() -> None:
+    output = ["Collecting torch==9\n", "ERROR: No matching distribution found for torch==9\n", "\n"]
+    assert setup.last_error(output) == "No matching distribution found for torch==9"
+    assert setup.last_error(["uv was killed\n"]) == "uv was killed"
+    assert setup.last_error([]) == "no output"
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpu", "chosen"),
+    [({}, True, "cuda"), ({}, False, "cpu"), ({"FRACTAL_ACCELERATOR": "cpu"}, True, "cpu")],
+)
+def test_the_accelerator_follows_the_machine_unless_told(environ: dict[str, str], gpu: bool, chosen: str) -> None:
+    assert setup.choose_accelerator(environ, lambda: gpu) == chosen
+
+
+def test_an_unknown_accelerator_is_a_usage_error() -> None:
+    with pytest.raises(setup.UsageError, match="FRACTAL_ACCELERATOR=tpu: expected cpu or cuda"):
+        setup.choose_accelerator({"FRACTAL_ACCELERATOR": "tpu"}, lambda: False)
+
+
+def test_torch_without_cuda_wherever_there_is_a_choice() -> None:
+    assert setup.torch_requirement("cpu", "linux") == "torch==2.13.0+cpu"
+    assert setup.torch_requirement("cpu", "darwin") == "torch==2.13.0"
+    assert setup.torch_requirement("cuda", "linux") == "torch==2.14.0"
+
+
+def test_torch_is_the_one_in_pyproject() -> None:
+    text = (setup.ROOT / "pyproject.toml").read_text()
+    assert all(f'"torch=={version}"' in text for version in setup.TORCH.values())
+
+
+def test_gpu_packages_are_found() -> None:
+    names = ["nvidia_cublas_cu12", "numpy", "cuda-bindings", "triton", "cudagraph_docs", "torch"]
+    assert setup.gpu_packages(names) == ["cuda-bindings", "nvidia_cublas_cu12", "triton"]
+
+
+def test_the_stamp_changes_with_every_part() -> None:
+    keys = [
+        setup.stamp_key([b"lock", b"pyproject"], "cpu", "3.11.2"),
+        setup.stamp_key([b"lock!", b"pyproject"], "cpu", "3.11.2"),
+        setup.stamp_key([b"lock", b"pyproject!"], "cpu", "3.11.2"),
+        setup.stamp_key([b"lock", b"pyproject"], "cuda", "3.11.2"),
+        setup.stamp_key([b"lock", b"pyproject"], "cpu", "3.12.0"),
+        setup.stamp_key([b"lockp", b"yproject"], "cpu", "3.11.2"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == setup.stamp_key([b"lock", b"pyproject"], "cpu", "3.11.2")
+
+
+def test_python_versions() -> None:
+    assert [setup.usable((3, minor)) for minor in (10, 11, 14, 15)] == [False, True, True, False]
+    assert not setup.usable((2, 13))
+
+
+def test_packages_cut_short_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = tmp_path / "lib/python3.11/site-packages"
+    for name in ("whole-1.dist-info", "torn-1.dist-info"):
+        (packages / name).mkdir(parents=True)
+    (packages / "whole-1.dist-info/RECORD").touch()
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+    setup.drop_broken()
+    assert setup.distributions() == ["whole"]
+
+
+def test_setup_imports_only_the_standard_library() -> None:
+    """-S hides site-packages, -I the folder we are in: what is left is Python's own."""
+    code = f"import sys; sys.path.append({str(setup.ROOT)!r}); import fractal.setup"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wrong_usage_is_one_line_and_exit_2() -> None:
+    environ = {**os.environ, "FRACTAL_ACCELERATOR": "tpu"}
+    argv = [sys.executable, "-m", "fractal.setup", "--only=python"]
+    done = subprocess.run(argv, cwd=setup.ROOT, env=environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+# The engine
+
+
+@pytest.mark.parametrize(
+    ("state", "host", "machine", "remedy"),
+    [
+        (
+            "absent",
+            SOCKET,
+            USER,
+            "sudo apt-get install docker.io, then: sudo usermod -aG docker ada; then log in again",
+        ),
+        ("absent", SOCKET, ROOT, "run: apt-get install docker.io."),
+        ("absent", SOCKET, dataclasses.replace(USER, platform="darwin"), "Start Docker Desktop or colima"),
+        ("stopped", SOCKET, USER, "installed, but no engine is running. Run: sudo systemctl start docker"),
+        ("denied", SOCKET, USER, "sudo usermod -aG docker ada; then log in again"),
+        ("denied", SOCKET, dataclasses.replace(USER, in_group=True), "this login is older than that. Log in again"),
+        ("stopped", "tcp://10.0.0.9:2375", ROOT, "unset DOCKER_HOST"),
+        (
+            "absent",
+            SOCKET,
+            dataclasses.replace(USER, other="unix:///r/docker.sock"),
+            "DOCKER_HOST=unix:///r/docker.sock",
+        ),
+    ],
+)
+def test_each_state_of_the_engine_has_its_remedy(state: State, host: str, machine: Machine, remedy: str) -> None:
+    line = engine.advice(state, host, machine)
+    assert remedy in line
+    assert "\n" not in line
+
+
+def test_probe_tells_answering_stopped_and_absent_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "docker.sock"
+    monkeypatch.setattr(engine, "daemon_path", lambda: None)
+    assert engine.probe(f"unix://{path}") == "absent"
+    monkeypatch.setattr(engine, "daemon_path", lambda: "/usr/sbin/dockerd")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        assert engine.probe(f"unix://{path}") == "stopped"  # a socket left by a dead daemon
+        server.listen()
+        replies = [b"HTTP/1.0 200 OK\r\n\r\nOK", b"HTTP/1.0 500 Internal Server Error\r\n\r\n"]
+
+        def serve() -> None:
+            for reply in replies:
+                with server.accept()[0] as link:
+                    link.recv(1024)
+                    link.sendall(reply)
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert engine.probe(f"unix://{path}") == "answers"
+        assert engine.probe(f"unix://{path}") == "stopped"
+
+
+def test_a_stale_pid_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "docker.pid"
+    monkeypatch.setattr(engine, "PID_FILE", file)
+    assert not engine.daemon_runs()
+    file.write_text(str(os.getpid()))  # alive, but no dockerd: the number was used again
+    assert not engine.daemon_runs()
+    assert not file.exists()
+
+
+def test_the_daemons_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert engine.last_words(log) == "it left no log."
+    log.write_text("time=... level=info\nfailed to start daemon: no space\n\n")
+    assert engine.last_words(log) == "failed to start daemon: no space"
+
+
+def test_apts_reason() -> None:
+    output = "Reading package lists...\nE: Unable to locate package docker.io\n"
+    assert apt.reason(output) == "E: Unable to locate package docker.io"
+    assert apt.reason("") == "no output"
