@@ -240,8 +240,9 @@ def bootstrap_interval(
     means = np.empty(resamples)
     step = max(1, _CHUNK // len(v))
     for start in range(0, resamples, step):
-        rows = rng.integers(0, len(v), size=(min(step, resamples - start), len(v)))
-        means[start : start + step] = (v * w)[rows].sum(axis=1) / w[rows].sum(axis=1)
+        rows = rng.integers(0, len(v), size=(min(step, resamples - start), len(v)), dtype=np.int32)
+        total = len(v) if weights is None else w[rows].sum(axis=1)
+        means[start : start + step] = (v * w)[rows].sum(axis=1) / total
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     # a handful of resamples, or rounding, can leave the mean just outside
     return Interval(mean, min(float(low), mean), max(float(high), mean))
