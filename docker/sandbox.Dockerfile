@@ -6,7 +6,8 @@ FROM ${BASE}
 RUN command -v python3 > /dev/null || { apt-get update && apt-get install -y --no-install-recommends python3; } \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 ENV LANG=C.UTF-8
-COPY fractal/sandbox/ /sandbox/
+COPY fractal/ /sandbox/fractal/
 # The root file system is read-only at run time: without this, every start would compile.
 RUN python3 -m compileall -q --invalidation-mode unchecked-hash /sandbox
-ENTRYPOINT ["python3", "-I", "-S", "-B", "/sandbox/judge.py"]
+# Not -I: PYTHONHASHSEED has to be heard, so that a label does not depend on the order of a set.
+ENTRYPOINT ["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/judge.py"]

@@ -68,7 +68,7 @@ def quiet(doing: str) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
-    terminal = Console(file=open(os.dup(2), "w"), force_terminal=sys.stderr.isatty())
+    terminal = Console(file=os.fdopen(os.dup(2), "w"), force_terminal=sys.stderr.isatty())
     begin = time.monotonic()
     try:
         os.dup2(_log.fileno(), 1)
@@ -100,11 +100,8 @@ class Bar:
         if not sys.stderr.isatty() and elapsed_s >= self._next_line_s:
             self._next_line_s = elapsed_s + 10.0
             left_s = elapsed_s / self._done * (self._total - self._done)
-            print(
-                f"{self._name}: {self._done}/{self._total}, {elapsed_s:.0f} s, about {left_s:.0f} s left {note}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self._name}: {self._done}/{self._total}, {elapsed_s:.0f} s, about {left_s:.0f} s left {note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 @contextmanager

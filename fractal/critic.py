@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 from fractal import console, metrics
-from fractal.models import context_length
+from fractal.models import context_length, preferred_dtype
 from fractal.records import Problem, Sample
 
 PROMPT_VERSION = 1
@@ -129,7 +129,8 @@ def _batches(keys: list[str], asked: dict[str, list[int]]) -> list[list[str]]:
 
 
 def _dtype() -> torch.dtype:
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    """bfloat16 where the hardware computes in it (twice as fast here on AVX-512 BF16, see docs/log.md)."""
+    return getattr(torch, preferred_dtype())  # type: ignore[no-any-return]
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def _dtype() -> torch.dtype:
 
 @dataclass(frozen=True)
 class Head:
-    """logit = ((x - mean) / scale) @ weight + bias, from one layer's state; probability = sigmoid(logit / temperature)."""
+    """logit = ((x - mean) / scale) @ weight + bias, x being one layer's state; see `temperature` for probabilities."""
 
     layer: int  # place in Features.layers
     ridge: float
@@ -145,7 +146,7 @@ class Head:
     bias: float
     mean: Array  # (D,)
     scale: Array  # (D,)
-    temperature: float = 1.0
+    temperature: float = 1.0  # probability = sigmoid(logit / temperature)
 
     def logits(self, states: Array) -> NDArray[np.float64]:
         """states (N, layers, D) -> (N,)."""
@@ -154,7 +155,12 @@ class Head:
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"weight": self.weight, "mean": self.mean, "scale": self.scale, "bias": np.float32([self.bias])}
+        arrays: dict[str, Any] = {
+            "weight": self.weight,
+            "mean": self.mean,
+            "scale": self.scale,
+            "bias": np.array([self.bias], dtype=np.float32),
+        }
         save_file(arrays, folder / "head.safetensors")
         fields = {"layer": self.layer, "ridge": self.ridge, "temperature": self.temperature, **about}
         (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
@@ -223,7 +229,7 @@ class HeadFit:
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
-        self._steps.step(closure)  # type: ignore[no-untyped-call,arg-type]
+        self._steps.step(closure)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             return float(self._loss())
 
@@ -262,7 +268,10 @@ def cross_validate(states: Array, passed: Flags, groups: NDArray[np.int64], laye
                     fit = HeadFit(states[train], passed[train], groups[train], place, ridge)
                     fit.epoch()
                     logits[test] = fit.head().logits(states[test])
-                within, pooled = metrics.within_problem_auc(logits, passed, groups).auc, metrics.auc(logits, passed)
+                within, pooled = (
+                    metrics.within_problem_auc(logits, passed, groups.tolist()).auc,
+                    metrics.auc(logits, passed),
+                )
                 table.append({"layer": layer, "ridge": ridge, "within_auc": within, "pooled_auc": pooled})
                 held_out.append(logits)
                 bar.advance()
@@ -285,7 +294,10 @@ def _known(value: float | None) -> float:
 
 
 def temperature_of(logits: NDArray[np.float64], passed: Flags) -> float:
-    """The T that makes sigmoid(logit / T) likeliest on held-out samples: Guo et al. 2017, arXiv:1706.04599, section 4."""
+    """The T that makes sigmoid(logit / T) likeliest on held-out samples.
+
+    Temperature scaling: Guo et al. 2017, arXiv:1706.04599, section 4.2.
+    """
 
     def unlikeliness(log_t: float) -> float:
         z = logits / np.exp(log_t)

@@ -25,7 +25,8 @@ class TransformersEngine:
         self._sampling = sampling
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(path)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(self._device).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self._model.to(torch.device(self._device))
 
     def generate(self, requests: list[Request]) -> Iterator[list[Completion]]:
         for _, group in groupby(requests, key=lambda r: (r.task_id, r.sample_id // BATCH)):
@@ -56,7 +57,9 @@ class TransformersEngine:
         new = ids[:, prompt.shape[1] :]  # (size, T)
         lengths = [self._length(row.tolist()) for row in new]
         sums = self._logprobs(ids, prompt.shape[1], lengths)
-        texts = [self._tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(new, lengths, strict=True)]
+        texts = [
+            str(self._tokenizer.decode(row[:n], skip_special_tokens=True)) for row, n in zip(new, lengths, strict=True)
+        ]
 
         def completion(request: Request) -> Completion:
             place = request.sample_id - start

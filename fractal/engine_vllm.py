@@ -26,7 +26,7 @@ class VllmEngine:
         on_gpu = Path("/dev/nvidiactl").exists()
         self._llm = LLM(
             str(path),
-            dtype=dtype,
+            dtype=dtype,  # type: ignore[arg-type]
             max_model_len=max_model_len,
             enable_prefix_caching=True,
             enforce_eager=not on_gpu,
@@ -54,7 +54,7 @@ class VllmEngine:
             finished = [output for output in engine.step() if output.finished]
             under_way -= len(finished)
             if finished:
-                yield [self._completion(by_id[output.request_id], output.outputs[0]) for output in finished]
+                yield [self._completion(by_id[output.request_id], output.outputs[0]) for output in finished]  # type: ignore[index]
 
     def _params(self, request: Request) -> SamplingParams:
         # logprobs=0: that of the sampled token alone, before temperature (vLLM's raw_logprobs)

@@ -95,7 +95,7 @@ def run(folder: RunDir, problem_set: ProblemSet, model: str, sampling: Sampling,
     before = folder.manifest["config"].get("generate", {})
     chosen = choose_backend(backend, before.get("backend"))
     files = models.resolve(model)
-    dtype = preferred_dtype()
+    dtype = models.preferred_dtype()
     folder.configure("problems", {"name": problem_set.name, "digest": problem_set.digest})
     folder.configure(
         "generate",
@@ -218,14 +218,3 @@ def _sample(completion: Completion, problem: Problem, model: str) -> Sample:
         seed=completion.request.seed,
         model=model,
     )
-
-
-def preferred_dtype() -> str:
-    """bfloat16 where the processor or GPU computes in it, else float32."""
-    if Path("/dev/nvidiactl").exists():
-        return "bfloat16"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "float32"
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags else "float32"

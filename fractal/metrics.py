@@ -113,7 +113,7 @@ def auc(scores: ArrayLike, passed: ArrayLike) -> float | None:
     _same_length(s, p)
     if p.all() or not p.any():
         return None
-    from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]  # takes 2 s: selection does without
+    from sklearn.metrics import roc_auc_score  # takes 2 s: selection does without
 
     return float(roc_auc_score(p, s))
 

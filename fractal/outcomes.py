@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fractal.metrics import Interval, bootstrap_difference, bootstrap_interval
-from fractal.records import Choice, Label, Sample, Score
+from fractal.records import Choice, Label, Problem, Sample, Score, Split
 
 BASELINE = "random"  # every gain is measured against it
 
@@ -66,6 +66,17 @@ def outcomes(
         if key in verdicts:
             found.setdefault(sample.task_id, []).append(Outcome(sample, verdicts[key].passed, opinions.get(key)))
     return found
+
+
+def evaluation_split(problems: Iterable[Problem], labels: Iterable[Label]) -> Split:
+    """The split on which strategies are measured: test, else validation, else the few-shot prompts, else train.
+
+    The critic is trained on train problems only, so it is new to all others.
+    """
+    labelled = {label.task_id for label in labels}
+    found = {problem.split for problem in problems if problem.task_id in labelled}
+    order: tuple[Split, ...] = ("test", "validation", "prompt", "train")
+    return next((split for split in order if split in found), "test")
 
 
 def left_out(samples: Iterable[Sample], labels: Iterable[Label]) -> LeftOut:

@@ -1,24 +1,27 @@
-"""Stage 6: a Summary -> report/index.html, report/summary.json, and the table on the terminal.
+"""Stage 6: everything -> report/index.html, summary.json, and the table on the terminal.
 
 One page without scripts, fonts or anything else from elsewhere; prompts and names in it are untrusted and escaped.
 What is not known prints as a dash with its reason. `summary.build` measures, this module only shows.
 """
 
+import datetime
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
 import msgspec
 from markupsafe import Markup
-from rich.console import Group
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from fractal import charts
+from fractal import charts, console
 from fractal.metrics import Interval
-from fractal.outcomes import BASELINE, StrategyResult
-from fractal.records import encode, write_whole
-from fractal.summary import Summary
+from fractal.outcomes import BASELINE, StrategyResult, evaluation_split
+from fractal.records import Choice, InputError, Label, Sample, Score, encode, read_jsonl, write_whole
+from fractal.run import RunDir
+from fractal.summary import Epoch, Facts, Summary, build
 
 DASH = "\u2013"
 MEANING = {
@@ -32,12 +35,107 @@ MEANING = {
 }
 
 
+def run(folder: RunDir) -> None:
+    """Write the report unless nothing changed since the last one, and print the table. Raises InputError."""
+    problems = list(folder.problems().values())
+    samples = read_jsonl(folder.file("samples.jsonl"), Sample)
+    labels = read_jsonl(folder.file("labels.jsonl"), Label)
+    if not labels:
+        raise InputError(f"{folder.path}: has no labels yet. Run `fractal verify --run {folder.path}` first.")
+    scores = read_jsonl(folder.file("scores.jsonl"), Score)
+    choices = read_jsonl(folder.file("selection.jsonl"), Choice)
+    page_file, table_file = folder.file("report/index.html"), folder.file("report/table.txt")
+    inputs = folder.digest("problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl", "selection.jsonl")
+    if folder.manifest["config"].get("report") == inputs and page_file.exists() and table_file.exists():
+        console.say("report: is there, nothing to do")
+        console.out.file.write(table_file.read_text(encoding="utf-8"))
+    else:
+        split = evaluation_split(problems, labels)
+        facts = facts_of(folder)
+        with folder.stage("report", "report/index.html"):
+            found = build(facts, problems, samples, labels, scores, choices, split=split)
+            write(folder.path, found)
+            shown = table(found)
+            with table_file.open("w", encoding="utf-8") as file:
+                Console(file=file, width=100).print(shown)
+            console.say(shown)
+        folder.manifest["config"]["report"] = inputs
+        folder.save()
+    console.say(f"report: {page_file} and {folder.file('summary.json')}")
+
+
+def facts_of(folder: RunDir) -> Facts:
+    """What the manifest tells of a run."""
+    manifest = folder.manifest
+    drawn, stages = manifest["config"].get("generate", {}), manifest["stages"]
+    generation, critic = stages.get("generate", {}), manifest["config"].get("train")
+    epochs = msgspec.json.decode(b"[" + b",".join(_lines(folder.file("critic/metrics.jsonl"))) + b"]")
+    sandbox = manifest["images"].get("sandbox", {})
+    return Facts(
+        run=manifest["name"],
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=f"fractal report --run {folder.path}",
+        model=drawn.get("model", "unknown"),
+        model_revision=drawn.get("revision"),
+        weights_digest=drawn.get("weights_sha256"),
+        backend=drawn.get("backend"),
+        seed=drawn.get("seed"),
+        temperature=drawn.get("temperature"),
+        n=drawn.get("n"),
+        problem_set=manifest["config"].get("problems", {}).get("name"),
+        problem_set_digest=manifest["config"].get("problems", {}).get("digest"),
+        stage_seconds={name: entry["seconds"] for name, entry in stages.items() if name != "report"},
+        generate_tokens=generation.get("tokens"),
+        generate_seconds=generation.get("decode_seconds"),
+        sandbox_image=sandbox.get("name"),
+        sandbox_digest=sandbox.get("digest"),
+        git_commit=manifest["git_commit"],
+        git_dirty=manifest["git_dirty"],
+        packages={name: version for name, version in manifest["packages"].items() if version},
+        critic=f"{critic['mode']} on {critic['base']}" if critic else None,
+        epochs=[
+            Epoch(epoch=e["epoch"], train_loss=e["train_loss"], val_acc=e["val_acc"], chosen=e is epochs[-1])
+            for e in epochs
+        ],
+        skipped=Counter(
+            "prompt and reply do not fit the model's context" for _ in generation.get("skipped", {}).values()
+        ),
+    )
+
+
+def _lines(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+
+
 def write(run_dir: Path, summary: Summary) -> Path:
-    """Write report/index.html and report/summary.json of a run folder; return the page's path."""
-    folder = run_dir / "report"
-    write_whole(folder / "summary.json", msgspec.json.format(encode(summary), indent=2) + b"\n")
-    write_whole(folder / "index.html", page(summary).encode("utf-8", "replace"))
-    return folder / "index.html"
+    """Write report/index.html and summary.json of a run folder; return the page's path."""
+    write_whole(run_dir / "summary.json", msgspec.json.format(encode(summary_fields(summary)), indent=2) + b"\n")
+    write_whole(run_dir / "report" / "index.html", page(summary).encode("utf-8", "replace"))
+    return run_dir / "report" / "index.html"
+
+
+def summary_fields(summary: Summary) -> dict[str, object]:
+    """summary.json: what most readers want under short names, and the whole Summary under `details`."""
+    facts, every = summary.facts, summary.splits[-1]
+    return {
+        "run": facts.run,
+        "date": facts.date,
+        "model": facts.model,
+        "model_revision": facts.model_revision,
+        "weights_sha256": facts.weights_digest,
+        "backend": facts.backend,
+        "problems": sum(summary.problems_by_split.values()),
+        "problems_by_split": summary.problems_by_split,
+        "samples": summary.samples,
+        "labels": summary.labels_by_status,
+        "pass_rate": every.pass_rate,
+        "evaluation_split": summary.split,
+        "strategies": {one.strategy: one for one in summary.strategies},
+        "seconds": facts.stage_seconds,
+        "tokens_per_s": summary.tokens_per_s,
+        "sandbox_image": {"name": facts.sandbox_image, "digest": facts.sandbox_digest},
+        "details": summary,
+    }
 
 
 def page(summary: Summary) -> str:

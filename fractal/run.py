@@ -123,6 +123,14 @@ class RunDir:
         if not self.file("problems.jsonl").exists():
             write_jsonl(self.file("problems.jsonl"), problems)
 
+    def digest(self, *names: str) -> str:
+        """sha256 over some files of the run, a missing one being as empty: has anything changed since?"""
+        total = hashlib.sha256()
+        for name in names:
+            content = self.file(name).read_bytes() if self.file(name).exists() else b""
+            total.update(hashlib.sha256(content).digest())
+        return total.hexdigest()
+
     @contextmanager
     def stage(self, name: str, output: str) -> Iterator[dict[str, Any]]:
         """Time a stage and log what it says. Yields its entry in the manifest, for what it wants to record.
@@ -147,7 +155,7 @@ class RunDir:
 
 def surroundings() -> dict[str, Any]:
     """What a reader needs to repeat the run: code, packages, machine."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -6,8 +6,19 @@ The verdict of a sample decides whether a pick passed; no strategy but the oracl
 
 from collections.abc import Callable, Iterable, Sequence
 
-from fractal.outcomes import BASELINE, LeftOut, Outcome, StrategyResult, evaluate, left_out, outcomes
-from fractal.records import Choice, Label, Sample, Score
+from fractal import console
+from fractal.outcomes import (
+    BASELINE,
+    LeftOut,
+    Outcome,
+    StrategyResult,
+    evaluate,
+    evaluation_split,
+    left_out,
+    outcomes,
+)
+from fractal.records import Choice, InputError, Label, Sample, Score, read_jsonl, write_jsonl
+from fractal.run import RunDir
 
 __all__ = ["RANKINGS", "STRATEGIES", "LeftOut", "StrategyResult", "choose", "evaluate", "left_out"]
 
@@ -21,6 +32,29 @@ RANKINGS: dict[str, Callable[[Outcome], float | None]] = {
     "oracle": lambda one: float(one.passed),
 }
 STRATEGIES: tuple[str, ...] = ("critic", BASELINE, "first", "mean_logprob", "sum_logprob", "shortest", "oracle")
+
+
+def run(folder: RunDir) -> None:
+    """Write selection.jsonl for the evaluation split. Raises InputError where no sample has been labelled."""
+    problems = folder.problems()
+    samples, labels = read_jsonl(folder.file("samples.jsonl"), Sample), read_jsonl(folder.file("labels.jsonl"), Label)
+    if not labels:
+        raise InputError(f"{folder.path}: has no labels yet. Run `fractal verify --run {folder.path}` first.")
+    inputs = folder.digest("problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl")
+    if folder.manifest["config"].get("select") == inputs and folder.file("selection.jsonl").exists():
+        console.say("select: the choices are there, nothing to do")
+        return
+    split = evaluation_split(problems.values(), labels)
+    inside = [s for s in samples if problems[s.task_id].split == split]
+    with folder.stage("select", "selection.jsonl"):
+        choices = choose(inside, labels, read_jsonl(folder.file("scores.jsonl"), Score))
+        write_jsonl(folder.file("selection.jsonl"), choices)
+        count = len({choice.task_id for choice in choices})
+        console.say(f"select: {len({c.strategy for c in choices})} strategies on {count} {split} problems")
+    if split == "train":
+        console.warn("select: there are only train problems; the critic has seen them, so its figures flatter it.")
+    folder.manifest["config"]["select"] = inputs
+    folder.save()
 
 
 def choose(samples: Iterable[Sample], labels: Iterable[Label], scores: Iterable[Score] = ()) -> list[Choice]:

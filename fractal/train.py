@@ -112,7 +112,7 @@ def _train(
         if seen is not None:
             logits = head.logits(seen)
             row["val_acc"] = float(np.mean((logits > 0) == truth))
-            row["val_within_auc"] = metrics.within_problem_auc(logits, truth, problems).auc
+            row["val_within_auc"] = metrics.within_problem_auc(logits, truth, problems.tolist()).auc
         history.append(row)
         head.save(target / f"epoch-{epoch}", about)
         console.say(
@@ -127,4 +127,4 @@ def _train(
 
 
 def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "\u2013" if value is None else f"{value:.3f}"

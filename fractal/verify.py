@@ -115,7 +115,7 @@ def label_all(
 
 def status_table(labels: Iterable[Label]) -> Table:
     """How many labels have each status."""
-    counts = Counter(label.status for label in labels)
+    counts: Counter[str] = Counter(label.status for label in labels)
     total = sum(counts.values())
     table = Table("status", "samples", "share", title="labels")
     for status in STATUSES:

@@ -22,10 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import docker
 import docker.errors
 import requests
 
-import docker
+from fractal import engine
 from fractal.records import Label, OutsideError, Problem, Sample, Status
 from fractal.sandbox import checks, source
 from fractal.sandbox.protocol import FrameBuffer, ProtocolError, pack
@@ -79,24 +80,16 @@ def hardening(slots: int, limits: Limits, first_uid: int, cpus: int) -> dict[str
 
 def connect() -> docker.DockerClient:
     """A client of the Docker engine. Raises SandboxError that says which of the usual things is wrong."""
+    if trouble := engine.problem():
+        raise SandboxError(trouble)
     try:
         client = docker.from_env(timeout=120)
         client.ping()
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-        raise SandboxError(explain(str(error))) from error
+        raise SandboxError(
+            f"The Docker engine at {engine.address()} refuses: {str(error)[:300]}. Run `docker info` to see why."
+        ) from error
     return client
-
-
-def explain(message: str) -> str:
-    """One line with the remedy for an engine that does not answer."""
-    if "Permission denied" in message or "PermissionError" in message:
-        return "Docker: no permission to use the engine. Run `sudo usermod -aG docker $USER`, log in again, and retry."
-    if "No such file" in message or "FileNotFoundError" in message or "Connection refused" in message:
-        return (
-            "Docker: no engine answers. Install it (Debian, Ubuntu: `sudo apt-get install docker.io`) and start it "
-            "(`sudo systemctl start docker`); `make setup` does both as root."
-        )
-    return f"Docker: the engine does not answer: {message[:200]}. Run `docker info` to see why."
 
 
 @dataclass
@@ -255,8 +248,8 @@ class Sandbox:
         if missing:
             self._stop()
             raise SandboxError(
-                f"The sandbox is not safe: not in force: {', '.join(missing)}. The engine dropped an option; no program "
-                "was run. `fractal doctor` shows the details."
+                f"The sandbox is not safe: not in force: {', '.join(missing)}. The engine dropped an option; no "
+                "program was run. `fractal doctor` shows the details."
             )
 
     def _stop(self) -> None:
@@ -343,7 +336,7 @@ class Sandbox:
                 doubtful.clear()
             while slates and slates[0].verdict is not None:
                 slate = slates.popleft()
-                yield label(slate.sample, slate.job.problem, slate.verdict)
+                yield label(slate)
 
     def _settle(self, job: Job, verdict: dict[str, Any], by_job: dict[int, list[Slate]], done: dict[str, Any]) -> None:
         if self._cache:
@@ -402,7 +395,7 @@ class Sandbox:
         )
 
     def _decide_alone(self, job: Job, verdict: dict[str, Any]) -> dict[str, Any]:
-        """A timeout looked at again: with the limit that the reference's own time allows, and with no load beside it."""
+        """A timeout looked at again: with the limit that the reference's own time allows, and nothing beside it."""
         problem = job.problem
         if problem.task_id not in self._reference_cpu:
             wide = replace(self.limits, cpu_s=REFERENCE_CPU_S, wall_s=2 * REFERENCE_CPU_S)
@@ -429,7 +422,9 @@ def problem_frame(problem: Problem) -> dict[str, Any]:
     }
 
 
-def label(sample: Sample, problem: Problem, verdict: dict[str, Any]) -> Label:
+def label(slate: Slate) -> Label:
+    sample, problem, verdict = slate.sample, slate.job.problem, slate.verdict
+    assert verdict is not None
     status: Status = verdict["status"]
     results = list(verdict.get("tests", []))
     return Label(

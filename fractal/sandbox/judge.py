@@ -104,7 +104,7 @@ class StandIn:
     def __iter__(self) -> Iterator[Any]:
         if self._kind == "iterator":
             return self
-        found = self._end.ask("iter", self)
+        found: Any = self._end.ask("iter", self)
         return found if isinstance(found, StandIn) else iter(found)
 
     def __next__(self) -> Any:
@@ -210,7 +210,7 @@ class JudgeEnd:
     def _encode(self, value: Any) -> Any:
         return self._encoder.encode(value)
 
-    def ask(self, op: str, target: StandIn, *rest: Any) -> Any:
+    def ask(self, op: str, target: StandIn, *rest: Any) -> object:
         self.send(["q", op, self._refer(target), *map(self._encode, rest)])
         return self._value(self.reply())
 
@@ -784,13 +784,13 @@ def supervise(slots: list[Slot], found: dict[str, Any]) -> None:
                 _write({"type": "verdict", "id": sample["id"], **verdict})
         now = time.monotonic()
         for worker in list(workers):
-            sample = worker.sample
-            if sample is None or worker.deadline > now:
+            stuck = worker.sample
+            if stuck is None or worker.deadline > now:
                 continue
             replace(worker)
             detail = "wall time over: the judge was still busy with what the program returned"
-            verdict = {"status": "timeout", "limit": "wall", "seconds": sample["limits"]["wall_s"], "detail": detail}
-            _write({"type": "verdict", "id": sample["id"], **verdict})
+            verdict = {"status": "timeout", "limit": "wall", "seconds": stuck["limits"]["wall_s"], "detail": detail}
+            _write({"type": "verdict", "id": stuck["id"], **verdict})
     for worker in workers:
         worker.end()
 

@@ -10,6 +10,7 @@ import datetime
 import decimal
 import fractions
 import json
+import operator
 import re
 import socket
 import struct
@@ -25,9 +26,9 @@ BIG_INT = 1 << 256  # larger integers cross in hexadecimal: decimal conversion i
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 # Callables that both ends have: they cross by name, so that a test can pass max or str as an argument.
 SHARED_CALLABLES = frozenset(
-    "abs all any ascii bin bool bytearray bytes callable chr complex dict divmod enumerate filter float format frozenset "
-    "hash hex int isinstance issubclass iter len list map max min next object oct ord pow print range repr reversed round "
-    "set slice sorted str sum tuple type zip".split()
+    "abs all any ascii bin bool bytearray bytes callable chr complex dict divmod enumerate filter float format "
+    "frozenset hash hex int isinstance issubclass iter len list map max min next object oct ord pow print range repr "
+    "reversed round set slice sorted str sum tuple type zip".split()
 )
 # Exception classes that a test may catch: they cross by name, a class of the program's own as its nearest one here.
 EXCEPTIONS: dict[str, type[BaseException]] = {
@@ -35,6 +36,9 @@ EXCEPTIONS: dict[str, type[BaseException]] = {
     for name, value in vars(__import__("builtins")).items()
     if isinstance(value, type) and issubclass(value, Exception)
 }
+
+
+SHARED = SHARED_CALLABLES | EXCEPTIONS.keys()
 
 
 class ProtocolError(Exception):
@@ -159,10 +163,7 @@ class Encoder:
             return encode(self, value, depth)
         if isinstance(value, tuple) and hasattr(kind, "_fields"):
             return self._named_tuple(value, kind, depth)
-        if isinstance(value, type) and kind is type and value.__module__ == "builtins":
-            if value.__name__ in SHARED_CALLABLES or value.__name__ in EXCEPTIONS:
-                return {"n": value.__name__}
-        if kind is types.BuiltinFunctionType and value.__module__ == "builtins" and value.__name__ in SHARED_CALLABLES:
+        if kind in (type, types.BuiltinFunctionType) and value.__module__ == "builtins" and value.__name__ in SHARED:
             return {"n": value.__name__}
         base = plain_base(kind)
         if base is not None:
@@ -252,7 +253,7 @@ def _named_type(name: str, fields: tuple[str, ...]) -> Any:
         members: dict[str, Any] = {"__slots__": (), "_fields": fields, "__new__": lambda cls, *v: tuple.__new__(cls, v)}
         for place, field in enumerate(fields):
             if not field.startswith("_"):
-                members[field] = property(lambda self, place=place: self[place])
+                members[field] = property(operator.itemgetter(place))
         members["__repr__"] = lambda self: (
             f"{name}({', '.join(f'{f}={v!r}' for f, v in zip(fields, self, strict=True))})"
         )
@@ -264,7 +265,7 @@ def _named_type(name: str, fields: tuple[str, ...]) -> Any:
 def _shared(name: str) -> Any:
     import builtins
 
-    if name in EXCEPTIONS or name in SHARED_CALLABLES:
+    if name in SHARED:
         return getattr(builtins, name)
     raise ValueError("not a shared name")
 

@@ -14,7 +14,7 @@ HOST_ONLY = {"container.py", "source.py"}  # the host's end: an edit of it must 
 def files() -> dict[str, bytes]:
     """The build context: path in the clone -> content, sorted by path."""
     sources = [path for path in (ROOT / "fractal/sandbox").glob("*.py") if path.name not in HOST_ONLY]
-    names = [DOCKERFILE, *(path.relative_to(ROOT).as_posix() for path in sources)]
+    names = [DOCKERFILE, "fractal/__init__.py", *(path.relative_to(ROOT).as_posix() for path in sources)]
     return {name: (ROOT / name).read_bytes() for name in sorted(names)}
 
 

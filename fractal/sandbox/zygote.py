@@ -54,7 +54,8 @@ DETAIL = 500  # characters kept of an exception's message
 NEVER: dict[str, dict[str, int]] = {
     "x86_64": dict(
         socket=41, connect=42, accept=43, sendto=44, sendmsg=46, bind=49, listen=50, socketpair=53, fork=57, vfork=58,
-        execve=59, ptrace=101, mount=165, umount2=166, pivot_root=155, chroot=161, swapon=167, reboot=169, sethostname=170,
+        execve=59, ptrace=101, mount=165, umount2=166, pivot_root=155, chroot=161, swapon=167, reboot=169,
+        sethostname=170,
         init_module=175, delete_module=176, add_key=248, request_key=249, keyctl=250, unshare=272, setns=308,
         perf_event_open=298, accept4=288, name_to_handle_at=303, open_by_handle_at=304, process_vm_readv=310,
         process_vm_writev=311, kcmp=312, finit_module=313, memfd_create=319, kexec_file_load=320, bpf=321, execveat=322,
@@ -174,9 +175,9 @@ def _become(limits: dict[str, Any], fds: list[int], uid: int, scratch: str, libc
         os.dup2(number + 100, number, inheritable=False)
     os.closerange(4, 1024)
     cpu_s = int(limits["cpu_s"]) + 1
-    memory = limits["memory_mib"] << 20
+    memory, largest = limits["memory_mib"] << 20, limits["file_mib"] << 20
     for name, soft, hard in (
-        ("AS", memory, memory), ("CPU", cpu_s, cpu_s + 1), ("FSIZE", limits["file_mib"] << 20, limits["file_mib"] << 20),
+        ("AS", memory, memory), ("CPU", cpu_s, cpu_s + 1), ("FSIZE", largest, largest),
         ("NOFILE", 64, 64), ("NPROC", THREADS, THREADS), ("CORE", 0, 0), ("MEMLOCK", 0, 0), ("MSGQUEUE", 0, 0),
         ("STACK", 8 << 20, 64 << 20),
     ):  # fmt: skip

