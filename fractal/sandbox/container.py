@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -173,7 +174,7 @@ class Sandbox:
         self._cache = cache
         self._line: _Line | None = None
         self._next_id = 0
-        self._reference_cpu: dict[int, float] = {}
+        self._reference_cpu: dict[str, float] = {}  # by problem_key
 
     def check(self) -> None:
         """Whether the engine answers and has the image; starts nothing. Raises SandboxError."""
@@ -270,7 +271,7 @@ class Sandbox:
         """Hand a job to the container; False if it is gone (the loss is noticed when its silence is read)."""
         line = self._line
         assert line is not None
-        key = str(job.problem.task_id)
+        key = problem_key(job.problem)
         data = b""
         if key not in line.known:
             data = pack({"type": "problem", "key": key, "problem": problem_frame(job.problem)})
@@ -287,7 +288,7 @@ class Sandbox:
         return Job(self._next_id, problem, code, limits or self._limits_for(problem))
 
     def _limits_for(self, problem: Problem) -> Limits:
-        cpu_s = REFERENCE_FACTOR * self._reference_cpu.get(problem.task_id, 0.0)
+        cpu_s = REFERENCE_FACTOR * self._reference_cpu.get(problem_key(problem), 0.0)
         if cpu_s <= self.limits.cpu_s:
             return self.limits
         return replace(self.limits, cpu_s=cpu_s, wall_s=max(self.limits.wall_s, 2 * cpu_s))
@@ -391,17 +392,17 @@ class Sandbox:
     def _doubtful(self, job: Job, verdict: dict[str, Any]) -> bool:
         """Whether a verdict is a timeout to be confirmed: by wall time, or with the reference's own time not known."""
         return verdict["status"] == "timeout" and (
-            verdict.get("limit") == "wall" or job.problem.task_id not in self._reference_cpu
+            verdict.get("limit") == "wall" or problem_key(job.problem) not in self._reference_cpu
         )
 
     def _decide_alone(self, job: Job, verdict: dict[str, Any]) -> dict[str, Any]:
         """A timeout looked at again: with the limit that the reference's own time allows, and nothing beside it."""
-        problem = job.problem
-        if problem.task_id not in self._reference_cpu:
+        problem, key = job.problem, problem_key(job.problem)
+        if key not in self._reference_cpu:
             wide = replace(self.limits, cpu_s=REFERENCE_CPU_S, wall_s=2 * REFERENCE_CPU_S)
             of_reference = self._alone(self._job(problem, problem.reference, wide))
             passed = of_reference["status"] == "passed"
-            self._reference_cpu[problem.task_id] = of_reference["cpu_seconds"] if passed else 0.0
+            self._reference_cpu[key] = of_reference["cpu_seconds"] if passed else 0.0
         if verdict.get("limit") == "wall" or self._limits_for(problem).cpu_s > job.limits.cpu_s:
             return self._alone(self._job(problem, job.code))
         return verdict
@@ -409,7 +410,17 @@ class Sandbox:
 
 def program_key(job: Job) -> str:
     """Identical programs against identical tests run once; line ends and trailing space do not count."""
-    return f"{job.problem.task_id}:{hashlib.sha256(job.code.rstrip().encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return f"{problem_key(job.problem)}:{hashlib.sha256(job.code.rstrip().encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+@lru_cache(maxsize=4096)
+def _key(*parts: str | tuple[str, ...]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def problem_key(problem: Problem) -> str:
+    """A problem by what the judge uses of it: the same task_id may mean another problem in the next call."""
+    return _key(problem.reference, problem.setup, tuple(problem.tests), problem.entry_point)
 
 
 def problem_frame(problem: Problem) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""What several test files share: the markers' conditions, one sandbox for the session, the small model."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fractal import engine
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"  # real data beside the checkout, where there is some
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine lacks."""
+    no_docker = engine.problem()
+    no_gpu = None if shutil.which("nvidia-smi") else "no NVIDIA GPU"
+    for item in items:
+        if item.get_closest_marker("docker") and no_docker:
+            item.add_marker(pytest.mark.skip(reason=no_docker))
+        if item.get_closest_marker("gpu") and no_gpu:
+            item.add_marker(pytest.mark.skip(reason=no_gpu))
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The sandbox image of this code, built if it is not there."""
+    import docker
+
+    from fractal.images.build import ensure_sandbox_image
+
+    client = docker.from_env()
+    try:
+        return ensure_sandbox_image(client, print).name
+    finally:
+        client.close()
+
+
+@pytest.fixture(scope="session")
+def sandbox(image: str) -> Iterator["object"]:
+    from fractal.sandbox.container import Limits, Sandbox
+
+    with Sandbox(limits=Limits(cpu_s=1.0, wall_s=3.0), image=image) as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """The embedded model's folder."""
+    from fractal import models
+
+    return models.resolve(models.EMBEDDED).path
