@@ -215,6 +215,9 @@ class HeadFit:
         self.mean, self.scale = x.mean(axis=0), x.std(axis=0) + 1e-4
         self._x = torch.tensor((x - self.mean) / self.scale, dtype=torch.float64)
         self._y = torch.tensor(passed, dtype=torch.float64)
+        # The loss weighs both classes the same; the head's logits are to mean the share that really passes. King and
+        # Zeng 2001, "Logistic regression in rare events data", section 4.1 (prior correction). Rankings do not change.
+        self._prior = float(np.log(passed.mean() / (1 - passed.mean())))
         self._pairs = torch.tensor(problem_pairs(passed, groups))
         self._w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
         self._b = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -238,7 +241,7 @@ class HeadFit:
 
     def head(self, temperature: float = 1.0) -> Head:
         weight = self._w.detach().numpy().astype(np.float32)
-        return Head(self.layer, self.ridge, weight, float(self._b), self.mean, self.scale, temperature)
+        return Head(self.layer, self.ridge, weight, float(self._b.detach()) + self._prior, self.mean, self.scale, temperature)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""Drawing samples: seeds, settings, resumption; and the real small model in both engines."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fractal import generate, models, prompts
+from fractal.generate import Completion, Request, Sampling, sample_seed
+from fractal.problems import ProblemSet, load
+from fractal.records import InputError, Sample, read_jsonl
+from fractal.run import RunDir
+
+ids = st.integers(0, 10**6)
+
+
+@given(ids, ids, ids)
+def test_a_seed_depends_on_run_problem_and_sample_only(run: int, task_id: int, sample_id: int) -> None:
+    seed = sample_seed(run, task_id, sample_id)
+    assert 0 <= seed < 1 << 31
+    assert seed == sample_seed(run, task_id, sample_id)
+    assert seed != sample_seed(run, task_id, sample_id + 1)
+    assert seed != sample_seed(run + 1, task_id, sample_id)
+
+
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0}, {"seed": -1}, {"seed": 1 << 31}])  # fmt: skip
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="--" + next(iter(wrong)).replace("_", "-")):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_auto_stays_with_what_the_run_began_with() -> None:
+    assert generate.choose_backend("auto", "transformers") == "transformers"
+    assert generate.choose_backend("auto", None) in ("vllm", "transformers")
+    with pytest.raises(InputError):
+        generate.choose_backend("llama", None)
+
+
+class Counting:
+    """An engine that answers at once and notes what it was asked."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.asked: list[Request] = []
+        self._stop_after = stop_after
+
+    def generate(self, requests: list[Request]) -> Iterator[list[Completion]]:
+        for number, request in enumerate(requests):
+            if number == self._stop_after:
+                raise KeyboardInterrupt
+            self.asked.append(request)
+            yield [Completion(request, f"def f():\n    return {request.seed}\n", True, 5, -1.5)]
+
+
+@pytest.fixture
+def starter() -> ProblemSet:
+    found = load("starter", "test", 5)
+    return found
+
+
+@pytest.mark.model
+def test_an_interrupted_run_goes_on_without_repeating(
+    tmp_path: Path, starter: ProblemSet, monkeypatch: pytest.MonkeyPatch, small_model: Path
+) -> None:
+    first, second = Counting(stop_after=7), Counting()
+    engines = iter([first, second])
+    monkeypatch.setattr(generate, "_engine", lambda *_: next(engines))
+    for expected in (KeyboardInterrupt, None):
+        with RunDir(tmp_path / "run", create=True) as folder:
+            if expected:
+                with pytest.raises(expected):
+                    generate.run(folder, starter, models.EMBEDDED, Sampling(n=3))
+            else:
+                generate.run(folder, starter, models.EMBEDDED, Sampling(n=3))
+    samples = read_jsonl(tmp_path / "run/samples.jsonl", Sample)
+    assert sorted((s.task_id, s.sample_id) for s in samples) == [(p.task_id, i) for p in starter.problems for i in range(3)]
+    assert len(first.asked) + len(second.asked) == 15
+    assert all(s.seed == sample_seed(0, s.task_id, s.sample_id) for s in samples)
+
+
+@pytest.mark.model
+def test_a_prompt_too_long_for_the_context_is_skipped_and_counted(
+    tmp_path: Path, starter: ProblemSet, monkeypatch: pytest.MonkeyPatch, small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Counting()
+    monkeypatch.setattr(generate, "_engine", lambda *_: engine)
+    long = [p for p in starter.problems]
+    import dataclasses
+
+    long[2] = dataclasses.replace(long[2], prompt="word " * 9000)
+    with RunDir(tmp_path / "run", create=True) as folder:
+        generate.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2))
+        assert list(folder.manifest["stages"]["generate"]["skipped"]) == [str(long[2].task_id)]
+    assert "1 problems skipped" in capsys.readouterr().err
+    assert {r.task_id for r in engine.asked} == {p.task_id for p in long} - {long[2].task_id}
+    with RunDir(tmp_path / "run", create=True) as folder:
+        generate.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2))
+    assert len(engine.asked) == 8
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_the_real_model_writes_programs(tmp_path: Path, backend: str, small_model: Path) -> None:
+    """Both engines, the real weights: code that stops at the fence, log-probabilities below 0, the same twice."""
+    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    import subprocess
+    import sys
+
+    for name in ("a", "b"):
+        command = [sys.executable, "-m", "fractal", "generate", "--run", str(tmp_path / name), "--problems", "starter"]
+        command += ["--split", "test", "--limit", "2", "--n", "2", "--max-tokens", "60", "--backend", backend]
+        subprocess.run(command, check=True, timeout=300)
+    samples = read_jsonl(tmp_path / "a/samples.jsonl", Sample)
+    assert len(samples) == 4
+    for sample in samples:
+        assert sample.completion.startswith(prompts.OPENING)
+        assert "```" not in sample.code
+        assert 0 < sample.tokens <= 60
+        assert sample.sum_logprob is not None
+        assert sample.sum_logprob < 0
+        assert (sample.finish_reason == "length") == (sample.tokens == 60 and not sample.completion.endswith(prompts.STOP))
+    assert any("def " in sample.code for sample in samples)
+    again = {(s.task_id, s.sample_id): s.code for s in read_jsonl(tmp_path / "b/samples.jsonl", Sample)}
+    assert again == {(s.task_id, s.sample_id): s.code for s in samples}
+
+
+@pytest.mark.model
+def test_both_engines_agree_on_log_probabilities(tmp_path: Path, small_model: Path) -> None:
+    """Greedy decoding in float32: the same program and the same sum from vLLM and from transformers."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    import subprocess
+    import sys
+
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom fractal.generate import Request, Sampling, _engine\n"
+        "from transformers import AutoTokenizer\nfrom fractal import prompts\nfrom fractal.problems import load\n"
+        "path = Path(sys.argv[1])\ntokenizer = AutoTokenizer.from_pretrained(path)\n"
+        "problem = load('starter', 'train', 1).problems[0]\n"
+        "text = prompts.render(problem, tokenizer.apply_chat_template)\n"
+        "ids = tokenizer(text, add_special_tokens=False)['input_ids']\n"
+        "for backend in ('vllm', 'transformers'):\n"
+        "    engine = _engine(backend, path, Sampling(n=1, temperature=0, max_tokens=40), 'float32', len(ids))\n"
+        "    (batch,) = engine.generate([Request(problem.task_id, 0, ids, 1)])\n"
+        "    print('RESULT', batch[0].tokens, batch[0].sum_logprob, repr(batch[0].text))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(small_model)], capture_output=True, text=True, timeout=300)
+    found = [line.split(maxsplit=3)[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(found) == 2, done.stderr[-2000:]
+    assert found[0][2] == found[1][2]
+    assert float(found[0][1]) == pytest.approx(float(found[1][1]), abs=0.05)
