@@ -99,7 +99,10 @@ def advice(state: State, host: str, machine: Machine) -> str:
     if machine.platform != "linux":
         return "No Docker engine answers. Start Docker Desktop or colima (install it first if it is not there)."
     if state == "stopped":
-        return f"Docker is installed, but no engine is running. Run: {sudo}systemctl start docker"
+        return (
+            f"Docker is installed, but no engine is running. Run: {sudo}systemctl start docker; "
+            f"where there is no systemd: {sudo}service docker start"
+        )
     group = "" if machine.root else f", then: sudo usermod -aG docker {machine.user}; then log in again"
     return f"Docker is not installed. On Debian or Ubuntu run: {sudo}apt-get install docker.io{group}."
 
@@ -207,10 +210,10 @@ def wait(daemon: subprocess.Popen[bytes] | None) -> None:
     try:
         while probe(SOCKET) != "answers":
             if daemon and daemon.poll() is not None:
-                raise EngineError(f"dockerd ended with code {daemon.returncode}: {last_words()} Log: {DAEMON_LOG}")
+                raise EngineError(f"dockerd ended with code {daemon.returncode}: {last_words()} (log: {DAEMON_LOG})")
             if time.monotonic() > deadline:
                 raise EngineError(
-                    f"dockerd does not answer after {START_TIMEOUT_S:.0f} s: {last_words()} Log: {DAEMON_LOG}"
+                    f"dockerd does not answer after {START_TIMEOUT_S:.0f} s: {last_words()} (log: {DAEMON_LOG})"
                 )
             time.sleep(0.1)
     except BaseException:

@@ -103,10 +103,12 @@ class Progress:
 
 
 def last_error(output: list[str]) -> str:
-    """The line of pip's or uv's output that says why it failed."""
-    errors = [line for line in output if re.match(r"ERROR: |error: |\s*Caused by: ", line)]
-    lines = errors or [line for line in output if line.strip()] or ["no output"]
-    return re.sub(r"^(ERROR|error): ", "", lines[-1].strip())[:400]
+    """Why pip or uv failed: its last line that says error, with the causes that uv lists below it."""
+    lines = [line.strip() for line in output if line.strip()] or ["no output"]
+    starts = [i for i, line in enumerate(lines) if re.match("(ERROR|error): ", line)] or [len(lines) - 1]
+    causes = [line for line in lines[starts[-1] + 1 :] if re.match("(cause|Caused by): ", line)]
+    text = "; ".join([re.sub("^(ERROR|error): ", "", lines[starts[-1]]), *causes])
+    return text[:400].rstrip(".")
 
 
 def gpu_packages(names: list[str]) -> list[str]:
@@ -182,9 +184,7 @@ def key_for(accelerator: str) -> str:
     """The state that .venv has to be in."""
     files = [(ROOT / name).read_bytes() for name in (f"docker/{accelerator}.lock", "pyproject.toml")]
     version = ".".join(map(str, sys.version_info[:3]))
-    return stamp_key(
-        files, accelerator, version, sys.platform, str(ROOT), torch_requirement(accelerator, sys.platform), UV
-    )
+    return stamp_key(files, accelerator, version, sys.platform, str(ROOT), torch_requirement(accelerator, sys.platform))
 
 
 def venv_whole() -> bool:
@@ -331,12 +331,12 @@ class Packages:
         try:
             return action()
         except SetupError as error:
-            self.terminal.say(f"{step}: {error} Trying once more.")
+            self.terminal.say(f"{step}: {error}. Trying once more.")
         try:
             action()
         except SetupError as error:
             raise SetupError(
-                f"{step} failed: {error} Check the network and run the command again; log: {LOG}"
+                f"{step} failed: {error}. Check the network and run the command again; log: {LOG}"
             ) from None
 
     def torch(self, accelerator: str) -> None:

@@ -111,7 +111,8 @@ def test_the_mirror_is_the_one_named_or_the_hosts_or_the_default(tmp_path: Path)
     (tmp_path / "apt/sources.list.d/ubuntu.sources").write_text(DEB822.replace("bookworm", "noble"))
     assert debian.mirror_arguments({}, tmp_path) == []  # another system's packages are of no use
     (tmp_path / "apt/sources.list").write_text(ONE_LINE)
-    assert len(debian.mirror_arguments({}, tmp_path)) == 1
+    (tmp_path / "apt/sources.list.d/more.list").write_text("deb http://mirror.example/debian/ bookworm main\n")
+    assert debian.mirror_arguments({}, tmp_path) == debian.sources(ONE_LINE)  # once, with its options
     assert debian.mirror_arguments({"FRACTAL_DEBIAN_MIRROR": "http://m.example/debian"}, tmp_path) == [
         "http://m.example/debian"
     ]

@@ -73,6 +73,8 @@ def test_progress_names_the_package(line: str, name: str) -> None:
 def test_the_error_is_the_line_that_says_why() -> None:
     output = ["Collecting torch==9\n", "ERROR: No matching distribution found for torch==9\n", "\n"]
     assert setup.last_error(output) == "No matching distribution found for torch==9"
+    output = ["error: Request failed\n", "  cause: error sending request\n", "  cause: dns error\n"]  # uv 0.13.9
+    assert setup.last_error(output) == "Request failed; cause: error sending request; cause: dns error"
     assert setup.last_error(["uv was killed\n"]) == "uv was killed"
     assert setup.last_error([]) == "no output"
 

@@ -73,8 +73,12 @@ def mirror_arguments(environ: Mapping[str, str], etc: Path = Path("/etc")) -> li
     texts = [
         file.read_text(errors="replace") for file in files if file.suffix in (".list", ".sources") and file.is_file()
     ]
-    lines = [line for text in texts for line in sources(text)]
-    return lines if any(f" {SUITE} main" in line for line in lines) else []
+    entries: dict[str, str] = {}  # apt refuses an entry that stands twice with different options
+    for line in (line for text in texts for line in sources(text)):
+        place = re.sub(r"^deb (\[.*\] )?", "", line).replace("/ ", " ")
+        if place not in entries or "[" in line:
+            entries[place] = line
+    return list(entries.values()) if any(f" {SUITE} main" in line for line in entries) else []
 
 
 def network_options() -> list[str]:
