@@ -26,6 +26,7 @@ app = typer.Typer(
     "A run is a folder; every stage reads files there and appends files there, and goes on where it stopped.",
     epilog="Start with: fractal run --run runs/demo --problems starter",
 )
+INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 DEFAULTS = {"n": 8, "temperature": 0.8, "top_p": 1.0, "max_tokens": 320, "seed": 0}
 
 Run = Annotated[Path, typer.Option("--run", help="The run folder, made if it is not there.", show_default=False)]
@@ -304,10 +305,12 @@ def main() -> NoReturn:
     code = 1
     try:
         code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:  # Typer turns a KeyboardInterrupt into this number
+            raise KeyboardInterrupt
     except typer.Exit as error:
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail(130, "interrupted. What was finished is kept; the same command goes on from there.")
+        code = _fail(INTERRUPTED, "interrupted. What was finished is kept; the same command goes on from there.")
     except InputError as error:
         code = _fail(2, str(error))
     except OutsideError as error:
@@ -322,11 +325,9 @@ def main() -> NoReturn:
 def _unexpected(error: Exception) -> int:
     import errno
 
-    import click
-
-    if isinstance(error, click.ClickException):
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error; Typer does not export their base class
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     if type(error).__name__ == "TrainError":
         return _fail(1, str(error))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -241,7 +241,9 @@ class HeadFit:
 
     def head(self, temperature: float = 1.0) -> Head:
         weight = self._w.detach().numpy().astype(np.float32)
-        return Head(self.layer, self.ridge, weight, float(self._b.detach()) + self._prior, self.mean, self.scale, temperature)
+        return Head(
+            self.layer, self.ridge, weight, float(self._b.detach()) + self._prior, self.mean, self.scale, temperature
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fractal.prompts import tree
 from fractal.records import (
     SPLITS,
     InputError,
@@ -176,13 +177,13 @@ def entry_point(reference: str, tests: list[str]) -> str:
     Raises ValueError if there is none, or if a program does not parse.
     """
     try:
-        tree = ast.parse(reference)
-        trees = [ast.parse(test) for test in tests]
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        program = tree(reference)
+        trees = [tree(test) for test in tests]
+    except ValueError as error:
         raise ValueError(f"the reference or a test is not Python: {error}") from error
-    functions = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
-    others = {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
-    for node in tree.body:
+    functions = {n.name for n in program.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+    others = {n.name for n in program.body if isinstance(n, ast.ClassDef)}
+    for node in program.body:
         if isinstance(node, ast.Assign):
             others |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     used = Counter(n.id for t in trees for n in ast.walk(t) if isinstance(n, ast.Name))

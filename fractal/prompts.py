@@ -7,6 +7,7 @@ sampling can stop at the closing fence.
 
 import ast
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,17 @@ def _longest_program(text: str) -> str:
 
 def parses(text: str) -> bool:
     try:
-        ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree(text)
+    except ValueError:
         return False
     return True
+
+
+def tree(text: str) -> ast.Module:
+    """The syntax tree of foreign Python, without the compiler's warnings about it. Raises ValueError if it is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(text)
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(str(error)) from error

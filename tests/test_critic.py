@@ -29,7 +29,11 @@ def test_no_problem_has_more_pairs_than_allowed() -> None:
 
 def test_the_loss_is_the_formula() -> None:
     logits, passed = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 0.0])
-    entropy = [0.5 / (1 / 3) * np.log1p(np.exp(-2)), 0.5 / (2 / 3) * np.log1p(np.exp(-1)), 0.5 / (2 / 3) * np.log1p(np.exp(0.5))]
+    entropy = [
+        0.5 / (1 / 3) * np.log1p(np.exp(-2)),
+        0.5 / (2 / 3) * np.log1p(np.exp(-1)),
+        0.5 / (2 / 3) * np.log1p(np.exp(0.5)),
+    ]
     pairwise = np.mean([np.log1p(np.exp(-1 - 2)), np.log1p(np.exp(0.5 - 2))])
     found = critic.loss(logits, passed, torch.tensor([[0, 1], [0, 2]]))
     assert float(found) == pytest.approx(np.mean(entropy) + pairwise, rel=1e-6)

@@ -75,14 +75,20 @@ def test_an_interrupted_run_goes_on_without_repeating(
             else:
                 generate.run(folder, starter, models.EMBEDDED, Sampling(n=3))
     samples = read_jsonl(tmp_path / "run/samples.jsonl", Sample)
-    assert sorted((s.task_id, s.sample_id) for s in samples) == [(p.task_id, i) for p in starter.problems for i in range(3)]
+    assert sorted((s.task_id, s.sample_id) for s in samples) == [
+        (p.task_id, i) for p in starter.problems for i in range(3)
+    ]
     assert len(first.asked) + len(second.asked) == 15
     assert all(s.seed == sample_seed(0, s.task_id, s.sample_id) for s in samples)
 
 
 @pytest.mark.model
 def test_a_prompt_too_long_for_the_context_is_skipped_and_counted(
-    tmp_path: Path, starter: ProblemSet, monkeypatch: pytest.MonkeyPatch, small_model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    starter: ProblemSet,
+    monkeypatch: pytest.MonkeyPatch,
+    small_model: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     engine = Counting()
     monkeypatch.setattr(generate, "_engine", lambda *_: engine)
@@ -121,7 +127,9 @@ def test_the_real_model_writes_programs(tmp_path: Path, backend: str, small_mode
         assert 0 < sample.tokens <= 60
         assert sample.sum_logprob is not None
         assert sample.sum_logprob < 0
-        assert (sample.finish_reason == "length") == (sample.tokens == 60 and not sample.completion.endswith(prompts.STOP))
+        assert (sample.finish_reason == "length") == (
+            sample.tokens == 60 and not sample.completion.endswith(prompts.STOP)
+        )
     assert any("def " in sample.code for sample in samples)
     again = {(s.task_id, s.sample_id): s.code for s in read_jsonl(tmp_path / "b/samples.jsonl", Sample)}
     assert again == {(s.task_id, s.sample_id): s.code for s in samples}

@@ -35,7 +35,9 @@ def test_a_module_that_the_reference_imports_is_the_judges_own() -> None:
 
 
 def test_names_from_an_import_are_the_judges_own() -> None:
-    found = prepare(problem("from math import pi, sqrt as root\ndef f(x): return x", "assert f(4) == root(16) < pi + 1"))
+    found = prepare(
+        problem("from math import pi, sqrt as root\ndef f(x): return x", "assert f(4) == root(16) < pi + 1")
+    )
     assert found.own == {"pi": math.pi, "root": math.sqrt}
 
 
@@ -87,5 +89,7 @@ def test_system_call_numbers_agree_with_the_kernels_headers() -> None:
         pytest.skip("no kernel headers")
     known = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+) (\d+)", done.stdout)}
     table = zygote.NEVER[platform.machine()] | {"clone": zygote.CLONE[platform.machine()], "clone3": zygote.CLONE3}
-    assert {name: number for name, number in table.items() if name in known} == {n: known[n] for n in table if n in known}
+    assert {name: number for name, number in table.items() if name in known} == {
+        n: known[n] for n in table if n in known
+    }
     assert len(table.keys() & known.keys()) > 40

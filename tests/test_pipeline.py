@@ -110,7 +110,9 @@ def test_summary_and_page_hold_the_results(finished: Path) -> None:
 
 
 def test_a_second_run_repeats_nothing(finished: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in ("manifest.json", ".lock")}
+    before = {
+        p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in ("manifest.json", ".lock")
+    }
     done = subprocess.run(command(finished), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert done.stdout.count("nothing to do") >= 5

@@ -328,7 +328,9 @@ def test_an_unknown_image_says_how_to_build_it() -> None:
 
 
 @pytest.mark.parametrize("dropped", [{"network_mode": "bridge"}, {"read_only": False}, {"cap_add": ["SETUID", "SETGID", "KILL", "SYS_CHROOT"]}, {"security_opt": ["seccomp=unconfined"]}])  # fmt: skip
-def test_a_dropped_protection_is_found_out(image: str, dropped: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_protection_is_found_out(
+    image: str, dropped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fractal.sandbox import container
 
     full = container.hardening
@@ -370,9 +372,10 @@ def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
     if not path.exists():
         pytest.skip("no real generations beside the checkout")
     problems = {p.task_id: p for p in read(SHARED / "mbpp" / "sanitized-mbpp.json")}
-    rows = [json.loads(line) for line in gzip.open(path)][:: 6]
+    rows = [json.loads(line) for line in gzip.open(path)][::6]
     samples = [
-        sample(extract_code(r["completion"], problems[r["task_id"]].entry_point), r["sample_id"], r["task_id"]) for r in rows
+        sample(extract_code(r["completion"], problems[r["task_id"]].entry_point), r["sample_id"], r["task_id"])
+        for r in rows
     ]
     with Sandbox(image=image) as sandbox:
         labels = list(sandbox.verify(samples, problems))

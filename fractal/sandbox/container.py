@@ -410,7 +410,9 @@ class Sandbox:
 
 def program_key(job: Job) -> str:
     """Identical programs against identical tests run once; line ends and trailing space do not count."""
-    return f"{problem_key(job.problem)}:{hashlib.sha256(job.code.rstrip().encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return (
+        f"{problem_key(job.problem)}:{hashlib.sha256(job.code.rstrip().encode('utf-8', 'surrogatepass')).hexdigest()}"
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,41 @@
+"""Who may import what: the laptop needs no torch, the sandbox image nothing but the standard library."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+HEAVY = {"torch", "vllm", "transformers", "matplotlib", "sklearn", "scipy", "datasets"}
+
+
+@pytest.mark.parametrize("module", ["fractal.__main__", "fractal.verify", "fractal.run", "fractal.generate", "fractal.train", "fractal.score", "fractal.doctor"])  # fmt: skip
+def test_a_stage_with_nothing_to_do_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_runs_in_the_sandbox_imports_the_standard_library_and_its_own_folder() -> None:
+    from fractal.sandbox import source
+
+    for name in source.files():
+        if not name.endswith(".py"):
+            continue
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for module in found:
+                assert module.startswith("fractal.sandbox") or module.split(".")[0] in sys.stdlib_module_names, (
+                    name,
+                    module,
+                )
+
+
+def test_the_folder_docker_hides_no_package() -> None:
+    assert not (ROOT / "docker/__init__.py").exists()
+    import docker
+
+    assert docker.from_env is not None

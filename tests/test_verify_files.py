@@ -1,0 +1,83 @@
+"""Sample files of other tools, and what is still to be labelled."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fractal.records import InputError, Label, Problem, RecordError, Sample, encode, read_jsonl, write_jsonl
+from fractal.verify import missing, read_samples
+
+PROBLEMS = {i: Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in (11, 12)}
+CODE = "def f(x):\n    return x\n"
+
+
+def written(path: Path, *rows: Any, pack: bool = False) -> Path:
+    data = b"\n".join(json.dumps(row).encode() for row in rows)
+    path.write_bytes(gzip.compress(data) if pack else data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"task_id": "Mbpp/11", "solution": CODE}, {"task_id": "Mbpp/12", "solution": CODE}, {"task_id": "Mbpp/11", "solution": CODE}],
+        [{"task_id": t, "completion": f"Sure:\n```python\n{CODE}```\nDone."} for t in ("11", 12, "HumanEval/11")],
+        [{"task_id": t, "sample_id": i, "completion": CODE, "tokens": 5, "sum_logprob": -1.5} for t, i in ((11, 0), (12, 0), (11, 1))],
+    ],
+    ids=["EvalPlus", "HumanEval", "generations"],
+)  # fmt: skip
+@pytest.mark.parametrize("pack", [False, True])
+def test_foreign_samples_are_numbered_and_their_program_found(tmp_path: Path, rows: list[Any], pack: bool) -> None:
+    found = read_samples(written(tmp_path / "s", *rows, pack=pack), PROBLEMS)
+    assert [(s.task_id, s.sample_id) for s in found] == [(11, 0), (12, 0), (11, 1)]
+    assert {s.code for s in found} == {CODE}
+
+
+def test_our_own_samples_come_back(tmp_path: Path) -> None:
+    own = Sample(11, 4, "c", CODE, "stop", 3, -1.0, 7, "m")
+    (tmp_path / "s").write_bytes(encode(own))
+    assert read_samples(tmp_path / "s", PROBLEMS) == [own]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"task_id": 99, "solution": ""}, "problem 99 is not among the problems"),
+        ({"task_id": "eleven", "solution": ""}, "field task_id: expected a number or a name like Mbpp/11"),
+        ({"solution": ""}, "field task_id"),
+        ({"task_id": 11}, "field solution or completion: expected a string, got NoneType"),
+        ({"task_id": 11, "completion": 5}, "field solution or completion: expected a string, got int"),
+        ({"task_id": 11, "solution": "", "sample_id": -1}, "field sample_id: expected an integer from 0"),
+        ({"task_id": 11, "solution": "", "sample_id": 0}, "task_id 11, sample_id 0 stands twice"),
+        ([1], "expected a JSON object, got list"),
+    ],
+)
+def test_a_bad_sample_is_named_with_file_and_line(tmp_path: Path, row: Any, complaint: str) -> None:
+    path = written(tmp_path / "samples.jsonl", {"task_id": 11, "sample_id": 0, "solution": CODE}, row)
+    with pytest.raises(RecordError, match=rf"samples\.jsonl: line 2: .*{complaint}"):
+        read_samples(path, PROBLEMS)
+
+
+def sample(sample_id: int) -> Sample:
+    return Sample(11, sample_id, "", CODE, "stop", 0, None, None, "m")
+
+
+def label(sample_id: int, status: str = "passed") -> Label:
+    return Label(11, sample_id, status, status == "passed", ["passed"], 0.1, 0.1, "", "x")  # type: ignore[arg-type]
+
+
+def test_labelled_samples_are_skipped_and_our_own_faults_redone(tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    write_jsonl(path, [label(0), label(1, "sandbox_error"), label(2, "failed")])
+    todo, done = missing([sample(i) for i in range(4)], path)
+    assert ([s.sample_id for s in todo], done) == ([1, 3], 2)
+    assert [v.sample_id for v in read_jsonl(path, Label)] == [0, 2]
+
+
+def test_labels_of_other_samples_are_not_mixed_in(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "labels.jsonl", [label(7)])
+    with pytest.raises(InputError, match="sample_id 7, which is not among the samples"):
+        missing([sample(0)], tmp_path / "labels.jsonl")
