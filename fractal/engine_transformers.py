@@ -25,7 +25,7 @@ class TransformersEngine:
         self._sampling = sampling
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(path)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         self._model.to(torch.device(self._device))
 
     def generate(self, requests: list[Request]) -> Iterator[list[Completion]]:

@@ -34,6 +34,13 @@ def test_what_runs_in_the_sandbox_imports_the_standard_library_and_its_own_folde
                 )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "--strict"]])
+def test_the_code_is_clean(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_folder_docker_hides_no_package() -> None:
     assert not (ROOT / "docker/__init__.py").exists()
     import docker

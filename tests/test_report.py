@@ -196,7 +196,7 @@ def test_the_same_records_give_the_same_bytes(whole, page):
 
 
 def test_the_table_says_the_same_on_the_terminal(whole):
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
     console.print(report.table(whole))
     text = console.export_text()
     for one in whole.strategies:
@@ -298,7 +298,7 @@ def test_a_run_that_has_only_started():
     assert "No strategy measured: no test problem has a usable sample." in text
     assert "nan" not in text.lower()
     assert "None" not in text
-    Console(file=open("/dev/null", "w")).print(report.table(found))  # noqa: SIM115
+    Console(file=open("/dev/null", "w")).print(report.table(found))
 
 
 def test_an_empty_problem_set_and_a_single_problem():

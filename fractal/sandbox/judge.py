@@ -120,7 +120,10 @@ class StandIn:
         return str(self._end.ask("repr", self))
 
     def __instancecheck__(self, instance: Any) -> bool:
-        return isinstance(instance, StandIn) and bool(self._end.ask("isinstance", instance, self) is True)
+        if not isinstance(instance, StandIn):
+            return False
+        answer: object = self._end.ask("isinstance", instance, self)
+        return answer is True
 
     def __eq__(self, other: object) -> bool:
         return self is other
