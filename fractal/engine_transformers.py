@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,9 +25,9 @@ class TransformersEngine:
     def __init__(self, path: Path, sampling: Sampling, dtype: str) -> None:
         self._sampling = sampling
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        self._model.to(torch.device(self._device))
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        self._model = model.to(self._device).eval()
 
     def generate(self, requests: list[Request]) -> Iterator[list[Completion]]:
         for _, group in groupby(requests, key=lambda r: (r.task_id, r.sample_id // BATCH)):

@@ -56,8 +56,7 @@ class Counting:
 
 @pytest.fixture
 def starter() -> ProblemSet:
-    found = load("starter", "test", 5)
-    return found
+    return load("starter", "test", 5)
 
 
 @pytest.mark.model

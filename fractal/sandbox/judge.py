@@ -111,7 +111,8 @@ class StandIn:
         return self._end.next(self)
 
     def __bool__(self) -> bool:
-        return self._truth
+        truth: bool = self._truth
+        return truth
 
     def __str__(self) -> str:
         return str(self._end.ask("str", self))
