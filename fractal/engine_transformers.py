@@ -50,7 +50,7 @@ class TransformersEngine:
             attention_mask=torch.ones_like(prompt).repeat(size, 1),
             do_sample=warm,
             max_new_tokens=self._sampling.max_tokens,
-            stop_strings=[prompts.STOP],
+            stop_strings=prompts.STOPS,
             tokenizer=self._tokenizer,
             pad_token_id=self._pad(),
             **options,
@@ -65,7 +65,7 @@ class TransformersEngine:
         def completion(request: Request) -> Completion:
             place = request.sample_id - start
             text, length = texts[place], lengths[place]
-            cut = text.find(prompts.STOP)
+            cut = min((at for stop in prompts.STOPS if (at := text.find(stop)) >= 0), default=-1)
             ended = bool(length) and int(new[place, length - 1]) in self._ends()
             return Completion(
                 request=replace(request, seed=seed),

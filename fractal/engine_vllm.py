@@ -63,7 +63,7 @@ class VllmEngine:
             top_p=self._sampling.top_p,
             max_tokens=self._sampling.max_tokens,
             seed=request.seed,
-            stop=[prompts.STOP],
+            stop=prompts.STOPS,
             logprobs=0,
         )
 

@@ -60,7 +60,7 @@ class Completion:
 
     request: Request
     text: str  # what the model added, without the stop text
-    stopped: bool  # it ended by itself: at the stop text or an end token
+    stopped: bool  # it ended by itself: at a stop text or an end token
     tokens: int
     sum_logprob: float
 
@@ -206,7 +206,7 @@ def _draw(
 
 
 def _sample(completion: Completion, problem: Problem, model: str) -> Sample:
-    reply = prompts.OPENING + completion.text + (prompts.STOP if completion.stopped else "")
+    reply = prompts.OPENING + completion.text + (prompts.FENCE_END if completion.stopped else "")
     return Sample(
         task_id=problem.task_id,
         sample_id=completion.request.sample_id,

@@ -64,7 +64,7 @@ class Sample:
 
     task_id: int
     sample_id: int  # 0..n-1 within the problem
-    completion: str  # the assistant's whole reply, a given opening included
+    completion: str  # the assistant's whole reply, with the fence that it was given and that ended it
     code: str  # the program found in it
     finish_reason: str  # "stop", or "length" when cut at max_tokens
     tokens: int  # sampled tokens

@@ -127,7 +127,7 @@ def test_the_real_model_writes_programs(tmp_path: Path, backend: str, small_mode
         assert sample.sum_logprob is not None
         assert sample.sum_logprob < 0
         assert (sample.finish_reason == "length") == (
-            sample.tokens == 60 and not sample.completion.endswith(prompts.STOP)
+            sample.tokens == 60 and not sample.completion.endswith(prompts.FENCE_END)
         )
     assert any("def " in sample.code for sample in samples)
     again = {(s.task_id, s.sample_id): s.code for s in read_jsonl(tmp_path / "b/samples.jsonl", Sample)}

@@ -36,6 +36,36 @@ def test_the_program_is_found(name: str) -> None:
     assert extract_code(REPLIES[name], "f").strip() == CODE.strip()
 
 
+HEAD = "import sys\n\nsys.setrecursionlimit(5000)\n\n\ndef f(x):\n    return g(x)\n\n\ndef g(x):\n    return x * 2\n"
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert f(1) == 3, 'no'\n",
+        "print(f(1))\nprint(\n    f(2)\n)\n",
+        'if __name__ == "__main__":\n    print(f(int(input())))\n',
+        "f(None)\n",
+        "assert f(1) == [\n    1,\n]\n",
+        "assert f(1) == (1",  # cut at max_tokens
+        "# Test cases\nassert f(1) == 'abc",
+    ],
+)
+def test_a_models_own_tests_are_left_out(tests: str) -> None:
+    found = extract_code(f"```python\n{HEAD}\n{tests}```", "f")
+    assert found.strip() == HEAD.strip()
+
+
+def test_a_check_function_may_stay_but_is_not_called() -> None:
+    code = "def f(x):\n    return x\ndef check():\n    assert f(1) == 2\n"
+    assert extract_code(code + "check()\n", "f") == code
+
+
+@pytest.mark.parametrize("code", ["print('a')\ndef f(x): return x\n", "def f(x): return x\nf.cache = {}\nf.cache.clear()\n", "x = 1; assert x\n", "def f(x):\n    return ("])  # fmt: skip
+def test_nothing_else_is_left_out(code: str) -> None:
+    assert extract_code(f"```python\n{code}\n```", "f").strip() == code.strip()
+
+
 def test_a_longer_fence_may_hold_a_shorter_one() -> None:
     code = 'def f(x):\n    """\n    ```\n    f(1)\n    ```\n    """\n    return x\n'
     assert extract_code(f"````python\n{code}````", "f") == code
