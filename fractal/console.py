@@ -61,18 +61,19 @@ def logged(path: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet(doing: str) -> Iterator[None]:
-    """Send what libraries write to standard output and error into the stage's log; a spinner stands in for it."""
-    if _log is None:
-        yield
-        return
+    """Send what libraries write to standard output and error into the stage's log; a spinner stands in for it.
+
+    Outside a stage there is no log, and it is lost.
+    """
+    sink = _log or open(os.devnull, "a")  # noqa: SIM115
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
     terminal = Console(file=os.fdopen(os.dup(2), "w"), force_terminal=sys.stderr.isatty())
     begin = time.monotonic()
     try:
-        os.dup2(_log.fileno(), 1)
-        os.dup2(_log.fileno(), 2)
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
         with terminal.status(doing):
             yield
     finally:
@@ -82,7 +83,9 @@ def quiet(doing: str) -> Iterator[None]:
             os.dup2(fd, number)
             os.close(fd)
         terminal.file.close()
-        _log.write(f"{doing}: {time.monotonic() - begin:.1f} s\n")
+        sink.write(f"{doing}: {time.monotonic() - begin:.1f} s\n")
+        if sink is not _log:
+            sink.close()
 
 
 class Bar:

