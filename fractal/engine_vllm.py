@@ -9,6 +9,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # its words go to our log
+ON_GPU = Path("/dev/nvidiactl").exists()
+if not ON_GPU:  # else torch.compile asks for a C++ compiler, which a bare machine lacks; as fast without (docs/log.md)
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -23,17 +26,16 @@ class VllmEngine:
 
     def __init__(self, path: Path, sampling: Sampling, dtype: str, max_model_len: int) -> None:
         self._sampling = sampling
-        on_gpu = Path("/dev/nvidiactl").exists()
         self._llm = LLM(
             str(path),
             dtype=dtype,  # type: ignore[arg-type]
             max_model_len=max_model_len,
             enable_prefix_caching=True,
-            enforce_eager=not on_gpu,
+            enforce_eager=not ON_GPU,
             # A request with a seed whose prompt is split over two steps raises on a CPU ("does not use offset").
-            enable_chunked_prefill=on_gpu,
-            max_num_batched_tokens=None if on_gpu else max(4096, max_model_len),
-            max_num_seqs=256 if on_gpu else 64,
+            enable_chunked_prefill=ON_GPU,
+            max_num_batched_tokens=None if ON_GPU else max(4096, max_model_len),
+            max_num_seqs=256 if ON_GPU else 64,
             seed=sampling.seed,
             disable_log_stats=True,
         )
