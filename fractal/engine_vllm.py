@@ -13,10 +13,10 @@ ON_GPU = Path("/dev/nvidiactl").exists()
 if not ON_GPU:  # else torch.compile asks for a C++ compiler, which a bare machine lacks; as fast without (docs/log.md)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import LLM, SamplingParams, TokensPrompt  # noqa: E402
 
-from fractal import prompts
-from fractal.generate import Completion, Request, Sampling
+from fractal import prompts  # noqa: E402
+from fractal.generate import Completion, Request, Sampling  # noqa: E402
 
 WAITING = 512  # requests handed to the engine ahead of time
 
