@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 the work failed; 2 bad input or usage; 3 something outside is missing; 130 interrupted.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -12,10 +13,11 @@ from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
+from rich.text import Text
 
 from fractal import console
 from fractal.problems import ProblemSet, load
-from fractal.records import InputError, Label, OutsideError, read_jsonl
+from fractal.records import NO_SPACE, InputError, Label, OutsideError, read_jsonl
 from fractal.run import RunDir
 
 app = typer.Typer(
@@ -295,6 +297,9 @@ def doctor() -> None:
 # --- the way out ------------------------------------------------------------------------------------------------------
 
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EIO)
+
+
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -323,15 +328,15 @@ def main() -> NoReturn:
 
 
 def _unexpected(error: Exception) -> int:
-    import errno
-
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error; Typer does not export their base class
         error.show()
         return int(error.exit_code)
     if type(error).__name__ == "TrainError":
         return _fail(1, str(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return _fail(3, f"no space left on the disk ({error.filename or 'temporary files'}). Make room and go on.")
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
+        return _fail(3, f"{error.filename}: {error.strerror}. Check the path, its owner and the disk.")
     if isinstance(error, msgspec.MsgspecError):
         return _fail(2, str(error))
     import traceback
@@ -341,7 +346,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _fail(code: int, text: str) -> int:
-    console.err.print(f"fractal: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.err.print(Text(f"fractal: {text}"), style="red", highlight=False, soft_wrap=True)
     return code
 
 

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 out = Console(soft_wrap=True)  # results
 err = Console(stderr=True)  # progress and warnings
@@ -27,14 +28,15 @@ _log: IO[str] | None = None
 
 def say(*parts: RenderableType) -> None:
     """Print to the terminal, and to the log of the stage that is running."""
-    out.print(*parts, highlight=False)
+    plain = [Text(part) if isinstance(part, str) else part for part in parts]  # a path may hold [brackets]
+    out.print(*plain, highlight=False)
     if _log is not None:
-        Console(file=_log, width=120).print(*parts, highlight=False)
+        Console(file=_log, width=120).print(*plain, highlight=False)
         _log.flush()
 
 
 def warn(text: str) -> None:
-    err.print(text, style="yellow", highlight=False, soft_wrap=True)
+    err.print(Text(text), style="yellow", highlight=False, soft_wrap=True)
     if _log is not None:
         _log.write(f"warning: {text}\n")
         _log.flush()

@@ -43,7 +43,7 @@ def resolve(name: str) -> ModelFiles:
     if name == EMBEDDED:
         path, revision = _embedded()
     elif Path(name).exists() or name.startswith((".", "/", "~")):
-        path, revision = Path(name).expanduser(), None
+        path, revision = Path(os.path.abspath(os.path.expanduser(name))), None
         if not path.exists():
             raise InputError(f"--model {name}: no such folder.")
     else:
@@ -58,6 +58,12 @@ def check_folder(path: Path) -> None:
         raise InputError(f"--model {path}: is a file, expected a folder with config.json and *.safetensors.")
     if not (path / "config.json").exists():
         raise InputError(f"--model {path}: has no config.json, so it is no model folder.")
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except ValueError as error:
+        raise InputError(f"--model {path}: config.json is not JSON: {error}. Fetch the model again.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"--model {path}: config.json is not a JSON object. Fetch the model again.")
     if not weight_files(path):
         raise InputError(f"--model {path}: has no weights ({' or '.join(WEIGHTS)}).")
     if not (path / "tokenizer_config.json").exists() and not (path / "tokenizer.json").exists():

@@ -8,7 +8,8 @@ sampling can stop at the closing fence.
 import ast
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 from fractal.records import Problem
@@ -38,16 +39,21 @@ def render(problem: Problem, apply_chat_template: Callable[..., Any]) -> str:
 
 
 SELF_TEST = re.compile(r"^(?:assert\b|print\(|if __name__|# (?:Test|Example|Check))", re.MULTILINE)
-FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n`]*$", re.MULTILINE)
+FENCE = re.compile(
+    r"^(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)(?P<rest>[^\n`]*)$", re.MULTILINE
+)
+TILDES = re.compile(r"^~~~", re.MULTILINE)
 START = re.compile(r"^(?:def |class |import |from \w|@|async def |[A-Za-z_]\w* *=[^=])", re.MULTILINE)
+STARTS = 50  # places where a program may begin, tried at most
 
 
 def extract_code(text: str, entry_point: str) -> str:
-    """The program in a chat reply: the first fenced block that defines the entry point, else the first Python block.
+    """The program in a chat reply: itself if it is Python, else the first fenced block that defines the entry point.
 
-    An unclosed last fence (a reply cut at max_tokens) counts. Without a fence, the reply itself if it is Python, else
-    what stands between its first line that looks like code and the last line with which that parses. The model's own
-    tests of the program are left out (`without_self_tests`).
+    Where no block does: a program between the lines that does (a fence opened in mid-line), the first Python block, the
+    longest block. Without a fence: what stands between a line that looks like code and the last line with which that
+    parses. An unclosed last fence (a reply cut at max_tokens) counts. The model's own tests of the program are left out
+    (`without_self_tests`).
     """
     return without_self_tests(_program_in(text.replace("\r\n", "\n").replace("\r", "\n"), entry_point), entry_point)
 
@@ -90,47 +96,82 @@ def _self_test(node: ast.stmt, own: set[str]) -> bool:
 
 
 def _program_in(text: str, entry_point: str) -> str:
-    blocks = fenced_blocks(text)
-    if blocks:
-        defines = re.compile(
-            rf"^(?:(?:async )?def|class) +{re.escape(entry_point)}\b|^{re.escape(entry_point)} *=", re.M
-        )
-        for _, code in blocks:
-            if defines.search(code):
-                return code
-        for language, code in blocks:
-            if language.lower() in ("python", "py", "python3"):
-                return code
-        return max((code for _, code in blocks), key=len)
-    if parses(text):
+    if parses(text) and not TILDES.search(text):  # ~~~python is an expression, too
         return text
-    start = START.search(text)
-    return _longest_program(text[start.start() :]) if start else text
+    name = re.escape(entry_point)
+    defines = re.compile(rf"^(?:(?:async )?def|class) +{name}\b|^{name} *=(?!=)", re.MULTILINE)
+    fenced = fenced_blocks(text)
+    blocks = [block for block in fenced if block[1].strip()]
+    for code in chain((code for _, code in blocks), _loose_programs(text)):
+        if defines.search(code):
+            return code
+    for language, code in blocks:
+        if language.lower() in ("python", "py", "python3"):
+            return code
+    if blocks:
+        return max((code for _, code in blocks), key=len)
+    return next(_loose_programs(text), fenced[0][1] if fenced else text)
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of each fenced block, as CommonMark closes them: same character, at least as long, bare."""
+    """(language, content) of each fenced block, nearly as CommonMark has it.
+
+    A fence is closed by the same character, at least as long, bare, and indented by less than four more: not by one in
+    a docstring. A content that is indented like its fence (in a list) loses that. A fence opened twice counts once.
+    """
     blocks: list[tuple[str, str]] = []
     opening: re.Match[str] | None = None
     for fence in FENCE.finditer(text):
         if opening is None:
             opening = fence
-        elif fence[1].startswith(opening[1]) and not fence[2]:
-            blocks.append((opening[2], text[opening.end() + 1 : fence.start()]))
+        elif _closes(opening, fence):
+            blocks.append((opening["language"], _content(opening, text[opening.end() + 1 : fence.start()])))
             opening = None
+        elif fence["language"] and not text[opening.end() : fence.start()].strip():
+            opening = fence
     if opening is not None:
-        blocks.append((opening[2], text[opening.end() + 1 :]))
+        blocks.append((opening["language"], _content(opening, text[opening.end() + 1 :])))
     return blocks
 
 
+def _closes(opening: re.Match[str], fence: re.Match[str]) -> bool:
+    bare = not fence["language"] and not fence["rest"].strip()
+    return bare and fence["marks"].startswith(opening["marks"]) and _width(fence) < _width(opening) + 4
+
+
+def _width(fence: re.Match[str]) -> int:
+    return len(fence["indent"].expandtabs(4))
+
+
+def _content(opening: re.Match[str], text: str) -> str:
+    indent, lines = opening["indent"], text.split("\n")
+    if not all(line.startswith(indent) for line in lines if line.strip()):
+        return text
+    return "\n".join(line.removeprefix(indent) for line in lines)
+
+
+def _loose_programs(text: str) -> Iterator[str]:
+    """For each line that looks like the start of a program: the longest run of lines from there that is Python."""
+    for start in islice(START.finditer(text), STARTS):
+        if program := _longest_program(text[start.start() :]):
+            yield program
+
+
 def _longest_program(text: str) -> str:
-    """The longest run of lines from the start that is Python; all of it if none is (the verifier will say so)."""
+    """The longest run of lines from the start that is Python, "" if none is."""
     lines = text.split("\n")
-    for end in range(len(lines), max(0, len(lines) - 400), -1):
+    end = len(lines)
+    while end > 0:
         candidate = "\n".join(lines[:end])
-        if lines[end - 1].strip() and parses(candidate):
-            return candidate + "\n"
-    return text
+        try:
+            tree(candidate)
+        except ValueError as error:
+            if not isinstance(error.__cause__, SyntaxError):
+                return ""
+            end = min(end, error.__cause__.lineno or end) - 1  # what breaks in a line breaks with any lines behind it
+        else:
+            return candidate.rstrip() + "\n"
+    return ""
 
 
 def parses(text: str) -> bool:

@@ -7,11 +7,13 @@ behind a whole one. Nothing here knows about models or sandboxes.
 
 import errno
 import gzip
+import json
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import msgspec
 
@@ -31,6 +33,7 @@ Status = Literal[
 TestStatus = Literal["passed", "failed", "error", "missing", "timeout", "memory", "crashed", "forbidden", "not_run"]
 SPLITS: tuple[str, ...] = get_args(Split)
 STATUSES: tuple[str, ...] = get_args(Status)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(Exception):
@@ -136,18 +139,18 @@ class Line:
 
 def read_text(path: Path) -> bytes:
     """The bytes of a file, decompressed if gzipped (by content, not by name). Raises RecordError."""
-    if path.is_dir():
-        raise RecordError(f"{path}: is a folder, expected a file.")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise RecordError(f"{path}: no such file. Check the path.") from None
+    except IsADirectoryError:
+        raise RecordError(f"{path}: is a folder, expected a file.") from None
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror}.") from error
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise RecordError(f"{path}: damaged gzip file: {error}. Fetch it again.") from error
     return data.removeprefix(b"\xef\xbb\xbf")
 
@@ -159,12 +162,12 @@ def read_lines(path: Path) -> list[Line]:
         raise RecordError(f"{path}: is empty, expected one JSON object a line.")
     if data.lstrip()[:1] == b"[":
         try:
-            elements = msgspec.json.decode(data, type=list[msgspec.Raw])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            elements = _elements(data)
+        except MALFORMED as error:
             raise RecordError(f"{path}: not valid JSON: {error}.") from error
         if not elements:
             raise RecordError(f"{path}: is an empty array, expected at least one object.")
-        return [Line(path, i, "element", bytes(raw)) for i, raw in enumerate(elements, 1)]
+        return [Line(path, i, "element", element) for i, element in enumerate(elements, 1)]
     lines = data.split(b"\n")
     return [Line(path, i, "line", line) for i, line in enumerate(lines, 1) if line.strip()]
 
@@ -172,8 +175,8 @@ def read_lines(path: Path) -> list[Line]:
 def decode(line: Line, kind: type[T]) -> T:
     """One record from its line. Raises RecordError with the field and what was expected."""
     try:
-        return msgspec.json.decode(line.data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return cast(T, _decode(line.data, kind))
+    except MALFORMED as error:
         # msgspec: "Expected `int`, got `str` - at `$.task_id`", or where the JSON itself is malformed
         raise line.error(f"not a {kind.__name__}: {error}") from error
 
@@ -181,12 +184,37 @@ def decode(line: Line, kind: type[T]) -> T:
 def decode_object(line: Line) -> dict[str, Any]:
     """A line of a foreign format as a plain dict. Raises RecordError."""
     try:
-        value = msgspec.json.decode(line.data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        value = _decode(line.data, Any)
+    except MALFORMED as error:
         raise line.error(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise line.error(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _elements(data: bytes) -> list[bytes]:
+    """The elements of a JSON array, as they stand where msgspec can tell them apart. Raises one of MALFORMED."""
+    try:
+        return [bytes(raw) for raw in msgspec.json.decode(data, type=list[msgspec.Raw])]
+    except msgspec.DecodeError:
+        return [encode(value) for value in _decode(data, list[Any])]
+
+
+MALFORMED = (msgspec.DecodeError, UnicodeError, RecursionError)  # what _decode raises
+
+
+def _decode(data: bytes, kind: Any) -> Any:
+    """JSON as a value of a type. msgspec refuses escaped lone surrogates, which `encode` writes: json reads those."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        if b"\\ud" not in data.lower():
+            raise
+        try:
+            value = json.loads(data)
+        except ValueError:
+            raise error from None
+    return msgspec.convert(value, kind)
 
 
 def read_jsonl(path: Path, kind: type[T]) -> list[T]:
@@ -207,8 +235,6 @@ def encode(record: object) -> bytes:
     try:
         return msgspec.json.encode(record) + b"\n"
     except UnicodeEncodeError:
-        import json
-
         return json.dumps(msgspec.to_builtins(record)).encode("ascii") + b"\n"
 
 
@@ -231,8 +257,11 @@ class Appender:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            raise InputError(f"{path}: cannot be made: {error.strerror}. Name another file.") from error
         self._size = self._mend()
 
     def _mend(self) -> int:
@@ -256,15 +285,15 @@ class Appender:
         try:
             while view:
                 view = view[os.write(self._fd, view) :]
-        except OSError as error:
+            self._size += len(data)
+        except BaseException as error:  # Ctrl-C as well: the next write must not join half a line
             os.ftruncate(self._fd, self._size)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise OutsideError(
                     f"{self.path}: no space left on the disk. What was written is whole; make room and run the "
                     "same command again, it goes on where it stopped."
                 ) from error
             raise
-        self._size += len(data)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -291,7 +320,7 @@ def write_whole(path: Path, data: bytes) -> None:
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_SPACE:
             raise OutsideError(f"{path}: no space left on the disk. Make room and run the command again.") from error
         raise
 

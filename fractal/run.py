@@ -42,6 +42,7 @@ class RunDir:
             raise InputError(f"{path}: no run is there. Start one: fractal generate --run {path} --problems starter.")
         if create and path.is_dir() and any(path.iterdir()) and not self._ours(path):
             raise InputError(f"{path}: is not empty and holds no manifest.json. Name a new folder.")
+        self._made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -51,7 +52,10 @@ class RunDir:
 
     @staticmethod
     def _ours(path: Path) -> bool:
-        return (path / "manifest.json").exists() or {p.name for p in path.iterdir()} <= {".lock", "logs"}
+        """A run, or what a killed start left behind."""
+        if (path / "manifest.json").exists():
+            return True
+        return all(p.name in (".lock", "logs") or p.name.startswith(".manifest.json.") for p in path.iterdir())
 
     def __enter__(self) -> Self:
         try:
@@ -74,16 +78,30 @@ class RunDir:
         if file.exists():
             try:
                 self.manifest = json.loads(file.read_bytes())
-                self.manifest["config"], self.manifest["stages"]
-            except (ValueError, KeyError, TypeError) as error:
+            except ValueError as error:
                 raise RecordError(f"{file}: not a manifest: {error}. Restore it, or start a new run.") from error
+            fields = self.manifest if isinstance(self.manifest, dict) else {}
+            if wrong := [name for name in ("config", "stages", "images") if not isinstance(fields.get(name), dict)]:
+                raise RecordError(
+                    f"{file}: not a manifest: field {wrong[0]}: expected an object. Restore it, or start a new run."
+                )
         else:
             self.manifest = {"name": self.path.name, **surroundings(), "config": {}, "stages": {}, "images": {}}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._made and not self.file("manifest.json").exists():
+            self._unmake()
         self._lock.release()
+
+    def _unmake(self) -> None:
+        """Nothing came of this run: take the folder away. Whoever waits for its lock notices that the file is gone."""
+        self.file(".lock").unlink(missing_ok=True)
+        try:
+            self.path.rmdir()
+        except OSError:  # something is in it
+            pass
 
     def file(self, name: str) -> Path:
         return self.path / name

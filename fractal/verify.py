@@ -99,9 +99,9 @@ def label_all(
                     batch.append(label)
                     counts[label.status] += 1
                     if len(batch) >= CHUNK:
-                        file.write(batch)
-                        bar.advance(len(batch))
-                        batch = []
+                        ready, batch = batch, []  # first: Ctrl-C must not write them twice
+                        file.write(ready)
+                        bar.advance(len(ready))
             finally:
                 file.write(batch)
         image = {"name": sandbox.image, "digest": sandbox.image_id, "checks": sandbox.checks}
@@ -165,10 +165,17 @@ def _foreign(line: Line, value: dict[str, Any], problems: Mapping[int, Problem],
         code=text if field == "solution" else prompts.extract_code(text, entry_point),
         finish_reason=str(value.get("finish_reason", "unknown")),
         tokens=value["tokens"] if type(value.get("tokens")) is int else 0,
-        sum_logprob=float(value["sum_logprob"]) if isinstance(value.get("sum_logprob"), int | float) else None,
+        sum_logprob=_float(value.get("sum_logprob")),
         seed=None,
         model=str(value.get("model", "unknown")),
     )
+
+
+def _float(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:  # an integer beyond any float
+        return None
 
 
 def _task_id(line: Line, value: dict[str, Any]) -> int:

@@ -55,6 +55,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "docker").mkdir()
     (tmp_path / "docker/sandbox.Dockerfile").write_bytes((source.ROOT / source.DOCKERFILE).read_bytes())
     (tmp_path / "fractal/sandbox").mkdir(parents=True)
+    (tmp_path / "fractal/__init__.py").write_text("")
     (tmp_path / "fractal/sandbox/judge.py").write_text("print('judge', __file__)\n")
     monkeypatch.setattr(source, "ROOT", tmp_path)
     monkeypatch.delenv("FRACTAL_BASE_IMAGE", raising=False)
@@ -91,7 +92,11 @@ def test_the_hosts_end_does_not_change_the_image(clone: Path) -> None:
 def test_the_context_holds_the_dockerfile_and_the_sources(clone: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(source.context())) as tar:
         entries = tar.getmembers()
-    assert [entry.name for entry in entries] == ["docker/sandbox.Dockerfile", "fractal/sandbox/judge.py"]
+    assert [entry.name for entry in entries] == [
+        "docker/sandbox.Dockerfile",
+        "fractal/__init__.py",
+        "fractal/sandbox/judge.py",
+    ]
     assert {(entry.mtime, entry.uid, entry.gid, entry.mode) for entry in entries} == {(0, 0, 0, 0o644)}
 
 
@@ -181,9 +186,7 @@ def test_the_image_is_built_once_and_holds_what_it_should(client: docker.DockerC
 
         options = {"remove": True, "network_mode": "none", "read_only": True}
         assert client.containers.run(image.name, **options) == f"judge {os.getpid()} runs\n".encode()
-        command = (
-            '! python3 -m pip 2> /dev/null && [ -z "$(ls /var/lib/apt/lists 2> /dev/null)" ] && ls /sandbox/*/*.pyc'
-        )
+        command = '! python3 -m pip 2> /dev/null && [ -z "$(ls /var/lib/apt/lists 2> /dev/null)" ] && ls /sandbox/fractal/sandbox/*/*.pyc'
         inside = client.containers.run(image.name, ["-c", command], entrypoint="sh", **options)
         assert b"/sandbox/__pycache__/judge." in inside
     finally:

@@ -1,6 +1,7 @@
 """What a model folder has to hold, and its digest."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fractal.records import InputError, OutsideError
 PARTS = {
     "config.json": json.dumps({"max_position_embeddings": 99}),
     "model.safetensors": "weights",
+    "model-2.safetensors": "more weights",
     "tokenizer.json": "{}",
     "chat_template.jinja": "{{ messages }}",
 }
@@ -42,7 +44,8 @@ def test_a_whole_folder_is_taken(folder: Path) -> None:
     ],
 )
 def test_a_missing_part_is_named(folder: Path, missing: str, complaint: str) -> None:
-    (folder / missing).unlink()
+    for part in folder.glob(missing.replace("model.", "model*.")):
+        part.unlink()
     with pytest.raises(InputError, match=complaint):
         models.resolve(str(folder))
 
@@ -76,3 +79,54 @@ def test_a_hub_that_does_not_answer_is_something_outside(monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(OutsideError, match="the model hub does not answer"):
         models.resolve("someone/some-model")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_a_damaged_configuration_is_named(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"config\.json is not"):
+        models.check_folder(folder)
+
+
+def test_the_digest_knows_the_weights(folder):
+    seen = [models.weight_digest(folder)]
+    (folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    seen.append(models.weight_digest(folder))
+    (folder / "model-2.safetensors").rename(folder / "model-3.safetensors")
+    seen.append(models.weight_digest(folder))
+    (folder / "model-3.safetensors").unlink()
+    seen.append(models.weight_digest(folder))
+    assert len(set(seen)) == 4
+    (folder / "tokenizer.json").write_text("[]")
+    assert models.weight_digest(folder) == seen[-1]
+
+
+def test_the_digest_is_the_same_elsewhere(folder, tmp_path):
+    before = models.weight_digest(folder)
+    moved = folder.rename(tmp_path / "moved")
+    assert models.weight_digest(moved) == before
+
+
+def test_the_digest_is_computed_once(folder, tmp_path, monkeypatch):
+    before = models.weight_digest(folder)
+    (note,) = (tmp_path / "cache" / "digests").iterdir()
+    assert note.read_text() == before
+
+    def refuse(*_):
+        raise AssertionError("the weights were read again")
+
+    monkeypatch.setattr(models.hashlib, "file_digest", refuse)
+    assert models.weight_digest(folder) == before
+    os.utime(folder / "model.safetensors", (1, 1))
+    with pytest.raises(AssertionError):
+        models.weight_digest(folder)
+
+
+def test_a_folder_is_the_same_however_it_is_written(folder, monkeypatch):
+    found = models.resolve(str(folder))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert models.resolve(".") == models.resolve("../tiny-instruct") == models.resolve("~/tiny-instruct") == found
+    for name in ("./none", "~/none", "~nobody-of-this-name/none"):
+        with pytest.raises(InputError, match="no such folder"):
+            models.resolve(name)

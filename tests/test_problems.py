@@ -1,12 +1,13 @@
 """Problem sets: schemas, splits, entry points, and what is wrong with a line."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fractal.problems import digest, entry_point, load, mbpp_split, parse_splits, read
@@ -126,3 +127,95 @@ def test_the_real_files(name: str, splits: dict[str, int]) -> None:
     problems = read(path)
     assert Counter(p.split for p in problems) == splits
     assert not [p.task_id for p in problems if "\r" in p.reference + p.setup + "".join(p.tests)]
+
+
+OURS = json.loads(encode(Problem(7, "Add.", "def f(a):\n    return a\n", ["assert f(1) == 1"], "", "f", "train")))
+
+
+def write(path: Path, *values: Any) -> Path:
+    path.write_bytes(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+    return path
+
+
+def test_array_lines_and_gzip_are_the_same(tmp_path):
+    values = [FULL, SANITIZED, OURS]
+    expected = read(write(tmp_path / "lines.jsonl", *values))
+    (tmp_path / "array.json").write_text(json.dumps(values, indent=2))
+    (tmp_path / "array.gz").write_bytes(gzip.compress(json.dumps(values).encode()))
+    assert expected == read(tmp_path / "array.json") == read(tmp_path / "array.gz")
+    assert encode(expected[2]) == json.dumps(OURS, separators=(",", ":")).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("reference", "tests"),
+    [
+        ("def f(a): return a", ["assert g(1)"]),
+        ("def f(a) return a", ["assert f(1)"]),
+        ("def f(a): return a", ["assert f(1"]),
+        ("def f(a): return '\0'", ["assert f(1)"]),
+        ("f = " + "(" * 5000 + ")" * 5000, ["assert f(1)"]),
+        ("", ["assert f(1)"]),
+    ],
+)
+def test_without_an_entry_point(reference, tests):
+    with pytest.raises(ValueError, match="the reference"):
+        entry_point(reference, tests)
+
+
+def changed(value, **fields):
+    return {k: v for k, v in {**value, **fields}.items() if v is not ...}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (changed(FULL, task_id=...), "field task_id: expected an integer"),
+        (changed(FULL, text=...), "field prompt or text is missing"),
+        (changed(FULL, code=...), "field code is missing"),
+        (changed(FULL, test_list=["assert f(1)", 2]), "field test_list: expected a list of strings"),
+        (changed(FULL, test_setup_code=[]), "field test_setup_code: expected a string"),
+        (changed(SANITIZED, test_imports="import math"), "field test_imports: expected a list of strings"),
+        (changed(OURS, tests=[]), "field tests: is empty"),
+        (changed(OURS, tests="assert f(1)"), "tests"),
+        (changed(OURS, split="dev"), "split"),
+        (changed(OURS, entry_point=...), "entry_point"),
+        ([1], "expected a JSON object, got list"),
+        (OURS, "task_id 7 stands already in line 1"),
+    ],
+)
+def test_a_bad_line_is_named(value, words, tmp_path):
+    path = write(tmp_path / "p.jsonl", OURS, value)
+    with pytest.raises(RecordError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: line 2: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@settings(deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=4), st.data())
+def test_any_wrong_value_is_a_record_error(tmp_path_factory, value, data):
+    path = tmp_path_factory.getbasetemp() / "wrong.jsonl"
+    base = data.draw(st.sampled_from([FULL, SANITIZED, OURS]))
+    write(path, {**base, data.draw(st.sampled_from(sorted(base))): value})
+    try:
+        (problem,) = read(path)
+    except RecordError as error:
+        assert "line 1: " in str(error)
+    else:
+        assert problem.tests
+        assert isinstance(problem.task_id, int)
+
+
+def test_splits_and_limits_choose(tmp_path):
+    path = write(tmp_path / "p.jsonl", *(changed(SANITIZED, task_id=i) for i in (700, 12, 601, 5, 11, 520, 13)))
+    ids = lambda *wanted: [p.task_id for p in load(str(path), *wanted).problems]  # noqa: E731
+    assert ids() == [5, 11, 12, 13, 520, 601, 700]
+    assert ids("train,validation") == [520, 601, 700]
+    assert ids("all", 1) == [5, 11, 520, 601]
+    assert ids("test", 2) == [11, 12]
+    with pytest.raises(InputError, match="--limit 0"):
+        ids(None, 0)
+    write(path, changed(FULL, task_id=601))
+    with pytest.raises(InputError, match="no problem is in split test; it has train"):
+        ids("test")

@@ -1,13 +1,15 @@
 """From a problem to a prompt, and from a chat reply to the program in it."""
 
+import ast
+import warnings
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fractal import prompts
-from fractal.prompts import extract_code, fenced_blocks
+from fractal.prompts import FENCE, _longest_program, extract_code, fenced_blocks, parses
 from fractal.records import Problem
 
 CODE = "def f(x):\n    return x * 2\n"
@@ -111,3 +113,153 @@ def test_a_prompt_shows_the_first_test_only_and_opens_the_fence() -> None:
     assert "assert f(1) == 2" in text
     assert "14" not in text
     assert CODE not in text
+
+
+F = "def f(a):\n    return a\n"
+
+
+G = "def g(a):\n    return f(a) + 1\n"
+
+
+DOC = 'def f(a):\n    """Echo.\n\n    ```\n    f(1)\n    ```\n    """\n    return a\n'
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (f"```python\n{F}```", F),
+        (f"```\n{F}```", F),
+        (f"```Python3 \n{F}``` \n", F),
+        (f"~~~python\n{F}~~~", F),
+        (f"~~~python\n{F}", F),
+        (f"Sure! Here it is:\n\n```python\n{F}```\nIt returns its argument, don't you think?", F),
+        (f"````python\n{F}```\nnot the end\n````", F + "```\nnot the end\n"),
+        (f"```python\n{F}", F),
+        (f"```python\n{F}``", F + "``"),
+        (f"```python\n{F}```".replace("\n", "\r\n"), F),
+        # several blocks
+        (f"```python\n{G}```\nand\n```python\n{F}```", F),
+        (f"```bash\npip install f\n```\n```python\n{G}```", G),
+        (f"```\nf(1)\n```\n```\n{G}```", G),
+        (f"First:\n```python\n{F}```\nUse it:\n```python\nf(1)\n```\nIt prints:\n```text\n1\n```", F),
+        (f"```python\nf(1) == f (1)\n```\n```python\n{F}```", F),
+        ("```python\nclass f:\n    pass\n```", "class f:\n    pass\n"),
+        ("```python\nf = lambda a: a\n```", "f = lambda a: a\n"),
+        ("```python\nasync def f(a): pass\n```", "async def f(a): pass\n"),
+        # fences where a naive reader trips
+        (f"```python\n{DOC}```", DOC),
+        (DOC, DOC),
+        (f"{DOC}\nmark = '```'\n", f"{DOC}\nmark = '```'\n"),
+        ("```python\ns = '```'\ndef f(a): pass\n``` x\n```", "s = '```'\ndef f(a): pass\n``` x\n"),
+        (f"```python\n```python\n{F}```", F),
+        (f"```python\n\n```\n```python\n{F}```", F),
+        ("1. Write it:\n\n   ```python\n   def f(a):\n       return a\n   ```\n2. Use it.", F),
+        ("- So:\n\n\t```python\n\tdef f(a):\n\t    return a\n\t```\n", F),
+        (f"Here is the code: ```python\n{F}```\nThis works.", F),
+        (f"Here is the code: ```python\n{F}```\n```python\nf(1)\n```", F),
+        # no fence
+        (F, F),
+        (f"Here is the function:\n\n{F}", F),
+        (f"Here is the function:\n\n{F}\nIt's simple, isn't it?", F),
+        (f"import of goods\nfrom the shop:\nimport math\n{F}", f"import math\n{F}"),
+        (f"x = the argument, so\n{F}\nx = done, so there", F),
+        (f"Here:\n\n@cache\n{F}", f"@cache\n{F}"),
+        ("I cannot do that.", "I cannot do that."),
+        ("", ""),
+        ("```python\n```", ""),
+        ("```python\n", ""),
+    ],
+)
+def test_the_program_is_found_where_a_naive_reader_trips(reply, code):
+    assert extract_code(reply, "f") == code
+
+
+def test_an_entry_point_is_no_pattern():
+    assert extract_code("```\ndef f(): pass\n```\n```python\nx\n```", ".*") == "x\n"
+
+
+# Pieces of which replies and programs consist, well formed or not.
+LINES = st.sampled_from(
+    [
+        "def f(a):",
+        "    return a",
+        "    '''text",
+        "    '''",
+        "",
+        "# ``",
+        "x = (1,",
+        ")",
+        "@cache",
+        "class A:",
+        "    pass",
+        "import math",
+        "if x:",
+        "else:",
+        "s = '\\d'",
+        "\u2028",
+        "Sure, here it's:",
+        "Thanks",
+        "\tx = 1",
+        "\x0c",
+        "\\",
+    ]
+)
+
+
+FENCES = st.sampled_from(["```", "```python", "~~~", "   ```", "````", "text ```python", "``` x", "        ```", "\r"])
+
+
+PROSE = st.lists(st.sampled_from(["Sure! Here it is:", "", "It's simple.", "1. Call `f`."]), max_size=3).map("\n".join)
+
+
+PROGRAMS = st.lists(LINES, min_size=1, max_size=12).map(lambda lines: "\n".join(lines) + "\n")
+
+
+@settings(deadline=None)
+@given(PROGRAMS | st.text(min_size=1), PROSE, PROSE, st.sampled_from(["```", "~~~", "`````"]))
+@example("def f(): 0\n", "", "", "```")
+def test_a_fenced_program_comes_back_unchanged(program, before, after, fence):
+    code = program.replace("\r", "\n").rstrip("\n") + "\n"
+    if FENCE.search(code) or not code.strip():
+        return
+    for opening in (f"{fence}python", fence):
+        reply = f"{before}\n{opening}\n{code}{fence}\n{after}"
+        assert fenced_blocks(reply) == [(opening.strip("`~"), code)]
+        if fence != "~~~" or not parses(reply):
+            assert extract_code(reply, "f") == code
+
+
+@given(st.lists(LINES | FENCES, max_size=15).map("\n".join) | st.text())
+@settings(max_examples=300, deadline=None)
+def test_any_reply_gives_some_program(reply):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        code = extract_code(reply, "f")
+        assert isinstance(code, str)
+        if parses(code) and "~~~" not in code:
+            assert extract_code(code, "f") == code, "a program is its own extraction"
+    assert not seen, "a program's warnings are not the user's"
+
+
+def longest_by_trying_all(text):
+    lines = text.split("\n")
+    for end in range(len(lines), 0, -1):
+        try:
+            ast.parse("\n".join(lines[:end]))
+        except (SyntaxError, ValueError):
+            continue
+        return "\n".join(lines[:end]).rstrip() + "\n"
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(st.lists(LINES, min_size=1, max_size=12).map("\n".join))
+@settings(max_examples=300, deadline=None)
+def test_the_longest_program_is_the_longest(text):
+    assert _longest_program(text).strip() == longest_by_trying_all(text).strip()
+
+
+def test_long_replies_are_no_burden():
+    reply = "x = the\n" * 5_000 + F + "so it's\n" * 5_000
+    assert isinstance(extract_code(reply, "f"), str)
+    assert extract_code("Well:\n" + F + "so it's\n" * 5_000, "f") == F

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fractal.records import InputError, Label, Problem, RecordError, Sample, encode, read_jsonl, write_jsonl
 from fractal.verify import missing, read_samples
@@ -81,3 +83,90 @@ def test_labels_of_other_samples_are_not_mixed_in(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "labels.jsonl", [label(7)])
     with pytest.raises(InputError, match="sample_id 7, which is not among the samples"):
         missing([sample(0)], tmp_path / "labels.jsonl")
+
+
+def read(path: Path, *values: Any) -> list[Sample]:
+    return read_samples(written(path, *values), PROBLEMS)
+
+
+def test_evalplus_solutions_are_programs_as_they_stand(tmp_path):
+    values = [{"task_id": "Mbpp/11", "solution": text} for text in (CODE, "Sure.", "")]
+    assert [(s.sample_id, s.code) for s in read(tmp_path / "s.jsonl", *values)] == [(0, CODE), (1, "Sure."), (2, "")]
+    (tmp_path / "s.json").write_text(json.dumps(values))
+    assert read_samples(tmp_path / "s.json", PROBLEMS) == read(tmp_path / "s.jsonl", *values)
+
+
+def test_what_a_foreign_sample_tells_is_kept(tmp_path):
+    extra = {"finish_reason": "length", "tokens": 7, "sum_logprob": -2, "model": "m"}
+    (found,) = read(tmp_path / "s.jsonl", {"task_id": 11, "sample_id": 4, "completion": CODE, **extra})
+    assert found == Sample(11, 4, CODE, CODE, "length", 7, -2.0, None, "m")
+    odd = {"tokens": "7", "sum_logprob": "low", "finish_reason": None}
+    (found,) = read(tmp_path / "s.jsonl", {"task_id": 11, "completion": CODE, **odd})
+    assert (found.tokens, found.sum_logprob) == (0, None)
+
+
+@given(st.lists(st.sampled_from([11, "11", "Mbpp/11", 12, "HumanEval/12"]), min_size=1, max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_samples_are_numbered_within_their_problem(tmp_path_factory, ids):
+    path = tmp_path_factory.getbasetemp() / "numbered.jsonl"
+    found = read(path, *({"task_id": task_id, "solution": CODE} for task_id in ids))
+    for task_id in PROBLEMS:
+        numbers = [s.sample_id for s in found if s.task_id == task_id]
+        assert numbers == list(range(len(numbers)))
+    assert len(found) == len(ids)
+
+
+OURS = json.loads(encode(Sample(11, 0, "c", CODE, "stop", 3, -1.0, 7, "m")))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"task_id": 13, "solution": CODE}, "problem 13 is not among the problems"),
+        ({"task_id": "Mbpp/13", "solution": CODE}, "problem 'Mbpp/13' is not among the problems"),
+        ({**OURS, "task_id": 13}, "problem 13 is not among the problems"),
+        ({"solution": CODE}, "field task_id: expected a number or a name like Mbpp/11, got None"),
+        ({"task_id": "sort", "solution": CODE}, "field task_id"),
+        ({"task_id": "Mbpp/-11", "solution": CODE}, "field task_id"),
+        ({"task_id": 11.0, "solution": CODE}, "field task_id"),
+        ({"task_id": True, "solution": CODE}, "field task_id"),
+        ({"task_id": [11], "solution": CODE}, "field task_id"),
+        ({"task_id": 11}, "field solution or completion: expected a string, got NoneType"),
+        ({"task_id": 11, "solution": [CODE]}, "field solution or completion: expected a string, got list"),
+        ({"task_id": 11, "code": CODE}, "field solution or completion"),
+        ({"task_id": 11, "sample_id": "0", "solution": CODE}, "field sample_id: expected an integer from 0, got '0'"),
+        ({"task_id": 11, "sample_id": -1, "solution": CODE}, "field sample_id"),
+        ({"task_id": 11, "sample_id": True, "solution": CODE}, "field sample_id"),
+        ({"task_id": 12, "sample_id": 0, "solution": CODE}, "task_id 12, sample_id 0 stands twice"),
+        ({**OURS, "task_id": 12}, "task_id 12, sample_id 0 stands twice"),
+        ({**OURS, "tokens": "9"}, "tokens"),
+        ({**OURS, "code": None}, "code"),
+        ({k: v for k, v in OURS.items() if k != "model"}, "model"),
+        ([], "expected a JSON object, got list"),
+    ],
+)
+def test_a_bad_line_is_named(value, words, tmp_path):
+    path = tmp_path / "s.jsonl"
+    with pytest.raises(RecordError) as caught:
+        read(path, {"task_id": 12, "solution": CODE}, value)
+    assert str(caught.value).startswith(f"{path}: line 2: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_a_huge_number_is_no_crash(digits, tmp_path):
+    path = tmp_path / "s.jsonl"
+    for field in ("sum_logprob", "tokens", "sample_id", "task_id"):
+        path.write_text(f'{{"task_id": 11, "solution": "", "{field}": {"9" * digits}}}\n')
+        try:
+            read_samples(path, PROBLEMS)
+        except RecordError as error:
+            assert str(error).startswith(f"{path}: line 1: ")
+
+
+def test_two_labels_of_one_sample_are_refused(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    write_jsonl(path, [label(0), label(0, "failed")])
+    with pytest.raises(RecordError, match="task_id 11, sample_id 0 stands twice"):
+        missing([sample(0)], path)
