@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -39,7 +40,9 @@ def judge(sandbox: Sandbox, code: str, tests: list[str] = TESTS, setup: str = ""
 def plain(code: str, tests: list[str], setup: str = "") -> bool:
     """Plain evaluation in a fresh interpreter: program, setup and tests in one namespace."""
     text = "import sys\nns = {}\nfor part in sys.argv[1:]:\n    exec(part, ns)\n"
-    done = subprocess.run([sys.executable, "-I", "-c", text, code, setup, *tests], capture_output=True, timeout=60, stdin=subprocess.DEVNULL)  # fmt: skip
+    command = [sys.executable, "-I", "-c", text, code, setup, *tests]
+    with tempfile.TemporaryDirectory() as folder:  # programs may write files
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     return done.returncode == 0
 
 
