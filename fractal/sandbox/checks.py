@@ -1,7 +1,7 @@
-"""What is really in force inside the container: seen by the judge, and by programs sent through the whole sandbox.
+"""What is really in force inside the container: seen by the supervisor, and by programs sent through the whole sandbox.
 
-`inspect` runs inside. `PROBES` are programs that any sandbox must stop, run against the real thing at every start, by
-the tests and by `fractal doctor`. Standard library only; imported at both ends.
+`inspect` runs inside, and so does `LOOK`, in a candidate of every slot, before the first sample. `PROBES` are programs
+that any sandbox must stop, for the tests and `fractal doctor`. Standard library only; imported at both ends.
 """
 
 import os
@@ -38,6 +38,46 @@ def inspect() -> dict[str, dict[str, Any]]:
         "docker_socket": (not sockets, f"found {sockets}"),
     }
     return {name: {"ok": ok, "found": text} for name, (ok, text) in found.items()}
+
+
+# A program of ours: what the process that runs programs may do, as that process sees it.
+LOOK = """
+import os, resource
+def look():
+    status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
+    limits = {n: list(resource.getrlimit(getattr(resource, "RLIMIT_" + n)))
+              for n in ("AS", "CPU", "FSIZE", "NOFILE", "NPROC", "CORE", "MEMLOCK", "MSGQUEUE")}
+    descriptors = []
+    for fd in range(64):
+        try:
+            os.fstat(fd)
+            descriptors.append(fd)
+        except OSError:
+            pass
+    return {"uids": sorted({*os.getresuid(), *os.getresgid()}), "groups": os.getgroups(), "limits": limits,
+            "capabilities": [status["Cap" + n] for n in ("Prm", "Eff", "Bnd", "Amb")], "descriptors": descriptors,
+            "no_new_privs": status.get("NoNewPrivs"), "seccomp": status.get("Seccomp"), "folder": os.getcwd()}
+"""
+
+
+def judge_candidate(found: Any, uid: int, limits: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each protection of a candidate by name, from what LOOK returned."""
+    if type(found) is not dict or "uids" not in found:
+        found = {"uids": [], "capabilities": ["unknown"], "limits": {}, "folder": "", "descriptors": []}
+    most = {"AS": limits["memory_mib"] << 20, "CPU": int(limits["cpu_s"]) + 2, "FSIZE": limits["file_mib"] << 20}
+    most |= {"NOFILE": 64, "NPROC": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
+    loose = [n for n, most_ in most.items() if not 0 <= found["limits"].get(n, [-1, -1])[1] <= most_]
+    powers = found["capabilities"][:2] + found["capabilities"][3:]  # the bounding set is the container's
+    checks = {
+        "candidate_uid": (found["uids"] == [uid] and found.get("groups") == [], f"uid and gid {found['uids']}"),
+        "candidate_capabilities": (all(p == "0" * 16 for p in powers), f"{powers}"),
+        "candidate_no_new_privs": (found.get("no_new_privs") == "1", f"NoNewPrivs {found.get('no_new_privs')}"),
+        "candidate_seccomp": (found.get("seccomp") == "2", f"mode {found.get('seccomp')}, expected 2 (filter)"),
+        "candidate_limits": (not loose, f"limits not in force: {loose}"),
+        "candidate_descriptors": (found["descriptors"] == [0, 1, 2, 3], f"open descriptors {found['descriptors']}"),
+        "candidate_folder": (found["folder"].startswith("/scratch/"), f"in {found['folder']!r}"),
+    }
+    return {name: {"ok": ok, "found": text} for name, (ok, text) in checks.items()}
 
 
 def _open_to_all(path: str) -> bool:

@@ -1,24 +1,18 @@
-"""The host's end of the sandbox: start the container, check it, feed it samples, replace it when it dies.
+"""Docker's part of the sandbox: start the hardened container, look at it from inside, connect to it or to a sidecar.
 
     with Sandbox() as sandbox:
         for label in sandbox.verify(samples, problems):
             reward = float(label.passed)
 
-Labels come in the order of the samples, one for each. Only this file talks to Docker; it never runs a program itself.
+Only this file talks to Docker; what is said over the connection is client.py's.
 """
 
-import hashlib
-import json
-import logging
-import queue
 import random
 import socket
 import struct
-import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,48 +22,31 @@ import docker.errors
 import requests
 
 from fractal import engine
-from fractal.records import Label, OutsideError, Problem, Sample, Status
+from fractal.records import Label, Problem, Sample
 from fractal.sandbox import checks, source
-from fractal.sandbox.protocol import FrameBuffer, ProtocolError, pack
+from fractal.sandbox.client import SILENCE_S, Limits, SandboxError, Verifier
 
-log = logging.getLogger(__name__)
 SECCOMP = Path(__file__).parents[2] / "docker" / "seccomp.json"
-IN_FLIGHT = 4  # samples under way for each slot: the next ones wait inside, so no slot idles
-LOOK_AHEAD = 2000  # labels held back at most while an earlier sample is being decided
 THREADS = 32  # a candidate's, at most; zygote.py sets the same limit
-REFERENCE_FACTOR = 4.0  # a program may take this many times its reference's CPU time (EvalPlus: 4)
-REFERENCE_CPU_S = 60.0  # for measuring a reference, alone
+JUDGE_MIB = 1280  # a judge's own limit, judge.py
+ENGINE_RETURN_S = 120  # patience with an engine that is being restarted
+SOCKET = "/run/fractal/sandbox.sock"  # of a sidecar, in its volume
+SIDECAR = "fractal-sandbox"  # default name of the container and of its volume
 
-
-class SandboxError(OutsideError):
-    """The sandbox cannot be started, or does not hold what it promises. Never a verdict on a program."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one program may use for all its tests together."""
-
-    cpu_s: float = 4.0  # decides; grows to REFERENCE_FACTOR x the reference's own time where that is more
-    wall_s: float = 12.0  # the net for programs that sleep; confirmed alone before it counts
-    memory_mib: int = 512
-    file_mib: int = 16
-
-    def __post_init__(self) -> None:
-        if not (0 < self.cpu_s <= 3600 and 0 < self.wall_s <= 36000 and self.memory_mib >= 64 and self.file_mib > 0):
-            raise ValueError(f"limits out of range: {self}")
+__all__ = ["Limits", "Sandbox", "SandboxError", "connect", "probe", "start_sidecar", "stop_sidecar"]
 
 
 def hardening(slots: int, limits: Limits, first_uid: int, cpus: int) -> dict[str, Any]:
     """Options of `docker run` that wall the container in; names as in docker.types.HostConfig."""
     scratch = f"rw,noexec,nosuid,nodev,size={limits.file_mib}m,nr_inodes=1024,mode=0700"
-    memory = (slots * (limits.memory_mib + 96) + 512) << 20
+    memory = (slots * (2 * limits.memory_mib + JUDGE_MIB) + 512) << 20
     return {
         "network_mode": "none",
         "read_only": True,
         "cap_drop": ["ALL"],
         "cap_add": ["SETUID", "SETGID", "KILL"],
         "security_opt": ["no-new-privileges", f"seccomp={SECCOMP.read_text()}"],
-        "pids_limit": slots * (THREADS + 4) + 16,
+        "pids_limit": slots * (2 * THREADS + 4) + 16,
         "mem_limit": memory,
         "memswap_limit": memory,
         "nano_cpus": min(slots, cpus) * 1_000_000_000,
@@ -93,67 +70,92 @@ def connect() -> docker.DockerClient:
     return client
 
 
-@dataclass
-class Job:
-    """One program to run: a sample, or a problem's reference."""
+class _Attached:
+    """The attached streams of one container. Undoes Docker's multiplexing (8-byte header: stream, 0, 0, 0, length)."""
 
-    id: int
-    problem: Problem
-    code: str
-    limits: Limits
-    losses: int = 0  # times that a judge or the container died over it
+    def __init__(self, container: Any, keep: Any) -> None:
+        self.container = container
+        self.known: set[bytes] = set()
+        self._keep = keep  # the SDK's wrapper: closing it would close the socket
+        self._sock: socket.socket = getattr(keep, "_sock", keep)
+        self._sock.settimeout(SILENCE_S)
+        self._raw = bytearray()
+        self._errors: deque[bytes] = deque(maxlen=50)
 
+    def send(self, data: bytes) -> None:
+        self._sock.sendall(data)
 
-@dataclass
-class Slate:
-    """A label in the making, in the order of the samples."""
+    def receive(self) -> bytes:
+        while True:
+            data = self._sock.recv(1 << 20)
+            if not data:
+                return b""
+            self._raw += data
+            parts: list[bytes] = []
+            at = 0
+            while len(self._raw) - at >= 8:
+                stream, size = struct.unpack_from(">BxxxI", self._raw, at)
+                if len(self._raw) - at < 8 + size:
+                    break
+                part = bytes(self._raw[at + 8 : at + 8 + size])
+                at += 8 + size
+                (self._errors if stream == 2 else parts).append(part)
+            del self._raw[:at]
+            if parts:
+                return b"".join(parts)
 
-    sample: Sample
-    job: Job
-    verdict: dict[str, Any] | None = None
-
-
-@dataclass
-class _Line:
-    """The attached streams of one container, read by a thread of its own."""
-
-    container: Any
-    sock: socket.socket
-    keep: Any  # the SDK's wrapper: closing it would close the socket
-    inbox: "queue.Queue[dict[str, Any] | None]" = field(default_factory=queue.Queue)
-    errors: deque[bytes] = field(default_factory=lambda: deque(maxlen=50))
-    known: set[str] = field(default_factory=set)
-
-    def read(self) -> None:
-        """Undo Docker's multiplexing (8-byte header: stream, 0, 0, 0, length) and queue frames until the end."""
-        frames, raw = FrameBuffer(1 << 30), bytearray()
+    def close(self) -> None:
         try:
-            while data := self.sock.recv(1 << 20):
-                raw += data
-                while len(raw) >= 8:
-                    stream, size = struct.unpack_from(">BxxxI", raw)
-                    if len(raw) < 8 + size:
-                        break
-                    part = bytes(raw[8 : 8 + size])
-                    del raw[: 8 + size]
-                    if stream == 2:
-                        self.errors.append(part)
-                        continue
-                    for body in frames.feed(part):
-                        self.inbox.put(json.loads(body))
-        except (OSError, ProtocolError, ValueError) as error:
-            self.errors.append(repr(error).encode())
-        self.inbox.put(None)
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        try:
+            self.container.remove(force=True)
+        except (docker.errors.DockerException, requests.exceptions.RequestException):
+            pass  # it removes itself
+        self._keep.close()
 
     def said(self) -> str:
-        text = b"".join(self.errors).decode("utf-8", "replace").strip()
+        text = b"".join(self._errors).decode("utf-8", "replace").strip()
         return text.splitlines()[-1][:300] if text else "it said nothing"
 
 
-class Sandbox:
-    """A hardened container that runs untrusted programs against tests. A context manager; not shared by threads.
+class _Plugged:
+    """A sidecar's socket."""
 
-    Raises SandboxError when Docker, the image, or a protection that the container should have is missing.
+    def __init__(self, path: Path) -> None:
+        self.known: set[bytes] = set()
+        self._path = path
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(SILENCE_S)
+        try:
+            self._sock.connect(str(path))
+        except OSError:
+            self._sock.close()
+            raise
+
+    def send(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def receive(self) -> bytes:
+        return self._sock.recv(1 << 20)
+
+    def close(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._sock.close()
+
+    def said(self) -> str:
+        return f"the sidecar at {self._path} hung up"
+
+
+class Sandbox(Verifier):
+    """A hardened container that runs untrusted programs against tests. A context manager; threads may share it.
+
+    `socket`: use the sidecar that listens there instead of a container of its own. `allow`: names of protections that
+    may be missing (see `checks`). Raises SandboxError when Docker, the image, or another protection is missing.
     """
 
     def __init__(
@@ -164,293 +166,182 @@ class Sandbox:
         image: str | None = None,
         runtime: str | None = None,
         cache: bool = True,
+        isolate: bool = False,
+        allow: Collection[str] = (),
+        socket: Path | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        super().__init__(self._connect, limits=limits, cache=cache, isolate=isolate)
         self.image = image or source.image_name()
         self.image_id = ""
-        self.checks: dict[str, dict[str, Any]] = {}
-        self._slots = slots
+        self._asked_slots = slots
         self._runtime = runtime
-        self._cache = cache
-        self._line: _Line | None = None
-        self._next_id = 0
-        self._reference_cpu: dict[str, float] = {}  # by problem_key
+        self._allow = frozenset(allow)
+        self._socket = socket
+        self._client: docker.DockerClient | None = None
+        self._starts = 0
 
     def check(self) -> None:
         """Whether the engine answers and has the image; starts nothing. Raises SandboxError."""
+        if self._socket is not None:
+            if not self._socket.is_socket():
+                raise SandboxError(f"--socket {self._socket}: no sandbox listens there. Start one: `fractal serve`.")
+            self.image = f"sidecar {self._socket}"
+            return
         self._client = connect()
-        try:
-            self.image_id = self._client.images.get(self.image).id or ""
-        except docker.errors.ImageNotFound:
-            raise SandboxError(
-                f"Docker: the sandbox image {self.image} is not here. Build it: `python -m fractal.images.build`."
-            ) from None
+        self.image_id = _image_id(self._client, self.image)
 
     def __enter__(self) -> Self:
         self.check()
-        cpus = int(self._client.info().get("NCPU", 1))
-        self._slots = self._slots or cpus
-        self._cpus = cpus
-        self._start()
+        self.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
-        self._client.close()
+        self.close()
+        if self._client is not None:
+            self._client.close()
 
-    # --- the container ----------------------------------------------------------------------------------------------
-
-    def _start(self) -> None:
-        assert self._slots is not None
-        # A container's own range of uids: RLIMIT_NPROC counts a uid's processes across containers.
-        first_uid = random.SystemRandom().randrange(100_000, 1_000_000_000, 1000)
-        api = self._client.api
-        options = hardening(self._slots, self.limits, first_uid, self._cpus)
-        if self._runtime:
-            options["runtime"] = self._runtime
-        try:
-            created = api.create_container(
-                self.image,
-                command=["--slots", str(self._slots), "--first-uid", str(first_uid)],
-                stdin_open=True,  # with StdinOnce: when this process dies, the container's input ends, and so does it
-                environment={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"},
-                labels={"fractal.sandbox": "1"},
-                host_config=api.create_host_config(
-                    **options, log_config=docker.types.LogConfig(type=docker.types.LogConfig.types.NONE)
-                ),
-            )
-            container = self._client.containers.get(created["Id"])
-            keep = api.attach_socket(container.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-            sock = getattr(keep, "_sock", keep)
-            sock.settimeout(None)
-            self._line = _Line(container, sock, keep)
-            threading.Thread(target=self._line.read, daemon=True, name="sandbox-reader").start()
-            container.start()
-        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as error:
-            self._stop()
-            raise SandboxError(f"Docker: the sandbox container does not start: {str(error)[:300]}.") from error
-        self._greet()
-
-    def _greet(self) -> None:
-        """Wait for the judge, and refuse to go on unless every protection is in force."""
-        assert self._line is not None
-        try:
-            hello = self._line.inbox.get(timeout=60)
-        except queue.Empty:
-            hello = None
-        if hello is None or hello.get("type") != "ready":
-            said = self._line.said()
-            self._stop()
-            raise SandboxError(f"Docker: the sandbox container ended or hung before it was ready: {said}.")
-        self.checks = hello["checks"]
-        missing = [f"{name} ({check['found']})" for name, check in self.checks.items() if not check["ok"]]
+    def greeted(self, found: dict[str, dict[str, Any]]) -> None:
+        """Refuse to go on unless every protection is in force, or may be missing by name."""
+        if unknown := self._allow - found.keys():
+            names = ", ".join(found)
+            raise SandboxError(f"--allow-missing {', '.join(sorted(unknown))}: no such protection. There are: {names}.")
+        missing = [f"{n} ({c['found']})" for n, c in found.items() if not c["ok"] and n not in self._allow]
         if missing:
-            self._stop()
             raise SandboxError(
                 f"The sandbox is not safe: not in force: {', '.join(missing)}. The engine dropped an option; no "
-                "program was run. `fractal doctor` shows the details."
+                "program was run. `fractal doctor` shows the details; --allow-missing NAME runs all the same."
             )
+        self.checks = {n: {**c, "allowed": True} if not c["ok"] else c for n, c in found.items()}
 
-    def _stop(self) -> None:
-        line, self._line = self._line, None
-        if line is None:
-            return
-        try:
-            line.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        try:
-            line.container.remove(force=True)
-        except (docker.errors.DockerException, requests.exceptions.RequestException):
-            pass  # it removes itself
-        line.keep.close()
-
-    def _send(self, job: Job) -> bool:
-        """Hand a job to the container; False if it is gone (the loss is noticed when its silence is read)."""
-        line = self._line
-        assert line is not None
-        key = problem_key(job.problem)
-        data = b""
-        if key not in line.known:
-            data = pack({"type": "problem", "key": key, "problem": problem_frame(job.problem)})
-            line.known.add(key)
-        data += pack({"type": "sample", "id": job.id, "key": key, "code": job.code, "limits": asdict(job.limits)})
-        try:
-            line.sock.sendall(data)
-        except OSError:
-            return False
-        return True
-
-    def _job(self, problem: Problem, code: str, limits: Limits | None = None) -> Job:
-        self._next_id += 1
-        return Job(self._next_id, problem, code, limits or self._limits_for(problem))
-
-    def _limits_for(self, problem: Problem) -> Limits:
-        cpu_s = REFERENCE_FACTOR * self._reference_cpu.get(problem_key(problem), 0.0)
-        if cpu_s <= self.limits.cpu_s:
-            return self.limits
-        return replace(self.limits, cpu_s=cpu_s, wall_s=max(self.limits.wall_s, 2 * cpu_s))
-
-    # --- verification -----------------------------------------------------------------------------------------------
-
-    def verify(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> Iterator[Label]:
-        """One Label for each sample, in their order. `problems` by task_id; KeyError for a sample of none of them."""
-        source_ = iter(samples)
-        slates: deque[Slate] = deque()  # not yet yielded
-        flying: dict[int, Job] = {}
-        by_job: dict[int, list[Slate]] = {}
-        twins: dict[str, int] = {}  # identical programs: the job that runs for all of them
-        done: dict[str, dict[str, Any]] = {}
-        doubtful: list[tuple[Job, dict[str, Any]]] = []
-        more = True
-        while more or slates:
-            while more and len(flying) < IN_FLIGHT * (self._slots or 1) and len(slates) < LOOK_AHEAD:
-                sample = next(source_, None)
-                if sample is None:
-                    more = False
-                    break
-                problem = problems[sample.task_id]
-                job = self._job(problem, sample.code)
-                slate = Slate(sample, job)
-                slates.append(slate)
-                key = program_key(job) if self._cache else f"#{job.id}"
-                if key in done:
-                    slate.verdict = done[key]
-                    continue
-                if key in twins:
-                    by_job[twins[key]].append(slate)
-                    continue
-                by_job[job.id], twins[key] = [slate], job.id
-                flying[job.id] = job
-                self._send(job)
-            if flying:
-                for job, verdict in self._receive(flying):
-                    if self._doubtful(job, verdict):
-                        doubtful.append((job, verdict))
-                    else:
-                        self._settle(job, verdict, by_job, done)
-            elif doubtful:
-                for job, verdict in doubtful:  # alone: nothing else runs in the container now
-                    self._settle(job, self._decide_alone(job, verdict), by_job, done)
-                doubtful.clear()
-            while slates and slates[0].verdict is not None:
-                slate = slates.popleft()
-                yield label(slate)
-
-    def _settle(self, job: Job, verdict: dict[str, Any], by_job: dict[int, list[Slate]], done: dict[str, Any]) -> None:
-        if self._cache:
-            done[program_key(job)] = verdict
-        for slate in by_job.pop(job.id):
-            slate.verdict = verdict
-
-    def _receive(self, flying: dict[int, Job]) -> list[tuple[Job, dict[str, Any]]]:
-        """Wait for at least one verdict. Jobs that a dead judge or container lost are sent again, once."""
-        assert self._line is not None
-        patience_s = max(job.limits.wall_s for job in flying.values()) * (IN_FLIGHT + 1) + 30
-        try:
-            message = self._line.inbox.get(timeout=patience_s)
-        except queue.Empty:
-            message = None
-        if message is None:
-            return self._replace(flying)
-        job = flying.pop(message.get("id"), None)  # type: ignore[arg-type]
-        if job is None:
-            return []
-        if message["status"] == "sandbox_error" and message.get("retry") and job.losses == 0:
-            job.losses += 1
-            flying[job.id] = job
-            self._send(job)
-            return []
-        return [(job, message)]
-
-    def _replace(self, flying: dict[int, Job]) -> list[tuple[Job, dict[str, Any]]]:
-        """The container is gone: start another and send again what it had; what two containers lost is given up."""
-        assert self._line is not None
-        said = self._line.said()
-        log.warning("the sandbox container was lost (%s); starting another", said)
-        self._stop()
-        self._start()
-        lost = []
-        for job in list(flying.values()):
-            job.losses += 1
-            if job.losses > 1:
-                del flying[job.id]
-                lost.append((job, {"status": "sandbox_error", "detail": f"lost with two containers: {said}"}))
-            else:
-                self._send(job)
-        return lost
-
-    def _alone(self, job: Job) -> dict[str, Any]:
-        flying = {job.id: job}
-        self._send(job)
+    def _connect(self) -> _Attached | _Plugged:
+        """A fresh connection. After the first, with patience: the engine or the sidecar may be restarting."""
+        self._starts += 1
+        deadline = time.monotonic() + (ENGINE_RETURN_S if self._starts > 1 else 0)
         while True:
-            for _, verdict in self._receive(flying):
-                return verdict
+            try:
+                return self._plug() if self._socket is not None else self._start()
+            except SandboxError:
+                if self._closing or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
-    def _doubtful(self, job: Job, verdict: dict[str, Any]) -> bool:
-        """Whether a verdict is a timeout to be confirmed: by wall time, or with the reference's own time not known."""
-        return verdict["status"] == "timeout" and (
-            verdict.get("limit") == "wall" or problem_key(job.problem) not in self._reference_cpu
-        )
+    def _plug(self) -> _Plugged:
+        assert self._socket is not None
+        try:
+            return _Plugged(self._socket)
+        except OSError as error:
+            raise SandboxError(
+                f"--socket {self._socket}: {error.strerror}. Start a sidecar: `fractal serve`."
+            ) from error
 
-    def _decide_alone(self, job: Job, verdict: dict[str, Any]) -> dict[str, Any]:
-        """A timeout looked at again: with the limit that the reference's own time allows, and nothing beside it."""
-        problem, key = job.problem, problem_key(job.problem)
-        if key not in self._reference_cpu:
-            wide = replace(self.limits, cpu_s=REFERENCE_CPU_S, wall_s=2 * REFERENCE_CPU_S)
-            of_reference = self._alone(self._job(problem, problem.reference, wide))
-            passed = of_reference["status"] == "passed"
-            self._reference_cpu[key] = of_reference["cpu_seconds"] if passed else 0.0
-        if verdict.get("limit") == "wall" or self._limits_for(problem).cpu_s > job.limits.cpu_s:
-            return self._alone(self._job(problem, job.code))
-        return verdict
+    def _start(self) -> _Attached:
+        client = self._client
+        assert client is not None
+        try:
+            created, options = _create(client, self.image, self.limits, self._asked_slots, self._runtime)
+            container = client.containers.get(created)
+            keep = client.api.attach_socket(created, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+            line = _Attached(container, keep)
+            try:
+                container.start()
+            except BaseException:
+                line.close()
+                raise
+            return line
+        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as error:
+            known = str(error)
+            remedy = " Is gVisor installed, and named in /etc/docker/daemon.json?" if "runtime" in known else ""
+            raise SandboxError(f"Docker: the sandbox container does not start: {known[:300]}.{remedy}") from error
 
 
-def program_key(job: Job) -> str:
-    """Identical programs against identical tests run once; line ends and trailing space do not count."""
-    return (
-        f"{problem_key(job.problem)}:{hashlib.sha256(job.code.rstrip().encode('utf-8', 'surrogatepass')).hexdigest()}"
+def _image_id(client: docker.DockerClient, image: str) -> str:
+    try:
+        return client.images.get(image).id or ""
+    except docker.errors.ImageNotFound:
+        raise SandboxError(
+            f"Docker: the sandbox image {image} is not here. Build it: `python -m fractal.images.build`."
+        ) from None
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        raise SandboxError(f"Docker: cannot look for {image}: {str(error)[:300]}.") from error
+
+
+def _create(
+    client: docker.DockerClient,
+    image: str,
+    limits: Limits,
+    slots: int | None,
+    runtime: str | None,
+    volume: str | None = None,
+    name: str | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Create the container, with a volume for its socket or attached streams. Returns its id and the options."""
+    cpus = int(client.info().get("NCPU", 1))
+    slots = slots or cpus
+    # A container's own range of uids: RLIMIT_NPROC counts a uid's processes across containers.
+    first_uid = random.SystemRandom().randrange(100_000, 1_000_000_000, 1000)
+    options = hardening(slots, limits, first_uid, cpus)
+    if runtime:
+        options["runtime"] = runtime
+    command = ["--slots", str(slots), "--first-uid", str(first_uid)]
+    if volume:
+        options["binds"] = [f"{volume}:{SOCKET.rpartition('/')[0]}:rw"]
+        command += ["--socket", SOCKET]
+    created = client.api.create_container(
+        image,
+        name=name,
+        command=command,
+        stdin_open=volume is None,  # with StdinOnce: when this process dies, the container's input ends, and so does it
+        environment={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"},
+        labels={"fractal.sandbox": "1"},
+        host_config=client.api.create_host_config(
+            **options, log_config=docker.types.LogConfig(type=docker.types.LogConfig.types.NONE)
+        ),
     )
+    return created["Id"], options
 
 
-@lru_cache(maxsize=4096)
-def _key(*parts: str | tuple[str, ...]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def start_sidecar(
+    *,
+    volume: str = SIDECAR,
+    name: str = SIDECAR,
+    limits: Limits | None = None,
+    slots: int | None = None,
+    image: str | None = None,
+    runtime: str | None = None,
+) -> str:
+    """Start a sandbox that serves a Unix socket in a volume, detached; returns the container's id.
+
+    `volume` is the name of a Docker volume or a folder's absolute path; other containers mount it and use
+    Sandbox(socket=...). Raises SandboxError, also when one of that name runs already.
+    """
+    client = connect()
+    try:
+        image = image or source.image_name()
+        _image_id(client, image)
+        created, _ = _create(client, image, limits or Limits(), slots, runtime, volume, name)
+        client.api.start(created)
+        return created
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        remedy = f" `fractal serve --stop --name {name}` ends it." if "already in use" in str(error) else ""
+        raise SandboxError(f"Docker: the sidecar does not start: {str(error)[:300]}.{remedy}") from error
+    finally:
+        client.close()
 
 
-def problem_key(problem: Problem) -> str:
-    """A problem by what the judge uses of it: the same task_id may mean another problem in the next call."""
-    return _key(problem.reference, problem.setup, tuple(problem.tests), problem.entry_point)
-
-
-def problem_frame(problem: Problem) -> dict[str, Any]:
-    """What the judge is told of a problem."""
-    return {
-        "reference": problem.reference,
-        "setup": problem.setup,
-        "tests": problem.tests,
-        "entry_point": problem.entry_point,
-    }
-
-
-def label(slate: Slate) -> Label:
-    sample, problem, verdict = slate.sample, slate.job.problem, slate.verdict
-    assert verdict is not None
-    status: Status = verdict["status"]
-    results = list(verdict.get("tests", []))
-    return Label(
-        task_id=sample.task_id,
-        sample_id=sample.sample_id,
-        status=status,
-        passed=status == "passed",
-        tests=results + ["not_run"] * (len(problem.tests) - len(results)),
-        seconds=float(verdict.get("seconds", 0.0)),
-        cpu_seconds=float(verdict.get("cpu_seconds", 0.0)),
-        detail=str(verdict.get("detail", "")),
-        code_sha256=hashlib.sha256(sample.code.encode("utf-8", "surrogatepass")).hexdigest(),
-    )
+def stop_sidecar(name: str = SIDECAR) -> bool:
+    """End a sidecar; False if there is none of that name."""
+    client = connect()
+    try:
+        client.api.remove_container(name, force=True)
+    except docker.errors.NotFound:
+        return False
+    except docker.errors.DockerException as error:
+        raise SandboxError(f"Docker: cannot end {name}: {str(error)[:300]}.") from error
+    finally:
+        client.close()
+    return True
 
 
 def probe(sandbox: Sandbox) -> list[tuple[checks.Probe, Label]]:

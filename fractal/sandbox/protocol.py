@@ -1,8 +1,10 @@
 """Frames and plain values: what crosses between host, judge and candidate. Standard library only; used at every end.
 
-A frame is a 4-byte big-endian length and that many bytes of JSON. A value is JSON in which every type that JSON lacks
-is an object with one tag ({"t": [...]} is a tuple). Decoding builds exact built-in values and nothing else: it cannot
-run code, look up attributes or import. What is not plain crosses as a reference to an object that stays at its owner.
+A frame is a 4-byte big-endian length and that many bytes. Between host, supervisor and judges its body is a kind (one
+byte), for some kinds a fixed head, and JSON: the supervisor passes most bodies on without looking into them. Between
+judge and candidate it is JSON alone, in which every type that JSON lacks is an object with one tag ({"t": [...]} is a
+tuple). Decoding builds exact built-in values and nothing else: it cannot run code, look up attributes or import. What
+is not plain crosses as a reference to an object that stays at its owner.
 """
 
 import collections
@@ -16,7 +18,8 @@ import socket
 import struct
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from json.encoder import encode_basestring_ascii
+from typing import Any, NamedTuple
 
 HEADER = struct.Struct(">I")
 MAX_FRAME = 64 << 20  # bytes; room for a result of 50 MB, small enough for a judge per core
@@ -40,6 +43,19 @@ EXCEPTIONS: dict[str, type[BaseException]] = {
 
 SHARED = SHARED_CALLABLES | EXCEPTIONS.keys()
 
+# Kinds of frames between host, supervisor and judges.
+PROBLEM = b"P"  # key, JSON: a problem that later samples name by its key
+SAMPLE = b"S"  # id, key, wall limit, alone, JSON: a program to judge
+FORGET = b"F"  # all problems sent so far
+VERDICT = b"V"  # id, JSON
+READY = b"R"  # JSON: slots, and what the check from inside found
+ALIVE = b"A"  # nothing: the supervisor lives, though no verdict is due
+KEY_BYTES = 16
+SAMPLE_HEAD = struct.Struct(
+    ">cQ16sd?"
+)  # kind, id, problem's key, wall limit in seconds, whether nothing may run beside
+VERDICT_HEAD = struct.Struct(">cQ")  # kind, id
+
 
 class ProtocolError(Exception):
     """The other end sent what no honest end sends."""
@@ -56,12 +72,28 @@ class Closed(Exception):
 # --- frames ---------------------------------------------------------------------------------------------------------
 
 
-def pack(message: Any) -> bytes:
-    """A frame. Raises Unencodable if it is larger than MAX_FRAME."""
-    body = json.dumps(message, separators=(",", ":")).encode("ascii")
+def _json_encoder() -> Callable[[Any], str]:
+    """json.dumps without spaces, set up once: with options, json.dumps builds an encoder anew for each call."""
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # an interpreter without the C accelerator
+        return json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+    encode = make(None, None, encode_basestring_ascii, None, ":", ",", False, False, True)
+    return lambda message: "".join(encode(message, 0))
+
+
+_dumps = _json_encoder()
+
+
+def frame(body: bytes) -> bytes:
+    return HEADER.pack(len(body)) + body
+
+
+def pack(message: Any, head: bytes = b"") -> bytes:
+    """A frame of a head and JSON. Raises Unencodable if it is larger than MAX_FRAME."""
+    body = _dumps(message).encode("ascii")
     if len(body) > MAX_FRAME:
         raise Unencodable(f"{len(body)} bytes, at most {MAX_FRAME}")
-    return HEADER.pack(len(body)) + body
+    return HEADER.pack(len(head) + len(body)) + head + body
 
 
 def unpack(body: bytes | bytearray) -> Any:
@@ -72,8 +104,26 @@ def unpack(body: bytes | bytearray) -> Any:
         raise ProtocolError(f"not a frame: {error}") from None
 
 
+class SampleHead(NamedTuple):
+    id: int
+    key: bytes  # of its problem
+    wall_s: float
+    alone: bool  # nothing may run beside it
+
+
+def sample_head(body: bytes) -> SampleHead:
+    return SampleHead(*SAMPLE_HEAD.unpack_from(body)[1:])
+
+
+def verdict_id(body: bytes) -> int:
+    number: int = VERDICT_HEAD.unpack_from(body)[1]
+    return number
+
+
 class FrameBuffer:
     """Bytes in, whole frames out."""
+
+    __slots__ = ("_data", "_limit")
 
     def __init__(self, limit: int = MAX_FRAME) -> None:
         self._data = bytearray()
@@ -81,6 +131,10 @@ class FrameBuffer:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The bodies that are complete now. Raises ProtocolError when a frame announces more than the limit."""
+        if not self._data and len(data) >= HEADER.size:  # most often: exactly one frame, nothing before it
+            (size,) = HEADER.unpack_from(data)
+            if len(data) == HEADER.size + size:
+                return [data[HEADER.size :]]
         self._data += data
         bodies, at = [], 0
         while len(self._data) - at >= HEADER.size:
@@ -95,28 +149,6 @@ class FrameBuffer:
         if at:
             del self._data[:at]
         return bodies
-
-
-def receive(sock: socket.socket) -> bytes:
-    """One frame's body from a blocking socket. Raises Closed or ProtocolError."""
-    header = _exactly(sock, HEADER.size)
-    (size,) = HEADER.unpack(header)
-    if size > MAX_FRAME:
-        raise ProtocolError(f"a frame of {size} bytes")
-    return _exactly(sock, size)
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    data = sock.recv(count)
-    if len(data) == count:
-        return data
-    parts = bytearray(data)
-    while data and len(parts) < count:
-        data = sock.recv(min(count - len(parts), 1 << 20))
-        parts += data
-    if len(parts) < count:
-        raise Closed
-    return bytes(parts)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -305,30 +337,56 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def decode(body: bytes, resolve: Callable[[Reference], Any]) -> Any:
-    """A message whose values are plain Python values; `resolve` gives references a face. Raises ProtocolError.
+class Decoder:
+    """Messages whose values are plain Python values; `resolve` gives references a face.
 
-    json's C scanner walks the text; this hook sees each tagged object once, innermost first.
+    json's C scanner walks the text; the hook sees each tagged object once, innermost first.
     """
 
-    def hook(tagged: dict[str, Any]) -> Any:
+    def __init__(self, resolve: Callable[[Reference], Any]) -> None:
+        self._resolve = resolve
+        self._decode = json.JSONDecoder(object_hook=self._hook).decode
+
+    def decode(self, body: bytes) -> Any:
+        """Raises ProtocolError for what no honest end sends."""
+        if len(body) > LARGE:
+            _count_items(body)
+        try:
+            return self._decode(body.decode("utf-8", "surrogatepass"))
+        except RecursionError:
+            raise ProtocolError("nested too deeply") from None
+        except MemoryError:
+            raise ProtocolError("too large to be looked at") from None
+        except (ValueError, TypeError, ArithmeticError, AttributeError, IndexError, KeyError) as error:
+            raise ProtocolError(f"not a value: {type(error).__name__}: {str(error)[:200]}") from None
+
+    def _hook(self, tagged: dict[str, Any]) -> Any:
         if len(tagged) == 1:
             ((tag, data),) = tagged.items()
             decoder = DECODERS.get(tag)
-            if decoder is not None:
+            if decoder is not None and type(data) in (list, str, int):  # not a stand-in: tuple(it) would ask its owner
                 return decoder(data)
             if tag == "x" and type(data) is list and len(data) == 3 and type(data[0]) is int:
-                return resolve(Reference({"id": data[0], "kind": data[1], "truth": data[2]}))
+                return self._resolve(Reference({"id": data[0], "kind": data[1], "truth": data[2]}))
             if tag == "o" and type(data) is int:
-                return resolve(Reference({"own": data}))
+                return self._resolve(Reference({"own": data}))
         raise ValueError("unknown tag")
 
-    try:
-        return json.loads(body, object_hook=hook)
-    except RecursionError:
-        raise ProtocolError("nested too deeply") from None
-    except (ValueError, TypeError, ArithmeticError, AttributeError, IndexError, KeyError) as error:
-        raise ProtocolError(f"not a value: {type(error).__name__}: {str(error)[:200]}") from None
+
+def decode(body: bytes, resolve: Callable[[Reference], Any]) -> Any:
+    """One message. Raises ProtocolError."""
+    return Decoder(resolve).decode(body)
+
+
+LARGE = 1 << 20  # bytes: smaller messages cannot hold too many elements
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def _count_items(body: bytes) -> None:
+    """Bound the memory that decoding takes: 64 MiB of "[],[],…" would become lists of 1.5 GB."""
+    bare = _STRING.sub(b"", body)
+    if sum(map(bare.count, (b",", b"[", b"{"))) > 2 * MAX_ITEMS:
+        raise ProtocolError("too many elements")
 
 
 # --- objects that stay ------------------------------------------------------------------------------------------------

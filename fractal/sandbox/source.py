@@ -8,7 +8,7 @@ from pathlib import Path
 REPOSITORY = "fractal-sandbox"
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = "docker/sandbox.Dockerfile"
-HOST_ONLY = {"container.py", "source.py"}  # the host's end: an edit of it must not change the image
+HOST_ONLY = {"client.py", "container.py", "source.py"}  # the host's end: an edit of it must not change the image
 
 
 def files() -> dict[str, bytes]:

@@ -2,8 +2,9 @@
 
 It is started fresh (so nothing of the judge is in its memory), imports what programs commonly import, and then, for
 each request of its judge, forks a candidate: a process of the slot's own uid with resource limits and a seccomp filter
-of its own, in the slot's scratch folder. The candidate runs the program and answers the judge's requests. Standard
-library only. Run by judge.py: python3 zygote.py CONTROL_FD SLOT_UID SCRATCH.
+of its own, in the slot's scratch folder. A shared candidate has another uid and no folder, so that a program in a
+process of its own can neither signal nor limit it. Standard library only.
+Run by judge.py: zygote.py CONTROL_FD SLOT_UID SHARED_UID SCRATCH.
 """
 
 import os
@@ -22,30 +23,20 @@ import signal
 import socket
 import struct
 import types
+import warnings
 from typing import Any
 
-from fractal.sandbox.protocol import (
-    EXCEPTIONS,
-    IDENTIFIER,
-    MAX_FRAME,
-    Closed,
-    Encoder,
-    ProtocolError,
-    Reference,
-    Table,
-    Unencodable,
-    decode,
-    pack,
-    receive,
-)
+from fractal.sandbox.candidate import CandidateEnd
+from fractal.sandbox.protocol import Closed
 
 PRELOAD = (
     "abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq "
     "itertools json math numbers operator queue random re statistics string textwrap time typing unicodedata"
 ).split()
-MODULE = "solution"  # __name__ of the program: not "__main__", so a main block does not run, as under exec(code, {})
 THREADS = 32
-DETAIL = 500  # characters kept of an exception's message
+FRAMES_ABOVE = (
+    4  # Python frames between a program's call and the bottom, beyond those of plain evaluation (test_parity)
+)
 
 # --- the candidate's system calls -----------------------------------------------------------------------------------
 
@@ -122,18 +113,23 @@ class _Program(ctypes.Structure):
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    uid, scratch = int(sys.argv[2]), sys.argv[3]
+    uid, shared_uid, scratch = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     libc = ctypes.CDLL(None, use_errno=True)
     text = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
     program = _Program(len(text.raw) // 8, ctypes.cast(text, ctypes.c_void_p))
     for name in PRELOAD:
         __import__(name)
-    sys.set_int_max_str_digits(0)
+    for category in (
+        SyntaxWarning,
+        DeprecationWarning,
+    ):  # of compile(): once per place, so order would decide who sees it
+        warnings.filterwarnings("ignore", category=category, module="<program>")
     for module in [name for name in sys.modules if name.startswith("fractal") or name == "__main__"]:
         del sys.modules[module]
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.path.pop(0)
     sys.argv = [""]
+    sys.setrecursionlimit(sys.getrecursionlimit() + FRAMES_ABOVE)
     gc.collect()
     gc.freeze()
     while True:
@@ -141,28 +137,38 @@ def main() -> None:
         if not data:
             os._exit(0)
         request = json.loads(data)
-        if request["do"] == "wipe":
-            pid = os.fork()
-            if pid == 0:
-                _wipe(uid, scratch)
-            _, status = os.waitpid(pid, 0)
-            control.send(json.dumps({"wiped": status == 0}).encode())
+        if request["do"] == "reap":
+            control.send(_reap(request["pid"], request["wait"]))
             continue
         pid = os.fork()
+        if pid == 0 and request["do"] == "wipe":
+            _wipe(uid, scratch)
         if pid == 0:
             try:
                 control.close()
-                _become(request, fds, uid, scratch, libc, program)
-                candidate(socket.socket(fileno=3))
+                shared = request["shared"]
+                _become(request, fds, shared_uid if shared else uid, "/" if shared else scratch, libc, program)
+                CandidateEnd(socket.socket(fileno=3), shared).live()
+            except (Closed, OSError):
+                pass
             finally:
                 os._exit(0)
         for fd in fds:
             os.close(fd)
-        control.send(json.dumps({"pid": pid}).encode())
-        _, status, usage = os.wait4(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        cpu_s = usage.ru_utime + usage.ru_stime
-        control.send(json.dumps({"exit": code, "cpu_s": cpu_s, "rss_kib": usage.ru_maxrss}).encode())
+        if request["do"] == "wipe":
+            _, status = os.waitpid(pid, 0)
+            control.send(json.dumps({"wiped": status == 0}).encode())
+        else:
+            control.send(json.dumps({"pid": pid}).encode())
+
+
+def _reap(pid: int, wait: bool) -> bytes:
+    """How a candidate ended, as JSON; {} if it runs and shall not be waited for."""
+    found, status, usage = os.wait4(pid, 0 if wait else os.WNOHANG)
+    if not found:
+        return b"{}"
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return json.dumps({"exit": os.waitstatus_to_exitcode(status), "cpu_s": cpu_s}).encode()
 
 
 def _become(limits: dict[str, Any], fds: list[int], uid: int, scratch: str, libc: Any, program: _Program) -> None:
@@ -174,10 +180,10 @@ def _become(limits: dict[str, Any], fds: list[int], uid: int, scratch: str, libc
     for number in range(4):
         os.dup2(number + 100, number, inheritable=False)
     os.closerange(4, 1024)
-    cpu_s = int(limits["cpu_s"]) + 1
+    cpu_s = resource.RLIM_INFINITY if limits["shared"] else int(limits["cpu_s"]) + 1  # shared: the judge looks
     memory, largest = limits["memory_mib"] << 20, limits["file_mib"] << 20
     for name, soft, hard in (
-        ("AS", memory, memory), ("CPU", cpu_s, cpu_s + 1), ("FSIZE", largest, largest),
+        ("AS", memory, memory), ("CPU", cpu_s, cpu_s + (cpu_s > 0)), ("FSIZE", largest, largest),
         ("NOFILE", 64, 64), ("NPROC", THREADS, THREADS), ("CORE", 0, 0), ("MEMLOCK", 0, 0), ("MSGQUEUE", 0, 0),
         ("STACK", 8 << 20, 64 << 20),
     ):  # fmt: skip
@@ -218,182 +224,6 @@ def _wipe(uid: int, scratch: str) -> None:
         os._exit(0 if not os.listdir(".") else 1)
     finally:
         os._exit(1)
-
-
-# --- the candidate --------------------------------------------------------------------------------------------------
-
-
-class Callback:
-    """A function of the test's that was passed to the program."""
-
-    def __init__(self, end: "CandidateEnd", number: int) -> None:
-        self._end, self._number = end, number
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._end.ask({"o": self._number}, args, kwargs)
-
-
-class CandidateEnd:
-    """The candidate's end of the channel. All of it is untrusted once the program has run: the judge checks."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self.table = Table()
-        self._encoder = Encoder(self._refer)
-        self._callbacks: dict[int, Callback] = {}
-
-    def _refer(self, value: Any) -> dict[str, Any]:
-        if type(value) is Callback:
-            return {"o": value._number}
-        kind = "object"
-        if isinstance(value, types.ModuleType):
-            kind = f"module:{value.__name__}"
-        elif hasattr(value, "__next__"):
-            kind = "iterator"
-        try:
-            truth = bool(value)
-        except Exception:
-            truth = True
-        return {"x": [self.table.put(value), kind, truth]}
-
-    def resolve(self, reference: Reference) -> Any:
-        if "own" in reference.data:
-            return self.table.get(reference.data["own"])
-        number = reference.data["id"]
-        return self._callbacks.setdefault(number, Callback(self, number))
-
-    def encode(self, value: Any) -> Any:
-        try:
-            return self._encoder.encode(value)
-        except (Unencodable, RecursionError, RuntimeError, ValueError):  # RuntimeError: changed while we walked it
-            return self._refer(value)
-
-    def send(self, message: Any) -> None:
-        try:
-            frame = pack(message)
-        except Unencodable:
-            frame = pack(["e", "Unencodable", f"a result of more than {MAX_FRAME >> 20} MiB", []])
-        rest = memoryview(frame)
-        while rest:  # write(2), since sendto(2) is forbidden here
-            rest = rest[os.write(self._sock.fileno(), rest) :]
-
-    def serve(self) -> Any:
-        """Answer requests until a reply to our own request arrives; returns that reply."""
-        while True:
-            body = receive(self._sock)
-            message = decode(body, self.resolve)
-            if message[0] in ("r", "e"):
-                return message
-            try:
-                reply = self._answer(body, message)
-            except BaseException as error:
-                reply = failure(error, self.encode)
-            try:
-                sys.stdout.flush()
-            except BaseException:
-                pass
-            self.send(reply)
-
-    def _answer(self, body: bytes, message: list[Any]) -> list[Any]:
-        _, op, target, *rest = message
-        if op == "call":
-            args, kwargs, mutable = rest
-            result = target(*args, **dict(kwargs))
-            reply = ["r", self.encode(result)]
-            if mutable:
-                after = [self.encode(value) for value in args]
-                if after != json.loads(body)[3]:
-                    reply.append(after)
-            return reply
-        if op == "get":
-            return ["r", self.encode(getattr(target, rest[0]))]
-        if op == "set":
-            setattr(target, rest[0], rest[1])
-            return ["r", None]
-        if op == "item":
-            return ["r", self.encode(target[rest[0]])]
-        if op == "setitem":
-            target[rest[0]] = rest[1]
-            return ["r", None]
-        if op == "len":
-            return ["r", len(target)]
-        if op == "iter":
-            return ["r", self.encode(iter(target))]
-        if op == "next":  # up to rest[0] at once; fewer means the end
-            items = []
-            for _ in range(rest[0]):
-                try:
-                    items.append(self.encode(next(target)))
-                except StopIteration:
-                    return ["r", [items, True]]
-            return ["r", [items, False]]
-        if op in ("str", "repr"):
-            return ["r", str(str(target) if op == "str" else repr(target))]
-        if op == "isinstance":
-            return ["r", isinstance(target, rest[0])]
-        raise ProtocolError(f"no operation {op}")
-
-    def ask(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.send(
-            ["q", "call", target, [self.encode(a) for a in args], [[k, self.encode(v)] for k, v in kwargs.items()]]
-        )
-        reply = self.serve()
-        if reply[0] == "e":
-            raise EXCEPTIONS.get(reply[1], RuntimeError)(*reply[3])
-        return reply[1]
-
-
-def failure(error: BaseException, encode: Any) -> list[Any]:
-    """An exception as data: name of the nearest built-in class, message, arguments, name of its own class."""
-    if isinstance(error, SystemExit):
-        return ["x", f"SystemExit({error.code!r})"[:DETAIL]]
-    near = next((c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS), "Exception")
-    try:
-        text = str(error)[:DETAIL]
-    except BaseException:
-        text = ""
-    try:
-        args = [encode(value) for value in error.args]
-    except BaseException:
-        args = [text]
-    return ["e", near, text, args, type(error).__name__[:64]]
-
-
-def candidate(sock: socket.socket) -> None:
-    """Receive a program, run it, then answer requests until the judge hangs up."""
-    end = CandidateEnd(sock)
-    try:
-        _, source, imports, names = json.loads(receive(sock))
-    except Closed:
-        return
-    module = types.ModuleType(MODULE)
-    module.__dict__.pop("__doc__")
-    module.__dict__.pop("__loader__")
-    module.__dict__.pop("__spec__")
-    module.__dict__.pop("__package__")
-    sys.modules[MODULE] = module
-    try:
-        code = compile(source, "<program>", "exec", dont_inherit=True)
-    except MemoryError as error:  # also what the parser raises for too many nested brackets
-        end.send(["syntax", f"MemoryError: {error}"[:DETAIL]])
-        return
-    except (SyntaxError, ValueError, RecursionError, OverflowError, UnicodeError) as error:
-        end.send(["syntax", f"{type(error).__name__}: {error}"[:DETAIL]])
-        return
-    del source
-    try:
-        exec(code, module.__dict__)
-        for line in imports:
-            exec(line, module.__dict__)
-        found = [[n, end.encode(module.__dict__[n])] for n in names if IDENTIFIER.match(n) and n in module.__dict__]
-        message: list[Any] = ["ready", found]
-    except BaseException as error:
-        message = failure(error, end.encode)
-    try:
-        end.send(message)
-        end.serve()
-    except (Closed, OSError):
-        pass
 
 
 if __name__ == "__main__":

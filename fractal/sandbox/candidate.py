@@ -1,0 +1,257 @@
+"""The container's end that runs programs: a candidate process, untrusted, forked and walled in by zygote.py.
+
+It receives a program and then requests about it: to call its functions, to look into its objects. A candidate of a
+program's own does that once; a shared candidate runs one after another of those programs that screen.py lets share a
+process, and hands the others back, compiled. All that it says is checked by the judge. Standard library only.
+"""
+
+import base64
+import gc
+import json
+import marshal
+import os
+import socket
+import sys
+import types
+from collections import deque
+from typing import Any
+
+from fractal.sandbox import screen
+from fractal.sandbox.protocol import (
+    EXCEPTIONS,
+    IDENTIFIER,
+    MAX_FRAME,
+    Closed,
+    Decoder,
+    Encoder,
+    FrameBuffer,
+    ProtocolError,
+    Reference,
+    Table,
+    Unencodable,
+    pack,
+)
+
+MODULE = "solution"  # __name__ of the program: not "__main__", so a main block does not run, as under exec(code, {})
+DETAIL = 500  # characters kept of an exception's message
+PLAIN = frozenset({str, int, float, bool, type(None)})
+COLLECT_EVERY = 50  # shared programs: what they leave in cycles is let go
+
+
+class Callback:
+    """A function of the test's that was passed to the program."""
+
+    def __init__(self, end: "CandidateEnd", number: int) -> None:
+        self._end, self._number = end, number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._end.ask({"o": self._number}, args, kwargs)
+
+
+class CandidateEnd:
+    """The candidate's end of the channel, and the program that it speaks for."""
+
+    def __init__(self, sock: socket.socket, shared: bool) -> None:
+        self._fd = sock.fileno()
+        self._sock = sock
+        self._shared = shared
+        self._buffer = FrameBuffer()
+        self._bodies: deque[bytes] = deque()
+        self._decode = Decoder(self._resolve).decode
+        self._encoder = Encoder(self._refer)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.table = Table()
+        self._callbacks: dict[int, Callback] = {}
+        self._names: dict[str, Any] = {}
+        self._waited = False  # whether an answer held what the judge may ask about before it goes on
+
+    def live(self) -> None:
+        """Run the programs that arrive: one, or if shared, one after another until the judge hangs up."""
+        message = self._decode(self._receive())
+        for count in range(1 << 62):
+            self._clear()
+            self._start(*message[1:])
+            message = self._serve()
+            if not self._shared:
+                return
+            if count % COLLECT_EVERY == 0:
+                gc.collect()
+
+    # --- the channel --------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> bytes:
+        while not self._bodies:
+            data = self._sock.recv(1 << 18)
+            if not data:
+                raise Closed
+            self._bodies.extend(self._buffer.feed(data))
+        return self._bodies.popleft()
+
+    def _send(self, message: Any) -> None:
+        try:
+            frame = pack(message)
+        except Unencodable:
+            frame = pack(["e", "ValueError", f"a result of more than {MAX_FRAME >> 20} MiB", [], "ResultTooLarge"])
+        sent = os.write(self._fd, frame)  # write(2), since sendto(2) is forbidden here
+        while sent < len(frame):
+            sent += os.write(self._fd, memoryview(frame)[sent:])
+
+    def _refer(self, value: Any) -> dict[str, Any]:
+        if type(value) is Callback:
+            return {"o": value._number}
+        self._waited = True
+        kind = "object"
+        if isinstance(value, types.ModuleType):
+            kind = f"module:{value.__name__}"
+        elif hasattr(value, "__next__"):
+            kind = "iterator"
+        try:
+            truth = bool(value)
+        except Exception:
+            truth = True
+        return {"x": [self.table.put(value), kind, truth]}
+
+    def _resolve(self, reference: Reference) -> Any:
+        if "own" in reference.data:
+            return self.table.get(reference.data["own"])
+        number = reference.data["id"]
+        return self._callbacks.setdefault(number, Callback(self, number))
+
+    def encode(self, value: Any) -> Any:
+        if type(value) in PLAIN and type(value) is not int:
+            return value
+        try:
+            return self._encoder.encode(value)
+        except (Unencodable, RecursionError, RuntimeError, ValueError):  # RuntimeError: changed while we walked it
+            return self._refer(value)
+
+    # --- a program ----------------------------------------------------------------------------------------------------
+
+    def _start(self, serial: int, source: str, compiled: str, imports: list[str], names: list[str]) -> None:
+        """Run the program's text (or what another process compiled) and say which of the names it defines."""
+        self._names = {}
+        if compiled:
+            code = marshal.loads(base64.b64decode(compiled))
+        else:
+            try:
+                code = compile(source, "<program>", "exec", dont_inherit=True)
+            except MemoryError as error:  # also what the parser raises for too many nested brackets
+                return self._send(["syntax", serial, f"MemoryError: {error}"[:DETAIL], False])
+            except (SyntaxError, ValueError, RecursionError, OverflowError, UnicodeError) as error:
+                sure = isinstance(error, SyntaxError | ValueError)
+                return self._send(["syntax", serial, f"{type(error).__name__}: {error}"[:DETAIL], sure])
+            if self._shared and (why := screen.reason(code) or _imports(imports)):
+                return self._send(["unfit", serial, why, base64.b64encode(marshal.dumps(code)).decode("ascii")])
+        module = types.ModuleType(MODULE)
+        space = module.__dict__
+        for name in ("__doc__", "__loader__", "__spec__", "__package__"):
+            del space[name]
+        if not self._shared:
+            sys.modules[MODULE] = module  # dataclasses and pickle look a class's module up
+        try:
+            exec(code, space)
+            for line in imports:
+                exec(line, space)
+            self._names = {n: space[n] for n in names if IDENTIFIER.match(n) and n in space}
+            message: list[Any] = ["ready", serial, [[n, self.encode(v)] for n, v in self._names.items()]]
+        except BaseException as error:
+            message = ["stopped", serial, failure(error, self.encode)]
+        self._waited = False
+        self._flush()
+        return self._send(message)
+
+    def _serve(self) -> Any:
+        """Answer requests until something else arrives: a reply to a request of ours, or the next program."""
+        while True:
+            body = self._receive()
+            message = self._decode(body)
+            if message[0] != "q":
+                return message
+            try:
+                reply = self._answer(body, message)
+            except BaseException as error:
+                reply = failure(error, self.encode)
+            self._flush()
+            self._send(reply)
+
+    def _flush(self) -> None:
+        try:
+            sys.stdout.flush()
+        except BaseException:
+            pass
+
+    def _answer(self, body: bytes, message: list[Any]) -> list[Any]:
+        _, op, target, *rest = message
+        if op == "ahead":  # a call that the judge sent before it needed the answer
+            if self._waited or target not in self._names:
+                return ["skipped"]
+            return ["r", self.encode(self._names[target](*rest[0], **dict(rest[1])))]
+        if op == "call":
+            args, kwargs, mutable = rest
+            result = target(*args, **dict(kwargs))
+            reply = ["r", self.encode(result)]
+            if mutable:
+                after = [self.encode(value) for value in args]
+                if after != json.loads(body)[3]:
+                    reply.append(after)
+            return reply
+        if op == "get":
+            return ["r", self.encode(getattr(target, rest[0]))]
+        if op == "set":
+            setattr(target, rest[0], rest[1])
+            return ["r", None]
+        if op == "item":
+            return ["r", self.encode(target[rest[0]])]
+        if op == "setitem":
+            target[rest[0]] = rest[1]
+            return ["r", None]
+        if op == "len":
+            return ["r", len(target)]
+        if op == "iter":
+            return ["r", self.encode(iter(target))]
+        if op == "next":  # up to rest[0] at once; fewer means the end
+            items = []
+            for _ in range(rest[0]):
+                try:
+                    items.append(self.encode(next(target)))
+                except StopIteration:
+                    return ["r", [items, True]]
+            return ["r", [items, False]]
+        if op in ("str", "repr"):
+            return ["r", str(str(target) if op == "str" else repr(target))]
+        if op == "isinstance":
+            return ["r", isinstance(target, rest[0])]
+        raise ProtocolError(f"no operation {op}")
+
+    def ask(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of the test's."""
+        self._send(
+            ["q", "call", target, [self.encode(a) for a in args], [[k, self.encode(v)] for k, v in kwargs.items()]]
+        )
+        reply = self._serve()
+        if reply[0] == "e":
+            raise EXCEPTIONS.get(reply[1], RuntimeError)(*reply[3])
+        return reply[1]
+
+
+def _imports(lines: list[str]) -> str:
+    """Why the setup's import statements would not do in a shared process."""
+    return next(filter(None, (screen.reason(compile(line, "<setup>", "exec")) for line in lines)), "")
+
+
+def failure(error: BaseException, encode: Any) -> list[Any]:
+    """An exception as data: name of the nearest built-in class, message, arguments, name of its own class."""
+    if isinstance(error, SystemExit):
+        return ["x", f"SystemExit({error.code!r})"[:DETAIL]]
+    near = next((c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS), "Exception")
+    try:
+        text = str(error)[:DETAIL]
+    except BaseException:
+        text = ""
+    try:
+        args = [encode(value) for value in error.args]
+    except BaseException:
+        args = [text]
+    return ["e", near, text, args, type(error).__name__[:64]]
