@@ -6,8 +6,6 @@ import decimal
 import fractions
 import json
 import math
-import socket
-import threading
 from typing import Any
 
 import pytest
@@ -15,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal.sandbox import protocol
-from fractal.sandbox.judge import update
 from fractal.sandbox.protocol import Encoder, FrameBuffer, ProtocolError, Reference, Unencodable
+from fractal.sandbox.standin import update
 
 Point = collections.namedtuple("Point", "x y")
 
@@ -175,19 +173,6 @@ def test_frames_survive_any_slicing(bodies: list[bytes], size: int) -> None:
 def test_a_frame_that_announces_too_much_is_refused_at_once() -> None:
     with pytest.raises(ProtocolError):
         FrameBuffer(100).feed(protocol.HEADER.pack(101))
-
-
-def test_receive_reads_a_large_frame_whole() -> None:
-    left, right = socket.socketpair()
-    body = b"x" * 3_000_000
-    sender = threading.Thread(target=left.sendall, args=(protocol.HEADER.pack(len(body)) + body,))
-    sender.start()
-    assert protocol.receive(right) == body
-    sender.join()
-    left.close()
-    with pytest.raises(protocol.Closed):
-        protocol.receive(right)
-    right.close()
 
 
 @given(values, values)

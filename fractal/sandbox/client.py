@@ -148,7 +148,7 @@ class Verifier:
         self._done: OrderedDict[bytes, tuple[Verdict, str]] = OrderedDict()
         self._decode = msgspec.json.Decoder(Verdict).decode
 
-    # --- the connection -------------------------------------------------------------------------------------------------
+    # --- the connection -----------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Connect, and wait for the greeting. Raises SandboxError."""
@@ -264,7 +264,7 @@ class Verifier:
             except OSError:
                 pass  # its reader notices, too, and sends them to the next one
 
-    # --- verification ---------------------------------------------------------------------------------------------------
+    # --- verification -------------------------------------------------------------------------------------------------
 
     def verify(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> Iterator[Label]:
         """One Label for each sample, in their order; `samples` is read as the labels come.
@@ -291,7 +291,9 @@ class Verifier:
             if len(self._done) > REMEMBERED:
                 self._done.popitem(last=False)
 
-    def _batches(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> Generator[list[Label], None, None]:
+    def _batches(
+        self, samples: Iterable[Sample], problems: Mapping[int, Problem]
+    ) -> Generator[list[Label], None, None]:
         return _Call(self, samples, problems).run()
 
     def job(self, problem: Problem, code: str, inbox: Inbox, limits: Limits | None = None, alone: bool = False) -> Job:

@@ -240,7 +240,7 @@ class Sandbox(Verifier):
         client = self._client
         assert client is not None
         try:
-            created, options = _create(client, self.image, self.limits, self._asked_slots, self._runtime)
+            created = _create(client, self.image, self.limits, self._asked_slots, self._runtime)
             container = client.containers.get(created)
             keep = client.api.attach_socket(created, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
             line = _Attached(container, keep)
@@ -275,8 +275,8 @@ def _create(
     runtime: str | None,
     volume: str | None = None,
     name: str | None = None,
-) -> tuple[str, dict[str, Any]]:
-    """Create the container, with a volume for its socket or attached streams. Returns its id and the options."""
+) -> str:
+    """Create the container, with a volume for its socket or attached streams. Returns its id."""
     cpus = int(client.info().get("NCPU", 1))
     slots = slots or cpus
     # A container's own range of uids: RLIMIT_NPROC counts a uid's processes across containers.
@@ -299,7 +299,8 @@ def _create(
             **options, log_config=docker.types.LogConfig(type=docker.types.LogConfig.types.NONE)
         ),
     )
-    return created["Id"], options
+    identity: str = created["Id"]
+    return identity
 
 
 def start_sidecar(
@@ -320,7 +321,7 @@ def start_sidecar(
     try:
         image = image or source.image_name()
         _image_id(client, image)
-        created, _ = _create(client, image, limits or Limits(), slots, runtime, volume, name)
+        created = _create(client, image, limits or Limits(), slots, runtime, volume, name)
         client.api.start(created)
         return created
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:

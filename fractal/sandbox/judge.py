@@ -274,7 +274,7 @@ class Judge:
     def _in_shared(
         self, suite: Suite, code: str, limits: dict[str, Any], begin: float
     ) -> tuple[Outcome | None, Run, str, bool]:
-        """Try the shared candidate. No Outcome: the program needs a process of its own (compiled, if it came so far)."""
+        """Try the shared candidate. No Outcome: the program needs its own process (compiled, if it came so far)."""
         if self._shared is not None and self._shared.programs >= SHARED_LIFE:
             self._shared.end()
             self._shared = None

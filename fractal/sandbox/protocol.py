@@ -14,7 +14,6 @@ import fractions
 import json
 import operator
 import re
-import socket
 import struct
 import types
 from collections.abc import Callable, Iterable

@@ -32,12 +32,12 @@ OPERATIONS = frozenset(
     "BUILD_SLICE JUMP_BACKWARD_NO_INTERRUPT MAKE_CELL LOAD_CLOSURE LOAD_DEREF STORE_DEREF DELETE_DEREF JUMP_BACKWARD "
     "CALL_FUNCTION_EX EXTENDED_ARG LIST_APPEND SET_ADD MAP_ADD COPY_FREE_VARS RESUME FORMAT_VALUE BUILD_CONST_KEY_MAP "
     "BUILD_STRING LOAD_METHOD LIST_EXTEND SET_UPDATE DICT_MERGE DICT_UPDATE PRECALL CALL KW_NAMES "
-    "POP_JUMP_BACKWARD_IF_NOT_NONE POP_JUMP_BACKWARD_IF_NONE POP_JUMP_BACKWARD_IF_FALSE POP_JUMP_BACKWARD_IF_TRUE".split()
+    "POP_JUMP_BACKWARD_IF_NOT_NONE POP_JUMP_BACKWARD_IF_NONE POP_JUMP_BACKWARD_IF_FALSE POP_JUMP_BACKWARD_IF_TRUE".split()  # noqa: E501
 )
 BUILTINS = frozenset(
-    "abs all any ascii bin bool callable chr complex dict divmod enumerate filter float format frozenset hash hex input "
-    "int isinstance issubclass iter len list map max min next object oct ord pow print range repr reversed round set "
-    "slice sorted str sum tuple zip "
+    "abs all any ascii bin bool callable chr complex dict divmod enumerate filter float format frozenset hash hex "
+    "input int isinstance issubclass iter len list map max min next object oct ord pow print range repr reversed round "
+    "set slice sorted str sum tuple zip "
     "ArithmeticError AssertionError AttributeError EOFError Exception IndexError KeyError LookupError NameError "
     "NotImplementedError OverflowError RuntimeError StopIteration TypeError ValueError ZeroDivisionError".split()
 )
@@ -54,13 +54,15 @@ METHODS = frozenset(
     "popleft extendleft rotate "
     "capitalize casefold center endswith expandtabs find isalnum isalpha isascii isdecimal isdigit islower isnumeric "
     "isprintable isspace istitle isupper join ljust lower lstrip maketrans partition removeprefix removesuffix replace "
-    "rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title translate upper zfill "
+    "rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title translate upper "
+    "zfill "
     "bit_length bit_count is_integer as_integer_ratio conjugate real imag numerator denominator args "
     "group groups groupdict start end span".split()
 )
 FUNCTIONS = frozenset(
     [
-        *"match fullmatch search findall finditer sub subn compile escape IGNORECASE I MULTILINE M DOTALL S ASCII A".split(),
+        *"match fullmatch search findall finditer sub subn compile escape".split(),
+        *"IGNORECASE I MULTILINE M DOTALL S ASCII A".split(),
         *"bisect bisect_left bisect_right insort insort_left insort_right".split(),
         *"heappush heappop heapify heapreplace heappushpop nlargest nsmallest merge".split(),
         *"reduce lru_cache cache cmp_to_key partial deepcopy Counter defaultdict deque maxsize getsizeof".split(),
@@ -100,7 +102,7 @@ def reason(code: types.CodeType) -> str:
 
 
 def _instructions(text: bytes, names: tuple[str, ...]) -> str:
-    """The first instruction that is not allowed, in words. Two bytes each; EXTENDED_ARG brings an argument's high bits."""
+    """The first instruction that is not allowed. Two bytes each; EXTENDED_ARG brings an argument's high bits."""
     high = 0
     for operation, low in zip(text[::2], text[1::2], strict=True):
         if operation not in _ALLOWED:

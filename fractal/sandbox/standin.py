@@ -198,7 +198,15 @@ class JudgeEnd:
     def _encode(self, value: Any) -> Any:
         return self._encoder.encode(value)
 
+    def _take_back(self) -> None:
+        """Before any other request: the calls still ahead wait for it, and their answers say so."""
+        while self.ahead:
+            self.ahead.popleft()
+            if self.reply()[0] != "skipped":
+                raise ProtocolError("a call that was not waited with")
+
     def ask(self, op: str, target: StandIn, *rest: Any) -> object:
+        self._take_back()
         self.send(["q", op, self._refer(target), *map(self._encode, rest)])
         return self._value(self.reply())
 
@@ -233,6 +241,7 @@ class JudgeEnd:
             reply = self.reply()
             if reply[0] != "skipped":
                 return self._value(reply)
+        self._take_back()
         mutable = any(map(_mutable, args))
         packed = [self._encode(value) for value in args]
         named = [[key, self._encode(value)] for key, value in kwargs.items()]

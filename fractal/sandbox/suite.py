@@ -111,7 +111,7 @@ ALWAYS = (ast.Call, ast.keyword, ast.UnaryOp, ast.BinOp, ast.Subscript, ast.Attr
 
 
 def _only_call(test: ast.Module, entry_point: str, programs: set[str]) -> ast.Call | None:
-    """The one call of the entry point in an assert, if it is sure to be made and nothing else of the program is used."""
+    """The one call of the entry point in an assert, if it is sure to be made and uses nothing else of the program."""
     if len(test.body) != 1 or not isinstance(test.body[0], ast.Assert):
         return None
     statement = test.body[0]

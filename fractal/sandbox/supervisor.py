@@ -153,7 +153,7 @@ class Supervisor:
         else:
             self._poll.register(listener, select.EPOLLIN)
 
-    # --- judges ---------------------------------------------------------------------------------------------------------
+    # --- judges -------------------------------------------------------------------------------------------------------
 
     def _hire(self, slot: Slot) -> Worker:
         sockets = [worker.sock.fileno() for worker in self._workers] + [self._poll.fileno()]
@@ -240,7 +240,7 @@ class Supervisor:
         task.client.running += 1
         worker.give(task)
 
-    # --- clients --------------------------------------------------------------------------------------------------------
+    # --- clients ------------------------------------------------------------------------------------------------------
 
     def _welcome(self, client: Client) -> None:
         os.set_blocking(client.source, False)
@@ -339,7 +339,7 @@ class Supervisor:
             self._poll.unregister(fd)
         client.watched[fd] = events
 
-    # --- the loop -------------------------------------------------------------------------------------------------------
+    # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Until standard input has ended and all its samples are answered; with a socket, until it is killed."""

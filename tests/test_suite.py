@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fractal.sandbox import zygote
-from fractal.sandbox.judge import prepare
+from fractal.sandbox.suite import prepare
 
 
 def problem(reference: str, *tests: str, setup: str = "", entry_point: str = "f") -> dict[str, Any]:
