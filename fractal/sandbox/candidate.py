@@ -35,7 +35,6 @@ from fractal.sandbox.protocol import (
 MODULE = "solution"  # __name__ of the program: not "__main__", so a main block does not run, as under exec(code, {})
 DETAIL = 500  # characters kept of an exception's message
 PLAIN = frozenset({str, int, float, bool, type(None)})
-COLLECT_EVERY = 50  # shared programs: what they leave in cycles is let go
 
 
 class Callback:
@@ -45,7 +44,13 @@ class Callback:
         self._end, self._number = end, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._number < 0:
+            raise RuntimeError("the test is over")
         return self._end.ask({"o": self._number}, args, kwargs)
+
+    def retire(self) -> None:
+        """What an earlier program left behind (a generator's `finally`) must not reach the next one's test."""
+        self._number = -1
 
 
 class CandidateEnd:
@@ -59,25 +64,30 @@ class CandidateEnd:
         self._bodies: deque[bytes] = deque()
         self._decode = Decoder(self._resolve).decode
         self._encoder = Encoder(self._refer)
+        self._space: dict[str, Any] = {}
+        self._callbacks: dict[int, Callback] = {}
         self._clear()
 
     def _clear(self) -> None:
+        """Let go of what the last program made."""
+        for callback in self._callbacks.values():
+            callback.retire()
+        self._space.clear()
         self.table = Table()
-        self._callbacks: dict[int, Callback] = {}
+        self._callbacks = {}
         self._names: dict[str, Any] = {}
         self._waited = False  # whether an answer held what the judge may ask about before it goes on
 
     def live(self) -> None:
         """Run the programs that arrive: one, or if shared, one after another until the judge hangs up."""
         message = self._decode(self._receive())
-        for count in range(1 << 62):
-            self._clear()
+        while True:
             self._start(*message[1:])
             message = self._serve()
             if not self._shared:
                 return
-            if count % COLLECT_EVERY == 0:
-                gc.collect()
+            self._clear()
+            gc.collect()  # cheap: all that was there before the programs is frozen
 
     # --- the channel --------------------------------------------------------------------------------------------------
 
@@ -145,7 +155,7 @@ class CandidateEnd:
             if self._shared and (why := screen.reason(code) or _imports(imports)):
                 return self._send(["unfit", serial, why, base64.b64encode(marshal.dumps(code)).decode("ascii")])
         module = types.ModuleType(MODULE)
-        space = module.__dict__
+        space = self._space = module.__dict__
         for name in ("__doc__", "__loader__", "__spec__", "__package__"):
             del space[name]
         if not self._shared:

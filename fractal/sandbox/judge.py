@@ -93,6 +93,7 @@ class Candidate:
     def __init__(self, slot: Slot, limits: dict[str, Any], shared: bool) -> None:
         self._slot = slot
         self.shared = shared
+        self.memory_mib = limits["memory_mib"]
         self.programs = 0
         ours, theirs = socket.socketpair()
         reader, writer = os.pipe()
@@ -275,7 +276,8 @@ class Judge:
         self, suite: Suite, code: str, limits: dict[str, Any], begin: float
     ) -> tuple[Outcome | None, Run, str, bool]:
         """Try the shared candidate. No Outcome: the program needs its own process (compiled, if it came so far)."""
-        if self._shared is not None and self._shared.programs >= SHARED_LIFE:
+        worn = self._shared is not None and self._shared.programs >= SHARED_LIFE
+        if self._shared is not None and (worn or self._shared.memory_mib != limits["memory_mib"]):
             self._shared.end()
             self._shared = None
         if self._shared is None:

@@ -34,9 +34,7 @@ PRELOAD = (
     "itertools json math numbers operator queue random re statistics string textwrap time typing unicodedata"
 ).split()
 THREADS = 32
-FRAMES_ABOVE = (
-    4  # Python frames between a program's call and the bottom, beyond those of plain evaluation (test_parity)
-)
+FRAMES_BELOW = 2  # below a program's call, beyond those of plain evaluation (measured; tests/test_sandbox.py)
 
 # --- the candidate's system calls -----------------------------------------------------------------------------------
 
@@ -129,7 +127,7 @@ def main() -> None:
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.path.pop(0)
     sys.argv = [""]
-    sys.setrecursionlimit(sys.getrecursionlimit() + FRAMES_ABOVE)
+    sys.setrecursionlimit(sys.getrecursionlimit() + FRAMES_BELOW)
     gc.collect()
     gc.freeze()
     while True:
