@@ -462,7 +462,7 @@ def _json(value: object) -> bytes:
 # with f-strings (which may hold quotes from Python 3.12 on), are taken as they stand.
 _STRING_OR_COMMENT = re.compile(r"""'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*"|#[^\n]*""")
 _KEEP = re.compile(r"""\b(?:[fF][rR]?|[rR][fF])['"]|\\[ \t\f]*\n""")  # f-strings, and lines that go on
-_BLANK = re.compile(r"[ \t\f]+(?=\n)|\n(?=\n)")
+_BLANK = re.compile(r"[ \t\f]*\n(?:[ \t\f]*\n)*")
 
 
 def normal_form(code: str) -> str:
@@ -474,7 +474,7 @@ def normal_form(code: str) -> str:
     if "\r" in code or "'''" in code or '"""' in code or _KEEP.search(code):
         return code.rstrip()
     bare = _STRING_OR_COMMENT.sub(lambda m: "" if m[0][0] == "#" else m[0], code) if "#" in code else code
-    return _BLANK.sub("", bare).strip("\n").rstrip()
+    return _BLANK.sub("\n", bare).removeprefix("\n").rstrip()
 
 
 def program_key(problem: bytes, code: str) -> bytes:

@@ -74,7 +74,7 @@ FUNCTIONS = frozenset(
     ]
 )
 ATTRIBUTES = METHODS | FUNCTIONS
-FORBIDDEN_GLOBALS = frozenset(vars(builtins)) - BUILTINS
+FORBIDDEN_GLOBALS = frozenset(vars(builtins)) - BUILTINS - {"__name__"}
 ASYNC = 0x80 | 0x100 | 0x200  # inspect.CO_COROUTINE, CO_ITERABLE_COROUTINE, CO_ASYNC_GENERATOR
 MAX_SOURCE = 1 << 16  # characters: larger ones are rare, and slow to compile
 
