@@ -16,6 +16,7 @@ import logging
 import queue
 import re
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,10 +50,15 @@ REFERENCE_FACTOR = 4.0  # a program may take this many times its reference's CPU
 REFERENCE_CPU_S = 60.0  # for measuring a reference
 LOSSES = 3  # containers that may be lost over a sample before it is given up
 SILENCE_S = 60.0  # the sandbox says something every 5 s
+RETURN_S = 120.0  # patience with an engine, or a sidecar, that is being restarted
 
 
 class SandboxError(OutsideError):
     """The sandbox cannot be started, or does not hold what it promises. Never a verdict on a program."""
+
+
+class UnsafeError(SandboxError):
+    """A protection is missing: no second try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +218,24 @@ class Verifier:
         line.close()
         log.warning("the sandbox was lost (%s); starting another", said)
         try:
-            self.open()
+            self._reopen()
         except Exception as error:
             self._fail(error)
             return
         self._send_again(said)
+
+    def _reopen(self) -> None:
+        """With patience: the engine, or the sidecar, may be restarting. Raises SandboxError."""
+        deadline = time.monotonic() + RETURN_S
+        while True:
+            try:
+                return self.open()
+            except UnsafeError:
+                raise
+            except SandboxError:
+                if self._closing or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
     def _fail(self, error: Exception) -> None:
         """Nothing will answer any more: tell all who wait."""

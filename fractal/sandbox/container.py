@@ -10,7 +10,6 @@ Only this file talks to Docker; what is said over the connection is client.py's.
 import random
 import socket
 import struct
-import time
 from collections import deque
 from collections.abc import Collection
 from pathlib import Path
@@ -24,12 +23,11 @@ import requests
 from fractal import engine
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox import checks, source
-from fractal.sandbox.client import SILENCE_S, Limits, SandboxError, Verifier
+from fractal.sandbox.client import SILENCE_S, Limits, SandboxError, UnsafeError, Verifier
 
 SECCOMP = Path(__file__).parents[2] / "docker" / "seccomp.json"
 THREADS = 32  # a candidate's, at most; zygote.py sets the same limit
 JUDGE_MIB = 1280  # a judge's own limit, judge.py
-ENGINE_RETURN_S = 120  # patience with an engine that is being restarted
 SOCKET = "/run/fractal/sandbox.sock"  # of a sidecar, in its volume
 SIDECAR = "fractal-sandbox"  # default name of the container and of its volume
 
@@ -178,7 +176,6 @@ class Sandbox(Verifier):
         self._allow = frozenset(allow)
         self._socket = socket
         self._client: docker.DockerClient | None = None
-        self._starts = 0
 
     def check(self) -> None:
         """Whether the engine answers and has the image; starts nothing. Raises SandboxError."""
@@ -206,26 +203,17 @@ class Sandbox(Verifier):
         """Refuse to go on unless every protection is in force, or may be missing by name."""
         if unknown := self._allow - found.keys():
             names = ", ".join(found)
-            raise SandboxError(f"--allow-missing {', '.join(sorted(unknown))}: no such protection. There are: {names}.")
+            raise UnsafeError(f"--allow-missing {', '.join(sorted(unknown))}: no such protection. There are: {names}.")
         missing = [f"{n} ({c['found']})" for n, c in found.items() if not c["ok"] and n not in self._allow]
         if missing:
-            raise SandboxError(
+            raise UnsafeError(
                 f"The sandbox is not safe: not in force: {', '.join(missing)}. The engine dropped an option; no "
                 "program was run. `fractal doctor` shows the details; --allow-missing NAME runs all the same."
             )
         self.checks = {n: {**c, "allowed": True} if not c["ok"] else c for n, c in found.items()}
 
     def _connect(self) -> _Attached | _Plugged:
-        """A fresh connection. After the first, with patience: the engine or the sidecar may be restarting."""
-        self._starts += 1
-        deadline = time.monotonic() + (ENGINE_RETURN_S if self._starts > 1 else 0)
-        while True:
-            try:
-                return self._plug() if self._socket is not None else self._start()
-            except SandboxError:
-                if self._closing or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.5)
+        return self._plug() if self._socket is not None else self._start()
 
     def _plug(self) -> _Plugged:
         assert self._socket is not None

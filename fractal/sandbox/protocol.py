@@ -111,6 +111,9 @@ class SampleHead(NamedTuple):
 
 
 def sample_head(body: bytes) -> SampleHead:
+    """Raises ProtocolError."""
+    if len(body) < SAMPLE_HEAD.size:
+        raise ProtocolError("half a sample")
     return SampleHead(*SAMPLE_HEAD.unpack_from(body)[1:])
 
 

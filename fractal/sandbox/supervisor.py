@@ -48,6 +48,7 @@ GRACE_S = 0.8  # after the wall limit, before a judge is replaced
 SHARED_UIDS = 500  # between a slot's uid and that of its shared candidate
 PROBLEMS_KNOWN = 4096  # problems that a judge keeps
 MOST_WAITING = 64 << 20  # bytes of samples that a client may have waiting here; then it has to wait itself
+LONGEST_S = 1e6  # no wall limit is longer
 ALIVE_S = 5.0
 FLUSH_AT, FLUSH_S = 64, 0.004  # verdicts that are written together, and how long the first of them waits at most
 
@@ -276,7 +277,7 @@ class Supervisor:
         try:
             for body in client.buffer.feed(data):
                 self._take(client, body)
-        except (ProtocolError, KeyError, ValueError):  # not one of ours
+        except (ProtocolError, KeyError):  # not one of ours
             if client.sock is None:
                 raise
             self._dismiss(client)
@@ -285,6 +286,8 @@ class Supervisor:
         kind = body[:1]
         if kind == SAMPLE:
             head = sample_head(body)
+            if not 0 < head.wall_s < LONGEST_S:
+                raise ProtocolError("a wall limit out of range")
             client.waiting.append(Task(head, body, client.problems[head.key], client))
             client.waiting_bytes += len(body)
         elif kind == PROBLEM:
