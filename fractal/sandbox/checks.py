@@ -4,6 +4,8 @@
 that any sandbox must stop, for the tests and `fractal doctor`. Standard library only; imported at both ends.
 """
 
+import ctypes
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CAPABILITIES = 1 << 5 | 1 << 6 | 1 << 7  # CAP_KILL, CAP_SETGID, CAP_SETUID: capability.h
+PR_GET_NO_NEW_PRIVS = 39  # prctl.h
 DOCKER_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
 
 
@@ -23,14 +26,15 @@ def inspect() -> dict[str, dict[str, Any]]:
     scratch = [m for m in mounts if m[1].startswith("/scratch/")]
     weak = [m[1] for m in scratch if not {"noexec", "nosuid", "nodev"} <= set(m[3].split(","))]
     writable = [m[1] for m in mounts if "rw" in m[3].split(",") and m not in scratch and _open_to_all(m[1])]
+    no_new_privs = ctypes.CDLL(None).prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
     sockets = [path for path in DOCKER_SOCKETS if os.path.exists(path)]
     memory, pids = _limit("memory", "memory.max", "memory.limit_in_bytes"), _limit("pids", "pids.max", "pids.max")
     found = {
         "capabilities": (capabilities == CAPABILITIES, f"{capabilities:#x}, expected {CAPABILITIES:#x}"),
-        "no_new_privs": (status.get("NoNewPrivs") == "1", f"NoNewPrivs {status.get('NoNewPrivs')}"),
+        "no_new_privs": (no_new_privs == 1, f"no_new_privs {no_new_privs}"),
         "seccomp": (status.get("Seccomp") == "2", f"mode {status.get('Seccomp')}, expected 2 (filter)"),
         "network": (networks in ([], ["lo"]), f"interfaces {networks}"),
-        "read_only_root": (bool(os.statvfs("/").f_flag & os.ST_RDONLY), "file system of /"),
+        "read_only_root": (_read_only("/"), "whether a file can be made in /"),
         "scratch": (bool(scratch) and not weak, f"{len(scratch)} scratch file systems, weak: {weak}"),
         "writable": (not writable, f"writable beside scratch: {writable}"),
         "memory_limit": (memory is not None, f"{memory} bytes"),
@@ -42,11 +46,11 @@ def inspect() -> dict[str, dict[str, Any]]:
 
 # A program of ours: what the process that runs programs may do, as that process sees it.
 LOOK = """
-import os, resource
+import ctypes, os, resource
 def look():
     status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
     limits = {n: list(resource.getrlimit(getattr(resource, "RLIMIT_" + n)))
-              for n in ("AS", "CPU", "FSIZE", "NOFILE", "NPROC", "CORE", "MEMLOCK", "MSGQUEUE")}
+              for n in ("AS", "CPU", "FSIZE", "NOFILE", "NPROC", "CORE", "MEMLOCK")}
     descriptors = []
     for fd in range(64):
         try:
@@ -55,29 +59,41 @@ def look():
         except OSError:
             pass
     return {"uids": sorted({*os.getresuid(), *os.getresgid()}), "groups": os.getgroups(), "limits": limits,
-            "capabilities": [status["Cap" + n] for n in ("Prm", "Eff", "Bnd", "Amb")], "descriptors": descriptors,
-            "no_new_privs": status.get("NoNewPrivs"), "seccomp": status.get("Seccomp"), "folder": os.getcwd()}
+            "capabilities": [status.get("Cap" + n, "0" * 16) for n in ("Prm", "Eff", "Amb")],
+            "no_new_privs": ctypes.CDLL(None).prctl(39, 0, 0, 0, 0), "seccomp": status.get("Seccomp"),
+            "descriptors": descriptors, "folder": os.getcwd()}
 """
 
 
 def judge_candidate(found: Any, uid: int, limits: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Each protection of a candidate by name, from what LOOK returned."""
     if type(found) is not dict or "uids" not in found:
-        found = {"uids": [], "capabilities": ["unknown"], "limits": {}, "folder": "", "descriptors": []}
+        return {"candidate": {"ok": False, "found": f"cannot be looked at: {found}"}}
     most = {"AS": limits["memory_mib"] << 20, "CPU": int(limits["cpu_s"]) + 2, "FSIZE": limits["file_mib"] << 20}
-    most |= {"NOFILE": 64, "NPROC": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
+    most |= {"NOFILE": 64, "NPROC": 64, "CORE": 0, "MEMLOCK": 0}
     loose = [n for n, most_ in most.items() if not 0 <= found["limits"].get(n, [-1, -1])[1] <= most_]
-    powers = found["capabilities"][:2] + found["capabilities"][3:]  # the bounding set is the container's
+    powers = found["capabilities"]  # permitted, effective, ambient; the bounding set is the container's
     checks = {
         "candidate_uid": (found["uids"] == [uid] and found.get("groups") == [], f"uid and gid {found['uids']}"),
         "candidate_capabilities": (all(p == "0" * 16 for p in powers), f"{powers}"),
-        "candidate_no_new_privs": (found.get("no_new_privs") == "1", f"NoNewPrivs {found.get('no_new_privs')}"),
+        "candidate_no_new_privs": (found.get("no_new_privs") == 1, f"no_new_privs {found.get('no_new_privs')}"),
         "candidate_seccomp": (found.get("seccomp") == "2", f"mode {found.get('seccomp')}, expected 2 (filter)"),
         "candidate_limits": (not loose, f"limits not in force: {loose}"),
         "candidate_descriptors": (found["descriptors"] == [0, 1, 2, 3], f"open descriptors {found['descriptors']}"),
         "candidate_folder": (found["folder"].startswith("/scratch/"), f"in {found['folder']!r}"),
     }
     return {name: {"ok": ok, "found": text} for name, (ok, text) in checks.items()}
+
+
+def _read_only(folder: str) -> bool:
+    """By trying, as root: not every runtime tells in the mount's flags."""
+    path = os.path.join(folder, f".check-{os.getpid()}")
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600))
+    except OSError as error:
+        return error.errno == errno.EROFS
+    os.unlink(path)
+    return False
 
 
 def _open_to_all(path: str) -> bool:
@@ -112,10 +128,10 @@ PROBES = (
     Probe("a wrong program fails", "def f():\n    return 'wrong'", "failed"),
     Probe(
         "candidates are not root and have no capabilities",
-        "def f():\n    import os\n    s = open('/proc/self/status').read()\n"
+        "def f():\n    import ctypes, os\n    s = open('/proc/self/status').read()\n"
         "    assert os.getuid() > 0 and os.geteuid() > 0 and os.getgroups() == []\n"
         "    assert 'CapEff:\\t0000000000000000' in s and 'CapPrm:\\t0000000000000000' in s, s\n"
-        "    assert 'NoNewPrivs:\\t1' in s and 'Seccomp:\\t2' in s, s\n    return 'done'",
+        "    assert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 1 and 'Seccomp:\\t2' in s, s\n    return 'done'",
         "passed",
     ),
     Probe("no sockets", "def f():\n    import socket\n    socket.socket()\n    return 'done'", "forbidden"),

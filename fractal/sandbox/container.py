@@ -29,6 +29,10 @@ SECCOMP = Path(__file__).parents[2] / "docker" / "seccomp.json"
 THREADS = 32  # a candidate's, at most; zygote.py sets the same limit
 JUDGE_MIB = 1280  # a judge's own limit, judge.py
 SOCKET = "/run/fractal/sandbox.sock"  # of a sidecar, in its volume
+# What cannot be seen from inside gVisor, a kernel of its own below the container: it takes the place of the host's
+# seccomp profile, and the host's cgroups hold it as a whole. The named option that allows this is --runtime=runsc.
+UNSEEN_IN_GVISOR = frozenset({"seccomp", "scratch", "memory_limit", "pids_limit"})
+GVISOR_THREADS = 4096  # its own on the host, several for each process inside
 SIDECAR = "fractal-sandbox"  # default name of the container and of its volume
 
 __all__ = ["Limits", "Sandbox", "SandboxError", "connect", "probe", "start_sidecar", "stop_sidecar"]
@@ -48,7 +52,8 @@ def hardening(slots: int, limits: Limits, first_uid: int, cpus: int) -> dict[str
         "mem_limit": memory,
         "memswap_limit": memory,
         "nano_cpus": min(slots, cpus) * 1_000_000_000,
-        "tmpfs": {f"/scratch/{i}": f"{scratch},uid={first_uid + i},gid={first_uid + i}" for i in range(slots)},
+        "tmpfs": {f"/scratch/{i}": f"{scratch},uid={first_uid + i},gid={first_uid + i}" for i in range(slots)}
+        | {"/tmp": "ro,noexec,nosuid,nodev,size=4k,mode=0700"},  # gVisor would put a writable one there
         "ipc_mode": "none",
         "auto_remove": True,
     }
@@ -204,7 +209,8 @@ class Sandbox(Verifier):
         if unknown := self._allow - found.keys():
             names = ", ".join(found)
             raise UnsafeError(f"--allow-missing {', '.join(sorted(unknown))}: no such protection. There are: {names}.")
-        missing = [f"{n} ({c['found']})" for n, c in found.items() if not c["ok"] and n not in self._allow]
+        allow = self._allow | (UNSEEN_IN_GVISOR if _is_gvisor(self._runtime) else frozenset())
+        missing = [f"{n} ({c['found']})" for n, c in found.items() if not c["ok"] and n not in allow]
         if missing:
             raise UnsafeError(
                 f"The sandbox is not safe: not in force: {', '.join(missing)}. The engine dropped an option; no "
@@ -244,6 +250,10 @@ class Sandbox(Verifier):
             raise SandboxError(f"Docker: the sandbox container does not start: {known[:300]}.{remedy}") from error
 
 
+def _is_gvisor(runtime: str | None) -> bool:
+    return runtime is not None and "runsc" in runtime
+
+
 def _image_id(client: docker.DockerClient, image: str) -> str:
     try:
         return client.images.get(image).id or ""
@@ -272,6 +282,8 @@ def _create(
     options = hardening(slots, limits, first_uid, cpus)
     if runtime:
         options["runtime"] = runtime
+    if _is_gvisor(runtime):
+        options["pids_limit"] += GVISOR_THREADS
     command = ["--slots", str(slots), "--first-uid", str(first_uid)]
     if volume:
         options["binds"] = [f"{volume}:{SOCKET.rpartition('/')[0]}:rw"]

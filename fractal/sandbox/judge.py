@@ -82,9 +82,10 @@ class Slot:
         return answer
 
     def used(self) -> bool:
-        """Whether a program left anything in the scratch folder (a file system of its own)."""
+        """Whether a program may have left anything in the scratch folder (a file system of its own)."""
         state = os.statvfs(self.scratch)
-        return state.f_files - state.f_ffree > 1 or state.f_bfree < state.f_blocks
+        counts = state.f_files > 0  # gVisor counts no files
+        return not counts or state.f_files - state.f_ffree > 1 or state.f_bfree < state.f_blocks
 
 
 class Candidate:
@@ -494,6 +495,7 @@ def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:
     suite.ahead.clear()
     limits = {"cpu_s": 10.0, "wall_s": 20.0, "memory_mib": 512, "file_mib": 16}
     found: list[Any] = []
+    trouble = "it returned nothing"
     candidate = Candidate(judge.slot, limits, shared=False)
     try:
         run = Run(candidate, 10.0, 20.0, time.monotonic() + 20)
@@ -501,8 +503,10 @@ def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:
         outcome, names = _greeting(suite, run, 0)
         if outcome is None:
             exec(suite.tests[0], {**names, "result": found})
-    except (Gone, LeftEarly, ProtocolError):
-        pass  # nothing found: nothing is in force
+        else:
+            trouble = outcome.detail
+    except (Gone, LeftEarly, ProtocolError, Exception) as error:
+        trouble = f"{type(error).__name__}: {error} {run.detail}"
     finally:
         candidate.end()
-    return checks.judge_candidate(found[0] if found else {}, judge.slot.uid, limits)
+    return checks.judge_candidate(found[0] if found else {"trouble": trouble}, judge.slot.uid, limits)

@@ -390,7 +390,7 @@ def _worst(found: list[dict[str, Any]]) -> dict[str, Any]:
     together: dict[str, Any] = {}
     for one in found:
         if not one:
-            together["candidate"] = {"ok": False, "found": "a candidate could not be looked at"}
+            together["candidate"] = {"ok": False, "found": "the judge died over looking at one"}
         for name, check in one.items():
             if name not in together or not check["ok"]:
                 together[name] = check
