@@ -139,8 +139,13 @@ class CandidateEnd:
 
     # --- a program ----------------------------------------------------------------------------------------------------
 
-    def _start(self, serial: int, source: str, compiled: str, imports: list[str], names: list[str]) -> None:
-        """Run the program's text (or what another process compiled) and say which of the names it defines."""
+    def _start(
+        self, serial: int, source: str, compiled: str, imports: list[str], names: list[str], isolate: bool
+    ) -> None:
+        """Run the program's text (or what another process compiled) and say which of the names it defines.
+
+        A shared candidate hands back what may not share a process, compiled; with `isolate` it does so with all.
+        """
         self._names = {}
         if compiled:
             code = marshal.loads(base64.b64decode(compiled))
@@ -152,8 +157,10 @@ class CandidateEnd:
             except (SyntaxError, ValueError, RecursionError, OverflowError, UnicodeError) as error:
                 sure = isinstance(error, SyntaxError | ValueError)
                 return self._send(["syntax", serial, f"{type(error).__name__}: {error}"[:DETAIL], sure])
-            if self._shared and (why := screen.reason(code) or _imports(imports)):
-                return self._send(["unfit", serial, why, base64.b64encode(marshal.dumps(code)).decode("ascii")])
+            if self._shared:
+                why = screen.reason(code) or _imports(imports)
+                if why or isolate:
+                    return self._send(["unfit", serial, why, base64.b64encode(marshal.dumps(code)).decode("ascii")])
         module = types.ModuleType(MODULE)
         space = self._space = module.__dict__
         for name in ("__doc__", "__loader__", "__spec__", "__package__"):

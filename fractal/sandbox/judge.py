@@ -155,7 +155,7 @@ class Run:
         self.output = b""
         self.plain = True  # no value was too odd for a process that is shared
         candidate.channel.sock.settimeout(max(0.05, deadline - time.monotonic()))
-        self.greeted = False  # whether it ran, and so was found fit if it shares a process
+        self.fit = False  # whether screen.py found nothing against the program
         self.end = JudgeEnd(candidate.channel, self.wait, self.stuck)
 
     def wait(self, closed: bool) -> None:
@@ -257,15 +257,15 @@ class Judge:
         """Run one program against a problem's tests. The verdict comes from what the test code does, here."""
         begin = time.monotonic()
         compiled, fit = "", False
-        if not isolate and len(code) <= screen.MAX_SOURCE:
-            outcome, run, compiled, fit = self._in_shared(suite, code, limits, begin)
+        if len(code) <= screen.MAX_SOURCE:
+            outcome, run, compiled, fit = self._in_shared(suite, code, limits, begin, isolate)
             if outcome is not None:
                 return _verdict(suite, outcome, run, time.monotonic() - begin, fit)
         candidate = Candidate(self.slot, limits, shared=False)
         try:
             run = Run(candidate, limits["cpu_s"], limits["wall_s"], begin + limits["wall_s"])
             self._serial += 1
-            outcome = _judge(suite, run, ["program", self._serial, "" if compiled else code, compiled], self._serial)
+            outcome = _judge(suite, run, self._serial, "" if compiled else code, compiled, False)
             run.drain()
         finally:
             candidate.end()
@@ -274,7 +274,7 @@ class Judge:
         return _verdict(suite, outcome, run, time.monotonic() - begin, fit)
 
     def _in_shared(
-        self, suite: Suite, code: str, limits: dict[str, Any], begin: float
+        self, suite: Suite, code: str, limits: dict[str, Any], begin: float, isolate: bool
     ) -> tuple[Outcome | None, Run, str, bool]:
         """Try the shared candidate. No Outcome: the program needs its own process (compiled, if it came so far)."""
         worn = self._shared is not None and self._shared.programs >= SHARED_LIFE
@@ -291,7 +291,7 @@ class Judge:
         compiled = ""
         keep = False
         try:
-            outcome = _judge(suite, run, ["program", self._serial, code, ""], self._serial)
+            outcome = _judge(suite, run, self._serial, code, "", isolate)
             if outcome.status == "unfit":
                 keep, compiled = True, outcome.detail
             else:
@@ -301,7 +301,7 @@ class Judge:
                 candidate.end()
                 self._shared = None
         if not keep or compiled:
-            return None, run, compiled, run.greeted
+            return None, run, compiled, run.fit
         run.drain()
         return outcome, run, "", True
 
@@ -322,12 +322,12 @@ def _verdict(suite: Suite, outcome: Outcome, run: Run, seconds: float, fit: bool
     }
 
 
-def _judge(suite: Suite, run: Run, program: list[Any], serial: int) -> Outcome:
+def _judge(suite: Suite, run: Run, serial: int, code: str, compiled: str, isolate: bool) -> Outcome:
     """Send a program with the calls that can be made ahead, then run the tests."""
     results: list[str] = []
-    ahead = b"".join(call.frame for call in suite.ahead)
+    ahead = b"" if isolate else suite.ahead_frames
     try:
-        run.end.send_frames(pack([*program, suite.imports, suite.names]) + ahead)
+        run.end.send_frames(pack(["program", serial, code, compiled, suite.imports, suite.names, isolate]) + ahead)
         outcome, names = _greeting(suite, run, serial)
         if outcome is not None:
             return outcome
@@ -355,8 +355,9 @@ def _greeting(suite: Suite, run: Run, serial: int) -> tuple[Outcome | None, dict
         run.plain = rest[2] is True
         return Outcome("syntax_error", str(rest[1])[:DETAIL]), {}
     if kind == "unfit" and len(rest) == 3 and type(rest[2]) is str:
+        run.fit = rest[1] == ""
         return Outcome("unfit", rest[2]), {}
-    run.greeted = True
+    run.fit = run.shared
     if kind == "stopped" and len(rest) == 2 and type(rest[1]) is list and rest[1]:
         error = rest[1]
         if error[0] == "x":
@@ -499,7 +500,7 @@ def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:
     candidate = Candidate(judge.slot, limits, shared=False)
     try:
         run = Run(candidate, 10.0, 20.0, time.monotonic() + 20)
-        run.end.send_frames(pack(["program", 0, checks.LOOK, "", suite.imports, suite.names]))
+        run.end.send_frames(pack(["program", 0, checks.LOOK, "", suite.imports, suite.names, False]))
         outcome, names = _greeting(suite, run, 0)
         if outcome is None:
             exec(suite.tests[0], {**names, "result": found})
