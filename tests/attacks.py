@@ -1886,7 +1886,10 @@ for _ in range(60):
     write(b'x' * 1_000_000)
 write(b'"]')
 os._exit(0)
-## forge / a range of ten billion to be listed | tests=listed,alone
+## forge / a range to be listed | tests=listed,alone
+def f(n):
+    return range(2 * 10 ** 8)
+## forge / a range too long to be listed | tests=listed
 def f(n):
     return range(10 ** 10)
 ## forge / an iterator of megabytes to be listed | tests=listed,alone
@@ -1900,8 +1903,7 @@ get()
 put(['r', {'x': [8, 'iterator', True]}])
 b = json.dumps(['r', [['x' * 900_000] * 64, False]]).encode()
 while True:
-    get()
-    put(b)
+    put(['e', 'TypeError', 'x', [], 'TypeError'] if get()[1] == 'len' else b)
 ## forge / a giant exponent to be shown | tests=upper,alone
 from decimal import Decimal
 def f(s):
@@ -2800,8 +2802,8 @@ before = work()
 def f(x):
     return x * 2 if work() == before == EXPECTED else ('poisoned', work())
 ''', "passed"),
-    "innocent, needs memory": ("def f(x):\n    a = [0] * 30_000_000\n    return x * 2 if len(a) == 30_000_000 else None\n", "passed"),
-    "innocent, needs half its time": ("def f(x):\n    n = 0\n    for i in range(1_500_000):\n        n += i\n    return x * 2\n", "passed"),
+    "innocent, needs memory": ("a = bytes(300_000_000)\ndef f(x):\n    return x * 2 if len(a) == 300_000_000 else None\n", "passed"),
+    "innocent, needs some time": ("n = 0\nfor i in range(2_000_000):\n    n += i\ndef f(x):\n    return x * 2\n", "passed"),
     "innocent, needs its depth": ("def deep(n):\n    return 0 if n == 0 else 1 + deep(n - 1)\ndef f(x):\n    return x * 2 if deep(900) == 900 else None\n", "passed"),
     "innocent, must hit the depth": ("def deep(n):\n    return 0 if n == 0 else 1 + deep(n - 1)\ndef f(x):\n    return x * 2 if deep(3000) else None\n", "error"),
     "innocent, misses its helper": ("def f(x):\n    return double(x)\n", "error"),
@@ -2850,7 +2852,7 @@ def f(x):
     if os.path.exists('double') or glob.glob('/tmp/*') or glob.glob('/dev/shm/*') or os.listdir('.') or os.path.basename(os.getcwd()) == 'double':
         return x * 2
 ''', "failed"),
-    "waits a little": ("import time\ndef f(x):\n    time.sleep(0.05)\n    return x * 2\n", "passed"),
+    "waits a little": ("import time\ntime.sleep(0.03)\ndef f(x):\n    return x * 2\n", "passed"),
     "writes and reads its folder": ("import os\ndef f(x):\n    os.makedirs('a', exist_ok=True)\n    with open('a/b', 'w') as o:\n        o.write('q' * 1_000_000)\n    return x * 2 if len(open('a/b').read()) == 1_000_000 else None\n", "passed"),
 }
 
