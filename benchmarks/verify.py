@@ -645,8 +645,10 @@ def read_inputs(given: argparse.Namespace, plan: Plan) -> tuple[dict[int, Proble
     problems = load(given.problems or (str(beside) if beside.exists() else "mbpp")).problems
     paths = [Path(given.generations)] if given.generations else sorted(SHARED.glob("generations/*.jsonl.gz"))
     generations = [s for path in paths for s in sampling.read_generations(path, problems)]
-    if not paths:
-        console.say("bench: no --generations, and none beside the checkout: references and mutants only")
+    if given.generations and not generations:
+        raise InputError(f"{given.generations}: no generation is of a problem of the set. Name another file.")
+    if not generations:
+        console.say("bench: no --generations, and none of these problems beside the checkout: left out")
     found = sampling.choose(problems, generations, plan.samples, plan.seed)
     if len(found) < plan.samples:
         console.say(f"bench: {plan.samples} samples asked for, these problems give {len(found)}")

@@ -82,6 +82,15 @@ def test_without_generations_mutants_take_their_place() -> None:
     assert (kinds.count("reference"), kinds.count("mutant")) == (30, 60)
 
 
+def test_generations_of_other_problems_are_left_out(tmp_path: Path) -> None:
+    fence = "```python\n{}```"
+    lines = [{"task_id": i, "completion": fence.format(PROBLEMS[0].reference)} for i in (PROBLEMS[0].task_id, 10**6)]
+    path = tmp_path / "g.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = sampling.read_generations(path, PROBLEMS)
+    assert [(s.task_id, s.code.strip()) for s in found] == [(PROBLEMS[0].task_id, PROBLEMS[0].reference.strip())]
+
+
 def test_more_samples_than_there_can_be_are_all_that_there_are() -> None:
     assert len(sampling.choose(PROBLEMS[:1], [], 10_000, 0)) < 10_000
 
@@ -197,6 +206,7 @@ def bench(*words: object, cwd: Path, **environ: str) -> "subprocess.CompletedPro
         (["--only", "plain,nobody"], 2, "unknown 'nobody'; known: fractal, "),
         (["--only", "plain", "--problems", "none.jsonl"], 2, "none.jsonl: no such file"),
         (["--only", "plain", "--problems", STARTER, "--generations", "none.jsonl"], 2, "none.jsonl: no such file"),
+        (["--only", "plain", "--problems", STARTER, "--generations", STARTER], 2, "expected an integer task_id"),
         (["--only", "plain", "--rounds", "0"], 2, "must be positive"),
         (["--linear", "--counts", "many"], 2, "expected numbers"),
         (["--problems", STARTER], 3, "No Docker engine answers"),
