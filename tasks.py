@@ -4,16 +4,21 @@ import os
 import sys
 from pathlib import Path
 
-from invoke import task
+from invoke import Exit, task
 
 ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
+BENCHES = {"verify": "benchmarks/verify.py"}
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
 
 
 def _fractal(c, *arguments):
     """Run the command line in place of this process's output; its exit code is ours."""
-    command = [str(BIN / "fractal"), *map(str, arguments)]
+    _become(c, str(BIN / "fractal"), *arguments)
+
+
+def _become(c, *command):
+    command = [str(word) for word in command]
     if c.config.run.dry:
         print(" ".join(command))
         return
@@ -53,6 +58,26 @@ def run(c, run="runs/default", stage="all", problems="", model="", n="", split="
 def verify(c, run="", problems="", samples="", out=""):
     """The hard verifier alone."""
     _fractal(c, "verify", *_options(run=run, problems=problems, samples=samples, out=out))
+
+
+@task(positional=[], help={"what": "verify", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
+                           "generations": "completions of a model; default: ../shared/generations/*.jsonl.gz, if there",
+                           "samples_count": "samples in all; default 1500", "rounds": "turns of each contestant; default 3",
+                           "seed": "of samples and orders; default 0", "limit": "seconds for each sample; default 3",
+                           "workers": "samples at once; default: the cores", "only": "contestants, as fractal,plain,raw",
+                           "turn": "seconds that a slow contestant may take a round, about; default 30",
+                           "runtime": "a second container runtime for Fractal, such as runsc", "quick": "a smoke run",
+                           "linear": "Fractal alone at growing numbers of samples: seconds and memory",
+                           "counts": "those numbers; default 1000,10000,100000", "out": "folder of the JSON files"})  # fmt: skip
+def bench(c, what="verify", problems="", generations="", samples_count="", rounds="", seed="", limit="", workers="",
+          only="", turn="", runtime="", quick=False, linear=False, counts="", out=""):  # fmt: skip
+    """Measure against other harnesses on the same samples, in one run; the figures go to runs/bench."""
+    if what not in BENCHES:
+        raise Exit(f"bench: unknown --what={what}; known: {', '.join(BENCHES)}.", code=2)
+    given = _options(problems=problems, generations=generations, samples_count=samples_count, rounds=rounds, seed=seed,
+                     limit=limit, workers=workers, only=only, turn=turn, runtime=runtime, counts=counts, out=out)  # fmt: skip
+    given += [word for word, wanted in (("--quick", quick), ("--linear", linear)) if wanted]
+    _become(c, sys.executable, ROOT / BENCHES[what], *given)
 
 
 @task(positional=[], help={"fast": "only what needs no Docker and no model", "keyword": "pytest's -k"})
