@@ -19,7 +19,6 @@ from typing import Any
 from fractal.sandbox import screen
 from fractal.sandbox.protocol import (
     EXCEPTIONS,
-    IDENTIFIER,
     MAX_FRAME,
     Closed,
     Decoder,
@@ -32,7 +31,6 @@ from fractal.sandbox.protocol import (
     pack,
 )
 
-MODULE = "solution"  # __name__ of the program: not "__main__", so a main block does not run, as under exec(code, {})
 DETAIL = 500  # characters kept of an exception's message
 PLAIN = frozenset({str, int, float, bool, type(None)})
 
@@ -161,17 +159,12 @@ class CandidateEnd:
                 why = screen.reason(code) or _imports(imports)
                 if why or isolate:
                     return self._send(["unfit", serial, why, base64.b64encode(marshal.dumps(code)).decode("ascii")])
-        module = types.ModuleType(MODULE)
-        space = self._space = module.__dict__
-        for name in ("__doc__", "__loader__", "__spec__", "__package__"):
-            del space[name]
-        if not self._shared:
-            sys.modules[MODULE] = module  # dataclasses and pickle look a class's module up
+        space = self._space = {}  # no __name__: as under exec(code, {}), it is that of builtins
         try:
             exec(code, space)
             for line in imports:
                 exec(line, space)
-            self._names = {n: space[n] for n in names if IDENTIFIER.match(n) and n in space}
+            self._names = {n: space[n] for n in names if n in space}
             message: list[Any] = ["ready", serial, [[n, self.encode(v)] for n, v in self._names.items()]]
         except BaseException as error:
             message = ["stopped", serial, failure(error, self.encode)]
@@ -206,12 +199,16 @@ class CandidateEnd:
                 return ["skipped"]
             return ["r", self.encode(self._names[target](*rest[0], **dict(rest[1])))]
         if op == "call":
-            args, kwargs, mutable = rest
-            result = target(*args, **dict(kwargs))
-            reply = ["r", self.encode(result)]
+            args, pairs, mutable = rest
+            kwargs = dict(pairs)
+            try:
+                reply = ["r", self.encode(target(*args, **kwargs))]
+            except BaseException as error:
+                reply = failure(error, self.encode)
             if mutable:
-                after = [self.encode(value) for value in args]
-                if after != json.loads(body)[3]:
+                _, _, _, before, named, _ = json.loads(body)
+                after = [[self.encode(v) for v in args], [[k, self.encode(kwargs[k])] for k, _ in pairs]]
+                if after != [before, named]:
                     reply.append(after)
             return reply
         if op == "get":

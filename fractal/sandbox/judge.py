@@ -32,7 +32,7 @@ from fractal.sandbox.protocol import (
     sample_head,
     unpack,
 )
-from fractal.sandbox.standin import DETAIL, Channel, Gone, JudgeEnd, LeftEarly
+from fractal.sandbox.standin import DETAIL, Channel, Gone, JudgeEnd, LeftEarly, text_of
 from fractal.sandbox.suite import Suite, prepare
 
 OUTPUT_KEPT = 2000  # bytes of a program's output
@@ -316,7 +316,7 @@ def _verdict(suite: Suite, outcome: Outcome, run: Run, seconds: float, fit: bool
         "tests": results,
         "seconds": round(seconds, 6),
         "cpu_seconds": round(run.cpu_s(), 6),
-        "detail": detail[: 2 * DETAIL],
+        "detail": _printable(detail[: 2 * DETAIL]),
         "limit": run.limit,
         "fit": fit,
     }
@@ -353,7 +353,7 @@ def _greeting(suite: Suite, run: Run, serial: int) -> tuple[Outcome | None, dict
         raise ProtocolError("not a greeting")
     if kind == "syntax" and len(rest) == 3:
         run.plain = rest[2] is True
-        return Outcome("syntax_error", str(rest[1])[:DETAIL]), {}
+        return Outcome("syntax_error", text_of(rest[1])), {}
     if kind == "unfit" and len(rest) == 3 and type(rest[2]) is str:
         run.fit = rest[1] == ""
         return Outcome("unfit", rest[2]), {}
@@ -361,10 +361,11 @@ def _greeting(suite: Suite, run: Run, serial: int) -> tuple[Outcome | None, dict
     if kind == "stopped" and len(rest) == 2 and type(rest[1]) is list and rest[1]:
         error = rest[1]
         if error[0] == "x":
-            return Outcome("crashed", f"left with {str(error[-1])[:DETAIL]}"), {}
+            return Outcome("crashed", f"left with {text_of(error[-1])}"), {}
         if error[0] == "e" and len(error) == 5:
+            name, text = text_of(error[4]), text_of(error[2])
             _not_plain(run, error[1])
-            return Outcome("memory" if error[1] == "MemoryError" else "error", _describe(error[4], error[2])), {}
+            return Outcome("memory" if error[1] == "MemoryError" else "error", _describe(name, text)), {}
     if kind != "ready" or len(rest) != 2 or type(rest[1]) is not list:
         raise ProtocolError("not a greeting")
     names: dict[str, Any] = {}
@@ -411,9 +412,10 @@ def _run_code(run: Run, code: types.CodeType, names: dict[str, Any]) -> tuple[st
         run.plain = False
         return "error", f"the program sent what is not a value: {error}"
     except AssertionError as error:
+        text = _text(run, error)
         if not any(error is raised for raised in run.end.raised):
-            return "failed", f"assertion false{': ' + str(error) if str(error) else ''}"[:DETAIL]
-        return "error", _describe("AssertionError", str(error))
+            return "failed", f"assertion false{': ' + text if text else ''}"[:DETAIL]
+        return "error", _describe("AssertionError", text)
     except MemoryError as error:
         run.plain = False
         if any(error is raised for raised in run.end.raised):
@@ -421,7 +423,7 @@ def _run_code(run: Run, code: types.CodeType, names: dict[str, Any]) -> tuple[st
         return "error", "MemoryError while the test looked at the result"
     except Exception as error:
         _not_plain(run, type(error).__name__)
-        return "error", _describe(type(error).__name__, _text(error))
+        return "error", _describe(type(error).__name__, _text(run, error))
     if run.ended is not None:  # a bare `except:` in the test swallowed it
         return run.ended, run.detail
     return "passed", ""
@@ -433,15 +435,17 @@ def _not_plain(run: Run, name: Any) -> None:
         run.plain = False
 
 
-def _text(error: Exception) -> str:
-    try:
+def _text(run: Run, error: Exception) -> str:
+    """What an exception says. Without asking the candidate: a stand-in in it could answer with another exception."""
+    if id(error) in run.end.texts:
+        return run.end.texts[id(error)]
+    if all(type(value) in (str, int, float, bool, type(None)) for value in error.args):
         return str(error)
-    except Exception:
-        return ""
+    return " ".join(value if type(value) is str else type(value).__name__ for value in error.args)
 
 
-def _describe(name: Any, text: Any) -> str:
-    return f"{name}: {text}"[:DETAIL] if text else str(name)[:DETAIL]
+def _describe(name: str, text: str) -> str:
+    return f"{name}: {text}"[:DETAIL] if text else name[:DETAIL]
 
 
 # --- a judge's life ---------------------------------------------------------------------------------------------------
@@ -482,12 +486,18 @@ def _attempt(judge: Judge, suite: Suite | str, body: bytes) -> dict[str, Any]:
         return judge.judge(suite, code, limits, isolate)
     except Exception as error:
         judge.close()
-        return sandbox_error(f"{type(error).__name__}: {error}", retry=True)
+        words = [value for value in error.args if type(value) in (str, int)]  # no stand-in: its str() would ask
+        return sandbox_error(f"{type(error).__name__}: {' '.join(map(str, words))}", retry=True)
 
 
 def sandbox_error(detail: str, retry: bool = False) -> dict[str, Any]:
     """A verdict that is no label: our fault, or the problem's."""
-    return {"status": "sandbox_error", "detail": detail[:DETAIL], "retry": retry}
+    return {"status": "sandbox_error", "detail": _printable(detail[:DETAIL]), "retry": retry}
+
+
+def _printable(text: str) -> str:
+    """Lone surrogates escaped: not every reader of JSON takes them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,6 @@ MAX_FRAME = 64 << 20  # bytes; room for a result of 50 MB, small enough for a ju
 MAX_DEPTH = 200  # nested containers in one value
 MAX_ITEMS = 5_000_000  # containers' elements in one value
 BIG_INT = 1 << 256  # larger integers cross in hexadecimal: decimal conversion is quadratic
-IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 # Callables that both ends have: they cross by name, so that a test can pass max or str as an argument.
 SHARED_CALLABLES = frozenset(
     "abs all any ascii bin bool bytearray bytes callable chr complex dict divmod enumerate filter float format "
@@ -224,11 +223,25 @@ class Encoder:
         return {"nt": [kind.__name__, fields, self._all(tuple(value), depth)]}
 
 
+# The value that an instance of a subclass has as the built-in type, whatever the subclass redefines besides equality.
+EXACT: dict[type, Callable[[Any], Any]] = {
+    int: lambda v: int.__add__(v, 0),
+    float: lambda v: float.__add__(v, 0.0) if v == v and v != 0 else float.__float__(v),
+    str: str.__str__,
+    bytes: lambda v: bytes.__getitem__(v, slice(None)),
+    list: lambda v: list.__getitem__(v, slice(None)),
+    tuple: lambda v: tuple.__getitem__(v, slice(None)),
+    dict: dict.copy,
+    set: lambda v: {*set.__iter__(v)},
+    frozenset: lambda v: frozenset([*frozenset.__iter__(v)]),
+}
+
+
 def plain_base(kind: type) -> Callable[[Any], Any] | None:
-    """The built-in type whose value a subclass instance has, unless the subclass redefines what equality means."""
-    for base in (bool, int, float, str, bytes, list, tuple, dict, set, frozenset):
+    """How to see an instance of a subclass as the built-in type, unless the subclass redefines what equality means."""
+    for base, exact in EXACT.items():
         if issubclass(kind, base):
-            return base if kind.__eq__ is base.__eq__ else None
+            return exact if kind.__eq__ is base.__eq__ else None
     return None
 
 
@@ -268,9 +281,24 @@ def _big_int(text: str) -> int:
     return int(text, 16)
 
 
+def _pairs(data: list[Any]) -> list[Any]:
+    """Lists of two: dict() would ask the owner of a stand-in for its elements."""
+    if not all(type(pair) is list and len(pair) == 2 for pair in data):
+        raise ValueError("not pairs")
+    return data
+
+
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise ValueError("not a list")
+    return value
+
+
 def _named_tuple(data: list[Any]) -> Any:
     name, fields, values = data
-    if len(fields) != len(values) or not all(map(IDENTIFIER.match, [name, *fields])):
+    if type(fields) is not list or type(values) is not list or len(fields) != len(values):
+        raise ValueError("not a named tuple")
+    if not all(type(word) is str and word.isidentifier() for word in [name, *fields]):
         raise ValueError("not a named tuple")
     return _named_type(name, tuple(fields))(*values)
 
@@ -310,7 +338,7 @@ def _keys(data: list[Any]) -> Any:
 
 DECODERS: dict[str, Callable[[Any], Any]] = {
     "t": tuple,
-    "d": dict,
+    "d": lambda v: dict(_pairs(v)),
     "s": set,
     "f": frozenset,
     "i": _big_int,
@@ -321,10 +349,10 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "sl": lambda v: slice(*v),
     "el": lambda v: ...,
     "ni": lambda v: NotImplemented,
-    "ct": lambda v: collections.Counter(dict(v)),
-    "od": collections.OrderedDict,
-    "dd": lambda v: collections.defaultdict(None, v),
-    "dq": lambda v: collections.deque(v[0], v[1]),
+    "ct": lambda v: collections.Counter(dict(_pairs(v))),
+    "od": lambda v: collections.OrderedDict(_pairs(v)),
+    "dd": lambda v: collections.defaultdict(None, _pairs(v)),
+    "dq": lambda v: collections.deque([*_list(v[0])], v[1]),
     "dec": decimal.Decimal,
     "fr": lambda v: fractions.Fraction(v[0], v[1]),
     "da": datetime.date.fromisoformat,
@@ -332,7 +360,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "ti": datetime.time.fromisoformat,
     "td": lambda v: datetime.timedelta(*v),
     "dk": _keys,
-    "di": lambda v: dict(v).items(),
+    "di": lambda v: dict(_pairs(v)).items(),
     "nt": _named_tuple,
     "n": _shared,
     "it": iter,

@@ -25,6 +25,7 @@ from fractal.sandbox.suite import Ahead
 ITERATOR_LIMIT = 1_000_000  # elements drawn from one of the program's iterators
 BATCH = 64  # elements of an iterator fetched at once after the first
 DETAIL = 500
+AFTER = {"r": 3, "e": 6}  # length of a reply that says how the call left its arguments
 
 
 class Gone(BaseException):
@@ -100,10 +101,6 @@ class StandIn:
         return id(self)
 
 
-class CandidateError(Exception):
-    """Base of the stand-ins for exception classes of the program's own."""
-
-
 class Channel:
     """The bytes to and from one candidate process, in frames."""
 
@@ -128,6 +125,7 @@ class JudgeEnd:
         self.ahead: deque[Ahead] = deque()  # calls of the entry point that were sent already
         self.entry: object = None
         self.raised: list[BaseException] = []  # exceptions that came from the candidate, to tell them from the test's
+        self.texts: dict[int, str] = {}  # what they say, by id: str() of one could ask the candidate
 
     def _refer(self, value: Any) -> dict[str, Any]:
         if isinstance(value, StandIn):
@@ -183,17 +181,21 @@ class JudgeEnd:
             message: list[Any] = self.receive()
             if message[0] != "q":
                 return message
-            try:
-                _, op, function, args, kwargs = message
-                if op != "call" or not isinstance(function, types.FunctionType):
-                    raise ProtocolError("only a test's functions can be called from the program")
-                answer: list[Any] = ["r", self._encode(function(*args, **dict(kwargs)))]
-            except (ValueError, TypeError) as error:
-                answer = ["e", type(error).__name__, str(error)[:DETAIL], [str(error)[:DETAIL]]]
-            except Exception as error:
-                near = next(c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS)
-                answer = ["e", near, str(error)[:DETAIL], [str(error)[:DETAIL]]]
-            self.send(answer)
+            self.send(self._serve(message))
+
+    def _serve(self, message: list[Any]) -> list[Any]:
+        """Call a function of the test's for the program; what it raises is the program's to handle."""
+        if len(message) != 5 or message[1] != "call" or type(message[4]) is not list:
+            raise ProtocolError("not a call")
+        _, _, function, args, kwargs = message
+        if type(function) is not types.FunctionType or type(args) is not list:
+            raise ProtocolError("only a test's functions can be called from the program")
+        try:
+            return ["r", self._encode(function(*args, **dict(kwargs)))]
+        except Exception as error:
+            near = next(c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS)
+            values = [value for value in error.args if type(value) in (str, int, float, bool, type(None))]
+            return ["e", near, str(values[0])[:DETAIL] if values else "", values]
 
     def _encode(self, value: Any) -> Any:
         return self._encoder.encode(value)
@@ -216,21 +218,28 @@ class JudgeEnd:
         if reply[0] == "e" and len(reply) == 5:
             raise self._exception(*reply[1:])
         if reply[0] == "x":
-            raise LeftEarly(str(reply[-1])[:DETAIL])
+            raise LeftEarly(text_of(reply[-1]))
         raise ProtocolError(f"an answer of kind {reply[0][:20]!r}")
 
     def _exception(self, near: Any, text: Any, args: Any, name: Any) -> BaseException:
-        """The program's exception as one of the judge's: its built-in class, or a class of its own name below that."""
+        """The program's exception as one of the judge's: its built-in class, or a class of its own name below that.
+
+        StopIteration becomes a RuntimeError, as in a generator: it would end the test's own loop over the calls.
+        """
         base = EXCEPTIONS.get(near) if type(near) is str else None
-        if base is None or type(args) is not list or type(name) is not str:
+        if base is None or type(text) is not str or type(args) is not list or type(name) is not str:
             raise ProtocolError("not an exception")
-        kind: Any = base if name == near else type(name[:64], (base,), {})
         error: BaseException
         try:
-            error = kind(*args)
+            if issubclass(base, StopIteration | StopAsyncIteration):
+                error = RuntimeError(f"the program raised {name[:64]}")
+            else:
+                kind: Any = base if name == near else type(name[:64], (base,), {})
+                error = kind(*args)
         except Exception:
-            error = RuntimeError(str(text)[:DETAIL])
+            error = RuntimeError(text[:DETAIL])
         self.raised.append(error)
+        self.texts[id(error)] = text[:DETAIL]
         return error
 
     def call(self, target: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,16 +251,24 @@ class JudgeEnd:
             if reply[0] != "skipped":
                 return self._value(reply)
         self._take_back()
-        mutable = any(map(_mutable, args))
+        mutable = any(map(_mutable, args)) or any(map(_mutable, kwargs.values()))
         packed = [self._encode(value) for value in args]
         named = [[key, self._encode(value)] for key, value in kwargs.items()]
         self.send(["q", "call", self._refer(target), packed, named, mutable])
         reply = self.reply()
-        value = self._value(reply)
-        if len(reply) == 3 and type(reply[2]) is list and len(reply[2]) == len(args):
-            for old, new in zip(args, reply[2], strict=True):
-                update(old, new)
-        return value
+        if mutable and len(reply) == AFTER.get(reply[0]):
+            self._change(args, kwargs, reply.pop())
+        return self._value(reply)
+
+    def _change(self, args: tuple[Any, ...], kwargs: dict[str, Any], after: Any) -> None:
+        """Let the test's arguments look as the program left them."""
+        if type(after) is not list or [type(part) for part in after] != [list, list] or len(after[0]) != len(args):
+            raise ProtocolError("not arguments")
+        for old, new in zip(args, after[0], strict=True):
+            update(old, new)
+        for pair in after[1]:
+            if type(pair) is list and len(pair) == 2 and type(pair[0]) is str and pair[0] in kwargs:
+                update(kwargs[pair[0]], pair[1])
 
     def next(self, target: StandIn) -> Any:
         """The next element of one of the program's iterators, fetched in batches once the first has been drawn."""
@@ -273,6 +290,13 @@ class JudgeEnd:
 
 class LeftEarly(BaseException):
     """The program called sys.exit. Not an Exception, so that no test swallows it."""
+
+
+def text_of(value: Any) -> str:
+    """A text that the candidate sent. Raises ProtocolError for anything else: str() of a stand-in would ask again."""
+    if type(value) is not str:
+        raise ProtocolError("not a text")
+    return value[:DETAIL]
 
 
 def _mutable(value: Any) -> bool:
