@@ -17,6 +17,7 @@ import msgspec
 
 from fractal import prompts
 from fractal.records import (
+    MALFORMED,
     KeySet,
     Label,
     Line,
@@ -28,6 +29,7 @@ from fractal.records import (
     decode,
     decode_object,
     iter_lines,
+    parse,
 )
 
 Verdict = Literal["pass", "fail", "timeout"]
@@ -73,7 +75,7 @@ def _entries(lines: Iterable[Line], problems: Mapping[int, Problem], own: bool) 
     for line in lines:
         try:
             found = Found(decoder.decode(line.data))  # the quick way: a million lines come by here twice
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
+        except MALFORMED:
             found = _slowly(line, problems, counts, own)
         sample = found.sample
         if sample.task_id not in problems:
@@ -224,14 +226,19 @@ def from_evalplus(path: Path, problems: Mapping[int, Problem]) -> Iterator[tuple
 
     Raises RecordError.
     """
+    results: EvalPlusResults
     try:
-        results = msgspec.json.decode(b"".join(line.data for line in iter_lines(path)), type=EvalPlusResults)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        results = parse(b"".join(line.data for line in iter_lines(path)), EvalPlusResults)
+    except MALFORMED as error:
         raise RecordError(f"{path}: not EvalPlus's results: {error}. Is it a file *_eval_results.json?") from error
+    seen: set[int] = set()
     for name, entries in results.eval.items():
         task_id = _number(name)
         if task_id is None or task_id not in problems:
             raise RecordError(f"{path}: field eval: problem {name!r} is not among the problems. Give those it is of.")
+        if task_id in seen:
+            raise RecordError(f"{path}: field eval: problem {name!r} stands twice. Delete one of them.")
+        seen.add(task_id)
         for number, entry in enumerate(entries):
             verdict = (
                 entry.base_status if entry.plus_status is None or entry.base_status != "pass" else entry.plus_status

@@ -192,7 +192,7 @@ def read_lines(path: Path) -> list[Line]:
 def decode(line: Line, kind: type[T]) -> T:
     """One record from its line. Raises RecordError with the field and what was expected."""
     try:
-        return cast(T, _decode(line.data, kind))
+        return cast(T, parse(line.data, kind))
     except MALFORMED as error:
         # msgspec: "Expected `int`, got `str` - at `$.task_id`", or where the JSON itself is malformed
         raise line.error(f"not a {kind.__name__}: {error}") from error
@@ -201,7 +201,7 @@ def decode(line: Line, kind: type[T]) -> T:
 def decode_object(line: Line) -> dict[str, Any]:
     """A line of a foreign format as a plain dict. Raises RecordError."""
     try:
-        value = _decode(line.data, Any)
+        value = parse(line.data, Any)
     except MALFORMED as error:
         raise line.error(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -224,13 +224,13 @@ def _elements(data: bytes) -> list[bytes]:
     try:
         return [bytes(raw) for raw in msgspec.json.decode(data, type=list[msgspec.Raw])]
     except msgspec.DecodeError:
-        return [encode(value) for value in _decode(data, list[Any])]
+        return [encode(value) for value in parse(data, list[Any])]
 
 
-MALFORMED = (msgspec.DecodeError, UnicodeError, RecursionError)  # what _decode raises
+MALFORMED = (msgspec.DecodeError, UnicodeError, RecursionError)  # what parse raises
 
 
-def _decode(data: bytes, kind: Any) -> Any:
+def parse(data: bytes, kind: Any) -> Any:
     """JSON as a value of a type. msgspec refuses escaped lone surrogates, which `encode` writes: json reads those."""
     try:
         return _decoder(kind).decode(data)

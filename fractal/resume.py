@@ -4,6 +4,7 @@ Labels stand in the order of their samples. A label may be missing or be a `sand
 new label goes into a file beside (`labels.jsonl.redo`) and from there to its place, so that a kill never loses it.
 """
 
+import glob
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -136,6 +137,8 @@ def settle(samples: Samples, labels: Path) -> None:
         if new.next is not None:
             raise RecordError(f"{redone}: holds labels of other samples. Delete it and run the same command again.")
 
+    for draft in labels.parent.glob(f".{glob.escape(labels.name)}.[0-9]*"):  # of a killed call: nobody else writes here
+        draft.unlink()
     write_parts(labels, merged())
     redone.unlink()
 

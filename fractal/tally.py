@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.bar import Bar
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from fractal.records import STATUSES, Status, decode, iter_lines
 
@@ -91,7 +93,7 @@ def status_table(tally: Tally) -> Table:
     return table
 
 
-def problem_table(tally: Tally, *, complete: bool = False) -> Table:
+def problem_table(tally: Tally, *, complete: bool = False) -> Group:
     """Each problem with its most common failure, the hardest first: HARDEST of them, or all."""
     ranked = sorted(tally.problems.items(), key=lambda item: (item[1]["passed"] / item[1].total(), item[0]))
     shares = [counts["passed"] / counts.total() for _, counts in ranked]
@@ -99,7 +101,7 @@ def problem_table(tally: Tally, *, complete: bool = False) -> Table:
         f"{len(ranked):,} problems: {shares.count(1.0):,} solved by all their samples, {shares.count(0.0):,} by none"
         + ("" if complete or len(ranked) <= HARDEST else f"; the {HARDEST} hardest (all: --by-problem)")
     )
-    table = Table("problem", title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    table = Table("problem", box=None, pad_edge=False)
     for name in ("samples", "passed", "share"):
         table.add_column(name, justify="right")
     table.add_column("most common failure")
@@ -107,7 +109,7 @@ def problem_table(tally: Tally, *, complete: bool = False) -> Table:
         failures = Counter({status: n for status, n in counts.items() if status != "passed"})
         worst = ", ".join(f"{status} {n:,}" for status, n in failures.most_common(1))
         table.add_row(str(task_id), f"{counts.total():,}", f"{counts['passed']:,}", percent(share), worst)
-    return table
+    return Group(Text(title), table)  # not a title of the table, which would be broken to its width
 
 
 def percent(share: float) -> str:
