@@ -360,23 +360,6 @@ def check_full(path, written, message):
     assert len(read_jsonl(path, Score)) == 7 * written > 0
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no program mount")
-    if done.returncode:
-        pytest.skip(f"cannot mount: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_full_disk_is_resumed_after(tiny_disk):
     path, ballast = tiny_disk / "scores.jsonl", tiny_disk / "ballast"
     ballast.write_bytes(bytes(40_000))

@@ -22,6 +22,7 @@ from fractal.records import (
     read_jsonl,
     write_jsonl,
 )
+from fractal.run import RunDir
 from fractal.sandbox.container import Limits
 
 TASKS = (11, 12, 600)
@@ -234,3 +235,26 @@ def test_plan_counts(place: Path) -> None:
     assert plan.todo == 3
     assert [s.sample_id for s in resume.to_redo(samples, place / "l", 4)] == [1, 2]
     assert [s.sample_id for s in resume.to_append(samples, 4)] == [4]
+
+
+def test_a_run_folder_is_labelled_the_same_way(tmp_path: Path) -> None:
+    """Its samples may have a torn last line (a killed generation), and are of our own schema only."""
+    samples = [sample(11, i) for i in range(4)]
+    with RunDir(tmp_path / "r", create=True) as folder:
+        folder.set_problems(PROBLEMS)
+        with pytest.raises(InputError, match="has no samples yet"):
+            verify.run(folder, Limits())
+        path = folder.file("samples.jsonl")
+        path.write_bytes(b"".join(map(encode, samples)) + b'{"task_id": 11')
+        assert verify.run(folder, Limits()).statuses == {"passed": 3, "failed": 1}
+        assert read_jsonl(folder.file("labels.jsonl"), Label) == [label(one) for one in samples]
+        assert folder.manifest["stages"]["verify"]["samples"] == 4
+        assert verify.run(folder, Limits()).total == 4
+        assert len(Stand.ran) == 4
+        for bad, words in (
+            (encode({"task_id": 11, "solution": ""}), "not a Sample"),
+            (encode(sample(99, 0)), "task_id"),
+        ):
+            path.write_bytes(encode(samples[0]) + bad)
+            with pytest.raises(RecordError, match=rf"samples\.jsonl: line 2: .*{words}"):
+                verify.run(folder, Limits())
