@@ -131,9 +131,12 @@ def settle(samples: Samples, labels: Path) -> None:
         for one in samples():
             before, after = old.take(one.sample), new.take(one.sample)
             if after is not None and (before is None or before.status == OURS):
+                _same_program(one, after, new)
                 yield new.raw
             elif before is not None:
                 yield old.raw
+        if old.next is not None:
+            raise InputError(f"{labels}: the samples were changed meanwhile. Put them back and run the command again.")
         if new.next is not None:
             raise RecordError(f"{redone}: holds labels of other samples. Delete it and run the same command again.")
 

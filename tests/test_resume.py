@@ -185,11 +185,18 @@ def test_labels_of_another_program_are_refused(place: Path) -> None:
     assert "task_id 11, sample_id 1" in message
 
 
-def test_what_was_redone_for_other_samples_is_refused(place: Path) -> None:
+@pytest.mark.parametrize(
+    ("redone", "words"),
+    [
+        (sample(11, 5), r"redo: holds labels of other samples"),
+        (sample(11, 0, "y"), r"redo: line 1: is of another program"),
+    ],
+)
+def test_what_was_redone_for_other_samples_is_refused(place: Path, redone: Sample, words: str) -> None:
     write_jsonl(place / "s", [sample(11, 0)])
     write_jsonl(place / "labels.jsonl", [label(sample(11, 0), "sandbox_error")])
-    write_jsonl(place / "labels.jsonl.redo", [label(sample(11, 5))])
-    with pytest.raises(RecordError, match=r"labels\.jsonl\.redo: holds labels of other samples"):
+    write_jsonl(place / "labels.jsonl.redo", [label(redone)])
+    with pytest.raises(InputError, match=words):
         run(place)
     assert [v.status for v in read_jsonl(place / "labels.jsonl", Label)] == ["sandbox_error"]
 
