@@ -54,10 +54,18 @@ def run(c, run="runs/default", stage="all", problems="", model="", n="", split="
 
 
 @task(positional=[], help={"run": "a run folder; or give the three files", "problems": "problems file",
-                           "samples": "samples file, ours or of HumanEval and EvalPlus", "out": "labels file"})  # fmt: skip
-def verify(c, run="", problems="", samples="", out=""):
-    """The hard verifier alone."""
-    _fractal(c, "verify", *_options(run=run, problems=problems, samples=samples, out=out))
+                           "samples": "samples file, ours or of HumanEval and EvalPlus; .gz too", "out": "labels file",
+                           "cpu": "CPU seconds a program may use", "wall": "wall seconds a program may take",
+                           "memory": "MiB a program may use", "slots": "programs at once",
+                           "cache": "run identical programs once; --no-cache: each"})  # fmt: skip
+def verify(c, run="", problems="", samples="", out="", cpu="", wall="", memory="", slots="", cache=True):
+    """The hard verifier alone.
+
+    Example: invoke verify --problems=problems.jsonl --samples=samples.jsonl --out=labels.jsonl --cpu=2 --slots=4
+    Or of a run: invoke verify --run=runs/demo. Stopped at any moment, the same command goes on.
+    """
+    given = _options(run=run, problems=problems, samples=samples, out=out, cpu=cpu, wall=wall, memory=memory)
+    _fractal(c, "verify", *given, *_options(slots=slots), *([] if cache else ["--no-cache"]))
 
 
 @task(positional=[], help={"what": "verify", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",

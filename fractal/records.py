@@ -7,11 +7,14 @@ behind a whole one. Nothing here knows about models or sandboxes.
 
 import errno
 import gzip
+import hashlib
+import io
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
@@ -33,6 +36,8 @@ Status = Literal[
 TestStatus = Literal["passed", "failed", "error", "missing", "timeout", "memory", "crashed", "forbidden", "not_run"]
 SPLITS: tuple[str, ...] = get_args(Split)
 STATUSES: tuple[str, ...] = get_args(Status)
+BLOCK = 1 << 18  # bytes read or written at once
+_encoder = msgspec.json.Encoder()
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -137,45 +142,57 @@ class Line:
         return RecordError(f"{self.path}: {self.kind} {self.number}: {message}. {remedy}")
 
 
-def read_text(path: Path) -> bytes:
-    """The bytes of a file, decompressed if gzipped (by content, not by name). Raises RecordError."""
+def iter_lines(path: Path, *, own: bool = False, watch: Callable[[float], None] | None = None) -> Iterator[Line]:
+    """The records of a JSONL file, or of a JSON array, one by one and not yet decoded; gzipped or not, by content.
+
+    Raises RecordError if there are none. In one of our `own` files a torn last line (a killed writer) is left out, and
+    a file that is missing or empty holds no records: that is how every stage starts. `watch` is told now and then which
+    share of the file is behind. An array is read as a whole.
+    """
+    if own and not path.exists():
+        return
+    found = False
     try:
-        data = path.read_bytes()
+        with path.open("rb", buffering=0) as raw:
+            file = io.BufferedReader(raw, BLOCK)
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            lines: Iterable[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK) if packed else file
+            size = os.fstat(raw.fileno()).st_size if watch else 0
+            for number, data in enumerate(lines, 1):
+                if number == 1:
+                    data = data.removeprefix(b"\xef\xbb\xbf")
+                if not data or data.isspace():
+                    continue
+                if own and data[-1] != 10:
+                    return
+                if not found and not own and data.lstrip()[:1] == b"[":
+                    yield from _array(path, data + b"".join(lines))
+                    return
+                found = True
+                if watch and size and number % 4096 == 0:
+                    watch(raw.tell() / size)
+                yield Line(path, number, "line", data)
     except FileNotFoundError:
         raise RecordError(f"{path}: no such file. Check the path.") from None
     except IsADirectoryError:
         raise RecordError(f"{path}: is a folder, expected a file.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"{path}: damaged gzip file: {error}. Fetch it again.") from error
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror}.") from error
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise RecordError(f"{path}: damaged gzip file: {error}. Fetch it again.") from error
-    return data.removeprefix(b"\xef\xbb\xbf")
+    if not found and not own:
+        raise RecordError(f"{path}: is empty, expected one JSON object a line.")
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The records of a JSONL file or of a JSON array, not yet decoded. Raises RecordError if there are none."""
-    data = read_text(path)
-    if not data.strip():
-        raise RecordError(f"{path}: is empty, expected one JSON object a line.")
-    if data.lstrip()[:1] == b"[":
-        try:
-            elements = _elements(data)
-        except MALFORMED as error:
-            raise RecordError(f"{path}: not valid JSON: {error}.") from error
-        if not elements:
-            raise RecordError(f"{path}: is an empty array, expected at least one object.")
-        return [Line(path, i, "element", element) for i, element in enumerate(elements, 1)]
-    lines = data.split(b"\n")
-    return [Line(path, i, "line", line) for i, line in enumerate(lines, 1) if line.strip()]
+    """All of `iter_lines`."""
+    return list(iter_lines(path))
 
 
 def decode(line: Line, kind: type[T]) -> T:
     """One record from its line. Raises RecordError with the field and what was expected."""
     try:
-        return cast(T, _decode(line.data, kind))
+        return cast(T, parse(line.data, kind))
     except MALFORMED as error:
         # msgspec: "Expected `int`, got `str` - at `$.task_id`", or where the JSON itself is malformed
         raise line.error(f"not a {kind.__name__}: {error}") from error
@@ -184,7 +201,7 @@ def decode(line: Line, kind: type[T]) -> T:
 def decode_object(line: Line) -> dict[str, Any]:
     """A line of a foreign format as a plain dict. Raises RecordError."""
     try:
-        value = _decode(line.data, Any)
+        value = parse(line.data, Any)
     except MALFORMED as error:
         raise line.error(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -192,21 +209,31 @@ def decode_object(line: Line) -> dict[str, Any]:
     return value
 
 
+def _array(path: Path, data: bytes) -> list[Line]:
+    """The elements of a JSON array, as they stand where msgspec can tell them apart. Raises RecordError."""
+    try:
+        elements = _elements(data)
+    except MALFORMED as error:
+        raise RecordError(f"{path}: not valid JSON: {error}.") from error
+    if not elements:
+        raise RecordError(f"{path}: is an empty array, expected at least one object.")
+    return [Line(path, i, "element", element) for i, element in enumerate(elements, 1)]
+
+
 def _elements(data: bytes) -> list[bytes]:
-    """The elements of a JSON array, as they stand where msgspec can tell them apart. Raises one of MALFORMED."""
     try:
         return [bytes(raw) for raw in msgspec.json.decode(data, type=list[msgspec.Raw])]
     except msgspec.DecodeError:
-        return [encode(value) for value in _decode(data, list[Any])]
+        return [encode(value) for value in parse(data, list[Any])]
 
 
-MALFORMED = (msgspec.DecodeError, UnicodeError, RecursionError)  # what _decode raises
+MALFORMED = (msgspec.DecodeError, UnicodeError, RecursionError)  # what parse raises
 
 
-def _decode(data: bytes, kind: Any) -> Any:
+def parse(data: bytes, kind: Any) -> Any:
     """JSON as a value of a type. msgspec refuses escaped lone surrogates, which `encode` writes: json reads those."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return _decoder(kind).decode(data)
     except msgspec.DecodeError as error:
         if b"\\ud" not in data.lower():
             raise
@@ -217,25 +244,36 @@ def _decode(data: bytes, kind: Any) -> Any:
     return msgspec.convert(value, kind)
 
 
-def read_jsonl(path: Path, kind: type[T]) -> list[T]:
-    """All records of one of our own files; a torn last line (a killed writer) is left out. Raises RecordError.
+@lru_cache(maxsize=64)
+def _decoder(kind: Any) -> "msgspec.json.Decoder[Any]":
+    return msgspec.json.Decoder(kind)
 
-    A file that is missing or empty holds no records: that is how every stage starts.
-    """
-    if not path.exists():
-        return []
-    data = read_text(path)
-    whole = data[: data.rfind(b"\n") + 1]
-    lines = (Line(path, i, "line", raw) for i, raw in enumerate(whole.split(b"\n"), 1) if raw.strip())
-    return [decode(line, kind) for line in lines]
+
+def read_jsonl(path: Path, kind: type[T]) -> list[T]:
+    """All records of one of our own files, see `iter_lines`. Raises RecordError."""
+    return [decode(line, kind) for line in iter_lines(path, own=True)]
 
 
 def encode(record: object) -> bytes:
     """One JSON line. Lone surrogates (possible in programs) are escaped, so any str survives."""
     try:
-        return msgspec.json.encode(record) + b"\n"
+        return _encoder.encode(record) + b"\n"
     except UnicodeEncodeError:
         return json.dumps(msgspec.to_builtins(record)).encode("ascii") + b"\n"
+
+
+def encode_all(records: Iterable[object]) -> bytes:
+    """Their JSON lines, at once."""
+    records = list(records)
+    try:
+        return _encoder.encode_lines(records)
+    except UnicodeEncodeError:
+        return b"".join(map(encode, records))
+
+
+def code_sha256(code: str) -> str:
+    """A program's name in a Label."""
+    return hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def unique(records: Iterable[K], path: Path) -> dict[tuple[int, int], K]:
@@ -247,6 +285,44 @@ def unique(records: Iterable[K], path: Path) -> dict[tuple[int, int], K]:
             raise RecordError(f"{path}: task_id {key[0]}, sample_id {key[1]} stands twice. Delete one of the lines.")
         found[key] = record
     return found
+
+
+class KeySet:
+    """Which (task_id, sample_id) there are, in few bytes: for each problem a count of those from 0 on, and the others.
+
+    A million samples that are numbered from 0 within each problem take as much room as the problems.
+    """
+
+    def __init__(self) -> None:
+        self._count: dict[int, int] = {}  # sample_id 0..count-1 are in
+        self._others: dict[int, set[int]] = {}
+        self._size = 0
+
+    def add(self, task_id: int, sample_id: int) -> bool:
+        """Whether the key is new."""
+        count = self._count.get(task_id, 0)
+        others = self._others.get(task_id)
+        if sample_id == count:
+            count += 1
+            while others and count in others:
+                others.remove(count)
+                count += 1
+            self._count[task_id] = count
+        elif 0 <= sample_id < count or (others and sample_id in others):
+            return False
+        elif others is None:
+            self._others[task_id] = {sample_id}
+        else:
+            others.add(sample_id)
+        self._size += 1
+        return True
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        task_id, sample_id = key
+        return 0 <= sample_id < self._count.get(task_id, 0) or sample_id in self._others.get(task_id, ())
+
+    def __len__(self) -> int:
+        return self._size
 
 
 class Appender:
@@ -280,7 +356,7 @@ class Appender:
         return end
 
     def write(self, records: Iterable[object]) -> None:
-        data = b"".join(map(encode, records))
+        data = encode_all(records)
         view = memoryview(data)
         try:
             while view:
@@ -310,21 +386,27 @@ class Appender:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file by one rename, so that a reader or a kill never sees half of it. Raises OutsideError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    write_parts(path, [data])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """`write_whole` for what need not be in memory at once; if `parts` raises, the file stays as it was."""
+    target = path.resolve()  # what a link points to, not the link
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with draft.open("wb") as out:
-            out.write(data)
+        with draft.open("wb", BLOCK) as out:
+            out.writelines(parts)
             out.flush()
             os.fsync(out.fileno())
-        draft.replace(path)
-    except OSError as error:
+        draft.replace(target)
+    except BaseException as error:
         draft.unlink(missing_ok=True)
-        if error.errno in NO_SPACE:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise OutsideError(f"{path}: no space left on the disk. Make room and run the command again.") from error
         raise
 
 
 def write_jsonl(path: Path, records: Iterable[object]) -> None:
     """Replace a JSONL file as a whole."""
-    write_whole(path, b"".join(map(encode, records)))
+    write_parts(path, map(encode, records))

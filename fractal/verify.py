@@ -1,195 +1,169 @@
 """Stage 2, the hard verifier: samples -> labels.jsonl. Runs each program against its problem's tests in the sandbox.
 
-Everything that decides a verdict is in fractal/sandbox/; this file reads, resumes, counts and writes.
+Everything that decides a verdict is in fractal/sandbox/; what is still to be done is resume.py's; this file goes from
+file to file. It holds neither all samples nor all labels.
 """
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.table import Table
+from filelock import FileLock, Timeout
 
-from fractal import console, prompts
+from fractal import console, resume
+from fractal.foreign import Found, read_samples
 from fractal.problems import read as read_problems
-from fractal.records import (
-    STATUSES,
-    Appender,
-    InputError,
-    Label,
-    Line,
-    Problem,
-    Sample,
-    decode,
-    decode_object,
-    read_jsonl,
-    read_lines,
-    unique,
-    write_jsonl,
-)
+from fractal.records import Appender, InputError, Label, Problem
 from fractal.run import RunDir
 from fractal.sandbox.container import Limits, Sandbox
+from fractal.tally import Tally, count, lost_lines, summary
 
-CHUNK = 32  # labels written at once
+PAUSE_S = 0.1  # between writes, and between looks at the progress line
+BATCH = 5000  # labels held back at most
+PATIENCE_S = 3.0  # of reading, before a progress line
 
 
-def run(folder: RunDir, limits: Limits, **options: Any) -> int:
-    """Label the run's samples that have no label. Returns how many are `sandbox_error` in the end."""
+def run(folder: RunDir, limits: Limits, **options: Any) -> Tally:
+    """Label the run's samples that have no verdict. Returns the counts over all its labels."""
     problems = folder.problems()
-    path = folder.file("samples.jsonl")
-    samples = list(unique(read_jsonl(path, Sample), path).values())
-    if not samples:
+    source = Source(folder.file("samples.jsonl"), problems, own=True)
+    labels = folder.file("labels.jsonl")
+    plan = _plan(source, labels)
+    if not plan.samples:
         raise InputError(f"{folder.path}: has no samples yet. Run `fractal generate --run {folder.path}` first.")
-    _known(samples, problems, path)
     folder.configure("verify", {"limits": msgspec.to_builtins(limits)})
-    todo, done = missing(samples, folder.file("labels.jsonl"))
-    if todo:
-        with folder.stage("verify", "labels.jsonl") as entry:
-            image = label_all(todo, problems, folder.file("labels.jsonl"), limits, **options)
-            folder.manifest["images"]["sandbox"] = image
-            entry["samples"] = entry.get("samples", 0) + len(todo)
-    else:
-        console.say(f"verify: {done} labels are there, nothing to do")
-    return sum(v.status == "sandbox_error" for v in read_jsonl(folder.file("labels.jsonl"), Label))
+    if not plan.todo:
+        return _nothing_to_do(labels)
+    with folder.stage("verify", "labels.jsonl") as entry:
+        tally, image = label_all(plan, source, labels, limits, **options)
+        folder.manifest["images"]["sandbox"] = image
+        entry["samples"] = entry.get("samples", 0) + plan.todo
+    return tally
 
 
-def run_files(problems: Path, samples: Path, out: Path, limits: Limits, **options: Any) -> int:
-    """The sandbox-only run: three files, no run folder. Resumes `out`. Returns the number of `sandbox_error`."""
-    by_id = {p.task_id: p for p in read_problems(problems)}
-    if out.is_dir():
-        raise InputError(f"--out {out}: is a folder, expected a file.")
-    found = read_samples(samples, by_id)
-    todo, done = missing(found, out)
-    if not todo:
-        console.say(f"verify: {done} labels are there, nothing to do")
-    else:
-        label_all(todo, by_id, out, limits, **options)
-    return sum(v.status == "sandbox_error" for v in read_jsonl(out, Label))
+def run_files(problems: Path, samples: Path, out: Path, limits: Limits, **options: Any) -> Tally:
+    """The sandbox-only run: three files, no run folder. Resumes `out`."""
+    _check_names(problems, samples, out)
+    with _alone(out):
+        source = Source(samples, {p.task_id: p for p in read_problems(problems)})
+        plan = _plan(source, out)
+        if not plan.todo:
+            return _nothing_to_do(out)
+        return label_all(plan, source, out, limits, **options)[0]
 
 
-def missing(samples: list[Sample], labels: Path) -> tuple[list[Sample], int]:
-    """Samples without a label, and how many have one. Labels that were our own fault are taken out, to be redone."""
-    before = unique(read_jsonl(labels, Label), labels)
-    strangers = before.keys() - {(s.task_id, s.sample_id) for s in samples}
-    if strangers:
-        task_id, sample_id = min(strangers)
-        raise InputError(
-            f"{labels}: holds a label of task_id {task_id}, sample_id {sample_id}, which is not among the samples. "
-            "Name another file."
-        )
-    kept = {key: v for key, v in before.items() if v.status != "sandbox_error"}
-    if len(kept) < len(before):
-        write_jsonl(labels, kept.values())
-    return [s for s in samples if (s.task_id, s.sample_id) not in kept], len(kept)
+class Source:
+    """A samples file that is read more than once. Each time everything about it is checked."""
+
+    def __init__(self, path: Path, problems: Mapping[int, Problem], *, own: bool = False) -> None:
+        self.path, self.problems, self.own = path, problems, own
+
+    def __call__(self, watch: Callable[[float], None] | None = None) -> Iterator[Found]:
+        return read_samples(self.path, self.problems, own=self.own, watch=watch)
 
 
 def label_all(
-    samples: list[Sample], problems: Mapping[int, Problem], out: Path, limits: Limits, **options: Any
-) -> dict[str, Any]:
-    """Run the samples in a sandbox and append their labels as they come, in order. Returns what the sandbox was."""
-    counts: Counter[str] = Counter()
-    with Sandbox(limits=limits, **options) as sandbox, Appender(out) as file:
-        console.say(f"verify: {len(samples)} samples in {sandbox.image}")
-        with console.bar("verify", len(samples)) as bar:
-            batch: list[Label] = []
-            try:
-                for label in sandbox.verify(samples, problems):
-                    batch.append(label)
-                    counts[label.status] += 1
-                    if len(batch) >= CHUNK:
-                        ready, batch = batch, []  # first: Ctrl-C must not write them twice
-                        file.write(ready)
-                        bar.advance(len(ready))
-            finally:
-                file.write(batch)
+    plan: resume.Plan, source: Source, out: Path, limits: Limits, **options: Any
+) -> tuple[Tally, dict[str, Any]]:
+    """Run what has no verdict and write its labels as they come. Returns all counts, and what the sandbox was."""
+    with Sandbox(limits=limits, **options) as sandbox:
+        console.say(f"verify: {plan.todo:,} samples in {sandbox.image}")
+        begin = time.monotonic()
+        with console.bar("verify", plan.todo) as bar:
+            if plan.redo:
+                todo = resume.to_redo(source(), out, plan.end)
+                _write(sandbox.verify(todo, source.problems), resume.redo_file(out), bar)
+                resume.settle(source, out)
+            if plan.end < plan.samples:
+                _write(sandbox.verify(resume.to_append(source(), plan.end), source.problems), out, bar)
+        seconds = time.monotonic() - begin
         image = {"name": sandbox.image, "digest": sandbox.image_id, "checks": sandbox.checks}
-    total = sum(counts.values())
-    console.say(
-        f"verify: {total} samples, {counts['passed'] / total:.1%} pass, {counts['timeout'] / total:.1%} timeout, "
-        f"{counts['sandbox_error']} sandbox errors"
-    )
-    return image
+    tally = count(out)
+    console.say(summary(tally, plan.todo, seconds))
+    _tell_lost(tally)
+    return tally, image
 
 
-def status_table(labels: Iterable[Label]) -> Table:
-    """How many labels have each status."""
-    counts: Counter[str] = Counter(label.status for label in labels)
-    total = sum(counts.values())
-    table = Table("status", "samples", "share", title="labels")
-    for status in STATUSES:
-        if counts[status]:
-            table.add_row(status, str(counts[status]), f"{counts[status] / total:.1%}")
-    return table
+def _write(labels: Iterable[Label], out: Path, bar: console.Bar) -> None:
+    """Write labels as they come, in few writes."""
+    begin = time.monotonic()
+    done, due = 0, begin + PAUSE_S
+    batch: list[Label] = []
+    with Appender(out) as file:
+        try:
+            for label in labels:
+                batch.append(label)
+                if (now := time.monotonic()) >= due or len(batch) >= BATCH:
+                    ready, batch = batch, []  # first: Ctrl-C must not write them twice
+                    file.write(ready)
+                    done, due = done + len(ready), now + PAUSE_S
+                    bar.advance(len(ready), f"{done / (now - begin):,.0f} a second")
+        finally:
+            file.write(batch)
+        bar.advance(len(batch))
 
 
-def read_samples(path: Path, problems: Mapping[int, Problem]) -> list[Sample]:
-    """Samples of our own schema, or of HumanEval's and EvalPlus's: `task_id` with `solution` or `completion`.
+def _plan(source: Source, labels: Path) -> resume.Plan:
+    """Read everything once, before anything is run or written; a progress line where that takes long."""
+    begin = time.monotonic()
+    shown = 0.0
+    bar: console.Bar | None = None
+    with ExitStack() as stack:
 
-    A `completion` is chat text or code: the program is taken out of it. Foreign samples of one problem are numbered in
-    the order in which they stand. Raises RecordError for a bad line, an unknown problem or a duplicate.
-    """
-    samples: dict[tuple[int, int], Sample] = {}
-    counts: Counter[int] = Counter()
-    for line in read_lines(path):
-        value = decode_object(line)
-        ours = {"code", "sample_id", "completion", "task_id"} <= value.keys()
-        sample = decode(line, Sample) if ours else _foreign(line, value, problems, counts)
-        if sample.task_id not in problems:
-            raise line.error(f"field task_id: problem {sample.task_id} is not among the problems")
-        key = (sample.task_id, sample.sample_id)
-        if key in samples:
-            raise line.error(f"task_id {key[0]}, sample_id {key[1]} stands twice")
-        samples[key] = sample
-    return list(samples.values())
+        def watch(share: float) -> None:
+            nonlocal bar, shown
+            if bar is None and time.monotonic() - begin > PATIENCE_S:
+                bar = stack.enter_context(console.bar(f"reading {source.path.name}, %", 100))
+            if bar is not None and share - shown >= 0.01:
+                bar.advance(round(100 * (share - shown)))
+                shown = share
+
+        return resume.make_plan(lambda: source(watch), labels)
 
 
-def _foreign(line: Line, value: dict[str, Any], problems: Mapping[int, Problem], counts: Counter[int]) -> Sample:
-    task_id = _task_id(line, value)
-    if task_id not in problems:
-        raise line.error(f"field task_id: problem {value['task_id']!r} is not among the problems")
-    sample_id = value.get("sample_id", counts[task_id])
-    if type(sample_id) is not int or sample_id < 0:
-        raise line.error(f"field sample_id: expected an integer from 0, got {sample_id!r}")
-    counts[task_id] += 1
-    field = "solution" if "solution" in value else "completion"
-    text = value.get(field)
-    if not isinstance(text, str):
-        raise line.error(f"field solution or completion: expected a string, got {type(text).__name__}")
-    entry_point = problems[task_id].entry_point
-    return Sample(
-        task_id=task_id,
-        sample_id=sample_id,
-        completion=text,
-        code=text if field == "solution" else prompts.extract_code(text, entry_point),
-        finish_reason=str(value.get("finish_reason", "unknown")),
-        tokens=value["tokens"] if type(value.get("tokens")) is int else 0,
-        sum_logprob=_float(value.get("sum_logprob")),
-        seed=None,
-        model=str(value.get("model", "unknown")),
-    )
+def _nothing_to_do(labels: Path) -> Tally:
+    tally = count(labels)
+    console.say(f"verify: {tally.total:,} labels are there, nothing to do")
+    return tally
 
 
-def _float(value: Any) -> float | None:
+def _tell_lost(tally: Tally) -> None:
+    for line in lost_lines(tally):
+        console.warn(line)
+
+
+def _check_names(problems: Path, samples: Path, out: Path) -> None:
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder, expected a file.")
+    if out.exists() and not out.is_file():
+        raise InputError(f"--out {out}: is no regular file; labels are read again to go on. Name another file.")
+    if out.suffix == ".gz":
+        raise InputError(f"--out {out}: labels are written as plain JSONL. Name a file without .gz.")
+    if samples.exists() and not samples.is_file() and not samples.is_dir():
+        raise InputError(f"--samples {samples}: is no regular file; samples are read twice. Name a file.")
+    for option, path in (("--samples", samples), ("--problems", problems)):
+        if out.resolve() == path.resolve() or (out.exists() and path.exists() and out.samefile(path)):
+            raise InputError(f"--out {out}: is the file given as {option}. Name another file for the labels.")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a file for this process. The lock is a hidden file beside it, gone afterwards."""
     try:
-        return float(value) if isinstance(value, int | float) else None
-    except OverflowError:  # an integer beyond any float
-        return None
-
-
-def _task_id(line: Line, value: dict[str, Any]) -> int:
-    """11, "11" and "Mbpp/11" are the same problem."""
-    task_id = value.get("task_id")
-    if type(task_id) is int:
-        return task_id
-    match = re.fullmatch(r"(?:\w+/)?(\d{1,15})", task_id) if isinstance(task_id, str) else None
-    if match is None:
-        raise line.error(f"field task_id: expected a number or a name like Mbpp/11, got {task_id!r}")
-    return int(match[1])
-
-
-def _known(samples: list[Sample], problems: Mapping[int, Problem], path: Path) -> None:
-    for sample in samples:
-        if sample.task_id not in problems:
-            raise InputError(f"{path}: task_id {sample.task_id} is not among the run's problems (problems.jsonl).")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--out {out}: cannot be made: {error.strerror}. Name another file.") from error
+    path = out.with_name(f".{out.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"--out {out}: another fractal process writes it. Wait for it, or end it.") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()

@@ -68,6 +68,11 @@ CASES: dict[str, Case] = {
     "unknown mode": (lambda d: ["train", "--run", "r", "--mode", "magic"], 2, "no run is there"),
     "verify without a word": (lambda d: ["verify"], 2, "give either --run RUN"),
     "limits out of range": (lambda d: ["verify", "--run", "r", "--cpu", "0"], 2, "limits out of range"),
+    "no slot": (lambda d: [*verify(d), "--slots", 0], 2, "--slots 0: must be from 1 to 1024"),
+    "memory of a mite": (lambda d: [*verify(d), "--memory", 8], 2, "--memory 8: limits out of range"),
+    "out is the samples": (lambda d: ["verify", "--problems", "p", "--samples", "s", "--out", lines(d / "s", SAMPLE)], 2, "is the file given as --samples"),
+    "convert without a word": (lambda d: ["convert", "--problems", "p", "--out", "o"], 2, "give either --to FORM"),
+    "convert what is not there": (lambda d: ["convert", "--problems", "p", "--out", "o", "--from", "evalplus", "--results", "r"], 2, "p: no such file"),
     "critic that is none": (lambda d: ["score", "--run", "r", "--critic", "x"], 2, "no run is there"),
 }  # fmt: skip
 
@@ -120,7 +125,7 @@ def test_wrong_usage_is_exit_2_without_a_traceback(tmp_path: Path, words: list[s
     assert "Traceback" not in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["verify"], ["train"], ["score"], ["select"], ["report"], ["run"], ["doctor"]])  # fmt: skip
+@pytest.mark.parametrize("command", [[], ["generate"], ["verify"], ["convert"], ["train"], ["score"], ["select"], ["report"], ["run"], ["doctor"]])  # fmt: skip
 def test_help_teaches(tmp_path: Path, command: list[str]) -> None:
     done = fractal(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0

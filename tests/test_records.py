@@ -18,6 +18,7 @@ from fractal.records import (
     Appender,
     Choice,
     InputError,
+    KeySet,
     Label,
     OutsideError,
     Problem,
@@ -31,6 +32,7 @@ from fractal.records import (
     read_lines,
     unique,
     write_jsonl,
+    write_parts,
     write_whole,
 )
 from tests.conftest import ROOT
@@ -358,23 +360,6 @@ def check_full(path, written, message):
     assert len(read_jsonl(path, Score)) == 7 * written > 0
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no program mount")
-    if done.returncode:
-        pytest.skip(f"cannot mount: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_full_disk_is_resumed_after(tiny_disk):
     path, ballast = tiny_disk / "scores.jsonl", tiny_disk / "ballast"
     ballast.write_bytes(bytes(40_000))
@@ -396,3 +381,63 @@ def test_replacing_a_file_on_a_full_disk_keeps_the_old_one(tiny_disk):
         write_whole(path, bytes(100_000))
     assert path.read_bytes() == b"old\n"
     assert [p.name for p in tiny_disk.iterdir()] == ["labels.jsonl"], "no draft is left"
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([1, 2]), st.integers(0, 9) | st.integers(-3, 10**20))))
+def test_a_key_set_is_a_set(keys):
+    found, plain = KeySet(), set()
+    for key in keys:
+        assert found.add(*key) is (key not in plain)
+        plain.add(key)
+        assert len(found) == len(plain)
+        assert all(one in found for one in plain)
+    assert {(t, i) for t in (1, 2, 3) for i in range(-3, 12)} & plain == {
+        (t, i) for t in (1, 2, 3) for i in range(-3, 12) if (t, i) in found
+    }
+
+
+@settings(deadline=None)
+@given(st.permutations(range(40)))
+def test_a_key_set_of_numbers_from_0_keeps_no_numbers(numbers):
+    found = KeySet()
+    assert all(found.add(1, i) for i in numbers)
+    assert found._count == {1: 40}
+    assert not any(found._others.values())
+
+
+def test_a_link_stays_a_link_and_a_failing_source_leaves_the_file(tmp_path):
+    write_whole(tmp_path / "f", b"old\n")
+    (tmp_path / "link").symlink_to("f")
+    write_whole(tmp_path / "link", b"new\n")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "f").read_bytes() == b"new\n"
+
+    def parts():
+        yield b"half"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_parts(tmp_path / "f", parts())
+    assert (tmp_path / "f").read_bytes() == b"new\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"f", "link"}
+
+
+def test_many_lines_are_read_in_little_memory(tmp_path):
+    """60 MB, gzipped and not, in less than 15 MB more than the interpreter has."""
+    row = encode(Sample(1, 0, "x" * 300, "y" * 300, "stop", 1, None, None, "m"))
+    (tmp_path / "plain").write_bytes(row * 100_000)
+    (tmp_path / "packed").write_bytes(gzip.compress(row * 100_000, 1))
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom fractal.records import *\n"
+        "kib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore = kib()\n"
+        "shares = []\nn = sum(1 for one in iter_lines(Path(sys.argv[1]), watch=shares.append))\n"
+        "assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1\nprint(n, kib() - before)\n"
+    )
+    for name in ("plain", "packed"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / name)], capture_output=True, text=True, check=True
+        )
+        lines, kib = map(int, done.stdout.split())
+        assert lines == 100_000
+        assert kib < 15_000

@@ -1,4 +1,4 @@
-"""Sample files of other tools, and what is still to be labelled."""
+"""Sample files of other tools: what is read, and what is refused with its line."""
 
 import gzip
 import json
@@ -9,11 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal.records import InputError, Label, Problem, RecordError, Sample, encode, read_jsonl, write_jsonl
-from fractal.verify import missing, read_samples
+from fractal import foreign
+from fractal.records import Problem, RecordError, Sample, encode
 
 PROBLEMS = {i: Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in (11, 12)}
 CODE = "def f(x):\n    return x\n"
+
+
+def read_samples(path: Path, problems: dict[int, Problem]) -> list[Sample]:
+    return [found.ready() for found in foreign.read_samples(path, problems)]
 
 
 def written(path: Path, *rows: Any, pack: bool = False) -> Path:
@@ -61,28 +65,6 @@ def test_a_bad_sample_is_named_with_file_and_line(tmp_path: Path, row: Any, comp
     path = written(tmp_path / "samples.jsonl", {"task_id": 11, "sample_id": 0, "solution": CODE}, row)
     with pytest.raises(RecordError, match=rf"samples\.jsonl: line 2: .*{complaint}"):
         read_samples(path, PROBLEMS)
-
-
-def sample(sample_id: int) -> Sample:
-    return Sample(11, sample_id, "", CODE, "stop", 0, None, None, "m")
-
-
-def label(sample_id: int, status: str = "passed") -> Label:
-    return Label(11, sample_id, status, status == "passed", ["passed"], 0.1, 0.1, "", "x")  # type: ignore[arg-type]
-
-
-def test_labelled_samples_are_skipped_and_our_own_faults_redone(tmp_path: Path) -> None:
-    path = tmp_path / "labels.jsonl"
-    write_jsonl(path, [label(0), label(1, "sandbox_error"), label(2, "failed")])
-    todo, done = missing([sample(i) for i in range(4)], path)
-    assert ([s.sample_id for s in todo], done) == ([1, 3], 2)
-    assert [v.sample_id for v in read_jsonl(path, Label)] == [0, 2]
-
-
-def test_labels_of_other_samples_are_not_mixed_in(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "labels.jsonl", [label(7)])
-    with pytest.raises(InputError, match="sample_id 7, which is not among the samples"):
-        missing([sample(0)], tmp_path / "labels.jsonl")
 
 
 def read(path: Path, *values: Any) -> list[Sample]:
@@ -163,10 +145,3 @@ def test_a_huge_number_is_no_crash(digits, tmp_path):
             read_samples(path, PROBLEMS)
         except RecordError as error:
             assert str(error).startswith(f"{path}: line 1: ")
-
-
-def test_two_labels_of_one_sample_are_refused(tmp_path):
-    path = tmp_path / "labels.jsonl"
-    write_jsonl(path, [label(0), label(0, "failed")])
-    with pytest.raises(RecordError, match="task_id 11, sample_id 0 stands twice"):
-        missing([sample(0)], path)
