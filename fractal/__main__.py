@@ -61,6 +61,18 @@ Slots = Annotated[int | None, typer.Option(help="Programs run at once. Default: 
 Image = Annotated[str | None, typer.Option(help="Sandbox image. Default: the one that belongs to this code.")]
 Runtime = Annotated[str | None, typer.Option(help="Container runtime, such as runsc (gVisor), where it is installed.")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Run identical programs of a problem once.")]
+Isolate = Annotated[bool, typer.Option("--isolate", help="A process of its own for every program; a third as fast.")]
+Allow = Annotated[
+    str | None,
+    typer.Option(
+        "--allow-missing",
+        help="Run although these protections are missing, as memory_limit,pids_limit; they are noted.",
+    ),
+]
+Socket = Annotated[
+    Path | None,
+    typer.Option(help="Use the sandbox that listens on this Unix socket (fractal serve); no Docker needed."),
+]
 Base = Annotated[str | None, typer.Option(help="Model whose features the critic reads. Default: the generator.")]
 Mode = Annotated[str, typer.Option(help="probe: a linear head on frozen features.")]
 Critic = Annotated[Path | None, typer.Option(help="A critic's folder. Default: the run's critic/best.")]
@@ -101,6 +113,25 @@ def _limits(cpu_s: float, wall_s: float, memory_mib: int) -> Any:
 def _check_slots(slots: int | None) -> None:
     if slots is not None and not 1 <= slots <= MOST_SLOTS:
         raise InputError(f"--slots {slots}: must be from 1 to {MOST_SLOTS}.")
+
+
+def _sandbox(
+    slots: int | None,
+    image: str | None,
+    runtime: str | None,
+    cache: bool,
+    isolate: bool,
+    allow: str | None,
+    socket: Path | None,
+) -> dict[str, Any]:
+    """Keyword arguments of Sandbox."""
+    if socket is not None and (slots, image, runtime) != (None, None, None):
+        raise InputError("--slots, --image and --runtime are the sidecar's own: give them to `fractal serve`.")
+    names = [name.strip() for name in (allow or "").split(",") if name.strip()]
+    return {
+        "slots": slots, "image": image, "runtime": runtime, "cache": cache, "isolate": isolate, "allow": names,
+        "socket": socket,
+    }  # fmt: skip
 
 
 def _problem_set(folder: RunDir, source: str | None, splits: str | None, limit: int | None) -> ProblemSet:
@@ -172,6 +203,9 @@ def verify(
     image: Image = None,
     runtime: Runtime = None,
     cache: Cache = True,
+    isolate: Isolate = False,
+    allow: Allow = None,
+    socket: Socket = None,
     by_problem: Annotated[
         bool, typer.Option("--by-problem", help="Show every problem, not only the ten hardest.")
     ] = False,
@@ -185,7 +219,7 @@ def verify(
 
     limits = _limits(cpu, wall, memory)
     _check_slots(slots)
-    options = {"slots": slots, "image": image, "runtime": runtime, "cache": cache}
+    options = _sandbox(slots, image, runtime, cache, isolate, allow, socket)
     if run is not None and problems is samples is out is None:
         with RunDir(run) as folder:
             counts = stage.run(folder, limits, **options)
@@ -284,19 +318,22 @@ def run_stages(
     image: Image = None,
     runtime: Runtime = None,
     cache: Cache = True,
+    isolate: Isolate = False,
+    allow: Allow = None,
+    socket: Socket = None,
     base: Base = None,
     mode: Mode = "probe",
 ) -> None:
     """Run all stages, or one; what is done is not repeated."""
     sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    sandbox = {"slots": slots, "image": image, "runtime": runtime, "cache": cache}
+    sandbox = _sandbox(slots, image, runtime, cache, isolate, allow, socket)
     limits = _limits(cpu, wall, memory)
     _check_slots(slots)
     with RunDir(run, create=stage in (Stage.all, Stage.generate)) as folder:
         if stage in (Stage.all, Stage.generate):
             found = _problem_set(folder, problems, split, limit)
             if stage is Stage.all:
-                _check_sandbox(image)
+                _check_sandbox(image, socket)
             _generate(folder, found, model, backend, **sampling)
         if stage in (Stage.all, Stage.verify):
             from fractal import verify as verify_stage
@@ -314,11 +351,11 @@ def run_stages(
             report_stage.run(folder)
 
 
-def _check_sandbox(image: str | None) -> None:
+def _check_sandbox(image: str | None, socket: Path | None) -> None:
     """Before hours of generation: is there an engine with the sandbox image?"""
     from fractal.sandbox.container import Sandbox
 
-    Sandbox(image=image).check()
+    Sandbox(image=image, socket=socket).check()
 
 
 def _critic(folder: RunDir, stage: Stage, base: str | None, mode: str) -> None:
@@ -335,6 +372,38 @@ def _critic(folder: RunDir, stage: Stage, base: str | None, mode: str) -> None:
             return
     if stage in (Stage.all, Stage.score):
         score_stage.run(folder)
+
+
+@app.command(
+    epilog="A pipeline container then mounts the volume: docker run -v fractal-sandbox:/run/fractal … "
+    "fractal verify --socket /run/fractal/sandbox.sock …"
+)
+def serve(
+    volume: Annotated[
+        str, typer.Option(help="A Docker volume, or a folder's path, for the socket.")
+    ] = "fractal-sandbox",
+    name: Annotated[str, typer.Option(help="The container's name.")] = "fractal-sandbox",
+    stop: Annotated[bool, typer.Option("--stop", help="End the sidecar of that name.")] = False,
+    memory: Memory = 512,
+    slots: Slots = None,
+    image: Image = None,
+    runtime: Runtime = None,
+) -> None:
+    """Start a sandbox as a sidecar: it serves other containers over a Unix socket in a volume, until it is stopped."""
+    from fractal.sandbox.container import SOCKET, Limits, start_sidecar, stop_sidecar
+
+    _check_slots(slots)
+    if stop:
+        console.say(f"serve: {name} {'is stopped' if stop_sidecar(name) else 'was not running'}")
+        return
+    if volume[:1] in ".~":
+        volume = str(Path(volume).expanduser().resolve())
+    limits: Limits = _limits(Limits().cpu_s, Limits().wall_s, memory)
+    start_sidecar(volume=volume, name=name, limits=limits, slots=slots, image=image, runtime=runtime)
+    place = (
+        f"{volume}/{Path(SOCKET).name}" if volume.startswith("/") else f"{SOCKET} where the volume {volume} is mounted"
+    )
+    console.say(f"serve: {name} runs; its socket: {place}. End it: fractal serve --stop --name {name}")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from fractal.records import Label, OutsideError, Problem, Sample, Status
+from fractal.records import Label, OutsideError, Problem, Sample, Status, code_sha256
 from fractal.sandbox.protocol import (
     FORGET,
     KEY_BYTES,
@@ -386,7 +386,7 @@ class _Call:
     def _enter(self, sample: Sample) -> Job | None:
         """A sample takes its place. Returns the job to be sent, or None where its verdict is known or under way."""
         problem = self.problems[sample.task_id]
-        digest = hashlib.sha256(sample.code.encode("utf-8", "surrogatepass")).hexdigest()
+        digest = code_sha256(sample.code)
         slate = Slate(sample, problem, digest)
         self.slates.append(slate)
         if len(sample.code) > MAX_FRAME // 8:

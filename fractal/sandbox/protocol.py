@@ -188,7 +188,7 @@ class Encoder:
         if kind is tuple:
             return {"t": self._all(value, depth)}
         if kind is dict:
-            return {"d": self._pairs(value, depth)}
+            return {"d": self.pairs(value, depth)}
         if kind is set:
             return {"s": self._all(value, depth)}
         encode = ENCODERS.get(kind)
@@ -208,7 +208,7 @@ class Encoder:
         self._count(len(out))
         return out
 
-    def _pairs(self, value: dict[Any, Any], depth: int) -> list[Any]:
+    def pairs(self, value: dict[Any, Any], depth: int) -> list[Any]:
         out = [[self._encode(k, depth + 1), self._encode(v, depth + 1)] for k, v in value.items()]
         self._count(2 * len(out))
         return out
@@ -241,12 +241,13 @@ def plain_base(kind: type) -> Callable[[Any], Any] | None:
     """How to see an instance of a subclass as the built-in type, unless the subclass redefines what equality means."""
     for base, exact in EXACT.items():
         if issubclass(kind, base):
-            return exact if kind.__eq__ is base.__eq__ else None
+            same: bool = kind.__eq__ is base.__eq__  # type: ignore[comparison-overlap]
+            return exact if same else None
     return None
 
 
 def _defaultdict(encoder: Encoder, value: Any, depth: int) -> Any:
-    return {"dd": encoder._pairs(value, depth)}
+    return {"dd": encoder.pairs(value, depth)}
 
 
 ENCODERS: dict[type, Callable[[Encoder, Any, int], Any]] = {
@@ -258,8 +259,8 @@ ENCODERS: dict[type, Callable[[Encoder, Any, int], Any]] = {
     slice: lambda e, v, d: {"sl": [e._encode(x, d + 1) for x in (v.start, v.stop, v.step)]},
     type(...): lambda e, v, d: {"el": 0},
     type(NotImplemented): lambda e, v, d: {"ni": 0},
-    collections.Counter: lambda e, v, d: {"ct": e._pairs(v, d)},
-    collections.OrderedDict: lambda e, v, d: {"od": e._pairs(v, d)},
+    collections.Counter: lambda e, v, d: {"ct": e.pairs(v, d)},
+    collections.OrderedDict: lambda e, v, d: {"od": e.pairs(v, d)},
     collections.defaultdict: _defaultdict,
     collections.deque: lambda e, v, d: {"dq": [e._all(v, d), v.maxlen]},
     decimal.Decimal: lambda e, v, d: {"dec": str(v)},
@@ -281,7 +282,7 @@ def _big_int(text: str) -> int:
     return int(text, 16)
 
 
-def _pairs(data: list[Any]) -> list[Any]:
+def pairs(data: list[Any]) -> list[Any]:
     """Lists of two: dict() would ask the owner of a stand-in for its elements."""
     if not all(type(pair) is list and len(pair) == 2 for pair in data):
         raise ValueError("not pairs")
@@ -338,7 +339,7 @@ def _keys(data: list[Any]) -> Any:
 
 DECODERS: dict[str, Callable[[Any], Any]] = {
     "t": tuple,
-    "d": lambda v: dict(_pairs(v)),
+    "d": lambda v: dict(pairs(v)),
     "s": set,
     "f": frozenset,
     "i": _big_int,
@@ -349,9 +350,9 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "sl": lambda v: slice(*v),
     "el": lambda v: ...,
     "ni": lambda v: NotImplemented,
-    "ct": lambda v: collections.Counter(dict(_pairs(v))),
-    "od": lambda v: collections.OrderedDict(_pairs(v)),
-    "dd": lambda v: collections.defaultdict(None, _pairs(v)),
+    "ct": lambda v: collections.Counter(dict(pairs(v))),
+    "od": lambda v: collections.OrderedDict(pairs(v)),
+    "dd": lambda v: collections.defaultdict(None, pairs(v)),
     "dq": lambda v: collections.deque([*_list(v[0])], v[1]),
     "dec": decimal.Decimal,
     "fr": lambda v: fractions.Fraction(v[0], v[1]),
@@ -360,7 +361,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "ti": datetime.time.fromisoformat,
     "td": lambda v: datetime.timedelta(*v),
     "dk": _keys,
-    "di": lambda v: dict(_pairs(v)).items(),
+    "di": lambda v: dict(pairs(v)).items(),
     "nt": _named_tuple,
     "n": _shared,
     "it": iter,

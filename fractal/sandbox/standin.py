@@ -19,6 +19,7 @@ from fractal.sandbox.protocol import (
     Table,
     Unencodable,
     pack,
+    pairs,
 )
 from fractal.sandbox.suite import Ahead
 
@@ -191,7 +192,7 @@ class JudgeEnd:
         if type(function) is not types.FunctionType or type(args) is not list:
             raise ProtocolError("only a test's functions can be called from the program")
         try:
-            return ["r", self._encode(function(*args, **dict(kwargs)))]
+            return ["r", self._encode(function(*args, **dict(pairs(kwargs))))]
         except Exception as error:
             near = next(c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS)
             values = [value for value in error.args if type(value) in (str, int, float, bool, type(None))]
