@@ -10,7 +10,6 @@ import gc
 import json
 import marshal
 import os
-import socket
 import sys
 import types
 from collections import deque
@@ -54,10 +53,9 @@ class Callback:
 class CandidateEnd:
     """The candidate's end of the channel, and the program that it speaks for."""
 
-    def __init__(self, sock: socket.socket, shared: bool) -> None:
-        self._fd = sock.fileno()
-        self._sock = sock
-        self._shared = shared
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._shared = False
         self._buffer = FrameBuffer()
         self._bodies: deque[bytes] = deque()
         self._decode = Decoder(self._resolve).decode
@@ -76,8 +74,9 @@ class CandidateEnd:
         self._names: dict[str, Any] = {}
         self._waited = False  # whether an answer held what the judge may ask about before it goes on
 
-    def live(self) -> None:
+    def live(self, shared: bool) -> None:
         """Run the programs that arrive: one, or if shared, one after another until the judge hangs up."""
+        self._shared = shared
         message = self._decode(self._receive())
         while True:
             self._start(*message[1:])
@@ -91,7 +90,7 @@ class CandidateEnd:
 
     def _receive(self) -> bytes:
         while not self._bodies:
-            data = self._sock.recv(1 << 18)
+            data = os.read(self._fd, 1 << 18)
             if not data:
                 raise Closed
             self._bodies.extend(self._buffer.feed(data))

@@ -40,7 +40,7 @@ __all__ = ["Limits", "Sandbox", "SandboxError", "connect", "probe", "start_sidec
 
 def hardening(slots: int, limits: Limits, first_uid: int, cpus: int) -> dict[str, Any]:
     """Options of `docker run` that wall the container in; names as in docker.types.HostConfig."""
-    scratch = f"rw,noexec,nosuid,nodev,size={limits.file_mib}m,nr_inodes=1024,mode=0700"
+    scratch = f"rw,noexec,nosuid,nodev,size={limits.file_mib}m,nr_inodes=1024,mode=0710,uid=0"
     memory = (slots * (2 * limits.memory_mib + JUDGE_MIB) + 512) << 20
     return {
         "network_mode": "none",
@@ -52,7 +52,7 @@ def hardening(slots: int, limits: Limits, first_uid: int, cpus: int) -> dict[str
         "mem_limit": memory,
         "memswap_limit": memory,
         "nano_cpus": min(slots, cpus) * 1_000_000_000,
-        "tmpfs": {f"/scratch/{i}": f"{scratch},uid={first_uid + i},gid={first_uid + i}" for i in range(slots)}
+        "tmpfs": {f"/scratch/{i}": f"{scratch},gid={first_uid + i}" for i in range(slots)}
         | {"/tmp": "ro,noexec,nosuid,nodev,size=4k,mode=0700"},  # gVisor would put a writable one there
         "ipc_mode": "none",
         "auto_remove": True,

@@ -46,8 +46,15 @@ ORDINARY = ("passed", "failed", "error", "missing", "syntax_error")  # endings t
 class Slot:
     """A judge's own zygote, scratch folder and uids."""
 
-    def __init__(self, number: int, uid: int, shared_uid: int, scratch: str) -> None:
-        self.number, self.uid, self.shared_uid, self.scratch = number, uid, shared_uid, scratch
+    def __init__(self, uid: int, shared_uid: int, scratch: str) -> None:
+        self.uid, self.shared_uid, self.scratch = uid, shared_uid, scratch
+        # Programs run in a folder that is root's, open to them, below one that only this slot's group may enter: none
+        # of them can close it, or leave a mark on it for the next.
+        self.folder = f"{scratch}/w"
+        os.makedirs(self.folder, exist_ok=True)
+        os.chmod(self.folder, 0o1777)
+        state = os.statvfs(scratch)
+        self._files, self._blocks = state.f_files - state.f_ffree, state.f_blocks - state.f_bfree
         self._control: socket.socket | None = None
         self._zygote: subprocess.Popen[bytes] | None = None
 
@@ -57,7 +64,7 @@ class Slot:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "zygote.py")
             numbers = [str(n) for n in (theirs.fileno(), self.uid, self.shared_uid)]
-            command = [sys.executable, "-s", "-P", "-B", here, *numbers, self.scratch]
+            command = [sys.executable, "-s", "-P", "-B", here, *numbers, self.folder]
             self._zygote = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             theirs.close()
             self._control = ours
@@ -82,10 +89,10 @@ class Slot:
         return answer
 
     def used(self) -> bool:
-        """Whether a program may have left anything in the scratch folder (a file system of its own)."""
+        """Whether a program may have left anything in its folder, which has a file system of its own."""
         state = os.statvfs(self.scratch)
-        counts = state.f_files > 0  # gVisor counts no files
-        return not counts or state.f_files - state.f_ffree > 1 or state.f_bfree < state.f_blocks
+        files, blocks = state.f_files - state.f_ffree, state.f_blocks - state.f_bfree
+        return state.f_files == 0 or files > self._files or blocks > self._blocks  # gVisor counts no files
 
 
 class Candidate:
@@ -517,7 +524,8 @@ def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:
         else:
             trouble = outcome.detail
     except (Gone, LeftEarly, ProtocolError, Exception) as error:
-        trouble = f"{type(error).__name__}: {error} {run.detail}"
+        run.drain()
+        trouble = f"{type(error).__name__}: {error} {run.detail} {run.output.decode('utf-8', 'replace')}"
     finally:
         candidate.end()
     return checks.judge_candidate(found[0] if found else {"trouble": trouble}, judge.slot.uid, limits)

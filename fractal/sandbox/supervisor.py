@@ -405,7 +405,7 @@ def _end_strays(slot: Slot) -> None:
                 uid = next(line.split()[1] for line in file if line.startswith("Uid:"))
             with open(f"/proc/{name}/cmdline", "rb") as file:
                 command = file.read().split(b"\0")
-            if uid in (str(slot.uid), str(slot.shared_uid)) or command[-2:-1] == [slot.scratch.encode()]:
+            if uid in (str(slot.uid), str(slot.shared_uid)) or command[-2:-1] == [slot.folder.encode()]:
                 os.kill(int(name), signal.SIGKILL)
         except (OSError, StopIteration):
             continue  # it ended while we looked
@@ -441,10 +441,12 @@ def main() -> None:
     parser.add_argument("--scratch", default="/scratch", help="holds a file system 0, 1, … for each slot")
     parser.add_argument("--socket", help="listen on this Unix socket instead of serving standard input and output")
     args = parser.parse_args()
-    numbers = range(args.slots)
-    slots = [
-        Slot(i, args.first_uid + i, args.first_uid + SHARED_UIDS + i, f"{args.scratch}/{i}") for i in numbers
-    ]  # fmt: skip
+    first = args.first_uid
+    slots = [Slot(first + i, first + SHARED_UIDS + i, f"{args.scratch}/{i}") for i in range(args.slots)]
+    try:
+        os.chmod("/dev/pts/ptmx", 0o600)  # no terminals for candidates
+    except OSError:
+        pass  # none here
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # the first process of a container has no default action
     try:
         Supervisor(slots, listen(args.socket) if args.socket else None).run()

@@ -4,7 +4,7 @@ It is started fresh (so nothing of the judge is in its memory), imports what pro
 each request of its judge, forks a candidate: a process of the slot's own uid with resource limits and a seccomp filter
 of its own, in the slot's scratch folder. A shared candidate has another uid and no folder, so that a program in a
 process of its own can neither signal nor limit it. Standard library only.
-Run by judge.py: zygote.py CONTROL_FD SLOT_UID SHARED_UID SCRATCH.
+Run by judge.py: zygote.py CONTROL_FD SLOT_UID SHARED_UID FOLDER.
 """
 
 import os
@@ -13,27 +13,36 @@ import sys
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import base64
 import ctypes
 import gc
 import json
+import marshal
 import platform
 import random
 import resource
 import signal
 import socket
+import stat
 import struct
 import types
 import warnings
 from typing import Any
 
 from fractal.sandbox.candidate import CandidateEnd
-from fractal.sandbox.protocol import Closed
+from fractal.sandbox.protocol import Closed, pack
 
 PRELOAD = (
     "abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq "
     "itertools json math numbers operator queue random re statistics string textwrap time typing unicodedata"
 ).split()
 THREADS = 32
+CHANNEL = 3  # a candidate's file descriptor
+WARM_UP = 30
+COMMON_LIMITS = {
+    "NOFILE": (64, 64), "NPROC": (THREADS, THREADS), "CORE": (0, 0), "MEMLOCK": (0, 0), "MSGQUEUE": (0, 0),
+    "STACK": (8 << 20, 64 << 20),
+}  # fmt: skip
 FRAMES_BELOW = 2  # below a program's call, beyond those of plain evaluation (measured; tests/test_sandbox.py)
 
 # --- the candidate's system calls -----------------------------------------------------------------------------------
@@ -111,25 +120,12 @@ class _Program(ctypes.Structure):
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    uid, shared_uid, scratch = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    uid, shared_uid, folder = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     libc = ctypes.PyDLL(None)
     text = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
-    program = _Program(len(text.raw) // 8, ctypes.cast(text, ctypes.c_void_p))
-    for name in PRELOAD:
-        __import__(name)
-    for category in (
-        SyntaxWarning,
-        DeprecationWarning,
-    ):  # of compile(): once per place, so order would decide who sees it
-        warnings.filterwarnings("ignore", category=category, module="<program>")
-    for module in [name for name in sys.modules if name.startswith("fractal") or name == "__main__"]:
-        del sys.modules[module]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    sys.path.pop(0)
-    sys.argv = [""]
-    sys.setrecursionlimit(sys.getrecursionlimit() + FRAMES_BELOW)
-    gc.collect()
-    gc.freeze()
+    program = ctypes.byref(_Program(len(text.raw) // 8, ctypes.cast(text, ctypes.c_void_p)))
+    _prepare()
+    end = CandidateEnd(CHANNEL)
     while True:
         data, fds, _, _ = socket.recv_fds(control, 4096, 2)
         if not data:
@@ -139,22 +135,23 @@ def main() -> None:
             control.send(_reap(request["pid"], request["wait"]))
             continue
         # Not os.fork(): its handlers of threading, random and the import system touch 160 pages more, which is half of
-        # the cost. There is one thread, random is seeded below, and no candidate can fork.
+        # the cost. There is one thread, random is seeded already, and no candidate can fork.
         pid = libc.fork()
         if pid < 0:
             raise OSError("fork failed")
         if pid == 0 and request["do"] == "wipe":
-            _wipe(uid, scratch)
+            _wipe(uid, folder)
         if pid == 0:
             try:
-                control.close()
                 shared = request["shared"]
-                _become(request, fds, shared_uid if shared else uid, "/" if shared else scratch, libc, program)
-                CandidateEnd(socket.socket(fileno=3), shared).live()
-            except (Closed, OSError):
-                pass
-            finally:
+                _become(request, fds, shared_uid if shared else uid, "/" if shared else folder, libc, program)
+                end.live(shared)
+            except (Closed, BrokenPipeError):
                 os._exit(0)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())  # into the program's output
+            finally:
+                os._exit(70)
         for fd in fds:
             os.close(fd)
         if request["do"] == "wipe":
@@ -162,6 +159,47 @@ def main() -> None:
             control.send(json.dumps({"wiped": status == 0}).encode())
         else:
             control.send(json.dumps({"pid": pid}).encode())
+
+
+def _prepare() -> None:
+    """All that candidates have in common, done once: imports, limits, environment, and code that has run before."""
+    for name in PRELOAD:
+        __import__(name)
+    for category in (SyntaxWarning, DeprecationWarning):  # compile() says them once per place: order would matter
+        warnings.filterwarnings("ignore", category=category, module="<program>")
+    for _ in range(WARM_UP):
+        _rehearse()
+    for module in [name for name in sys.modules if name.startswith("fractal") or name == "__main__"]:
+        del sys.modules[module]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.path.pop(0)
+    sys.argv = [""]
+    sys.setrecursionlimit(sys.getrecursionlimit() + FRAMES_BELOW)
+    for limit, most in COMMON_LIMITS.items():
+        try:
+            resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), most)
+        except ValueError:
+            if limit != "MSGQUEUE":  # gVisor has no such limit; there are no queues: mq_open is forbidden
+                raise
+    os.environ.clear()
+    os.environ.update(HOME="/", TMPDIR="/", PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
+    random.seed(0)  # same draws in every candidate: a label must not depend on what ran before
+    gc.collect()
+    gc.freeze()
+
+
+def _rehearse() -> None:
+    """A candidate's life on a harmless program: what the interpreter learns of its own code, children need not."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        code = base64.b64encode(marshal.dumps(compile("def f(x):\n    return [x]\n", "<program>", "exec"))).decode()
+        ours.sendall(pack(["program", 1, "", code, [], ["f"], False]))
+        ours.sendall(pack(["q", "ahead", "f", [1], []]) + pack(["q", "call", {"o": 0}, [[1, "a"]], [], True]))
+        ours.shutdown(socket.SHUT_WR)
+        try:
+            CandidateEnd(theirs.fileno()).live(shared=False)
+        except Closed:
+            pass
 
 
 def _reap(pid: int, wait: bool) -> bytes:
@@ -173,61 +211,60 @@ def _reap(pid: int, wait: bool) -> bytes:
     return json.dumps({"exit": os.waitstatus_to_exitcode(status), "cpu_s": cpu_s}).encode()
 
 
-def _become(limits: dict[str, Any], fds: list[int], uid: int, scratch: str, libc: Any, program: _Program) -> None:
+def _become(limits: dict[str, Any], fds: list[int], uid: int, folder: str, libc: Any, program: Any) -> None:
     """Turn this fresh fork into a candidate: descriptors, limits, uid and system calls. Fails closed."""
     channel, output = fds
-    null = os.open("/dev/null", os.O_RDONLY)
-    for number, fd in enumerate((null, output, output, channel)):
-        os.dup2(fd, number + 100)
-    for number in range(4):
-        os.dup2(number + 100, number, inheritable=False)
-    os.closerange(4, 1024)
-    cpu_s = resource.RLIM_INFINITY if limits["shared"] else int(limits["cpu_s"]) + 1  # shared: the judge looks
+    os.dup2(output, 1)  # 0 is /dev/null already
+    os.dup2(output, 2)
+    os.dup2(channel, CHANNEL)
+    os.closerange(CHANNEL + 1, 1024)
     memory, largest = limits["memory_mib"] << 20, limits["file_mib"] << 20
-    for name, soft, hard in (
-        ("AS", memory, memory), ("CPU", cpu_s, cpu_s + (cpu_s > 0)), ("FSIZE", largest, largest),
-        ("NOFILE", 64, 64), ("NPROC", THREADS, THREADS), ("CORE", 0, 0), ("MEMLOCK", 0, 0), ("MSGQUEUE", 0, 0),
-        ("STACK", 8 << 20, 64 << 20),
-    ):  # fmt: skip
-        try:
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard))
-        except ValueError:
-            if name != "MSGQUEUE":  # gVisor has no such limit; there are no queues: mq_open is forbidden
-                raise
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    if not limits["shared"]:  # its CPU time is that of many programs: the judge looks at each
+        cpu_s = int(limits["cpu_s"]) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    os.chdir(scratch)
-    os.environ.clear()
-    os.environ.update(HOME=scratch, TMPDIR=scratch, PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
+    os.chdir(folder)
+    os.environ["HOME"] = os.environ["TMPDIR"] = folder
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # here: a change of uid clears it
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0):
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0):
         os._exit(70)
-    random.seed(0)  # same draws in every candidate: a label must not depend on what ran before
 
 
-def _wipe(uid: int, scratch: str) -> None:
-    """Empty the scratch folder as its owner; exits 0 when it is empty."""
+def _wipe(uid: int, folder: str) -> None:
+    """Empty the folder, as the owner of what is in it; exits 0 when it is empty.
+
+    Step by step, down and up again: a program may have nested folders deeper than any path is long.
+    """
     try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-        sys.setrecursionlimit(100_000)
-        os.chdir(scratch)
-        for folder, names, files in os.walk(".", topdown=True):
-            for name in names:
-                path = os.path.join(folder, name)
-                if not os.path.islink(path):
-                    os.chmod(path, 0o700)
-            del files
-        for folder, names, files in os.walk(".", topdown=False):
-            for name in files:
-                os.unlink(os.path.join(folder, name))
-            for name in names:
-                path = os.path.join(folder, name)
-                (os.unlink if os.path.islink(path) else os.rmdir)(path)
-        os._exit(0 if not os.listdir(".") else 1)
+        os.chdir(folder)
+        depth = 0
+        while True:
+            below = None
+            for entry in os.listdir("."):
+                if stat.S_ISDIR(os.lstat(entry).st_mode):
+                    below = entry
+                else:
+                    os.unlink(entry)
+            if below is None and depth == 0:
+                os._exit(0)
+            if below is None:
+                os.chdir("..")
+                depth -= 1
+                continue
+            os.chmod(below, 0o700)
+            try:
+                os.rmdir(below)
+            except OSError:
+                os.chdir(below)
+                depth += 1
     finally:
         os._exit(1)
 
