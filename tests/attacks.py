@@ -58,23 +58,39 @@ SUITES: dict[str, Suite] = {
     "doubled": Suite("def f(n):\n    return [n]\n", ("assert f(3) * 2 == [3, 3]", "assert sorted(f(4)) == [4] and str(f(4)) == '[4]'")),
 }
 
-# The program's own way to the channel, whatever its number and whoever listens: for forged frames.
+# The program's own way to the channel, whatever its number and whoever listens: for forged frames. A greeting is given
+# the serial number that the judge expects, which a program finds in the frames below it, as it does what was read ahead.
 PRELUDE = r'''
-import json, os, stat, struct
+import json, os, stat, struct, sys
 def is_socket(n):
     try:
         return stat.S_ISSOCK(os.fstat(n).st_mode)
     except OSError:
         return False
 FD = next(filter(is_socket, range(3, 256)), 3)
+LOCALS = sys._getframe(1).f_locals
+SERIAL = LOCALS.get('serial', 0)
+BODIES = getattr(LOCALS.get('self'), '_bodies', [])
+GREETED = []
 def write(data):
     while data:
         data = data[os.write(FD, data):]
+def as_greeting(m):
+    if not isinstance(m, list) or not m or GREETED:
+        return m
+    if m[0] == 'syntax':
+        return ['syntax', SERIAL, *m[1:], False]
+    if m[0] in ('x', 'e'):
+        return ['stopped', SERIAL, m]
+    return [m[0], SERIAL, *m[1:]] if m[0] == 'ready' else m
 def put(*messages):
     for m in messages:
-        b = m if isinstance(m, bytes) else json.dumps(m).encode()
+        b = m if isinstance(m, bytes) else json.dumps(as_greeting(m)).encode()
         write(struct.pack('>I', len(b)) + b)
 def get():
+    GREETED.append(1)
+    if BODIES:
+        return json.loads(BODIES.popleft())
     head = os.read(FD, 4)
     if len(head) < 4:
         os._exit(0)
@@ -1617,13 +1633,30 @@ while True:
 ## forge / StopIteration of a value | raw,tests=mapped
 play(['e', 'StopIteration', '2', [2], 'StopIteration'], ['e', 'StopIteration', '2', [2], 'StopIteration'])
 ## forge / new arguments for an immutable | raw
-play(['r', None, [2]], ['r', None, [42]])
+play(['r', None, [[2], []]], ['r', None, [[42], []]])
 ## forge / new arguments that are liars | raw,tests=in place
-play(['r', None, [[REF, REF, REF]]], ['r', None, [[4]]])
+play(['r', None, [[[REF, REF, REF]], []]], ['r', None, [[[4]], []]])
 ## forge / new arguments of another type | raw,tests=in place
-play(['r', None, [{'t': [1, 2, 3]}]], ['r', None, [{'dq': [[4, 5], None]}]])
+play(['r', None, [[{'t': [1, 2, 3]}], []]], ['r', None, [[{'dq': [[4, 5], None]}], []]])
 ## forge / too many new arguments | raw,tests=in place
-play(['r', None, [[1], [2], [3]]])
+play(['r', None, [[[1], [2], [3]], []]], ['r', None, [[[1]], 5]])
+## forge / new arguments that are none | raw,tests=in place
+play(['r', None, REF], ['r', None, [[[1]], [REF, ['a', 1], [1, 2]]]])
+## forge / calls ahead answered as skipped | raw
+play(['skipped'], ['skipped'], ['skipped'], ['r', 2])
+## forge / calls ahead answered twice | raw
+put(['ready', [['f', REF]]], ['skipped'], ['r', 2], ['skipped'], ['r', 2])
+get()
+os._exit(0)
+## forge / a program found unfit | raw
+put(['unfit', SERIAL, '', 'AAAA'])
+get()
+os._exit(0)
+## forge / the next sample's greeting | raw
+put(['ready', SERIAL + 1, [['f', REF]]], *[['r', v] for v in (2, 42, 'abab')])
+os._exit(0)
+## forge / the serial as a boolean | raw
+put(['ready', True, [['f', REF]]])
 ## forge / a stand-in of the entry point's own number as answer | raw
 play(['r', REF])
 ## forge / a stand-in with an odd kind | raw

@@ -42,7 +42,14 @@ class Engine:
         path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                ["unshare", "--net", program, *words, "--iptables=false", "--ip-masq=false"],  # it would take docker0 down
+                [
+                    "unshare",
+                    "--net",
+                    program,
+                    *words,
+                    "--iptables=false",
+                    "--ip-masq=false",
+                ],  # it would take docker0 down
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PATH": path},

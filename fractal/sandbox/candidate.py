@@ -172,18 +172,39 @@ class CandidateEnd:
         return self._send(message)
 
     def _serve(self) -> Any:
-        """Answer requests until something else arrives: a reply to a request of ours, or the next program."""
+        """Answer requests until something else arrives: a reply to a request of ours, or the next program.
+
+        Calls are made here, not further down: a program's recursion may go as deep as in plain evaluation.
+        """
         while True:
             body = self._receive()
             message = self._decode(body)
             if message[0] != "q":
                 return message
+            op, target, *rest = message[1:]
             try:
-                reply = self._answer(body, message)
+                if op == "call":
+                    args, kwargs = rest[0], dict(rest[1])
+                    reply = ["r", self.encode(target(*args, **kwargs))]
+                elif op == "ahead":  # a call that the judge sent before it needed the answer
+                    if self._waited or target not in self._names:
+                        reply = ["skipped"]
+                    else:
+                        reply = ["r", self.encode(self._names[target](*rest[0], **dict(rest[1])))]
+                else:
+                    reply = ["r", self._answer(op, target, *rest)]
             except BaseException as error:
                 reply = failure(error, self.encode)
+            if op == "call" and rest[2]:
+                reply += self._changed(body, args, kwargs)
             self._flush()
             self._send(reply)
+
+    def _changed(self, body: bytes, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """How a call left its arguments, if it changed them."""
+        before = json.loads(body)[3:5]
+        after = [[self.encode(v) for v in args], [[name, self.encode(kwargs[name])] for name, _ in before[1]]]
+        return [after] if after != before else []
 
     def _flush(self) -> None:
         try:
@@ -191,51 +212,32 @@ class CandidateEnd:
         except BaseException:
             pass
 
-    def _answer(self, body: bytes, message: list[Any]) -> list[Any]:
-        _, op, target, *rest = message
-        if op == "ahead":  # a call that the judge sent before it needed the answer
-            if self._waited or target not in self._names:
-                return ["skipped"]
-            return ["r", self.encode(self._names[target](*rest[0], **dict(rest[1])))]
-        if op == "call":
-            args, pairs, mutable = rest
-            kwargs = dict(pairs)
-            try:
-                reply = ["r", self.encode(target(*args, **kwargs))]
-            except BaseException as error:
-                reply = failure(error, self.encode)
-            if mutable:
-                _, _, _, before, named, _ = json.loads(body)
-                after = [[self.encode(v) for v in args], [[k, self.encode(kwargs[k])] for k, _ in pairs]]
-                if after != [before, named]:
-                    reply.append(after)
-            return reply
+    def _answer(self, op: str, target: Any, *rest: Any) -> Any:
         if op == "get":
-            return ["r", self.encode(getattr(target, rest[0]))]
+            return self.encode(getattr(target, rest[0]))
         if op == "set":
-            setattr(target, rest[0], rest[1])
-            return ["r", None]
+            return setattr(target, rest[0], rest[1])
         if op == "item":
-            return ["r", self.encode(target[rest[0]])]
+            return self.encode(target[rest[0]])
         if op == "setitem":
             target[rest[0]] = rest[1]
-            return ["r", None]
+            return None
         if op == "len":
-            return ["r", len(target)]
+            return len(target)
         if op == "iter":
-            return ["r", self.encode(iter(target))]
+            return self.encode(iter(target))
         if op == "next":  # up to rest[0] at once; fewer means the end
             items = []
             for _ in range(rest[0]):
                 try:
                     items.append(self.encode(next(target)))
                 except StopIteration:
-                    return ["r", [items, True]]
-            return ["r", [items, False]]
+                    return [items, True]
+            return [items, False]
         if op in ("str", "repr"):
-            return ["r", str(str(target) if op == "str" else repr(target))]
+            return str(str(target) if op == "str" else repr(target))
         if op == "isinstance":
-            return ["r", isinstance(target, rest[0])]
+            return isinstance(target, rest[0])
         raise ProtocolError(f"no operation {op}")
 
     def ask(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

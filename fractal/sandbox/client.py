@@ -201,14 +201,17 @@ class Verifier:
                 for body in frames.feed(data):
                     if body[:1] != VERDICT:
                         continue
+                    try:
+                        verdict = self._decode(memoryview(body)[VERDICT_HEAD.size :])
+                    except msgspec.MsgspecError as error:
+                        verdict = Verdict("sandbox_error", detail=f"an answer that cannot be read: {error}")
                     with self._lock:
                         job = self._pending.pop(VERDICT_HEAD.unpack_from(body)[1], None)
                     if job is not None:
-                        verdict = self._decode(memoryview(body)[VERDICT_HEAD.size :])
                         groups.setdefault(id(job.inbox), (job.inbox, []))[1].append((job, verdict))
                 for inbox, found in groups.values():
                     inbox.put(found)
-        except (OSError, ProtocolError, msgspec.MsgspecError) as error:
+        except (OSError, ProtocolError) as error:
             log.info("the sandbox's line broke: %r", error)
         with self._lock:
             if self._closing or self._line is not line:

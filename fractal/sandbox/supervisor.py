@@ -92,6 +92,8 @@ class Worker:
         self.tasks: deque[Task] = deque()  # handed over; it is at the first one
         self.deadline = 0.0
         self.buffer = FrameBuffer()
+        self.unsent = bytearray()
+        self.watched = 0
         self.sock, theirs = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
@@ -118,10 +120,18 @@ class Worker:
         if not self.tasks:
             self.deadline = time.monotonic() + task.head.wall_s + GRACE_S
         self.tasks.append(task)
-        try:
-            self.sock.sendall(data + frame(task.body))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it died: its socket tells, and the task is taken back
+        self.unsent += data + frame(task.body)
+        self.push()
+
+    def push(self) -> None:
+        """Send what the judge's socket takes. It may be stuck over a sample: the supervisor never waits for it."""
+        if self.unsent:
+            try:
+                del self.unsent[: self.sock.send(self.unsent)]
+            except BlockingIOError:
+                pass
+            except (BrokenPipeError, ConnectionResetError):
+                self.unsent.clear()  # it died: its socket tells, and its tasks are taken back
 
     def end(self) -> None:
         """Kill the judge; its zygote and candidates die with their sockets and parents."""
@@ -148,7 +158,8 @@ class Supervisor:
             self._hire(slot)
         self._checks = checks.inspect() | _worst([self._first_word(worker) for worker in self._workers])
         for worker in self._workers:
-            self._poll.register(worker.sock, select.EPOLLIN)
+            worker.sock.setblocking(False)
+            self._watch_worker(worker)
         if listener is None:
             self._welcome(Client(0, 1))
         else:
@@ -162,6 +173,12 @@ class Supervisor:
         sockets += [self._listener.fileno()] if self._listener else []
         self._workers.append(Worker(slot, sockets))
         return self._workers[-1]
+
+    def _watch_worker(self, worker: Worker) -> None:
+        events = select.EPOLLIN | (select.EPOLLOUT if worker.unsent else 0)
+        if events != worker.watched:
+            (self._poll.modify if worker.watched else self._poll.register)(worker.sock, events)
+            worker.watched = events
 
     def _first_word(self, worker: Worker) -> dict[str, Any]:
         """What the judge's check of a candidate found; blocks. {} where the judge died over it."""
@@ -178,12 +195,18 @@ class Supervisor:
         self._workers.remove(worker)
         _end_strays(worker.slot)
         fresh = self._hire(worker.slot)
-        self._poll.register(fresh.sock, select.EPOLLIN)
+        fresh.sock.setblocking(False)
+        self._watch_worker(fresh)
         return worker.tasks
 
     def _hear(self, worker: Worker) -> None:
         """Pass a judge's verdicts on; replace it if it is dead."""
-        data = worker.sock.recv(1 << 18)
+        try:
+            data = worker.sock.recv(1 << 18)
+        except BlockingIOError:  # it was writable only
+            return
+        except ConnectionResetError:
+            data = b""
         if not data:  # ours to answer for: the client sends the sample once more
             left = self._replace(worker)
             if left:
@@ -349,6 +372,9 @@ class Supervisor:
         reaped = time.monotonic()
         while self._listener is not None or self._due():
             self._assign()
+            for worker in self._workers:
+                worker.push()
+                self._watch_worker(worker)
             for client in list(self._clients):
                 self._flush(client)
             now = time.monotonic()

@@ -43,7 +43,6 @@ COMMON_LIMITS = {
     "NOFILE": (64, 64), "NPROC": (THREADS, THREADS), "CORE": (0, 0), "MEMLOCK": (0, 0), "MSGQUEUE": (0, 0),
     "STACK": (8 << 20, 64 << 20),
 }  # fmt: skip
-FRAMES_BELOW = 2  # below a program's call, beyond those of plain evaluation (measured; tests/test_sandbox.py)
 
 # --- the candidate's system calls -----------------------------------------------------------------------------------
 
@@ -118,7 +117,8 @@ class _Program(ctypes.Structure):
 # --- the zygote -----------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main() -> tuple[CandidateEnd, bool]:
+    """Fork at the judge's bidding. Returns in a child that became a candidate: its end, and whether it is shared."""
     control = socket.socket(fileno=int(sys.argv[1]))
     uid, shared_uid, folder = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     libc = ctypes.PyDLL(None)
@@ -145,12 +145,9 @@ def main() -> None:
             try:
                 shared = request["shared"]
                 _become(request, fds, shared_uid if shared else uid, "/" if shared else folder, libc, program)
-                end.live(shared)
-            except (Closed, BrokenPipeError):
-                os._exit(0)
+                return end, shared
             except BaseException:
                 sys.excepthook(*sys.exc_info())  # into the program's output
-            finally:
                 os._exit(70)
         for fd in fds:
             os.close(fd)
@@ -174,7 +171,6 @@ def _prepare() -> None:
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.path.pop(0)
     sys.argv = [""]
-    sys.setrecursionlimit(sys.getrecursionlimit() + FRAMES_BELOW)
     for limit, most in COMMON_LIMITS.items():
         try:
             resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), most)
@@ -270,4 +266,12 @@ def _wipe(uid: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    END, SHARED = main()
+    try:  # not inside a function: a program has as many frames below it as in plain evaluation (tests/test_sandbox.py)
+        END.live(SHARED)
+    except (Closed, BrokenPipeError):
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(70)
