@@ -361,7 +361,7 @@ def _greeting(suite: Suite, run: Run, serial: int) -> tuple[Outcome | None, dict
     if kind == "syntax" and len(rest) == 3:
         run.plain = rest[2] is True
         return Outcome("syntax_error", text_of(rest[1])), {}
-    if kind == "unfit" and len(rest) == 3 and type(rest[2]) is str:
+    if kind == "unfit" and run.shared and len(rest) == 3 and type(rest[2]) is str:
         run.fit = rest[1] == ""
         return Outcome("unfit", rest[2]), {}
     run.fit = run.shared
