@@ -107,13 +107,18 @@ class Turn:
 
     round: int  # 0: the pilot, which warms up and is not counted
     contestant: str
-    set: str  # finishing or slow
+    set: str  # quick or slow
     samples: int
     seconds: float
     begun: float  # seconds since the first turn
     rate: float  # samples, or forks, per second
     start_s: float | None = None  # of the container, where it was measured and left out of `seconds`
     verdicts: dict[str, str] = field(default_factory=dict)
+
+
+QUICK_S = (
+    0.25  # wall time of plain evaluation, its interpreter included: what takes longer costs every harness the same
+)
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,9 @@ class Expected:
     sample_s: dict[str, float]
 
     def of(self, kind: str) -> list[str]:
-        """The samples that end within the limit (finishing), or do not (slow)."""
-        return [name for name, v in self.verdicts.items() if (v == "timeout") == (kind == "slow")]
+        """The samples whose own time is nothing beside a harness's (quick), or is not (slow)."""
+        late = {name for name, v in self.verdicts.items() if v == "timeout" or self.sample_s[name] > QUICK_S}
+        return [name for name in self.verdicts if (name in late) == (kind == "slow")]
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -145,19 +151,19 @@ def part(names: Sequence[str], size: int, round_: int, seed: int) -> list[str]:
     return (shuffled + shuffled)[begin : begin + size]
 
 
-def rates(turns: Sequence[Turn], contestant: str, finishing: int, slow: int) -> dict[int, tuple[float, float]]:
+def rates(turns: Sequence[Turn], contestant: str, quick: int, slow: int) -> dict[int, tuple[float, float]]:
     """By round: samples per second of those that finish, and of all, in the proportion that the whole set has."""
     found = {}
     for number in sorted({t.round for t in turns if t.round and t.contestant == contestant}):
         by_set = {t.set: t for t in turns if t.round == number and t.contestant == contestant}
-        if "finishing" not in by_set:
+        if "quick" not in by_set:
             continue
-        rate = by_set["finishing"].rate
+        rate = by_set["quick"].rate
         if contestant in RAW or not slow or "slow" not in by_set:
             found[number] = (rate, rate)
             continue
-        seconds = finishing / rate + slow * by_set["slow"].seconds / by_set["slow"].samples
-        found[number] = (rate, (finishing + slow) / seconds)
+        seconds = quick / rate + slow * by_set["slow"].seconds / by_set["slow"].samples
+        found[number] = (rate, (quick + slow) / seconds)
     return found
 
 
@@ -200,8 +206,8 @@ def disagreements(turns: Sequence[Turn], contestant: str, expected: Expected, le
 
 def summary(turns: Sequence[Turn], contestants: Sequence[str], expected: Expected) -> list[dict[str, Any]]:
     """One row for each contestant that had a turn."""
-    finishing, slow = len(expected.of("finishing")), len(expected.of("slow"))
-    by_contestant = {c: rates(turns, c, finishing, slow) for c in contestants}
+    quick, slow = len(expected.of("quick")), len(expected.of("slow"))
+    by_contestant = {c: rates(turns, c, quick, slow) for c in contestants}
     flaky = unstable(turns, expected)
     rows = []
     for contestant, found in by_contestant.items():
@@ -212,7 +218,7 @@ def summary(turns: Sequence[Turn], contestants: Sequence[str], expected: Expecte
             "contestant": contestant,
             "rate": statistics.median(finish), "rate_min": min(finish), "rate_max": max(finish),
             "rate_all": None if contestant in RAW else statistics.median(whole),
-            "samples_a_round": max(t.samples for t in turns if t.contestant == contestant and t.set == "finishing"),
+            "samples_a_round": max(t.samples for t in turns if t.contestant == contestant and t.set == "quick"),
             "to_plain": ratio(found, by_contestant.get("plain", {})),
             "to_evalplus": ratio(found, by_contestant.get("evalplus", {})),
             "to_raw": ratio(found, by_contestant.get("raw", {})),
@@ -228,9 +234,12 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def table(rows: Sequence[dict[str, Any]], plan: Plan, expected: Expected) -> Table:
-    finishing, slow = len(expected.of("finishing")), len(expected.of("slow"))
-    title = f"{finishing + slow} samples, {slow} of them beyond {plan.limit_s:g} s; {plan.rounds} rounds"
-    caption = "samples/s: median and min-max over rounds, of the samples that finish; all: timeouts included"
+    quick, slow = len(expected.of("quick")), len(expected.of("slow"))
+    late = sum(v == "timeout" for v in expected.verdicts.values())
+    title = (
+        f"{quick + slow} samples, {slow} over {QUICK_S} s plainly, {late} over {plan.limit_s:g} s; {plan.rounds} rounds"
+    )
+    caption = f"samples/s: median and min-max over rounds, of the {quick} quick samples; all: with the slow ones"
     found = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     found.add_column("contestant")
     for column in ("samples/s", "min-max", "all", "x plain", "x EvalPlus", "x fork", "disagree"):
@@ -434,24 +443,24 @@ def measure(arena: Arena) -> tuple[list[Turn], Expected, dict[str, int]]:
     plan = arena.plan
     with console.bar("plain evaluation", len(arena.samples)) as bar:
         expected = arena.expect(bar.advance)
-    finishing, slow = expected.of("finishing"), expected.of("slow")
-    if not finishing:
+    quick, slow = expected.of("quick"), expected.of("slow")
+    if not quick:
         raise InputError(f"no sample ends within {plan.limit_s:g} s.")
     turns: list[Turn] = []
     sizes: dict[str, int] = {}
     with console.bar("bench", len(plan.contestants) * (plan.rounds + 1)) as bar:
         for contestant in plan.contestants:
             count = 4 if contestant == "docker-run" else 12 * plan.workers
-            turn = arena.turn(contestant, part(finishing, count, 1, plan.seed), 0, "finishing")
+            turn = arena.turn(contestant, part(quick, count, 1, plan.seed), 0, "quick")
             turns.append(turn)
             whole = contestant in WHOLE or contestant.startswith("fractal@")
-            size = len(finishing) if whole else min(len(finishing), round(turn.rate * plan.turn_s))
+            size = len(quick) if whole else min(len(quick), round(turn.rate * plan.turn_s))
             sizes[contestant] = min(size, plan.docker_runs) if contestant == "docker-run" else max(size, 1)
             bar.advance(note=f"pilot: {contestant}")
         for number in range(1, plan.rounds + 1):
             for contestant in order(plan.contestants, number, plan.seed):
-                names = part(finishing, sizes[contestant], number, plan.seed)
-                turns.append(arena.turn(contestant, names, number, "finishing"))
+                names = part(quick, sizes[contestant], number, plan.seed)
+                turns.append(arena.turn(contestant, names, number, "quick"))
                 # two waves: a timeout costs every harness the same, so a few of them tell
                 late = part(slow, 2 * plan.workers, number, plan.seed)
                 if late and contestant not in RAW:
@@ -688,7 +697,7 @@ def run(given: argparse.Namespace) -> Path:
     raw_turns = [{k: v for k, v in asdict(t).items() if k != "verdicts"} for t in turns]
     described = {
         "kinds": kinds(samples.values()),
-        "finishing": len(expected.of("finishing")), "slow": sorted(expected.of("slow")),
+        "quick": len(expected.of("quick")), "slow": sorted(expected.of("slow")),
         "unstable": sorted(unstable(turns, expected)), "passed": sum(v == "passed" for v in expected.verdicts.values()),
     }  # fmt: skip
     return save(given.out, plan, {"mode": "compare", "machine": {**facts, "load_after": list(os.getloadavg())},

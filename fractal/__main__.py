@@ -61,7 +61,7 @@ Slots = Annotated[int | None, typer.Option(help="Programs run at once. Default: 
 Image = Annotated[str | None, typer.Option(help="Sandbox image. Default: the one that belongs to this code.")]
 Runtime = Annotated[str | None, typer.Option(help="Container runtime, such as runsc (gVisor), where it is installed.")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Run identical programs of a problem once.")]
-Isolate = Annotated[bool, typer.Option("--isolate", help="A process of its own for every program; a third as fast.")]
+Isolate = Annotated[bool, typer.Option("--isolate", help="A process of its own for every program; slower.")]
 Allow = Annotated[
     str | None,
     typer.Option(

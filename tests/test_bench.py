@@ -147,7 +147,7 @@ def test_parts_cover_the_samples_before_one_comes_again(count: int, size: int, s
     assert all(len(set(verify.part(names, size, n, seed))) == size_ for n in range(1, 5))
 
 
-def turn(contestant: str, number: int, seconds: float, kind: str = "finishing", **verdicts: str) -> verify.Turn:
+def turn(contestant: str, number: int, seconds: float, kind: str = "quick", **verdicts: str) -> verify.Turn:
     rate = 100 / seconds
     return verify.Turn(number, contestant, kind, 100, seconds, 0.0, rate, None, verdicts)
 

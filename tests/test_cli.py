@@ -56,6 +56,8 @@ CASES: dict[str, Case] = {
     "duplicate sample": (lambda d: verify(d, lines(d / "p", PROBLEM), lines(d / "s", *[{**SAMPLE, "sample_id": 3}] * 2)), 2, "stands twice"),
     "empty samples": (lambda d: verify(d, lines(d / "p", PROBLEM), lines(d / "s")), 2, "s: is empty"),
     "out is a folder": (lambda d: (lines(d / "p", PROBLEM), lines(d / "s", SAMPLE), (d / "labels.jsonl").mkdir(), verify(d))[3], 2, "is a folder"),
+    "no sidecar": (lambda d: [*verify(d, lines(d / "p", PROBLEM), lines(d / "s", SAMPLE)), "--socket", "none"], 3, "no sandbox listens there"),
+    "slots of a sidecar": (lambda d: [*verify(d, lines(d / "p", PROBLEM), lines(d / "s", SAMPLE)), "--socket", "none", "--slots", 2], 2, "give them to `fractal serve`"),
     "unknown split": (lambda d: generate("--split", "dev"), 2, "unknown split dev"),
     "n of 0": (lambda d: generate("--n", 0), 2, "--n 0: must be at least 1"),
     "negative temperature": (lambda d: generate("--temperature", -1), 2, "--temperature -1"),

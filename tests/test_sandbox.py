@@ -17,7 +17,7 @@ from fractal.problems import read
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox import checks
 from fractal.sandbox.container import Limits, Sandbox, SandboxError, probe
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 
 pytestmark = pytest.mark.docker
 CORRECT = "def f(x):\n    return x * 2\n"
@@ -40,7 +40,7 @@ def judge(sandbox: Sandbox, code: str, tests: list[str] = TESTS, setup: str = ""
 def plain(code: str, tests: list[str], setup: str = "") -> bool:
     """Plain evaluation in a fresh interpreter: program, setup and tests in one namespace."""
     text = "import sys\nns = {}\nfor part in sys.argv[1:]:\n    exec(part, ns)\n"
-    command = [sys.executable, "-I", "-c", text, code, setup, *tests]
+    command = [sys.executable, "-I", "-S", "-c", text, code, setup, *tests]
     with tempfile.TemporaryDirectory() as folder:  # programs may write files
         done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     return done.returncode == 0
@@ -366,8 +366,9 @@ def test_every_starter_reference_passes(sandbox: Sandbox) -> None:
 
 @pytest.mark.slow
 def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
-    """300 real completions of Qwen2.5-Coder-0.5B against a fresh interpreter each."""
+    """1,889 real completions of Qwen2.5-Coder-0.5B against a fresh interpreter each."""
     import gzip
+    from concurrent.futures import ThreadPoolExecutor
 
     from fractal.prompts import extract_code
 
@@ -375,24 +376,50 @@ def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
     if not path.exists():
         pytest.skip("no real generations beside the checkout")
     problems = {p.task_id: p for p in read(SHARED / "mbpp" / "sanitized-mbpp.json")}
-    rows = [json.loads(line) for line in gzip.open(path)][::6]
+    rows = [json.loads(line) for line in gzip.open(path)]
     samples = [
         sample(extract_code(r["completion"], problems[r["task_id"]].entry_point), r["sample_id"], r["task_id"])
         for r in rows
     ]
     with Sandbox(image=image) as sandbox:
         labels = list(sandbox.verify(samples, problems))
-    differing = []
-    for one, label in zip(samples, labels, strict=True):
+
+    def expected(one: Sample) -> bool:
         found = problems[one.task_id]
         try:
-            expected = plain(one.code, found.tests, found.setup)
+            return plain(one.code, found.tests, found.setup)
         except (subprocess.TimeoutExpired, ValueError, OSError):
-            expected = False
-        if expected != label.passed:
-            differing.append((one.task_id, one.sample_id, label.status, label.detail[:80]))
+            return False
+
+    with ThreadPoolExecutor(2) as pool:
+        plainly = list(pool.map(expected, samples))
+    both = zip(samples, labels, plainly, strict=True)
+    differing = [(one.task_id, one.sample_id, v.status, v.detail[:80]) for one, v, fine in both if fine != v.passed]
     assert differing == []
-    assert len(labels) >= 300
+    assert len(labels) >= 1000
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own process"])
+def test_recursion_goes_exactly_as_deep_as_in_plain_evaluation(sandbox: Sandbox, own: bool) -> None:
+    code = "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)\n" + ("class C: pass\n" if own else "")
+    depths = range(990, 1003)
+    problems = {n: problem([f"assert f({n}) == {n}"], task_id=n) for n in depths}
+    found = [label.passed for label in sandbox.verify([sample(code, task_id=n) for n in depths], problems)]
+    assert found == [plain(code, problems[n].tests) for n in depths]
+    assert len(set(found)) == 2
+
+
+@pytest.mark.parametrize(
+    "error", ["TimeoutError", "MemoryError", "ConnectionResetError", "BrokenPipeError", "EOFError"]
+)
+def test_an_error_that_we_know_ourselves_is_the_programs_when_it_raises_it(sandbox: Sandbox, error: str) -> None:
+    label = judge(sandbox, f"def f(x):\n    raise {error}('mine')\n")
+    assert label.status == ("memory" if error == "MemoryError" else "error"), label
+
+
+def test_the_reward_example_runs(image: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs/reward.py"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"step {n}: [1.0, 0.0, 0.0]" for n in range(3)], done.stderr
 
 
 def test_own_processes_only(sandbox: Sandbox) -> None:

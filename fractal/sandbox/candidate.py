@@ -109,6 +109,9 @@ class CandidateEnd:
         if type(value) is Callback:
             return {"o": value._number}
         self._waited = True
+        if isinstance(value, type) and issubclass(value, Exception):
+            own = [c for c in value.__mro__ if issubclass(c, Exception) and EXCEPTIONS.get(c.__name__) is not c]
+            return {"xc": [[[self.table.put(c), c.__name__] for c in own], _near(value)]}
         kind = "object"
         if isinstance(value, types.ModuleType):
             kind = f"module:{value.__name__}"
@@ -238,6 +241,8 @@ class CandidateEnd:
             return str(str(target) if op == "str" else repr(target))
         if op == "isinstance":
             return isinstance(target, rest[0])
+        if op == "names":  # as they are by now
+            return [[name, self.encode(self._space[name])] for name in self._names if name in self._space]
         raise ProtocolError(f"no operation {op}")
 
     def ask(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -247,7 +252,7 @@ class CandidateEnd:
         )
         reply = self._serve()
         if reply[0] == "e":
-            raise EXCEPTIONS.get(reply[1], RuntimeError)(*reply[3])
+            raise (reply[4] if len(reply) == 5 else EXCEPTIONS.get(reply[1], RuntimeError))(*reply[3])
         return reply[1]
 
 
@@ -257,10 +262,10 @@ def _imports(lines: list[str]) -> str:
 
 
 def failure(error: BaseException, encode: Any) -> list[Any]:
-    """An exception as data: name of the nearest built-in class, message, arguments, name of its own class."""
+    """An exception as data: name of the nearest built-in class, message, arguments, and its own class or its name."""
     if isinstance(error, SystemExit):
         return ["x", f"SystemExit({error.code!r})"[:DETAIL]]
-    near = next((c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS), "Exception")
+    near, kind = _near(type(error)), type(error)
     try:
         text = str(error)[:DETAIL]
     except BaseException:
@@ -269,4 +274,10 @@ def failure(error: BaseException, encode: Any) -> list[Any]:
         args = [encode(value) for value in error.args]
     except BaseException:
         args = [text]
-    return ["e", near, text, args, type(error).__name__[:64]]
+    own = issubclass(kind, Exception) and kind is not EXCEPTIONS[near]
+    return ["e", near, text, args, encode(kind) if own else kind.__name__[:64]]
+
+
+def _near(kind: type) -> str:
+    """The nearest built-in exception class, by name."""
+    return next((c.__name__ for c in kind.__mro__ if EXCEPTIONS.get(c.__name__) is c), "Exception")

@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fractal.sandbox import checks, screen
@@ -32,7 +33,7 @@ from fractal.sandbox.protocol import (
     sample_head,
     unpack,
 )
-from fractal.sandbox.standin import DETAIL, Channel, Gone, JudgeEnd, LeftEarly, text_of
+from fractal.sandbox.standin import DETAIL, Channel, Gone, JudgeEnd, LeftEarly, StandIn, text_of
 from fractal.sandbox.suite import Suite, prepare
 
 OUTPUT_KEPT = 2000  # bytes of a program's output
@@ -370,7 +371,8 @@ def _greeting(suite: Suite, run: Run, serial: int) -> tuple[Outcome | None, dict
         if error[0] == "x":
             return Outcome("crashed", f"left with {text_of(error[-1])}"), {}
         if error[0] == "e" and len(error) == 5:
-            name, text = text_of(error[4]), text_of(error[2])
+            name = error[4].__name__ if isinstance(error[4], type) else text_of(error[4])
+            text = text_of(error[2])
             _not_plain(run, error[1])
             return Outcome("memory" if error[1] == "MemoryError" else "error", _describe(name, text)), {}
     if kind != "ready" or len(rest) != 2 or type(rest[1]) is not list:
@@ -387,15 +389,16 @@ def _greeting(suite: Suite, run: Run, serial: int) -> tuple[Outcome | None, dict
 
 def _run_tests(run: Run, suite: Suite, names: dict[str, Any], results: list[str]) -> Outcome:
     """Run setup and tests in one namespace; the first test that does not hold decides."""
-    names["__name__"] = "tests"
+    if stale := [name for name in suite.fresh if name in names and not isinstance(names[name], StandIn | type)]:
+        run.end.after_call = partial(_refresh, run, stale, names)
     verdict = Outcome("passed", "", results)
     if suite.setup is not None:
-        status, detail = _run_code(run, suite.setup, names)
+        status, detail = _run_code(run, partial(exec, suite.setup, names))
         if status != "passed":
             return Outcome("error" if status == "failed" else status, detail)
     for number, test in enumerate(suite.tests, 1):
         left = len(run.end.ahead)
-        status, detail = _run_code(run, test, names)
+        status, detail = _run_code(run, partial(exec, test, names))
         results.append(status)
         if status != "passed" and verdict.status == "passed":
             verdict.status, verdict.detail = status, f"test {number}: {detail}"
@@ -407,10 +410,17 @@ def _run_tests(run: Run, suite: Suite, names: dict[str, Any], results: list[str]
     return verdict
 
 
-def _run_code(run: Run, code: types.CodeType, names: dict[str, Any]) -> tuple[str, str]:
-    """One statement list of the tests. An assertion that fails here is `failed`; one raised there is `error`."""
+def _refresh(run: Run, stale: list[str], names: dict[str, Any]) -> None:
+    """Let the test see the program's globals as the call left them."""
+    if run.ended is None:
+        found = run.end.names()
+        names.update((name, found[name]) for name in stale if name in found)
+
+
+def _run_code(run: Run, code: Callable[[], None]) -> tuple[str, str]:
+    """A part of the tests. An assertion that fails here is `failed`; one raised there is `error`."""
     try:
-        exec(code, names)
+        code()
     except Gone:
         return run.ended or "crashed", run.detail
     except LeftEarly as error:

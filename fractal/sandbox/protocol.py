@@ -401,6 +401,8 @@ class Decoder:
                 return self._resolve(Reference({"id": data[0], "kind": data[1], "truth": data[2]}))
             if tag == "o" and type(data) is int:
                 return self._resolve(Reference({"own": data}))
+            if tag == "xc" and type(data) is list and len(data) == 2:
+                return self._resolve(Reference({"classes": data[0], "near": data[1]}))
         raise ValueError("unknown tag")
 
 

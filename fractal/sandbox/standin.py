@@ -122,15 +122,19 @@ class JudgeEnd:
         self._encoder = Encoder(self._refer)
         self._decode = Decoder(self._resolve).decode
         self._stand_ins: dict[int, StandIn] = {}
+        self._classes: dict[int, type[BaseException]] = {}  # exception classes of the program's, by its numbers
         self._drawn: dict[int, tuple[deque[Any], bool, int]] = {}
         self.ahead: deque[Ahead] = deque()  # calls of the entry point that were sent already
         self.entry: object = None
+        self.after_call: Callable[[], None] | None = None  # lets the test see the program's globals as they are now
         self.raised: list[BaseException] = []  # exceptions that came from the candidate, to tell them from the test's
         self.texts: dict[int, str] = {}  # what they say, by id: str() of one could ask the candidate
 
     def _refer(self, value: Any) -> dict[str, Any]:
         if isinstance(value, StandIn):
             return {"o": value._number}
+        if isinstance(value, type) and value in self._classes.values():
+            return {"o": next(number for number, kind in self._classes.items() if kind is value)}
         if isinstance(value, types.FunctionType):
             return {"x": [self._table.put(value), "function", True]}
         if hasattr(value, "__next__"):
@@ -141,12 +145,30 @@ class JudgeEnd:
         data = reference.data
         if "own" in data:
             return self._table.get(data["own"])
+        if "near" in data:
+            return self._exception_class(data["classes"], data["near"])
         number, kind, truth = data["id"], data["kind"], data["truth"]
         if type(kind) is not str or type(truth) is not bool or number < 0:
             raise ValueError("not a reference")
         if number not in self._stand_ins:
             self._stand_ins[number] = StandIn(self, number, kind[:80], truth)
         return self._stand_ins[number]
+
+    def _exception_class(self, own: Any, near: Any) -> type[BaseException]:
+        """An exception class of the program's, with those that it derives from: a test can name and catch it.
+
+        It is made here, of nothing but its name. Raises ValueError, as a decoder does.
+        """
+        kind = _built_in(near)
+        if type(own) is not list or not 0 < len(own) <= 16:
+            raise ValueError("not exception classes")
+        for number, name in reversed(pairs(own)):
+            if type(number) is not int or type(name) is not str or not name.isidentifier():
+                raise ValueError("not an exception class")
+            if number not in self._classes:
+                self._classes[number] = type(name, (kind,), {"__str__": _said})
+            kind = self._classes[number]
+        return kind
 
     def send(self, message: Any) -> None:
         self.send_frames(pack(message))
@@ -196,7 +218,8 @@ class JudgeEnd:
         except Exception as error:
             near = next(c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS)
             values = [value for value in error.args if type(value) in (str, int, float, bool, type(None))]
-            return ["e", near, str(values[0])[:DETAIL] if values else "", values]
+            own = [self._refer(type(error))] if type(error) in self._classes.values() else []
+            return ["e", near, str(values[0])[:DETAIL] if values else "", values, *own]
 
     def _encode(self, value: Any) -> Any:
         return self._encoder.encode(value)
@@ -223,27 +246,32 @@ class JudgeEnd:
         raise ProtocolError(f"an answer of kind {reply[0][:20]!r}")
 
     def _exception(self, near: Any, text: Any, args: Any, name: Any) -> BaseException:
-        """The program's exception as one of the judge's: its built-in class, or a class of its own name below that.
-
-        StopIteration becomes a RuntimeError, as in a generator: it would end the test's own loop over the calls.
-        """
-        base = EXCEPTIONS.get(near) if type(near) is str else None
-        if base is None or type(text) is not str or type(args) is not list or type(name) is not str:
+        """The program's exception as one of the judge's: of its built-in class, or of a class of its own below that."""
+        if type(text) is not str or type(args) is not list:
             raise ProtocolError("not an exception")
         error: BaseException
         try:
-            if issubclass(base, StopIteration | StopAsyncIteration):
-                error = RuntimeError(f"the program raised {name[:64]}")
-            else:
-                kind: Any = base if name == near else type(name[:64], (base,), {})
-                error = kind(*args)
+            base = _built_in(near)
+            kind: Any = name if isinstance(name, type) and issubclass(name, base) else base
+            error = kind(*args)
+        except KeyError:
+            raise ProtocolError("not an exception") from None
         except Exception:
             error = RuntimeError(text[:DETAIL])
+        if isinstance(name, type):
+            error.__dict__["text"] = text[:DETAIL]
         self.raised.append(error)
         self.texts[id(error)] = text[:DETAIL]
         return error
 
     def call(self, target: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._call(target, args, kwargs)
+        finally:
+            if self.after_call is not None:
+                self.after_call()
+
+    def _call(self, target: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.ahead and target is self.entry:
             planned = self.ahead.popleft()
             if planned.args != args or planned.kwargs != kwargs:  # not what `suite` read in the test: our mistake
@@ -271,6 +299,15 @@ class JudgeEnd:
             if type(pair) is list and len(pair) == 2 and type(pair[0]) is str and pair[0] in kwargs:
                 update(kwargs[pair[0]], pair[1])
 
+    def names(self) -> dict[str, Any]:
+        """The program's names that the tests use, as they are by now."""
+        self._take_back()
+        self.send(["q", "names", None])
+        found = self._value(self.reply())
+        if type(found) is not list or not all(type(name) is str for name, _ in pairs(found)):
+            raise ProtocolError("not names")
+        return dict(found)
+
     def next(self, target: StandIn) -> Any:
         """The next element of one of the program's iterators, fetched in batches once the first has been drawn."""
         items, ended, drawn = self._drawn.get(target._number, (deque(), False, 0))
@@ -291,6 +328,21 @@ class JudgeEnd:
 
 class LeftEarly(BaseException):
     """The program called sys.exit. Not an Exception, so that no test swallows it."""
+
+
+def _built_in(near: Any) -> type[BaseException]:
+    """A built-in exception class by name; StopIteration is RuntimeError, as in a generator: it would end the test's own
+    loop over the calls. Raises KeyError."""
+    if type(near) is not str:
+        raise KeyError(type(near).__name__)
+    kind = EXCEPTIONS[near]
+    return RuntimeError if issubclass(kind, StopIteration | StopAsyncIteration) else kind
+
+
+def _said(error: BaseException) -> str:
+    """What str() said of the program's exception, where it came from there."""
+    text = error.__dict__.get("text")
+    return text if text is not None else BaseException.__str__(error)
 
 
 def text_of(value: Any) -> str:

@@ -36,6 +36,7 @@ class Suite:
     entry_point: str
     imports: list[str]  # the setup's import lines: the program sees those names, too, as under exec in one namespace
     names: list[str]  # names to look up in the program
+    fresh: list[str]  # those that a call may change for the test: not the entry point, and not bound by the tests
     ahead: list[Ahead]  # the calls of the first so many tests, in their order, one each
     ahead_frames: bytes
     own: dict[str, Any] = field(default_factory=dict)  # names that the reference imports: the judge's own copies
@@ -71,13 +72,15 @@ def prepare(problem: dict[str, Any]) -> Suite:
     own = {name: value for name, value in imported.items() if name in names}
     programs = names - own.keys() | {entry_point}
     quiet = not any(isinstance(node, ast.Name) and node.id in programs for node in ast.walk(setup))
-    ahead = _ahead(tests, entry_point, programs) if quiet and entry_point not in bound else []
+    fresh = sorted(programs - bound - {entry_point})
+    ahead = _ahead(tests, entry_point, programs) if quiet and entry_point not in bound and not fresh else []
     return Suite(
         setup=compile(setup, "<setup>", "exec") if setup.body else None,
         tests=[compile(test, "<test>", "exec") for test in tests],
         entry_point=entry_point,
         imports=imports,
         names=sorted({*names, entry_point}),
+        fresh=fresh,
         ahead=ahead,
         ahead_frames=b"".join(call.frame for call in ahead),
         own=own,
