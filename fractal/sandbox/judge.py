@@ -39,6 +39,8 @@ from fractal.sandbox.suite import Suite, prepare
 OUTPUT_KEPT = 2000  # bytes of a program's output
 SHARED_CPU_S = 0.25  # a program that takes longer goes on from the start in a process of its own
 SHARED_WALL_S = 0.5
+AFTER_FAILURE_CPU_S = 0.25  # what the tests after the first that failed may take: they no longer decide
+AFTER_FAILURE_WALL_S = 2.0
 SHARED_LIFE = 2000  # programs until a shared candidate is replaced
 MEMORY = 1280 << 20  # bytes of address space for a judge: what a candidate sends must not exhaust the container
 ORDINARY = ("passed", "failed", "error", "missing", "syntax_error")  # endings that need no second look
@@ -196,6 +198,11 @@ class Run:
             if candidate.channel.sock.fileno() in readable:
                 return
 
+    def decided(self) -> None:
+        """A test has failed: the others are run for what they tell, within a little more time."""
+        self._cpu_limit_s = self.cpu_s() + AFTER_FAILURE_CPU_S
+        self._deadline = time.monotonic() + AFTER_FAILURE_WALL_S
+
     def stuck(self) -> None:
         self._stop("wall", "the program does not read what it is sent")
 
@@ -297,20 +304,22 @@ class Judge:
         run = Run(candidate, min(SHARED_CPU_S, limits["cpu_s"]), wall_s, begin + wall_s)
         self._serial += 1
         compiled = ""
-        keep = False
+        keep = late = False
         try:
             outcome = _judge(suite, run, self._serial, code, "", isolate)
             if outcome.status == "unfit":
                 keep, compiled = True, outcome.detail
             else:
-                keep = outcome.status in ORDINARY and run.plain and run.ended is None
+                fine = outcome.status in ORDINARY and run.plain
+                keep = fine and run.ended is None
+                late = fine and run.limit == "cpu"  # after the test that decided
+                run.drain()
         finally:
             if not keep:
                 candidate.end()
                 self._shared = None
-        if not keep or compiled:
+        if compiled or not (keep or late):
             return None, run, compiled, run.fit
-        run.drain()
         return outcome, run, "", True
 
 
@@ -402,6 +411,8 @@ def _run_tests(run: Run, suite: Suite, names: dict[str, Any], results: list[str]
         results.append(status)
         if status != "passed" and verdict.status == "passed":
             verdict.status, verdict.detail = status, f"test {number}: {detail}"
+            if status in ("failed", "error"):
+                run.decided()
         if run.ended is not None or status == "crashed":
             break
         if left and len(run.end.ahead) == left:  # the test ended before its call: take the answer out of the way
