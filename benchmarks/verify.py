@@ -114,6 +114,7 @@ class Turn:
     rate: float  # samples, or forks, per second
     start_s: float | None = None  # of the container, where it was measured and left out of `seconds`
     verdicts: dict[str, str] = field(default_factory=dict)
+    process_s: float | None = None  # of the whole process, its interpreter's start and imports included
 
 
 QUICK_S = (
@@ -222,10 +223,18 @@ def summary(turns: Sequence[Turn], contestants: Sequence[str], expected: Expecte
             "to_plain": ratio(found, by_contestant.get("plain", {})),
             "to_evalplus": ratio(found, by_contestant.get("evalplus", {})),
             "to_raw": ratio(found, by_contestant.get("raw", {})),
+            "end_to_end": end_to_end(turns, contestant, quick),
             "start_s": _median([t.start_s for t in turns if t.contestant == contestant and t.round]),
             **({} if contestant in RAW else disagreements(turns, contestant, expected, flaky)),
         })  # fmt: skip
     return rows
+
+
+def end_to_end(turns: Sequence[Turn], contestant: str, quick: int) -> float | None:
+    """Samples per second of all quick samples from the process's first instruction to its last, imports included."""
+    mine = [t for t in turns if t.contestant == contestant and t.round and t.set == "quick" and t.process_s is not None]
+    found = [quick / (t.process_s - t.seconds + quick / t.rate) for t in mine if t.process_s is not None]
+    return _median(found)
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -239,16 +248,19 @@ def table(rows: Sequence[dict[str, Any]], plan: Plan, expected: Expected) -> Tab
     title = (
         f"{quick + slow} samples, {slow} over {QUICK_S} s plainly, {late} over {plan.limit_s:g} s; {plan.rounds} rounds"
     )
-    caption = f"samples/s: median and min-max over rounds, of the {quick} quick samples; all: with the slow ones"
+    caption = (
+        f"samples/s: median and min-max over rounds, of the {quick} quick samples; all: with the slow ones; "
+        "end to end: the process's start and imports included"
+    )
     found = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     found.add_column("contestant")
-    for column in ("samples/s", "min-max", "all", "x plain", "x EvalPlus", "x fork", "disagree"):
+    for column in ("samples/s", "min-max", "all", "end to end", "x plain", "x EvalPlus", "x fork", "disagree"):
         found.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         differ = "" if "differ" not in row else f"{len(row['differ'])} of {row['compared']}"
         found.add_row(
             title_of(row["contestant"]), _figure(row["rate"]), f"{_figure(row['rate_min'])}-{_figure(row['rate_max'])}",
-            _figure(row["rate_all"]), *(_figure(row[k]) for k in ("to_plain", "to_evalplus", "to_raw")), differ,
+            _figure(row["rate_all"]), _figure(row["end_to_end"]), *(_figure(row[k]) for k in ("to_plain", "to_evalplus", "to_raw")), differ,
         )  # fmt: skip
     return found
 
@@ -305,12 +317,12 @@ class Arena:
         else:
             flags = ["-I"] if contestant == "plain-site" else ["-I", "-S"]
             result = self._harness("plain" if contestant == "plain-site" else contestant, names, flags=flags)
+        process_s = time.perf_counter() - self.begun - begun
         seconds, verdicts = result["seconds"], result["verdicts"]
         if verdicts.keys() != set(names):
             raise BenchError(f"{contestant}: {len(verdicts)} verdicts for {len(names)} samples.")
-        return Turn(
-            round_, contestant, kind, len(names), seconds, begun, len(names) / seconds, result.get("start_s"), verdicts
-        )
+        rate, start_s = len(names) / seconds, result.get("start_s")
+        return Turn(round_, contestant, kind, len(names), seconds, begun, rate, start_s, verdicts, process_s)
 
     def expect(self, advance: Callable[[int], None]) -> Expected:
         """Plain evaluation of every sample."""
