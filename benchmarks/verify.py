@@ -258,16 +258,15 @@ def table(rows: Sequence[dict[str, Any]], plan: Plan, expected: Expected) -> Tab
         found.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         differ = "" if "differ" not in row else f"{len(row['differ'])} of {row['compared']}"
-        found.add_row(
-            title_of(row["contestant"]), _figure(row["rate"]), f"{_figure(row['rate_min'])}-{_figure(row['rate_max'])}",
-            _figure(row["rate_all"]), _figure(row["end_to_end"]), *(_figure(row[k]) for k in ("to_plain", "to_evalplus", "to_raw")), differ,
-        )  # fmt: skip
+        spread = f"{_figure(row['rate_min'])}-{_figure(row['rate_max'])}"
+        others = [_figure(row[key]) for key in ("rate_all", "end_to_end", "to_plain", "to_evalplus", "to_raw")]
+        found.add_row(title_of(row["contestant"]), _figure(row["rate"]), spread, *others, differ)
     return found
 
 
 def show(found: Table) -> None:
     """Print a table at its own width where the output is no terminal."""
-    Console(width=None if sys.stdout.isatty() else 110).print(found)
+    Console(width=None if sys.stdout.isatty() else 130).print(found)
 
 
 def title_of(contestant: str) -> str:
