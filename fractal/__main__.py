@@ -28,7 +28,7 @@ app = typer.Typer(
     "A run is a folder; every stage reads files there and appends files there, and goes on where it stopped.",
     epilog="Start with: fractal run --run runs/demo --problems starter",
 )
-MOST_SLOTS = 1024
+MOST_SLOTS = 500
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 DEFAULTS = {"n": 8, "temperature": 0.8, "top_p": 1.0, "max_tokens": 320, "seed": 0}
 

@@ -70,7 +70,7 @@ CASES: dict[str, Case] = {
     "unknown mode": (lambda d: ["train", "--run", "r", "--mode", "magic"], 2, "no run is there"),
     "verify without a word": (lambda d: ["verify"], 2, "give either --run RUN"),
     "limits out of range": (lambda d: ["verify", "--run", "r", "--cpu", "0"], 2, "limits out of range"),
-    "no slot": (lambda d: [*verify(d), "--slots", 0], 2, "--slots 0: must be from 1 to 1024"),
+    "no slot": (lambda d: [*verify(d), "--slots", 0], 2, "--slots 0: must be from 1 to 500"),
     "memory of a mite": (lambda d: [*verify(d), "--memory", 8], 2, "--memory 8: limits out of range"),
     "out is the samples": (lambda d: ["verify", "--problems", "p", "--samples", "s", "--out", lines(d / "s", SAMPLE)], 2, "is the file given as --samples"),
     "convert without a word": (lambda d: ["convert", "--problems", "p", "--out", "o"], 2, "give either --to FORM"),

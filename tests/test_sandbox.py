@@ -14,7 +14,7 @@ import docker
 import pytest
 
 from fractal.problems import read
-from fractal.records import Label, Problem, Sample
+from fractal.records import InputError, Label, Problem, Sample
 from fractal.sandbox import checks
 from fractal.sandbox.container import Limits, Sandbox, SandboxError, probe
 from tests.conftest import ROOT, SHARED
@@ -339,6 +339,18 @@ def test_a_dropped_protection_is_found_out(
     full = container.hardening
     monkeypatch.setattr(container, "hardening", lambda *a: {**full(*a), **dropped})
     with pytest.raises(SandboxError, match="not safe"), Sandbox(image=image):
+        pass
+
+
+def test_a_named_protection_may_be_missing_and_that_is_noted(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fractal.sandbox import container
+
+    full = container.hardening
+    monkeypatch.setattr(container, "hardening", lambda *a: {**full(*a), "read_only": False})
+    with Sandbox(image=image, allow=["read_only_root", "writable"]) as sandbox:
+        assert judge(sandbox, CORRECT).passed
+        assert sandbox.checks["read_only_root"] == {**sandbox.checks["read_only_root"], "ok": False, "allowed": True}
+    with pytest.raises(InputError, match="no such protection"), Sandbox(image=image, allow=["fire_wall"]):
         pass
 
 

@@ -192,6 +192,7 @@ class Verifier:
             line, self._line = self._line, None
         if line is not None:
             line.close()
+        self._fail(SandboxError("The sandbox was closed."))
 
     def _read(self, line: Any, frames: FrameBuffer) -> None:
         """A line's own thread: hand verdicts to those who wait for them; when the line breaks, replace it."""

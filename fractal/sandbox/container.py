@@ -21,12 +21,13 @@ import docker.errors
 import requests
 
 from fractal import engine
-from fractal.records import Label, Problem, Sample
+from fractal.records import InputError, Label, Problem, Sample
 from fractal.sandbox import checks, source
 from fractal.sandbox.client import SILENCE_S, Limits, SandboxError, UnsafeError, Verifier
 
 SECCOMP = Path(__file__).parents[2] / "docker" / "seccomp.json"
 THREADS = 32  # a candidate's, at most; zygote.py sets the same limit
+MOST_SLOTS = 500  # a slot's second uid is 500 above its first: supervisor.py
 JUDGE_MIB = 1280  # a judge's own limit, judge.py
 SOCKET = "/run/fractal/sandbox.sock"  # of a sidecar, in its volume
 # What cannot be seen from inside gVisor, a kernel of its own below the container: it takes the place of the host's
@@ -158,7 +159,8 @@ class Sandbox(Verifier):
     """A hardened container that runs untrusted programs against tests. A context manager; threads may share it.
 
     `socket`: use the sidecar that listens there instead of a container of its own. `allow`: names of protections that
-    may be missing (see `checks`). Raises SandboxError when Docker, the image, or another protection is missing.
+    may be missing (see `checks`). Raises SandboxError when Docker, the image, or another protection is missing, and
+    InputError for an unknown name in `allow`.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class Sandbox(Verifier):
         """Refuse to go on unless every protection is in force, or may be missing by name."""
         if unknown := self._allow - found.keys():
             names = ", ".join(found)
-            raise UnsafeError(f"--allow-missing {', '.join(sorted(unknown))}: no such protection. There are: {names}.")
+            raise InputError(f"--allow-missing {', '.join(sorted(unknown))}: no such protection. There are: {names}.")
         allow = self._allow | (UNSEEN_IN_GVISOR if _is_gvisor(self._runtime) else frozenset())
         missing = [f"{n} ({c['found']})" for n, c in found.items() if not c["ok"] and n not in allow]
         if missing:
@@ -276,7 +278,7 @@ def _create(
 ) -> str:
     """Create the container, with a volume for its socket or attached streams. Returns its id."""
     cpus = int(client.info().get("NCPU", 1))
-    slots = slots or cpus
+    slots = min(slots or cpus, MOST_SLOTS)
     # A container's own range of uids: RLIMIT_NPROC counts a uid's processes across containers.
     first_uid = random.SystemRandom().randrange(100_000, 1_000_000_000, 1000)
     options = hardening(slots, limits, first_uid, cpus)

@@ -263,9 +263,13 @@ class Judge:
         self._serial = 0
 
     def close(self) -> None:
-        if self._shared is not None:
-            self._shared.end()
-            self._shared = None
+        """End the zygote and what it forked, whatever state they are in."""
+        shared, self._shared = self._shared, None
+        try:
+            if shared is not None:
+                shared.end()
+        except OSError:
+            pass  # the zygote is gone already, and its candidates with it
         self.slot.lose()
 
     def judge(self, suite: Suite, code: str, limits: dict[str, Any], isolate: bool = False) -> dict[str, Any]:
