@@ -45,6 +45,7 @@ from fractal.sandbox.protocol import (
 
 DEPTH = 8  # samples handed to a judge at once: it must not idle while the supervisor is elsewhere
 GRACE_S = 0.8  # after the wall limit, before a judge is replaced
+START_S = 30.0  # for a judge that has just been hired
 SHARED_UIDS = 500  # between a slot's uid and that of its shared candidate
 PROBLEMS_KNOWN = 4096  # problems that a judge keeps
 MOST_WAITING = 64 << 20  # bytes of samples that a client may have waiting here; then it has to wait itself
@@ -94,6 +95,7 @@ class Worker:
         self.buffer = FrameBuffer()
         self.unsent = bytearray()
         self.watched = 0
+        self.ready = False  # its check of a candidate is done
         self.sock, theirs = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
@@ -117,11 +119,16 @@ class Worker:
                 data = frame(FORGET)
             self.known.add(task.head.key)
             data += frame(task.problem)
-        if not self.tasks:
-            self.deadline = time.monotonic() + task.head.wall_s + GRACE_S
         self.tasks.append(task)
+        if len(self.tasks) == 1:
+            self.begin()
         self.unsent += data + frame(task.body)
         self.push()
+
+    def begin(self) -> None:
+        """It is at the next task, if there is one; a judge that has just been hired starts its zygote first."""
+        wait_s = self.tasks[0].head.wall_s + GRACE_S + (0 if self.ready else START_S) if self.tasks else 0.0
+        self.deadline = time.monotonic() + wait_s
 
     def push(self) -> None:
         """Send what the judge's socket takes. It may be stuck over a sample: the supervisor never waits for it."""
@@ -184,6 +191,7 @@ class Supervisor:
         """What the judge's check of a candidate found; blocks. {} where the judge died over it."""
         while data := worker.sock.recv(1 << 16):
             for body in worker.buffer.feed(data):
+                worker.ready = True
                 found: dict[str, Any] = unpack(body[1:])
                 return found
         return {}
@@ -217,11 +225,13 @@ class Supervisor:
             if body[:1] == READY:
                 if any(not check["ok"] and self._checks[name]["ok"] for name, check in unpack(body[1:]).items()):
                     raise RuntimeError("a protection has been lost")
+                worker.ready = True
+                worker.begin()
                 continue
             task = worker.tasks.popleft()
             if verdict_id(body) != task.head.id:
                 raise ProtocolError("a judge's verdict on another sample")
-            worker.deadline = time.monotonic() + worker.tasks[0].head.wall_s + GRACE_S if worker.tasks else 0.0
+            worker.begin()
             task.client.running -= 1
             self._send(task.client, frame(body))
 
@@ -244,10 +254,11 @@ class Supervisor:
         """Hand out what waits: a sample of each client in turn; one that must run alone when nothing else does."""
         while True:
             worker = min(self._workers, key=lambda w: len(w.tasks))
+            if any(w.tasks and w.tasks[0].head.alone for w in self._workers):
+                return
             if self._alone:
-                if any(w.tasks for w in self._workers):
-                    return
-                self._give(worker, self._alone.popleft())
+                if not any(w.tasks for w in self._workers):
+                    self._give(worker, self._alone.popleft())
                 return
             client = next((c for c in self._clients if c.waiting), None)
             if client is None or len(worker.tasks) >= DEPTH:
