@@ -61,3 +61,11 @@ def test_what_must_run_alone_does() -> None:
     [worker.tasks.clear() for worker in one._workers]
     one._assign()
     assert sorted(running(one)) == [[2], [3]]
+
+
+def test_who_does_not_read_verdicts_gets_none() -> None:
+    deaf, fine = client(*[False] * 9), client(*[False] * 9)
+    deaf.unsent_bytes = 1 << 20
+    one = supervisor([deaf, fine])
+    one._assign()
+    assert (deaf.running, fine.running) == (0, 9)

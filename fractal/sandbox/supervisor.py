@@ -50,6 +50,7 @@ SHARED_UIDS = 500  # between a slot's uid and that of its shared candidate
 PROBLEMS_KNOWN = 4096  # problems that a judge keeps
 MOST_WAITING = 64 << 20  # bytes of samples that a client may have waiting here; then it has to wait itself
 LONGEST_S = 1e6  # no wall limit is longer
+MOST_UNSENT = 1 << 20  # bytes of verdicts that a client may leave unread; then none of its samples is run
 ALIVE_S = 5.0
 FLUSH_AT, FLUSH_S = 64, 0.004  # verdicts that are written together, and how long the first of them waits at most
 
@@ -67,6 +68,7 @@ class Client:
     waiting_bytes: int = 0
     running: int = 0
     unsent: list[bytes] = field(default_factory=list)
+    unsent_bytes: int = 0
     due: float = 0.0  # when `unsent` has to be on its way
     said: float = 0.0
     watched: dict[int, int] = field(default_factory=dict)  # events by file descriptor
@@ -260,7 +262,7 @@ class Supervisor:
                 if not any(w.tasks for w in self._workers):
                     self._give(worker, self._alone.popleft())
                 return
-            client = next((c for c in self._clients if c.waiting), None)
+            client = next((c for c in self._clients if c.waiting and c.unsent_bytes < MOST_UNSENT), None)
             if client is None or len(worker.tasks) >= DEPTH:
                 return
             self._clients.rotate(-1 - self._clients.index(client))
@@ -341,6 +343,7 @@ class Supervisor:
         if not client.unsent:
             client.due = time.monotonic() + FLUSH_S
         client.unsent.append(data)
+        client.unsent_bytes += len(data)
 
     def _flush(self, client: Client) -> None:
         """Write what waits for the client, many verdicts at once while more are coming; watch what it is waited for."""
@@ -359,6 +362,7 @@ class Supervisor:
                 self._dismiss(client)
                 return
             waits = sent < len(data)
+            client.unsent_bytes = len(data) - sent
             if waits:
                 client.unsent.append(data[sent:])
         reads = client.open_input and client.waiting_bytes < MOST_WAITING
