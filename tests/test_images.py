@@ -56,7 +56,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "docker/sandbox.Dockerfile").write_bytes((source.ROOT / source.DOCKERFILE).read_bytes())
     (tmp_path / "fractal/sandbox").mkdir(parents=True)
     (tmp_path / "fractal/__init__.py").write_text("")
-    (tmp_path / "fractal/sandbox/judge.py").write_text("print('judge', __file__)\n")
+    (tmp_path / "fractal/sandbox/supervisor.py").write_text("print('judge', __file__)\n")
     monkeypatch.setattr(source, "ROOT", tmp_path)
     monkeypatch.delenv("FRACTAL_BASE_IMAGE", raising=False)
     return tmp_path
@@ -71,7 +71,7 @@ def client() -> Iterator[docker.DockerClient]:
 
 def test_name_and_context_depend_on_content_alone(clone: Path) -> None:
     name, context = source.image_name(), source.context()
-    judge = clone / "fractal/sandbox/judge.py"
+    judge = clone / "fractal/sandbox/supervisor.py"
     os.utime(judge, (1e9, 1e9))
     judge.chmod(0o600)
     assert (source.image_name(), source.context()) == (name, context)
@@ -95,7 +95,7 @@ def test_the_context_holds_the_dockerfile_and_the_sources(clone: Path) -> None:
     assert [entry.name for entry in entries] == [
         "docker/sandbox.Dockerfile",
         "fractal/__init__.py",
-        "fractal/sandbox/judge.py",
+        "fractal/sandbox/supervisor.py",
     ]
     assert {(entry.mtime, entry.uid, entry.gid, entry.mode) for entry in entries} == {(0, 0, 0, 0o644)}
 
@@ -172,7 +172,7 @@ def test_an_engine_lost_on_the_way_is_our_error(client: docker.DockerClient, mon
 @pytest.mark.docker
 @pytest.mark.usefixtures("clone")
 def test_the_image_is_built_once_and_holds_what_it_should(client: docker.DockerClient) -> None:
-    judge = source.ROOT / "fractal/sandbox/judge.py"
+    judge = source.ROOT / "fractal/sandbox/supervisor.py"
     judge.write_text(f"print('judge {os.getpid()} runs')\n")  # no engine has built this one yet
     said: list[str] = []
     image = build.ensure_sandbox_image(client, said.append)
@@ -198,6 +198,6 @@ def test_a_base_that_cannot_be_had_is_named(
     client: docker.DockerClient, clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FRACTAL_BASE_IMAGE", "localhost:9/nothing:here")
-    (clone / "fractal/sandbox/judge.py").write_text("# never built\n")
+    (clone / "fractal/sandbox/supervisor.py").write_text("# never built\n")
     with pytest.raises(OutsideError, match=r"FRACTAL_BASE_IMAGE=localhost:9/nothing:here cannot be pulled"):
         build.ensure_sandbox_image(client, print)
