@@ -188,7 +188,7 @@ def test_the_image_is_built_once_and_holds_what_it_should(client: docker.DockerC
         assert client.containers.run(image.name, **options) == f"judge {os.getpid()} runs\n".encode()
         command = '! python3 -m pip 2> /dev/null && [ -z "$(ls /var/lib/apt/lists 2> /dev/null)" ] && ls /sandbox/fractal/sandbox/*/*.pyc'
         inside = client.containers.run(image.name, ["-c", command], entrypoint="sh", **options)
-        assert b"/sandbox/__pycache__/judge." in inside
+        assert b"/sandbox/__pycache__/supervisor." in inside
     finally:
         client.images.remove(image.name, force=True)
 
