@@ -383,9 +383,9 @@ class Supervisor:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until standard input has ended and all its samples are answered; with a socket, until it is killed."""
+        """Until standard input ends, when its client is gone; with a socket, until it is killed."""
         reaped = time.monotonic()
-        while self._listener is not None or self._due():
+        while self._listener is not None or all(client.open_input for client in self._clients):
             self._assign()
             for worker in self._workers:
                 worker.push()
@@ -408,9 +408,6 @@ class Supervisor:
                     self._send(client, frame(ALIVE))
         for worker in self._workers:
             worker.end()
-
-    def _due(self) -> bool:
-        return any(c.open_input or c.waiting or c.running or c.unsent for c in self._clients) or bool(self._alone)
 
     def _event(self, fd: int) -> None:
         if self._listener is not None and fd == self._listener.fileno():
