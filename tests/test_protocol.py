@@ -58,7 +58,7 @@ def refuse(value: Any) -> dict[str, Any]:
 
 def through(value: Any) -> Any:
     body = protocol.pack(Encoder(refuse).encode(value))[protocol.HEADER.size :]
-    return protocol.decode(body, lambda reference: reference)
+    return protocol.Decoder(lambda reference: reference).decode(body)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -126,7 +126,7 @@ def test_what_is_not_plain_is_refused(value: Any) -> None:
 @given(st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
 def test_any_bytes_decode_to_a_value_or_a_protocol_error(body: bytes) -> None:
     try:
-        protocol.decode(body, lambda reference: reference)
+        protocol.Decoder(lambda reference: reference).decode(body)
     except ProtocolError:
         pass
 
@@ -145,7 +145,7 @@ def test_any_tags_decode_to_plain_values_or_a_protocol_error(value: Any) -> None
                collections.deque, decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, datetime.timedelta,
                type(...), type(NotImplemented), Reference, type({}.keys()), type({}.items()), type, type(len))  # fmt: skip
     try:
-        out = protocol.decode(json.dumps(value).encode(), lambda reference: reference)
+        out = protocol.Decoder(lambda reference: reference).decode(json.dumps(value).encode())
     except ProtocolError:
         return
     assert isinstance(out, allowed) or type(out).__name__.endswith("iterator")
@@ -158,7 +158,7 @@ def test_any_tags_decode_to_plain_values_or_a_protocol_error(value: Any) -> None
 )  # fmt: skip
 def test_hostile_bytes_are_protocol_errors(body: bytes) -> None:
     with pytest.raises(ProtocolError):
-        protocol.decode(body, lambda reference: reference)
+        protocol.Decoder(lambda reference: reference).decode(body)
 
 
 @given(st.lists(st.binary(max_size=50), max_size=6), st.integers(1, 7))

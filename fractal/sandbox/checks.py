@@ -142,7 +142,7 @@ PROBES = (
         "the judge cannot be signalled",
         "import os\ndef f():\n    for p in os.listdir('/proc'):\n        if p.isdigit() and int(p) != os.getpid():\n"
         "            try:\n                os.kill(int(p), 9)\n                return 'killed'\n"
-        "            except PermissionError:\n                pass\n    return 'done'",
+        "            except (PermissionError, ProcessLookupError):\n                pass\n    return 'done'",
         "passed",
     ),
     Probe("leaving early is not passing", "import os\ndef f():\n    os._exit(0)", "crashed"),

@@ -406,11 +406,6 @@ class Decoder:
         raise ValueError("unknown tag")
 
 
-def decode(body: bytes, resolve: Callable[[Reference], Any]) -> Any:
-    """One message. Raises ProtocolError."""
-    return Decoder(resolve).decode(body)
-
-
 LARGE = 1 << 20  # bytes: smaller messages cannot hold too many elements
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
