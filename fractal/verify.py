@@ -38,10 +38,15 @@ def run(folder: RunDir, limits: Limits, **options: Any) -> Tally:
     if not plan.todo:
         return _nothing_to_do(labels)
     with folder.stage("verify", "labels.jsonl") as entry:
-        tally, image = label_all(plan, source, labels, limits, **options)
-        folder.manifest["images"]["sandbox"] = image
+        tally = label_all(plan, source, labels, limits, lambda image: _record(folder, image), **options)
         entry["samples"] = entry.get("samples", 0) + plan.todo
     return tally
+
+
+def _record(folder: RunDir, image: dict[str, Any]) -> None:
+    """Before the first label is written: a killed stage has labels, and they came from this image."""
+    folder.manifest["images"]["sandbox"] = image
+    folder.save()
 
 
 def run_files(problems: Path, samples: Path, out: Path, limits: Limits, **options: Any) -> Tally:
@@ -52,7 +57,7 @@ def run_files(problems: Path, samples: Path, out: Path, limits: Limits, **option
         plan = _plan(source, out)
         if not plan.todo:
             return _nothing_to_do(out)
-        return label_all(plan, source, out, limits, **options)[0]
+        return label_all(plan, source, out, limits, **options)
 
 
 class Source:
@@ -66,10 +71,16 @@ class Source:
 
 
 def label_all(
-    plan: resume.Plan, source: Source, out: Path, limits: Limits, **options: Any
-) -> tuple[Tally, dict[str, Any]]:
-    """Run what has no verdict and write its labels as they come. Returns all counts, and what the sandbox was."""
+    plan: resume.Plan,
+    source: Source,
+    out: Path,
+    limits: Limits,
+    started: Callable[[dict[str, Any]], None] = lambda image: None,
+    **options: Any,
+) -> Tally:
+    """Run what has no verdict and write its labels as they come; `started` is told what the sandbox is."""
     with Sandbox(limits=limits, **options) as sandbox:
+        started({"name": sandbox.image, "digest": sandbox.image_id, "checks": sandbox.checks})
         console.say(f"verify: {plan.todo:,} samples in {sandbox.image}")
         begin = time.monotonic()
         with console.bar("verify", plan.todo) as bar:
@@ -80,11 +91,10 @@ def label_all(
             if plan.end < plan.samples:
                 _write(sandbox.verify(resume.to_append(source(), plan.end), source.problems), out, bar)
         seconds = time.monotonic() - begin
-        image = {"name": sandbox.image, "digest": sandbox.image_id, "checks": sandbox.checks}
     tally = count(out)
     console.say(summary(tally, plan.todo, seconds))
     _tell_lost(tally)
-    return tally, image
+    return tally
 
 
 def _write(labels: Iterable[Label], out: Path, bar: console.Bar) -> None:
