@@ -1,13 +1,34 @@
-# The sandbox: Python's standard library and the judge, nothing else. `python -m fractal.images.build` builds it with the
-# sources of fractal/sandbox as context and names it by their hash. What walls it in are options of `docker run`; the
-# supervisor starts as root because each candidate gets a user of its own.
+# The sandbox: Python's standard library and the judge, nothing else.
+# Rendered from fractal/images/recipes.py by `invoke render`; a test fails where they differ.
+#
+# What walls it in are options of `docker run` (fractal/sandbox/container.py). The supervisor starts as
+# root because each untrusted program gets a user of its own.
 ARG BASE=debian:bookworm-slim
-FROM ${BASE}
-RUN command -v python3 > /dev/null || { apt-get update && apt-get install -y --no-install-recommends python3; } \
- && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
+FROM ${BASE} AS base
+# It sets back the times of what a RUN wrote: the same contents are the same layer on any machine.
+SHELL ["/bin/sh", "-c", "begun=@$(($(date +%s) - 600)); sh -ec \"$0\" && { find / -xdev -newermt \"$begun\" -exec touch -hcd @0 {} + 2> /dev/null || :; }"]
+
+FROM base AS local1
+COPY fractal/__init__.py /local/sandbox/fractal/__init__.py
+COPY fractal/sandbox/ /local/sandbox/fractal/sandbox
+RUN chmod -R u=rwX,go=rX /local && find /local -exec touch -hd @0 {} +
+
+FROM base
+
+# Debian packages, as the base's release has them; which ones: /usr/share/fractal/debian-packages.
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
+    { dpkg -s python3 > /dev/null 2>&1 \
+   || { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3; }; } \
+ && mkdir -p /usr/share/fractal \
+ && dpkg-query -W > /usr/share/fractal/debian-packages \
+ && find /var/log /var/cache -xdev -type f ! -path '*/debconf/*' -exec truncate -s 0 {} +
+
 ENV LANG=C.UTF-8
-COPY fractal/ /sandbox/fractal/
+
+COPY --from=local1 /local/ /
+
 # The root file system is read-only at run time: without this, every start would compile.
 RUN python3 -m compileall -q --invalidation-mode unchecked-hash /sandbox
-# Not -I: PYTHONHASHSEED has to be heard, so that a label does not depend on the order of a set.
+
 ENTRYPOINT ["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/supervisor.py"]

@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -14,6 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -88,6 +90,35 @@ def quiet(doing: str) -> Iterator[None]:
         sink.write(f"{doing}: {time.monotonic() - begin:.1f} s\n")
         if sink is not _log:
             sink.close()
+
+
+@contextmanager
+def activity(name: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with seconds and what is being done; where stderr is no terminal, a plain line every ten seconds."""
+    if not sys.stderr.isatty():
+        begin, doing, done = time.monotonic(), [""], threading.Event()
+
+        def tell() -> None:
+            while not done.wait(10.0):
+                print(f"{name}: {time.monotonic() - begin:.0f} s, {doing[0]}", file=sys.stderr, flush=True)
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield lambda text: doing.__setitem__(0, text)
+        finally:
+            done.set()
+            teller.join()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[doing]}"),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(name, total=None, doing="")
+        yield lambda doing: progress.update(task, doing=Text(doing[:80]).plain)
 
 
 class Bar:

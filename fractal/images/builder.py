@@ -1,0 +1,302 @@
+"""The builder: which docker command can use BuildKit, what it is told, and what its words mean for a person.
+
+Where no command has BuildKit, the engine's own old builder takes an equivalent rendering through the API.
+"""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import docker
+
+from fractal import console, engine
+from fractal.images.image import COMMITTED, Image, Rendering
+from fractal.records import OutsideError
+
+SILENCE_S = 1800  # without a word from the engine: a layer of several GB is being written
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+MACHINES = ("amd64", "x86_64", "arm64", "aarch64")
+NO_SPACE = ("no space left on device", "disk quota exceeded")
+
+
+class BuildError(OutsideError):
+    """The image could not be built: one line with the remedy."""
+
+
+class Builder(NamedTuple):
+    """Who builds: a docker command with BuildKit, or the engine's own old builder through its API."""
+
+    command: str | None
+    why_not: str = ""
+
+
+def check_machine(client: docker.DockerClient) -> None:
+    """Raise BuildError for a processor that our packages are not made for."""
+    machine = str(client.version().get("Arch", "unknown"))
+    if machine not in MACHINES:
+        raise BuildError(
+            f"The Docker engine at {engine.address()} runs on {machine}; vLLM and torch are made for amd64 and arm64. "
+            "Build on such a machine: DOCKER_HOST=ssh://USER@HOST invoke build."
+        )
+
+
+def find_builder(client: docker.DockerClient) -> Builder:
+    """A docker command that can use BuildKit: clients since 23 need the plugin buildx, older ones have it built in."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    commands = dict.fromkeys(filter(None, (shutil.which("docker", path=folder) for folder in folders)))
+    if not commands:
+        return Builder(
+            None, "there is no docker command. Install docker-ce-cli with docker-buildx-plugin, or docker.io."
+        )
+    if not _engine_has_buildkit(client):
+        return Builder(None, "the engine is too old for BuildKit (18.09 has it).")
+    for command in commands:
+        if _plugin(command) or _major(command) < 23:
+            return Builder(command)
+    found = ", ".join(commands)
+    return Builder(None, f"{found} cannot use BuildKit. Install the plugin: apt-get install docker-buildx-plugin.")
+
+
+def _engine_has_buildkit(client: docker.DockerClient) -> bool:
+    reply = client.api._get(client.api._url("/_ping"))
+    return bool(reply.headers.get("Builder-Version") == "2" or reply.headers.get("Api-Version", "0") >= "1.39")
+
+
+def _plugin(command: str) -> bool:
+    return subprocess.run([command, "buildx", "version"], capture_output=True, timeout=30).returncode == 0
+
+
+def _major(command: str) -> int:
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=30)
+    match = re.search(r"version (\d+)\.", done.stdout)
+    return int(match[1]) if match else 99
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """All that a builder is told."""
+
+    image: Image
+    rendering: Rendering
+    base: str
+    labels: Mapping[str, str]
+    secrets: Mapping[str, bytes] = field(default_factory=dict)
+    no_cache: bool = False
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        found = {key: os.environ[key] for key in PROXIES if key in os.environ}
+        if self.image.base:
+            found["BASE"] = self.base
+        if self.image.forced:
+            found["FRACTAL_FORCE"] = str(time.time())
+        return found
+
+
+def context_tar(image: Image, rendering: Rendering = COMMITTED) -> bytes:
+    """The build context: same sources, same bytes, on any machine and at any time."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        text = image.dockerfile(rendering).encode()
+        entries: dict[str, tuple[bytes, Path | None]] = {"Dockerfile.rendered": (text, None)}
+        for name, source in image.context().items():
+            entries[name] = (b"" if source.is_symlink() else source.read_bytes(), source)
+        for name, (content, path) in sorted(entries.items()):
+            entry = tarfile.TarInfo(name)  # mtime, uid and gid are 0
+            entry.size = len(content)
+            if path is not None and path.is_symlink():
+                entry.type, entry.linkname = tarfile.SYMTYPE, str(path.readlink())
+            elif path is not None and path.stat().st_mode & 0o100:
+                entry.mode = 0o755
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[str, int]:
+    """Build with BuildKit. Returns the image's id and how many steps were run. Raises BuildError."""
+    with tempfile.TemporaryDirectory(prefix="fractal-build-") as folder:
+        argv = [command, "build", "--progress=plain", f"--iidfile={folder}/id", "-f", "Dockerfile.rendered"]
+        for key, value in request.arguments.items():
+            argv += ["--build-arg", f"{key}={value}"]
+        for key, value in request.labels.items():
+            argv += ["--label", f"{key}={value}"]
+        for key, secret in request.secrets.items():
+            Path(folder, key).write_bytes(secret)
+            argv += ["--secret", f"id={key},src={folder}/{key}"]
+        argv += ["--no-cache"] * request.no_cache
+        # BUILDX_BUILDER: the engine's own, whichever the user has made current, so that the image lands in the engine.
+        environ = os.environ | {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
+        story = Story(name)
+        child = subprocess.Popen(
+            [*argv, "-"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            start_new_session=True,  # Ctrl-C reaches it once, from us
+        )
+        assert child.stdin is not None
+        assert child.stdout is not None
+        feeder = threading.Thread(target=_feed, args=(child.stdin, context_tar(request.image, request.rendering)))
+        feeder.start()
+        try:
+            with log.open("a") as out, console.activity(name) as show:
+                for line in io.TextIOWrapper(child.stdout, errors="replace"):
+                    out.write(line)
+                    out.flush()
+                    story.read(line)
+                    show(story.now)
+            code = child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+            feeder.join()
+        if code:
+            raise BuildError(f"Building {name} failed: {explain(story.failure())} The whole story: {log}")
+        return Path(folder, "id").read_text().strip(), story.ran
+
+
+def _feed(pipe: Any, data: bytes) -> None:
+    try:
+        with pipe:
+            pipe.write(data)
+    except BrokenPipeError:  # the builder has ended; what it said tells why
+        pass
+
+
+def build_by_api(client: docker.DockerClient, request: Request, name: str, log: Path) -> tuple[str, int]:
+    """Build with the engine's old builder, which needs no command and knows no mounts."""
+    stream = client.api.build(
+        fileobj=io.BytesIO(context_tar(request.image, request.rendering)),
+        custom_context=True,
+        dockerfile="Dockerfile.rendered",
+        buildargs=request.arguments,
+        labels=dict(request.labels),
+        nocache=request.no_cache,
+        rm=True,
+        forcerm=True,
+        decode=True,
+        timeout=SILENCE_S,
+    )
+    return follow(stream, name, log)
+
+
+def follow(stream: Iterable[dict[str, Any]], name: str, log: Path) -> tuple[str, int]:
+    """Write the old builder's words to the log as they come. Returns the image's id and the steps that were run."""
+    made, ran = "", 0
+    with log.open("a") as out:
+        for event in stream:
+            text = event.get("stream") or event.get("error") or ""
+            out.write(text)
+            out.flush()
+            ran += text.startswith(" ---> Running in")
+            made = event.get("aux", {}).get("ID", made)
+            if "error" in event:
+                raise BuildError(f"Building {name} failed: {explain([str(event['error'])])} The whole story: {log}")
+    return made, ran
+
+
+class Story:
+    """What BuildKit's plain output says so far: feed it line by line."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.now = "sending the context"
+        self.steps: dict[str, str] = {}  # vertex number -> its title
+        self.started: set[str] = set()
+        self.cached: set[str] = set()
+        self.said: dict[str, list[str]] = {}
+        self.failed = ""
+        self.last: list[str] = []
+
+    def read(self, line: str) -> None:
+        line = line.rstrip()
+        if line:
+            self.last = [*self.last[-19:], line]
+        match = re.match(r"#(\d+) (?:(\[.*\] .*)|(CACHED)|(ERROR.*)|([\d.]+ .*)|.*)", line)
+        if not match:
+            return
+        number, title, cached, error, words = match.groups()
+        if title:
+            self.steps[number] = title
+            if re.match(r"\[[^]]*\] (RUN|COPY|ADD|WORKDIR)", title):
+                self.started.add(number)
+            self.now = re.sub(r"--mount=\S+\s*", "", title)[:100]
+        elif cached:
+            self.cached.add(number)
+        elif error:
+            self.failed = number
+        elif words:
+            self.said.setdefault(number, []).append(words.partition(" ")[2])
+
+    @property
+    def ran(self) -> int:
+        """Steps that were run, not taken from the cache."""
+        return len(self.started - self.cached)
+
+    def failure(self) -> list[str]:
+        """The failed step's own last words, then the builder's."""
+        return [*self.said.get(self.failed, [])[-15:], *self.last[-3:]]
+
+
+def disk_full(text: str) -> str | None:
+    """The message for a full disk, if that is what a text tells of."""
+    if any(words in text.lower() for words in NO_SPACE):
+        return (
+            "the engine's disk is full. `docker system df` shows what takes it, `docker builder prune` and "
+            "`docker image prune -a` free it; nothing was tagged."
+        )
+    return None
+
+
+def explain(words: list[str]) -> str:
+    """What a failed build's words come to, with the remedy."""
+    text = "\n".join(words)
+    if full := disk_full(text):
+        return full
+    if match := re.search(r"E: Unable to locate package (\S+)|E: Version '\S+' for '(\S+)' was not found", text):
+        return f"Debian has no package {match[1] or match[2]} in the base's release. Check its name."
+    if match := re.search(r"Hash mismatch for `([^`]+)`", text):
+        return (
+            f"{match[1]}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."
+        )
+    if match := re.search(r"(?:THESE PACKAGES DO NOT MATCH THE HASHES)[\s\S]*?\n\s*(\S+==\S+)", text):
+        return (
+            f"{match[1]}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."
+        )
+    if match := re.search(r"Because (?:there is no version of |)(\S+?==\S+?)[, ]", text.replace("\n", " ")):
+        return (
+            f"No index has the Python package {match[1]} for this Python and processor. Check name, version and index."
+        )
+    if match := re.search(r"Could not find a version that satisfies the requirement (\S+)", text):
+        return f"No index has the Python package {match[1]}. Check name, version and index."
+    if match := re.search(
+        r"(pull access denied for \S+|manifest for \S+ not found|failed to resolve source metadata for \S+)", text
+    ):
+        return f"its base is not to be had: {match[1].rstrip(',:')}. Name another with --base."
+    if re.search(
+        r"Temporary failure resolving|Could not resolve|dns error|Connection refused|network is unreachable", text, re.I
+    ):
+        return (
+            f"the network is not to be reached from inside the build ({_last(words)}). A proxy or CA: --ca, FRACTAL_CA."
+        )
+    if re.search(r"certificate verify failed|UnknownIssuer|invalid peer certificate", text):
+        return "a certificate is not trusted inside the build. Give your network's own: --ca=FILE or FRACTAL_CA."
+    return f"{_last(words)}."
+
+
+def _last(words: list[str]) -> str:
+    lines = [line.strip() for line in words if line.strip()]
+    errors = [line for line in lines if re.match(r"(E:|error|ERROR)", line)]
+    return (errors or lines or ["no reason given"])[-1][:300].rstrip(".")

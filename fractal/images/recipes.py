@@ -1,0 +1,171 @@
+"""The images that we ship. Their renderings are the Dockerfiles in this repository: `invoke render`. Pure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fractal import setup
+from fractal.images.image import VENV, Image
+from fractal.records import InputError
+from fractal.sandbox.source import HOST_ONLY
+
+ROOT = Path(__file__).resolve().parents[2]
+BASES_LOCK = "docker/images.lock"
+BASE = {"cuda": "nvidia/cuda:13.0.1-base-ubuntu24.04", "cpu": "debian:bookworm-slim"}
+LOCKS = {accelerator: tuple(f"docker/{name}" for name in names) for accelerator, names in setup.LOCKS.items()}
+CACHE, WORK = "/cache", "/work"  # volumes: models and compiled kernels; runs
+USER = "1000:1000"  # as the first user of Ubuntu and Debian, so that results belong to them; any other works too
+RENDERED = "Rendered from fractal/images/recipes.py by `invoke render`; a test fails where they differ."
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One of our images: how it is called and where its rendering lies."""
+
+    key: str  # as in `invoke build --image=KEY`
+    image: Image
+    dockerfile: str  # in the repository
+    with_apt: bool  # what a base made from Debian's packages has to be able to do
+
+    @property
+    def name(self) -> str:
+        """repository:tag, the tag being twelve digits of the hash of the content."""
+        return f"fractal-{self.key}:{self.image.digest()[:12]}"
+
+
+def recipes() -> dict[str, Recipe]:
+    """All of them, by key."""
+    return {
+        "pipeline": Recipe("pipeline", pipeline("cuda"), "Dockerfile", True),
+        "pipeline-cpu": Recipe("pipeline-cpu", pipeline("cpu"), "docker/pipeline-cpu.Dockerfile", True),
+        "sandbox": Recipe("sandbox", sandbox(), "docker/sandbox.Dockerfile", False),
+    }
+
+
+def choose(key: str) -> list[Recipe]:
+    """One image, several with commas, or `all`. Raises InputError."""
+    known = recipes()
+    keys = list(known) if key == "all" else [word.strip() for word in key.split(",") if word.strip()]
+    if unknown := [word for word in keys if word not in known]:
+        raise InputError(f"--image={unknown[0]}: no such image. There are: {', '.join(known)}, or all.")
+    if not keys:
+        raise InputError(f"--image={key}: names no image. There are: {', '.join(known)}, or all.")
+    return [known[word] for word in keys]
+
+
+def pipeline(accelerator: Literal["cuda", "cpu"]) -> Image:
+    """The stages with everything that they need, and no weights: these lie in a volume."""
+    what = {
+        "cuda": "The pipeline on an NVIDIA GPU (driver 580 or newer): vLLM, torch, transformers and Fractal's stages.",
+        "cpu": "The pipeline without a GPU: the same stages with the CPU builds of torch and vLLM.",
+    }
+    return (
+        Image.from_registry(BASE[accelerator], root=ROOT, digests=digests())
+        .title(
+            f"{what[accelerator]}\n{RENDERED}\n\n"
+            "  docker run --rm -v fractal-cache:/cache -v $PWD/runs:/work/runs ... run --run runs/NAME"
+        )
+        .pipe(_system, accelerator)
+        .pipe(_python, accelerator)
+        .run_commands(
+            f"mkdir -m 1777 -p {CACHE} {WORK} {WORK}/runs",
+            comment="Models, compiled kernels and runs lie in volumes, which any user may write to.",
+        )
+        .env(_environment(accelerator))
+        .user(USER)
+        .workdir(WORK)
+        .entrypoint([f"{VENV}/bin/python", "-m", "fractal"])
+        .add_local_python_source("fractal")
+    )
+
+
+def sandbox() -> Image:
+    """Python's standard library and the judge, for the untrusted programs."""
+    return (
+        Image.debian_slim(root=ROOT, digests=digests())
+        .title(
+            f"The sandbox: Python's standard library and the judge, nothing else.\n{RENDERED}\n\n"
+            "What walls it in are options of `docker run` (fractal/sandbox/container.py). The supervisor starts as\n"
+            "root because each untrusted program gets a user of its own."
+        )
+        .apt_install("python3")
+        .env({"LANG": "C.UTF-8"})
+        .add_local_file("fractal/__init__.py", "/sandbox/fractal/__init__.py", copy=True)
+        .add_local_dir("fractal/sandbox", "/sandbox/fractal/sandbox", copy=True, ignore=HOST_ONLY)
+        .run_commands(
+            "python3 -m compileall -q --invalidation-mode unchecked-hash /sandbox",
+            comment="The root file system is read-only at run time: without this, every start would compile.",
+        )
+        # Not -I: PYTHONHASHSEED has to be heard, so that a label does not depend on the order of a set.
+        .entrypoint(["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/supervisor.py"])
+    )
+
+
+def digests(root: Path = ROOT) -> dict[str, str]:
+    """Base images whose digest is known: tag -> sha256:..., from docker/images.lock. Raises InputError."""
+    found = {}
+    for tag, digest in locked_bases(root).items():
+        if digest:
+            found[tag] = digest
+    return found
+
+
+def locked_bases(root: Path = ROOT) -> dict[str, str]:
+    """docker/images.lock: tag -> digest, or "" where none is known. Raises InputError."""
+    lines = [line.split() for line in (root / BASES_LOCK).read_text().splitlines()]
+    words = [line for line in lines if line and not line[0].startswith("#")]
+    for line in words:
+        if len(line) > 2 or (len(line) == 2 and not line[1].startswith("sha256:")):
+            raise InputError(f"{BASES_LOCK}: {' '.join(line)!r} is not TAG or TAG sha256:DIGEST. Run: invoke lock")
+    return {line[0]: line[1] if len(line) == 2 else "" for line in words}
+
+
+def _system(image: Image, accelerator: str) -> Image:
+    """Python and what the packages load; for a GPU compilers and headers too: vLLM compiles kernels at run time."""
+    if accelerator == "cpu":
+        return image.apt_install("ca-certificates", "libnuma1", "python3")
+    return image.apt_install("ca-certificates", "g++", "gcc", "libc6-dev", "libnuma1", "python3", "python3-dev")
+
+
+def _python(image: Image, accelerator: str) -> Image:
+    """torch and CUDA in a layer of their own: they are the largest and change the least."""
+    if accelerator == "cpu":
+        image = image.pip_install(
+            setup.torch_requirement("cpu", "linux"), extra_options="--no-deps", torch_backend="cpu"
+        )
+    for lock in LOCKS[accelerator]:
+        image = image.uv_sync(lock)
+    if accelerator == "cuda":
+        image = image.run_commands(
+            f"ln -s {VENV}/lib/python3*/site-packages/nvidia/cu13 /opt/cuda && cd /opt/cuda && ln -s lib lib64 "
+            "&& cd lib && for file in *.so.*; do [ -e ${file%%.so.*}.so ] || ln -s $file ${file%%.so.*}.so; done",
+            comment="CUDA's compiler, headers and libraries come as Python packages; kernels look for them here.",
+        )
+    for lock in LOCKS[accelerator]:
+        image = image.add_local_file(lock, f"/app/{lock}", copy=True)  # a run's manifest names its hash
+    return image
+
+
+def _environment(accelerator: str) -> dict[str, str]:
+    common = {
+        "FRACTAL_CACHE": f"{CACHE}/fractal",
+        "HF_HOME": f"{CACHE}/huggingface",
+        "HOME": CACHE,
+        "LANG": "C.UTF-8",
+        "MPLCONFIGDIR": f"{CACHE}/matplotlib",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": f"{CACHE}/inductor",
+        "TRITON_CACHE_DIR": f"{CACHE}/triton",
+        "USER": "fractal",  # for any uid: torch asks for its name
+        "VLLM_CACHE_ROOT": f"{CACHE}/vllm",
+        "VLLM_NO_USAGE_STATS": "1",
+        "XDG_CACHE_HOME": CACHE,
+    }
+    gpu = {
+        "CUDA_CACHE_PATH": f"{CACHE}/cuda",
+        "CUDA_HOME": "/opt/cuda",
+        "FLASHINFER_WORKSPACE_BASE": CACHE,
+        "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
+        "NVIDIA_VISIBLE_DEVICES": "all",
+    }
+    return common | (gpu if accelerator == "cuda" else {})
