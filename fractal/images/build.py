@@ -91,7 +91,7 @@ class Base(NamedTuple):
 def connect() -> docker.DockerClient:
     """A client of the engine that set-up found. Raises BuildError with the remedy if none answers."""
     try:
-        return docker.from_env(timeout=SILENCE_S)
+        return docker.from_env(timeout=SILENCE_S, use_ssh_client=True)
     except docker.errors.DockerException as error:
         raise BuildError(engine.problem() or f"The Docker engine at {engine.address()} refuses: {error}.") from error
 
