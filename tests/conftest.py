@@ -5,24 +5,35 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fractal import engine
 
 ROOT = Path(__file__).parents[1]
+SOCKET = os.environ.get("FRACTAL_SOCKET")  # of a sandbox that runs already: inside the pipeline's image
 SHARED = ROOT.parent / "shared"  # real data beside the checkout, where there is some
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine lacks."""
     no_docker = engine.problem()
+    no_sandbox = None if SOCKET else no_docker
     no_gpu = None if shutil.which("nvidia-smi") else "no NVIDIA GPU"
     for item in items:
-        if item.get_closest_marker("docker") and no_docker:
+        if (item.get_closest_marker("docker") or "image" in getattr(item, "fixturenames", ())) and no_docker:
             item.add_marker(pytest.mark.skip(reason=no_docker))
+        if item.get_closest_marker("sandbox") and no_sandbox:
+            item.add_marker(pytest.mark.skip(reason=no_sandbox))
         if item.get_closest_marker("gpu") and no_gpu:
             item.add_marker(pytest.mark.skip(reason=no_gpu))
+
+
+@pytest.fixture(scope="session")
+def place(request: pytest.FixtureRequest) -> dict[str, object]:
+    """Where tests' sandboxes run: a container of their own, or the sidecar that FRACTAL_SOCKET names."""
+    return {"socket": Path(SOCKET)} if SOCKET else {"image": request.getfixturevalue("image")}
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +51,10 @@ def image() -> str:
 
 
 @pytest.fixture(scope="session")
-def sandbox(image: str) -> Iterator["object"]:
+def sandbox(place: dict[str, Any]) -> Iterator["object"]:
     from fractal.sandbox.container import Limits, Sandbox
 
-    with Sandbox(limits=Limits(cpu_s=1.0, wall_s=3.0), image=image) as one:
+    with Sandbox(limits=Limits(cpu_s=1.0, wall_s=3.0), **place) as one:
         yield one
 
 

@@ -7,6 +7,7 @@ looks up its own labels. An entry marked `alone` may use up what all share: it h
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from fractal.records import Label, Problem, Sample
 from fractal.sandbox.container import Limits, Sandbox
 from tests.attacks import ATTACKS, CONTAINED, NEIGHBOURS, POISON, SUITES, Attack
 
-pytestmark = pytest.mark.docker
+pytestmark = pytest.mark.sandbox
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0)
 LONGEST_S = LIMITS.wall_s + 2.0  # a judge is replaced 0.8 s after the wall limit; the rest is for a busy machine
 TASKS = {name: number for number, name in enumerate(SUITES)}
@@ -63,8 +64,8 @@ def changed(outcome: Outcome) -> dict[str, tuple[str, str]]:
 
 
 @pytest.fixture(scope="module", params=[2, 1], ids=["two slots", "one slot"])
-def two_and_one(request: pytest.FixtureRequest, image: str) -> Iterator[Sandbox]:
-    with Sandbox(limits=LIMITS, slots=request.param, image=image, cache=False) as one:
+def two_and_one(request: pytest.FixtureRequest, place: dict[str, Any]) -> Iterator[Sandbox]:
+    with Sandbox(limits=LIMITS, slots=request.param, cache=False, **place) as one:
         yield one
 
 
@@ -84,8 +85,8 @@ def poisoned(two_and_one: Sandbox) -> dict[str, Outcome]:
 
 
 @pytest.fixture
-def crowd(image: str) -> Iterator[Sandbox]:
-    with Sandbox(limits=LIMITS, slots=2, image=image, cache=False) as one:
+def crowd(place: dict[str, Any]) -> Iterator[Sandbox]:
+    with Sandbox(limits=LIMITS, slots=2, cache=False, **place) as one:
         yield one
 
 

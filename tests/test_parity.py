@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from fractal.records import Label, Problem, Sample
 from fractal.sandbox.container import Limits, Sandbox
 from tests.parity import HONEST, KNOWN, Honest
 
-pytestmark = pytest.mark.docker
+pytestmark = pytest.mark.sandbox
 
 # Forks one process a program, in an empty folder of its own; writes what was raised, or null where all tests held.
 PLAIN = r"""
@@ -61,11 +62,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 
 
 @pytest.fixture(scope="module")
-def labels(image: str) -> dict[str, Label]:
+def labels(place: dict[str, Any]) -> dict[str, Label]:
     """What the sandbox says, by name."""
     problems = {i: as_problem(i, one) for i, one in enumerate(HONEST.values())}
     samples = [Sample(i, 0, "", one.code, "stop", 0, None, None, "test") for i, one in enumerate(HONEST.values())]
-    with Sandbox(limits=Limits(cpu_s=2.0, wall_s=6.0), image=image) as sandbox:
+    with Sandbox(limits=Limits(cpu_s=2.0, wall_s=6.0), **place) as sandbox:
         return dict(zip(HONEST, sandbox.verify(samples, problems), strict=True))
 
 

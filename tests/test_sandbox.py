@@ -19,7 +19,7 @@ from fractal.sandbox import checks
 from fractal.sandbox.container import Limits, Sandbox, SandboxError, probe
 from tests.conftest import ROOT, SHARED
 
-pytestmark = pytest.mark.docker
+pytestmark = pytest.mark.sandbox
 CORRECT = "def f(x):\n    return x * 2\n"
 TESTS = ["assert f(1) == 2", "assert f(21) == 42", "assert f('ab') == 'abab'"]
 
@@ -325,11 +325,13 @@ def test_nothing_is_left_after_many_samples(image: str) -> None:
     assert Counter(label.status for label in first) == {"passed": 25, "crashed": 50, "failed": 25}
 
 
+@pytest.mark.docker
 def test_an_unknown_image_says_how_to_build_it() -> None:
     with pytest.raises(SandboxError, match=r"fractal\.images\.build"), Sandbox(image="fractal-sandbox:none"):
         pass
 
 
+@pytest.mark.docker
 @pytest.mark.parametrize("dropped", [{"network_mode": "bridge"}, {"read_only": False}, {"cap_add": ["SETUID", "SETGID", "KILL", "SYS_CHROOT"]}, {"security_opt": ["seccomp=unconfined"]}])  # fmt: skip
 def test_a_dropped_protection_is_found_out(
     image: str, dropped: dict[str, Any], monkeypatch: pytest.MonkeyPatch

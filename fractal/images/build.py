@@ -399,9 +399,13 @@ def main(argv: list[str] | None = None) -> int:
     return report_errors(lambda: build_all(given.image, options, as_json=given.json))
 
 
-def build_all(keys: str, options: Options, *, as_json: bool = False) -> None:
+def build_all(keys: str, options: Options, *, as_json: bool = False, dry: bool = False) -> None:
     """Build images one after the other and print a line for each. Raises InputError, BuildError."""
     wanted = recipes.choose(keys)
+    if dry:
+        for recipe in wanted:
+            print(f"image: would build {recipe.name}, if the engine does not have it")
+        return
     client = connect()
     try:
         for recipe in wanted:
@@ -419,10 +423,10 @@ def say(text: str) -> None:
     print(f"image: {text}", file=sys.stderr, flush=True)
 
 
-def report_errors(work: Callable[[], None]) -> int:
-    """Run it; errors become one line and an exit code."""
+def report_errors(work: Callable[[], int | None]) -> int:
+    """Run it; errors become one line and an exit code, a number that it returns is one."""
     try:
-        work()
+        return work() or 0
     except OutsideError as error:
         say(str(error))
         return 3
@@ -432,7 +436,6 @@ def report_errors(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         say("interrupted. Run the command again, it goes on where it stopped.")
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fractal import setup
 from fractal.images.image import VENV, Image
-from fractal.records import InputError
+from fractal.records import InputError, write_whole
 from fractal.sandbox.source import HOST_ONLY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +40,17 @@ def recipes() -> dict[str, Recipe]:
         "pipeline-cpu": Recipe("pipeline-cpu", pipeline("cpu"), "docker/pipeline-cpu.Dockerfile", True),
         "sandbox": Recipe("sandbox", sandbox(), "docker/sandbox.Dockerfile", False),
     }
+
+
+def render(root: Path = ROOT) -> list[str]:
+    """Write the Dockerfiles that differ from their recipes; returns their paths in the repository."""
+    changed = []
+    for recipe in recipes().values():
+        file, text = root / recipe.dockerfile, recipe.image.dockerfile()
+        if not file.exists() or file.read_text() != text:
+            write_whole(file, text.encode())
+            changed.append(recipe.dockerfile)
+    return changed
 
 
 def choose(key: str) -> list[Recipe]:

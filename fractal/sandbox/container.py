@@ -7,6 +7,7 @@
 Only this file talks to Docker; what is said over the connection is client.py's.
 """
 
+import os
 import random
 import socket
 import struct
@@ -189,7 +190,9 @@ class Sandbox(Verifier):
         if self._socket is not None:
             if not self._socket.is_socket():
                 raise SandboxError(f"--socket {self._socket}: no sandbox listens there. Start one: `fractal serve`.")
-            self.image = f"sidecar {self._socket}"
+            # Whoever started the sidecar knows its image: images/containers.py.
+            name, _, self.image_id = os.environ.get("FRACTAL_SANDBOX_IMAGE", "").partition("@")
+            self.image = name or f"sidecar {self._socket}"
             return
         self._client = connect()
         self.image_id = _image_id(self._client, self.image)

@@ -1,0 +1,274 @@
+"""Runs the pipeline's image beside a sandbox sidecar: no Docker socket inside, results on this machine.
+
+    code = run(client, recipe, ["run", "--run", "runs/demo"], runs=Path("runs"))
+
+What `docker run` would be told is decided by pure functions; `run` starts both containers, follows, and ends them.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import docker
+import docker.errors
+import docker.types
+import requests
+
+from fractal import engine, models
+from fractal.images import recipes
+from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line, say
+from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
+from fractal.records import InputError, OutsideError
+from fractal.sandbox.container import SOCKET, start_sidecar, stop_sidecar
+
+CACHE_VOLUME = "fractal-cache"  # models and compiled kernels, kept between runs
+MODELS = "/models"  # models that this machine has prepared, read-only
+SIDECAR_TIMEOUT_S = 30
+LABEL = "fractal.pipeline"
+SHARED_MEMORY = "2g"  # vLLM's processes exchange tensors there; Docker's default is 64 MiB
+# What the tests read beside the package, mounted where the image has the package.
+TESTED = ("tests", "docker", "docs", "benchmarks", "Dockerfile", "Makefile", "README.md", "pyproject.toml", "tasks.py")
+
+
+class ContainerError(OutsideError):
+    """A container did not do what it should: one line with the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a pipeline container gets from outside."""
+
+    sidecar: str  # name of the sidecar's volume
+    user: str = USER
+    gpus: bool = False
+    network: bool = True
+    binds: tuple[str, ...] = ()  # SOURCE:TARGET:MODE
+    environment: Mapping[str, str] = field(default_factory=dict)
+    entrypoint: tuple[str, ...] = ()
+    workdir: str = WORK
+
+
+def options(wanted: Setup) -> dict[str, Any]:
+    """Options of the Docker SDK's create_host_config. No Docker socket, no capability, no new privilege."""
+    return {
+        "binds": [f"{CACHE_VOLUME}:{CACHE}", f"{wanted.sidecar}:{Path(SOCKET).parent}", *wanted.binds],
+        "network_mode": "bridge" if wanted.network else "none",
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+        "shm_size": SHARED_MEMORY,
+        "init": True,  # reaps what vLLM leaves, and hands signals on
+        **({"device_requests": [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]} if wanted.gpus else {}),
+    }
+
+
+def suite_setup(sidecar: str, root: Path = ROOT) -> Setup:
+    """The test suite inside the image: without network, the sources of the tests mounted read-only."""
+    binds = [f"{root / name}:/app/{name}:ro" for name in TESTED if (root / name).exists()]
+    shared = root.parent / "shared"  # real data beside the checkout, where there is some
+    binds += [f"{shared}:/shared:ro"] if shared.is_dir() else []
+    return Setup(
+        sidecar=sidecar,
+        network=False,
+        binds=(*binds, *model_binds()),
+        environment={"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis", "FRACTAL_MODELS": MODELS},
+        entrypoint=("python", "-m", "pytest", "-o", "cache_dir=/tmp/pytest"),
+        workdir="/app",
+    )
+
+
+def run_setup(sidecar: str, runs: Path, *, gpus: bool, network: bool = True) -> Setup:
+    """A run: its folders are this machine's, and belong to whoever owns `runs`."""
+    owner = runs.stat()
+    return Setup(
+        sidecar=sidecar,
+        user=f"{owner.st_uid}:{owner.st_gid}" if owner.st_uid else USER,
+        gpus=gpus,
+        network=network,
+        binds=(f"{runs}:{WORK}/runs", *model_binds()),
+        environment={"FRACTAL_MODELS": MODELS},
+    )
+
+
+def model_binds() -> tuple[str, ...]:
+    """Models that were prepared on this machine."""
+    folder = models.cache_dir() / "models"
+    return (f"{folder.resolve()}:{MODELS}:ro",) if folder.is_dir() else ()
+
+
+def provenance(pipeline: Any, pipeline_name: str, sandbox: Any, sandbox_name: str, recipe: Recipe) -> dict[str, str]:
+    """What the manifest of a run has to know and cannot see from inside."""
+    tag, _, digest = recipe.image.base.partition("@")
+    pinned = digest or "no digest known"
+    return {
+        "FRACTAL_IMAGE": f"{pipeline_name}@{pipeline.id}",
+        "FRACTAL_IMAGE_BASE": f"{tag} ({pinned}); built on {pipeline.labels.get(BASE_LABEL, 'unknown')}",
+        "FRACTAL_SANDBOX_IMAGE": f"{sandbox_name}@{sandbox.id}",
+        "FRACTAL_GIT_COMMIT": _git("rev-parse", "HEAD"),
+        "FRACTAL_GIT_DIRTY": "1" if _git("status", "--porcelain") else "",
+    }
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def has_gpu() -> bool:
+    """Whether this machine's engine is likely to give a container a GPU."""
+    return shutil.which("nvidia-smi") is not None
+
+
+def prepare_runs(folder: Path) -> Path:
+    """The folder of runs, made so that the pipeline's user may write to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error.strerror}. Name another --run.") from error
+    uid, gid = map(int, USER.split(":"))
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and folder.stat().st_uid == 0:
+        # Root's own folder would be closed to the pipeline, which never runs as root.
+        for path in [folder, *folder.rglob("*")]:
+            os.chown(path, uid, gid, follow_symlinks=False)
+    return folder.resolve()
+
+
+@contextmanager
+def sidecar(say: Say, image: str) -> Iterator[str]:
+    """A sandbox of its own for one pipeline container; yields the name of its volume. Ends it on every way out."""
+    name = f"fractal-sandbox-{secrets.token_hex(4)}"
+    client = docker.from_env(timeout=60, use_ssh_client=True)
+    try:
+        start_sidecar(volume=name, name=name, image=image)
+        try:
+            _await_socket(client, name)
+            say(f"sandbox: {image} serves {name}")
+            yield name
+        finally:
+            stop_sidecar(name)
+            _remove_volume(client, name)
+    finally:
+        client.close()
+
+
+def _await_socket(client: docker.DockerClient, name: str) -> None:
+    deadline = time.monotonic() + SIDECAR_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if client.containers.get(name).exec_run(["test", "-S", SOCKET]).exit_code == 0:
+                return
+        except docker.errors.DockerException as error:
+            raise ContainerError(
+                f"The sandbox {name} ended at its start: {first_line(error)}. See: fractal doctor"
+            ) from error
+        time.sleep(0.05)
+    raise ContainerError(f"The sandbox {name} does not listen after {SIDECAR_TIMEOUT_S} s. See: fractal doctor")
+
+
+def _remove_volume(client: docker.DockerClient, name: str) -> None:
+    for _ in range(20):  # the engine lets go of it a moment after the container is gone
+        try:
+            client.volumes.get(name).remove(force=True)
+        except docker.errors.NotFound:
+            return
+        except docker.errors.APIError:
+            time.sleep(0.1)
+
+
+def run(client: docker.DockerClient, recipe: Recipe, command: Iterable[str], make_setup: Any, say: Say) -> int:
+    """Run a command in the recipe's container beside a sandbox; returns its exit code.
+
+    `make_setup`: the sidecar's volume -> Setup. Output goes to this terminal. Ctrl-C ends both containers.
+    Raises BuildError, ContainerError, SandboxError.
+    """
+    (sandbox_recipe,) = recipes.choose("sandbox")
+    sandbox_name = ensure(client, sandbox_recipe, say).name
+    name = ensure(client, recipe, say).name
+    try:
+        with sidecar(say, sandbox_name) as volume:
+            facts = provenance(client.images.get(name), name, client.images.get(sandbox_name), sandbox_name, recipe)
+            return _follow(client, name, list(command), make_setup(volume), facts)
+    except (docker.errors.DockerException, requests.RequestException) as error:
+        reason = first_line(error)
+        if "could not select device driver" in reason:
+            remedy = (
+                "The engine has no NVIDIA container toolkit: install nvidia-container-toolkit, or leave --gpus out."
+            )
+        else:
+            remedy = engine.problem() or "Run the command again."
+        raise ContainerError(f"{name} does not run: {reason}. {remedy}") from error
+
+
+def _follow(client: docker.DockerClient, name: str, command: list[str], wanted: Setup, facts: Mapping[str, str]) -> int:
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    environment = {"FRACTAL_SOCKET": SOCKET, **facts, **wanted.environment}
+    if terminal:
+        size = shutil.get_terminal_size()
+        environment |= {"TERM": os.environ.get("TERM", "xterm"), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
+    created = client.api.create_container(
+        name,
+        command,
+        name=f"fractal-pipeline-{secrets.token_hex(4)}",
+        user=wanted.user,
+        tty=terminal,
+        environment=environment,
+        working_dir=wanted.workdir,
+        entrypoint=list(wanted.entrypoint) or None,
+        labels={LABEL: "1"},
+        host_config=client.api.create_host_config(**options(wanted)),
+    )["Id"]
+    try:
+        stream = client.api.attach(created, stdout=True, stderr=True, stream=True, logs=True, demux=True)
+        client.api.start(created)
+        for out, err in stream:
+            for data, place in ((out, sys.stdout), (err, sys.stderr)):
+                if data:
+                    place.buffer.write(data)
+                    place.flush()
+        return int(client.api.wait(created)["StatusCode"])
+    finally:
+        client.api.remove_container(created, force=True)
+
+
+def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool = False) -> int:
+    """`fractal run` in an image; the run's folder is this machine's. Returns the exit code."""
+    recipe = _pipeline(key)
+    if run_folder.is_absolute() or ".." in run_folder.parts:
+        runs, name = prepare_runs(run_folder.parent), run_folder.name
+    else:
+        runs, name = prepare_runs(Path.cwd() / run_folder.parent), run_folder.name
+    prepare_runs(runs / name)
+    command = ["run", "--run", f"{WORK}/runs/{name}", *map(str, words)]
+    client = connect()
+    try:
+        return run(client, recipe, command, lambda volume: run_setup(volume, runs, gpus=gpus or has_gpu()), say)
+    finally:
+        client.close()
+
+
+def run_tests(key: str, words: Iterable[str]) -> int:
+    """The test suite in an image, without network. Returns pytest's exit code."""
+    recipe = _pipeline(key)
+    client = connect()
+    try:
+        return run(client, recipe, words, suite_setup, say)
+    finally:
+        client.close()
+
+
+def _pipeline(key: str) -> Recipe:
+    found = recipes.choose(key)
+    if len(found) != 1 or not found[0].key.startswith("pipeline"):
+        raise InputError(f"--image={key}: holds no pipeline. There are: pipeline-cpu, pipeline.")
+    return found[0]

