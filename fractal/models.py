@@ -159,6 +159,8 @@ def _dequantise(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
+    for file in draft.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone; the pipeline's container has another user
     draft.rename(target)
 
 

@@ -24,7 +24,7 @@ UV_TIMEOUT_S = 900
 # First of the locks for a GPU: PyTorch and what NVIDIA ships for it, which is large and changes little.
 TORCH_FAMILY = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 HEADER = """\
-# Base images: TAG SHA256-DIGEST, written by `invoke lock`. A tag without a digest has not been looked up yet: no registry
+# Base images: TAG SHA256-DIGEST, by `invoke lock`. A tag without a digest has not been looked up yet: no registry
 # answered where it was locked. What it names may change then, and `invoke images` and the manifest of a run say so.
 """
 
