@@ -109,9 +109,14 @@ def context_length(path: Path) -> int:
     return int(config.get("max_position_embeddings") or 2048)
 
 
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU can be used here; looks at device files, asks no driver. The second is WSL's."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
 def preferred_dtype() -> str:
     """bfloat16 where the processor or GPU computes in it, else float32."""
-    if Path("/dev/nvidiactl").exists():
+    if has_gpu():
         return "bfloat16"
     try:
         flags = Path("/proc/cpuinfo").read_text()

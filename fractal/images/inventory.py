@@ -104,7 +104,7 @@ def _parts(image: Any) -> dict[str, str] | None:
 
 
 def show(*, as_json: bool = False, older: bool = True) -> None:
-    """Print it, as a table or as a line of JSON for each image. Without `older`, those of earlier sources are removed."""
+    """Print it, as a table or as JSON lines. Without `older`, images of earlier sources are removed first."""
     client = connect()
     try:
         for name in [] if older else prune(client):
