@@ -68,7 +68,7 @@ def lock(c, what="all", upgrade=False):
     from fractal.images import build
     from fractal.images import lock as locks
 
-    _exit(build.report_errors(lambda: locks.lock(what, build.say, upgrade=upgrade)))
+    _exit(build.report_errors(lambda: locks.lock(what, lambda text: build.say(text, "lock"), upgrade=upgrade)))
 
 
 @task
