@@ -116,10 +116,10 @@ def _run(argv: list[str]) -> None:
     try:
         done = subprocess.run(argv, cwd=recipes.ROOT, capture_output=True, text=True, timeout=UV_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise LockError(f"lock: {Path(argv[0]).name} failed: {error}. No lock has changed.") from error
+        raise LockError(f"{Path(argv[0]).name} failed: {error}. No lock has changed.") from error
     if done.returncode:
         words = " ".join((done.stderr or done.stdout).split())[:400]
-        raise LockError(f"lock: {words.rstrip('.')}. No lock has changed; check pyproject.toml and the network.")
+        raise LockError(f"{words.rstrip('.')}. No lock has changed; check pyproject.toml and the network.")
 
 
 def lock(what: str, say: Say, *, upgrade: bool = False) -> None:
