@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import docker
 
 from fractal import console, engine
-from fractal.images.image import COMMITTED, Image, Rendering
+from fractal.images.image import Image
+from fractal.images.rendering import COMMITTED, Rendering
 from fractal.records import OutsideError
 
 SILENCE_S = 1800  # without a word from the engine: a layer of several GB is being written
@@ -90,7 +91,7 @@ class Request:
     rendering: Rendering
     base: str
     labels: Mapping[str, str]
-    secrets: Mapping[str, bytes] = field(default_factory=dict)
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     no_cache: bool = False
 
     @property
@@ -126,8 +127,8 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
     """Build with BuildKit. Returns the image's id and how many steps were run. Raises BuildError."""
     with tempfile.TemporaryDirectory(prefix="fractal-build-") as folder:
         argv = [command, "build", "--progress=plain", f"--iidfile={folder}/id", "-f", "Dockerfile.rendered"]
-        for key, value in request.arguments.items():
-            argv += ["--build-arg", f"{key}={value}"]
+        for key in request.arguments:  # their values come from its environment: a proxy may have a password
+            argv += ["--build-arg", key]
         for key, value in request.labels.items():
             argv += ["--label", f"{key}={value}"]
         for key, secret in request.secrets.items():
@@ -135,8 +136,13 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
             argv += ["--secret", f"id={key},src={folder}/{key}"]
         argv += ["--no-cache"] * request.no_cache
         # BUILDX_BUILDER: the engine's own, whichever the user has made current, so that the image lands in the engine.
-        environ = os.environ | {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
+        environ = (
+            os.environ
+            | request.arguments
+            | {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
+        )
         story = Story(name)
+        archive = context_tar(request.image, request.rendering)
         child = subprocess.Popen(
             [*argv, "-"],
             stdin=subprocess.PIPE,
@@ -147,11 +153,12 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
         )
         assert child.stdin is not None
         assert child.stdout is not None
-        feeder = threading.Thread(target=_feed, args=(child.stdin, context_tar(request.image, request.rendering)))
+        feeder = threading.Thread(target=_feed, args=(child.stdin, archive))
         feeder.start()
         try:
             with log.open("a") as out, console.activity(name) as show:
-                for line in io.TextIOWrapper(child.stdout, errors="replace"):
+                for said in io.TextIOWrapper(child.stdout, errors="replace"):
+                    line = masked(said)
                     out.write(line)
                     out.flush()
                     story.read(line)
@@ -163,7 +170,7 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
                 child.wait()
             feeder.join()
         if code:
-            raise BuildError(f"Building {name} failed: {explain(story.failure())} The whole story: {log}")
+            raise BuildError(f"Building {name} failed: {explain(story.failure(), story.step)} The whole story: {log}")
         return Path(folder, "id").read_text().strip(), story.ran
 
 
@@ -194,16 +201,19 @@ def build_by_api(client: docker.DockerClient, request: Request, name: str, log: 
 
 def follow(stream: Iterable[dict[str, Any]], name: str, log: Path) -> tuple[str, int]:
     """Write the old builder's words to the log as they come. Returns the image's id and the steps that were run."""
-    made, ran = "", 0
+    made, ran, step = "", 0, ""
+    last: list[str] = []
     with log.open("a") as out:
         for event in stream:
-            text = event.get("stream") or event.get("error") or ""
+            text = masked(event.get("stream") or event.get("error") or "")
             out.write(text)
             out.flush()
             ran += text.startswith(" ---> Running in")
+            step = text.partition(" : ")[2].strip() if text.startswith("Step ") else step
+            last = [*last[-15:], *text.splitlines()]
             made = event.get("aux", {}).get("ID", made)
             if "error" in event:
-                raise BuildError(f"Building {name} failed: {explain([str(event['error'])])} The whole story: {log}")
+                raise BuildError(f"Building {name} failed: {explain(last, step)} The whole story: {log}")
     return made, ran
 
 
@@ -232,13 +242,18 @@ class Story:
             self.steps[number] = title
             if re.match(r"\[[^]]*\] (RUN|COPY|ADD|WORKDIR)", title):
                 self.started.add(number)
-            self.now = re.sub(r"--mount=\S+\s*", "", title)[:100]
+            self.now = brief(title)
         elif cached:
             self.cached.add(number)
         elif error:
             self.failed = number
         elif words:
             self.said.setdefault(number, []).append(words.partition(" ")[2])
+
+    @property
+    def step(self) -> str:
+        """The step that failed."""
+        return brief(self.steps.get(self.failed, ""))
 
     @property
     def ran(self) -> int:
@@ -248,6 +263,16 @@ class Story:
     def failure(self) -> list[str]:
         """The failed step's own last words, then the builder's."""
         return [*self.said.get(self.failed, [])[-15:], *self.last[-3:]]
+
+
+def brief(title: str) -> str:
+    """A step's title without what we add to each."""
+    return re.sub(r"--mount=\S+\s*|\. /run/secrets/settings\s+&&\s*", "", title)[:100]
+
+
+def masked(text: str) -> str:
+    """A builder's words without the passwords in addresses."""
+    return re.sub(r"(?<=://)[^/\s@]+(?=@)", "***", text)
 
 
 def disk_full(text: str) -> str | None:
@@ -260,43 +285,67 @@ def disk_full(text: str) -> str | None:
     return None
 
 
-def explain(words: list[str]) -> str:
-    """What a failed build's words come to, with the remedy."""
+CERTIFICATE = r"certificate verify failed|UnknownIssuer|invalid peer certificate|self.signed certificate"
+NETWORK = (
+    r"Temporary failure resolving|Could not resolve|failed to lookup address|dns error|Connection refused"
+    r"|network is unreachable|no such host|Temporary failure in name resolution|tcp connect error|i/o timeout"
+)
+NO_BASE = (
+    r"pull access denied for [^\s,]+|manifest for \S+ not found|failed to resolve source metadata for [^\s:]+:\S+"
+    r"|https://\S+/v2/\S+/manifests/[^\s\"]+|\S+: not found: manifest unknown"
+)
+
+
+def explain(words: list[str], step: str = "") -> str:
+    """What a failed build's words come to, with the remedy. `step`: the one that failed."""
     text = "\n".join(words)
     if full := disk_full(text):
         return full
-    if match := re.search(r"E: Unable to locate package (\S+)|E: Version '\S+' for '(\S+)' was not found", text):
+    if re.search(CERTIFICATE, text, re.I):
+        return "a certificate is not trusted inside the build. Give your network's own: --ca=FILE or FRACTAL_CA."
+    if match := re.search(NO_BASE, text):
+        return (
+            f"its base is not to be had ({match[0].rstrip(':')}). Load it into the engine, or name another one: "
+            "--base, or FROM in a Dockerfile."
+        )
+    if match := re.search(NETWORK, text, re.I):
+        return (
+            f"the network is not to be reached from inside the build ({match[0]}; {_last(words)}). "
+            "Behind a proxy set http_proxy and https_proxy; with mirrors FRACTAL_DEBIAN_MIRROR and pip's index-url."
+        )
+    if match := re.search(r"E: Version '(\S+)' for '(\S+)' was not found", text):
+        return f"Debian has no version {match[1]} of {match[2]} in the base's release. Leave the version out."
+    if match := re.search(r"E: Unable to locate package (\S+)|E: Package '(\S+)' has no installation candidate", text):
         return f"Debian has no package {match[1] or match[2]} in the base's release. Check its name."
-    if match := re.search(r"Hash mismatch for `([^`]+)`", text):
-        return (
-            f"{match[1]}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."
-        )
-    if match := re.search(r"(?:THESE PACKAGES DO NOT MATCH THE HASHES)[\s\S]*?\n\s*(\S+==\S+)", text):
-        return (
-            f"{match[1]}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."
-        )
-    if match := re.search(r"Because (?:there is no version of |)(\S+?==\S+?)[, ]", text.replace("\n", " ")):
-        return (
-            f"No index has the Python package {match[1]} for this Python and processor. Check name, version and index."
-        )
+    if match := re.search(r"Hash mismatch for `([^`]+)`|DO NOT MATCH THE HASHES[\s\S]*?\n\s*(\S+==\S+)", text):
+        what = match[1] or match[2]
+        return f"{what}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."
+    if match := re.search(
+        r"no version of (\S+?==\S+?)[, ]|not found in the package registry and you require (\S+?),", text
+    ):
+        what = match[1] or match[2]
+        return f"No index has the Python package {what} for this Python and processor. Check name, version and index."
+    if match := re.search(
+        r"No solution found when resolving[^\n]*\n(?:\s*\n)*\s*\S+ (Because .*(?:\n {4,}\S.*)*)", text
+    ):
+        return f"the Python packages do not fit together. {' '.join(match[1].split())[:400]} Change a version."
     if match := re.search(r"Could not find a version that satisfies the requirement (\S+)", text):
         return f"No index has the Python package {match[1]}. Check name, version and index."
-    if match := re.search(
-        r"(pull access denied for \S+|manifest for \S+ not found|failed to resolve source metadata for \S+)", text
-    ):
-        return f"its base is not to be had: {match[1].rstrip(',:')}. Name another with --base."
-    if re.search(
-        r"Temporary failure resolving|Could not resolve|dns error|Connection refused|network is unreachable", text, re.I
-    ):
+    if match := re.search(r'"(/[^"]*)" not found', text):
         return (
-            f"the network is not to be reached from inside the build ({_last(words)}). A proxy or CA: --ca, FRACTAL_CA."
+            f"{step}: the build context has no {match[1][1:]}. It is not there, or one of what never gets into an "
+            "image: secrets, caches, weights, what .dockerignore names."
         )
-    if re.search(r"certificate verify failed|UnknownIssuer|invalid peer certificate", text):
-        return "a certificate is not trusted inside the build. Give your network's own: --ca=FILE or FRACTAL_CA."
-    return f"{_last(words)}."
+    return f"{step}: {_last(words)}." if step else f"{_last(words)}."
 
 
 def _last(words: list[str]) -> str:
+    """The error in a failed step's own words, else its last one, else the builder's."""
+    noise = (
+        r"------|> \[|executor failed|process \"|failed to solve|ERROR: failed to solve|The command '|Removing inter"
+    )
     lines = [line.strip() for line in words if line.strip()]
-    errors = [line for line in lines if re.match(r"(E:|error|ERROR)", line)]
-    return (errors or lines or ["no reason given"])[-1][:300].rstrip(".")
+    own = [line for line in lines if not re.match(noise, line)]
+    errors = [line for line in own if re.match(r"(E:|error|ERROR)", line)]
+    code = re.findall(r"(?:exit|non-zero) code: \d+", "\n".join(lines))
+    return (errors or own[-1:] or code or lines or ["no reason given"])[-1][:300].rstrip(".")
