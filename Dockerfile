@@ -92,6 +92,9 @@ ENV CUDA_CACHE_PATH=/cache/cuda \
 
 USER 1000:1000
 
+USER 0
+RUN mkdir -p /work
+USER 1000:1000
 WORKDIR /work
 
 ENTRYPOINT ["/opt/venv/bin/python", "-m", "fractal"]

@@ -82,6 +82,9 @@ ENV FRACTAL_CACHE=/cache/fractal \
 
 USER 1000:1000
 
+USER 0
+RUN mkdir -p /work
+USER 1000:1000
 WORKDIR /work
 
 ENTRYPOINT ["/opt/venv/bin/python", "-m", "fractal"]

@@ -574,13 +574,13 @@ def check_lines(image: Image, text: str, steps: list[Any], last: list[Any], rend
     python = sum(kind in ("pip_install", "uv_sync") for kind in kinds)
     stages = sum(bool(re.match(r"FROM \S+ AS local\d+", line)) for line in found)
     sources = any(name == "add_local_python_source" for name, _ in last)
-    assert (
-        counts["RUN"]
-        == kinds.count("apt_install") + commands + python + (4 - rendering.mounts if python else 0) + stages
-    )
+    folders = kinds.count("workdir")
+    as_root = sum(kind == "workdir" and "user" in kinds[:i] for i, kind in enumerate(kinds))
+    for_python = 4 - rendering.mounts if python else 0  # of uv, the environment, and uv's way out
+    assert counts["RUN"] == kinds.count("apt_install") + commands + folders + python + for_python + stages
     assert counts["ENV"] == kinds.count("env") + (1 if python else 0) + (1 if sources else 0)
-    assert counts["USER"] == kinds.count("user") + stages
-    assert counts["WORKDIR"] == kinds.count("workdir")
+    assert counts["USER"] == kinds.count("user") + stages + 2 * as_root
+    assert counts["WORKDIR"] == folders
     assert counts["ENTRYPOINT"] == kinds.count("entrypoint")
     assert {line.split()[0] for line in found} <= {"ARG", "FROM", "SHELL", *counts}
     taken = [*re.findall(r"type=bind,source=([^, ]+)", text)]
@@ -677,3 +677,12 @@ def test_the_context_archive_is_the_same_bytes_from_another_clone(project: Path,
             path.chmod(0o700 if path.is_dir() else 0o600)
     one, two = (Image.debian_slim(root=root).add_local_python_source("app") for root in (project, clone))
     assert builder.context_tar(one) == builder.context_tar(two)
+    for number, image in enumerate((one, two)):
+        builder.context_folder(image, tmp_path / f"context{number}")
+    states = [
+        {str(path.relative_to(folder)): (path.lstat().st_mode, path.lstat().st_mtime) for path in folder.rglob("*")}
+        for folder in (tmp_path / "context0", tmp_path / "context1")
+    ]
+    assert states[0] == states[1]
+    assert {mtime for _, mtime in states[0].values()} == {0}
+    assert (tmp_path / "context0/app/inner").readlink() == Path("main.py")

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from fractal.images.rendering import COMMITTED, Rendering
 from fractal.records import OutsideError
 
 SILENCE_S = 1800  # without a word from the engine: a layer of several GB is being written
+END_S = 3  # what a builder takes to cancel its work; a tenth as a rule
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 MACHINES = ("amd64", "x86_64", "arm64", "aarch64")
 NO_SPACE = ("no space left on device", "disk quota exceeded")
@@ -104,29 +104,54 @@ class Request:
         return found
 
 
+RENDERED = "Dockerfile.rendered"
+
+
 def context_tar(image: Image, rendering: Rendering = COMMITTED) -> bytes:
-    """The build context: same sources, same bytes, on any machine and at any time."""
+    """The old builder's context: same sources, same bytes, on any machine and at any time."""
+    files = image.context()
+    texts = {RENDERED: image.dockerfile(rendering)}
+    if ".dockerignore" not in files:
+        texts[".dockerignore"] = f"{RENDERED}\n.dockerignore\n"  # for COPY . in a Dockerfile of the user's own
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        text = image.dockerfile(rendering).encode()
-        entries: dict[str, tuple[bytes, Path | None]] = {"Dockerfile.rendered": (text, None)}
-        for name, source in image.context().items():
-            entries[name] = (b"" if source.is_symlink() else source.read_bytes(), source)
-        for name, (content, path) in sorted(entries.items()):
+        for name in sorted([*files, *texts]):
             entry = tarfile.TarInfo(name)  # mtime, uid and gid are 0
-            entry.size = len(content)
-            if path is not None and path.is_symlink():
+            path = files.get(name)
+            content = b""
+            if path is None:
+                content = texts[name].encode()
+            elif path.is_symlink():
                 entry.type, entry.linkname = tarfile.SYMTYPE, str(path.readlink())
-            elif path is not None and path.stat().st_mode & 0o100:
-                entry.mode = 0o755
+            else:
+                content = path.read_bytes()
+                entry.mode = 0o755 if path.stat().st_mode & 0o100 else 0o644
+            entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def context_folder(image: Image, folder: Path) -> None:
+    """BuildKit's context, as a new folder with the same modes and times on any machine."""
+    folder.mkdir()
+    for name, source in image.context().items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+            continue
+        shutil.copyfile(source, target)
+        target.chmod(0o755 if source.stat().st_mode & 0o100 else 0o644)
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o755)
+        os.utime(path, (0, 0), follow_symlinks=False)
 
 
 def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[str, int]:
     """Build with BuildKit. Returns the image's id and how many steps were run. Raises BuildError."""
     with tempfile.TemporaryDirectory(prefix="fractal-build-") as folder:
-        argv = [command, "build", "--progress=plain", f"--iidfile={folder}/id", "-f", "Dockerfile.rendered"]
+        argv = [command, "build", "--progress=plain", f"--iidfile={folder}/id", f"--file={folder}/{RENDERED}"]
         for key in request.arguments:  # their values come from its environment: a proxy may have a password
             argv += ["--build-arg", key]
         for key, value in request.labels.items():
@@ -142,19 +167,17 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
             | {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
         )
         story = Story(name)
-        archive = context_tar(request.image, request.rendering)
+        Path(folder, RENDERED).write_text(request.image.dockerfile(request.rendering))
+        context_folder(request.image, Path(folder, "context"))
         child = subprocess.Popen(
-            [*argv, "-"],
-            stdin=subprocess.PIPE,
+            [*argv, f"{folder}/context"],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environ,
             start_new_session=True,  # Ctrl-C reaches it once, from us
         )
-        assert child.stdin is not None
         assert child.stdout is not None
-        feeder = threading.Thread(target=_feed, args=(child.stdin, archive))
-        feeder.start()
         try:
             with log.open("a") as out, console.activity(name) as show:
                 for said in io.TextIOWrapper(child.stdout, errors="replace"):
@@ -165,21 +188,21 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
                     show(story.now)
             code = child.wait()
         finally:
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
-            feeder.join()
+            end(child)
         if code:
             raise BuildError(f"Building {name} failed: {explain(story.failure(), story.step)} The whole story: {log}")
         return Path(folder, "id").read_text().strip(), story.ran
 
 
-def _feed(pipe: Any, data: bytes) -> None:
-    try:
-        with pipe:
-            pipe.write(data)
-    except BrokenPipeError:  # the builder has ended; what it said tells why
-        pass
+def end(child: subprocess.Popen[bytes]) -> None:
+    """End a builder that is still at work. One that has only just begun its step does not hear the request."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def build_by_api(client: docker.DockerClient, request: Request, name: str, log: Path) -> tuple[str, int]:
@@ -187,7 +210,7 @@ def build_by_api(client: docker.DockerClient, request: Request, name: str, log: 
     stream = client.api.build(
         fileobj=io.BytesIO(context_tar(request.image, request.rendering)),
         custom_context=True,
-        dockerfile="Dockerfile.rendered",
+        dockerfile=RENDERED,
         buildargs=request.arguments,
         labels=dict(request.labels),
         nocache=request.no_cache,
@@ -292,7 +315,7 @@ NETWORK = (
 )
 NO_BASE = (
     r"pull access denied for [^\s,]+|manifest for \S+ not found|failed to resolve source metadata for [^\s:]+:\S+"
-    r"|https://\S+/v2/\S+/manifests/[^\s\"]+|\S+: not found: manifest unknown"
+    r"|https?://\S+/v2/\S+/manifests/[^\s\"]+|\S+: not found: manifest unknown"
 )
 
 
@@ -339,13 +362,17 @@ def explain(words: list[str], step: str = "") -> str:
     return f"{step}: {_last(words)}." if step else f"{_last(words)}."
 
 
+# The builder's own words around a failure.
+NOISE = re.compile(
+    r"------|> \[|\d+ \| |Dockerfile\.rendered:\d|executor failed running|process \"|ERROR: failed to solve: process|"
+    r"The command '|Removing intermediate|---> |Step \d"
+)
+
+
 def _last(words: list[str]) -> str:
     """The error in a failed step's own words, else its last one, else the builder's."""
-    noise = (
-        r"------|> \[|executor failed|process \"|failed to solve|ERROR: failed to solve|The command '|Removing inter"
-    )
     lines = [line.strip() for line in words if line.strip()]
-    own = [line for line in lines if not re.match(noise, line)]
+    own = [line for line in lines if not NOISE.match(line)]
     errors = [line for line in own if re.match(r"(E:|error|ERROR)", line)]
     code = re.findall(r"(?:exit|non-zero) code: \d+", "\n".join(lines))
     return (errors or own[-1:] or code or lines or ["no reason given"])[-1][:300].rstrip(".")

@@ -118,7 +118,7 @@ class Image:
     def from_dockerfile(cls, path: str | Path, *, context: str | Path | None = None, root: str | Path = ".") -> Self:
         """Begin with what a Dockerfile makes; its context is the folder it lies in, or `context`.
 
-        What its .dockerignore names stays out, and what never gets into an image.
+        What its .dockerignore names stays out, and what never gets into an image; what later calls add is in there.
         """
         given = {} if context is None else {"context": str(context)}
         call = Call("Image.from_dockerfile", (str(path),), given | _root_given(root))
@@ -217,7 +217,12 @@ class Image:
     def workdir(self, path: str) -> Self:
         """The folder in which later commands, and the program, run."""
         call = Call("workdir", (path,), {})
-        return self._with(call, Step("meta", (f"WORKDIR {_absolute(call, path)}",)))
+        folder = _absolute(call, path)
+        # Docker would give a new folder the time of the day, and it makes it as root, whoever the user is.
+        make = f"RUN mkdir -p {shlex.quote(folder)}"
+        users = [line for step in self.steps if step.kind == "meta" for line in step.text if line.startswith("USER ")]
+        made = ("USER 0", make, users[-1]) if users else (f"{make} || :",)
+        return self._with(call, Step("meta", (*made, f"WORKDIR {folder}")))
 
     def user(self, user: str) -> Self:
         """Who runs later commands, and the program: a name or a number, with or without a group."""

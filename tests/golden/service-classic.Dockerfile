@@ -44,6 +44,9 @@ ENV GREETING='it'"'"'s $5 a "day"' \
 
 USER 1000:1000
 
+USER 0
+RUN mkdir -p /work
+USER 1000:1000
 WORKDIR /work
 
 ENTRYPOINT ["python3", "-m", "app"]
