@@ -54,27 +54,21 @@ def base(client: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def made(client: docker.DockerClient) -> Iterator[Made]:
     """Recipe of an image under a name of the test's own, which is forgotten at the end; nothing else may be left."""
-    before = dangling(client)
-    names = []
+    recipes_: list[Recipe] = []
 
     def make(image: Image, with_apt: bool = False, key: str = "") -> Recipe:
-        recipe = Recipe(key or f"test-{secrets.token_hex(4)}", image, "", with_apt)
-        names.append(recipe.name)
-        return recipe
+        recipes_.append(Recipe(key or f"test-{secrets.token_hex(4)}", image, "", with_apt))
+        return recipes_[-1]
 
     yield make
-    for name in dict.fromkeys(names):
+    for name in {recipe.name for recipe in recipes_}:
         if build.has(client, name):
             client.images.remove(name, force=True)
-    left = dangling(client) - before
-    assert not left & set(OURS), "a build left images without a name"
-
-
-OURS: list[str] = []  # ids of images that these tests made; others build at the same time
-
-
-def dangling(client: docker.DockerClient) -> set[str]:
-    return {image.id for image in client.images.list(filters={"dangling": True})}
+    ours = {json.dumps(recipe.image.parts()) for recipe in recipes_}
+    left = [one for one in client.images.list(filters={"dangling": True}) if one.labels.get(build.PARTS_LABEL) in ours]
+    for one in left:
+        client.images.remove(one.id)
+    assert not left, "a build left images without a name"
 
 
 def run(client: docker.DockerClient, name: str, command: str = "", **options: Any) -> str:
@@ -426,7 +420,9 @@ def test_a_build_that_is_killed_leaves_no_name(
     assert "Traceback" not in err
     if sign != signal.SIGKILL:
         assert not list(tmp_path.glob("fractal-build-*"))  # the secrets
-        assert not builders(command.rpartition(" ")[2])
+    while builders(command.rpartition(" ")[2]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert not build.has(client, recipe.name)
 
 

@@ -3,11 +3,14 @@
 Where no command has BuildKit, the engine's own old builder takes an equivalent rendering through the API.
 """
 
+import ctypes
 import io
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -27,6 +30,8 @@ SILENCE_S = 1800  # without a word from the engine: a layer of several GB is bei
 END_S = 3  # what a builder takes to cancel its work; a tenth as a rule
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 MACHINES = ("amd64", "x86_64", "arm64", "aarch64")
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # prctl.h
 NO_SPACE = ("no space left on device", "disk quota exceeded")
 
 
@@ -176,6 +181,7 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
             stderr=subprocess.STDOUT,
             env=environ,
             start_new_session=True,  # Ctrl-C reaches it once, from us
+            preexec_fn=_end_with_us if sys.platform == "linux" else None,
         )
         assert child.stdout is not None
         try:
@@ -192,6 +198,11 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
         if code:
             raise BuildError(f"Building {name} failed: {explain(story.failure(), story.step)} The whole story: {log}")
         return Path(folder, "id").read_text().strip(), story.ran
+
+
+def _end_with_us() -> None:
+    """Else the builder of a killed process goes on, and leaves an image without a name."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
