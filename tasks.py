@@ -52,12 +52,13 @@ def build(c, image="sandbox", json=False, base="", ca="", wheels="", cache=True)
     _exit(images.report_errors(lambda: images.build_all(image, options, as_json=json, dry=c.config.run.dry)))
 
 
-@task(positional=[], help={"json": "a JSON object for each image"})
-def images(c, json=False):
+@task(positional=[], help={"json": "a JSON object for each image",
+                           "older": "--no-older: remove our images of earlier sources that no container uses"})  # fmt: skip
+def images(c, json=False, older=True):
     """What is here of our images, with size and hash, and what a build would do and why."""
     from fractal.images import build, inventory
 
-    _exit(build.report_errors(lambda: inventory.show(as_json=json)))
+    _exit(build.report_errors(lambda: inventory.show(as_json=json, older=older or c.config.run.dry)))
 
 
 @task(positional=[], help={"what": "all, python or images (the bases' digests)",
@@ -67,7 +68,7 @@ def lock(c, what="all", upgrade=False):
     from fractal.images import build
     from fractal.images import lock as locks
 
-    _exit(build.report_errors(lambda: locks.lock(what, build.say, upgrade=upgrade)))
+    _exit(build.report_errors(lambda: locks.lock(what, lambda text: build.say(text, "lock"), upgrade=upgrade)))
 
 
 @task

@@ -429,8 +429,8 @@ def build_all(keys: str, options: Options, *, as_json: bool = False, dry: bool =
         client.close()
 
 
-def say(text: str) -> None:
-    print(f"image: {text}", file=sys.stderr, flush=True)
+def say(text: str, what: str = "image") -> None:
+    print(f"{what}: {text}", file=sys.stderr, flush=True)
 
 
 def report_errors(work: Callable[[], int | None]) -> int:

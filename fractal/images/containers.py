@@ -98,8 +98,11 @@ def run_setup(sidecar: str, runs: Path, *, gpus: bool, network: bool = True) -> 
 
 
 def model_binds() -> tuple[str, ...]:
-    """Models that were prepared on this machine."""
+    """Models that were prepared on this machine, made readable for the pipeline's user."""
     folder = models.cache_dir() / "models"
+    for file in folder.glob("*/*"):
+        if file.stat().st_uid == os.geteuid() and file.is_file():
+            file.chmod(file.stat().st_mode | 0o444)
     return (f"{folder.resolve()}:{MODELS}:ro",) if folder.is_dir() else ()
 
 

@@ -24,7 +24,7 @@ UV_TIMEOUT_S = 900
 # First of the locks for a GPU: PyTorch and what NVIDIA ships for it, which is large and changes little.
 TORCH_FAMILY = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 HEADER = """\
-# Base images: TAG SHA256-DIGEST, written by `invoke lock`. A tag without a digest has not been looked up yet: no registry
+# Base images: TAG SHA256-DIGEST, by `invoke lock`. A tag without a digest has not been looked up yet: no registry
 # answered where it was locked. What it names may change then, and `invoke images` and the manifest of a run say so.
 """
 
@@ -42,10 +42,10 @@ def lock_bases(client: docker.DockerClient, say: Say) -> None:
                 digest = str(client.api.inspect_distribution(tag)["Descriptor"]["digest"])
         except (docker.errors.DockerException, requests.RequestException) as error:
             stays = "its digest stays" if known else "it has no digest"
-            say(f"lock: {tag}: no registry answers ({first_line(error)}); {stays}")
+            say(f"{tag}: no registry answers ({first_line(error)}); {stays}")
             digest = known
         else:
-            say(f"lock: {tag}: {digest}" + (" as before" if digest == known else ""))
+            say(f"{tag}: {digest}" + (" as before" if digest == known else ""))
         found[tag] = digest
     text = HEADER + "".join(" ".join(filter(None, item)) + "\n" for item in found.items())
     write_whole(recipes.ROOT / recipes.BASES_LOCK, text.encode())
@@ -74,7 +74,7 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
     for lock, text in made.items():
         same = (docker_folder / lock).exists() and (docker_folder / lock).read_text() == text
         write_whole(docker_folder / lock, text.encode())
-        say(f"lock: docker/{lock}: {len(entries(text))} packages" + (", as before" if same else ", changed"))
+        say(f"docker/{lock}: {len(entries(text))} packages" + (", as before" if same else ", changed"))
 
 
 def entries(text: str) -> list[str]:
