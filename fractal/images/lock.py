@@ -17,7 +17,7 @@ import requests
 from fractal import console, setup
 from fractal.images import network, recipes
 from fractal.images.build import REGISTRY_TIMEOUT_S, Say, first_line, patience
-from fractal.images.image import UV_LOCK
+from fractal.images.rendering import UV_LOCK
 from fractal.records import InputError, OutsideError, write_whole
 
 UV_TIMEOUT_S = 900

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from fractal import setup
-from fractal.images.image import VENV, Image
+from fractal.images.image import Image
+from fractal.images.rendering import VENV
 from fractal.records import InputError, write_whole
 from fractal.sandbox.source import HOST_ONLY
 
