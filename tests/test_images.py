@@ -26,7 +26,7 @@ from fractal.images.recipes import Recipe
 from fractal.images.rendering import COMMITTED, Rendering
 from fractal.records import InputError
 from tests.conftest import ROOT
-from tests.test_losses import Engine
+from tests.engines import Engine
 
 pytestmark = pytest.mark.docker
 Made = Callable[..., Recipe]
