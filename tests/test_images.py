@@ -26,7 +26,7 @@ from fractal.images.recipes import Recipe
 from fractal.images.rendering import COMMITTED, Rendering
 from fractal.records import InputError
 from tests.conftest import ROOT
-from tests.test_losses import Engine
+from tests.engines import Engine
 
 pytestmark = pytest.mark.docker
 Made = Callable[..., Recipe]
@@ -54,18 +54,19 @@ def base(client: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def made(client: docker.DockerClient) -> Iterator[Made]:
     """Recipe of an image under a name of the test's own, which is forgotten at the end; nothing else may be left."""
-    recipes_: list[Recipe] = []
+    made: dict[str, str] = {}  # name -> parts, as they are now: a test may edit its files
 
     def make(image: Image, with_apt: bool = False, key: str = "") -> Recipe:
-        recipes_.append(Recipe(key or f"test-{secrets.token_hex(4)}", image, "", with_apt))
-        return recipes_[-1]
+        recipe = Recipe(key or f"test-{secrets.token_hex(4)}", image, "", with_apt)
+        made[recipe.name] = json.dumps(image.parts())
+        return recipe
 
     yield make
-    for name in {recipe.name for recipe in recipes_}:
+    for name in made:
         if build.has(client, name):
             client.images.remove(name, force=True)
-    ours = {json.dumps(recipe.image.parts()) for recipe in recipes_}
-    left = [one for one in client.images.list(filters={"dangling": True}) if one.labels.get(build.PARTS_LABEL) in ours]
+    nameless = client.images.list(filters={"dangling": True})
+    left = [one for one in nameless if one.labels.get(build.PARTS_LABEL) in made.values()]
     for one in left:
         client.images.remove(one.id)
     assert not left, "a build left images without a name"
