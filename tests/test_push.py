@@ -27,8 +27,8 @@ import requests
 from fractal.images import board, far, push, registry, ssh
 from fractal.records import InputError, OutsideError
 from tests.conftest import ROOT
+from tests.engines import Engine
 from tests.machine import Machine, Unavailable
-from tests.test_losses import Engine
 
 KB, MB = 1000, 1_000_000
 USER, PASSWORD = "joe", "right horse"

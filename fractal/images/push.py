@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import docker
 import docker.errors
@@ -26,7 +26,7 @@ import urllib3
 from fractal import engine
 from fractal.images import far, ssh
 from fractal.images.board import board
-from fractal.images.build import Say, connect, first_line, patience
+from fractal.images.build import Say, connect, first_line, patience, report_errors, say
 from fractal.images.registry import Manifest, RegistryError, read_manifest
 from fractal.records import InputError, OutsideError
 
@@ -418,33 +418,32 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--program", choices=get_args(far.Program), default="auto", help="the far registry's program")
     parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="instead of ~/.ssh/config")
     given = parser.parse_args(words)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup's
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # not at once: what was begun is undone
+    return report_errors(lambda: run(given.name, given.registry, given.host, given.program, given.ssh_config), "push")
 
-    def say(text: str) -> None:
-        print(f"push: {text}", file=sys.stderr, flush=True)
 
-    def end(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)  # so that what was begun is undone
+def run(
+    name: str,
+    registry: str | None = None,
+    host: str | None = None,
+    program: far.Program = "auto",
+    ssh_config: Path | None = None,
+) -> None:
+    """Push to the one that is given, and print a line. Raises InputError, OutsideError."""
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
-    try:
-        with closing(connect()) as client:
-            if given.registry:
-                pushed = to_registry(client, given.name, given.registry, say=say)
-            else:
-                options = {"program": given.program, "ssh_config": given.ssh_config}
-                pushed = to_host(client, given.name, given.host, say=say, **options)
-    except InputError as error:
-        print(f"push: {error}", file=sys.stderr)
-        return 2
-    except OutsideError as error:
-        print(f"push: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print(f"push: interrupted. {AGAIN}", file=sys.stderr)
-        return 130
-    print(f"push: {describe(pushed, 'there' if given.registry else f'on {given.host}')}")
-    return 0
+    def tell(text: str) -> None:
+        say(text, "push")
+
+    with closing(connect()) as client:
+        if registry:
+            pushed, where = to_registry(client, name, registry, say=tell), "there"
+        elif host:
+            pushed = to_host(client, name, host, say=tell, program=program, ssh_config=ssh_config)
+            where = f"on {host}"
+        else:
+            raise InputError("There is no place to push to. Give a registry or a host.")
+    print(f"push: {describe(pushed, where)}")
 
 
 if __name__ == "__main__":
