@@ -433,19 +433,19 @@ def say(text: str, what: str = "image") -> None:
     print(f"{what}: {text}", file=sys.stderr, flush=True)
 
 
-def report_errors(work: Callable[[], int | None]) -> int:
+def report_errors(work: Callable[[], int | None], what: str = "image") -> int:
     """Run it; errors become one line and an exit code, a number that it returns is one."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: builders are ended, secrets removed
     try:
         return work() or 0
     except OutsideError as error:
-        say(str(error))
+        say(str(error), what)
         return 3
     except InputError as error:
-        say(str(error))
+        say(str(error), what)
         return 2
     except KeyboardInterrupt:
-        say("interrupted. Run the command again, it goes on where it stopped.")
+        say("interrupted. Run the command again, it goes on where it stopped.", what)
         return 130
 
 
