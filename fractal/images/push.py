@@ -7,6 +7,7 @@ Exit codes: 0, 2 usage, 3 something outside is missing, 130 interrupted.
 """
 
 import argparse
+import json
 import re
 import signal
 import sys
@@ -14,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -24,9 +25,9 @@ import requests
 import urllib3
 
 from fractal import engine
-from fractal.images import far, ssh
+from fractal.images import far, recipes, ssh
 from fractal.images.board import board
-from fractal.images.build import Say, connect, first_line, patience, report_errors, say
+from fractal.images.build import Say, connect, ensure, first_line, patience, report_errors, say
 from fractal.images.registry import Manifest, RegistryError, read_manifest
 from fractal.records import InputError, OutsideError
 
@@ -407,6 +408,27 @@ def describe(pushed: Pushed, where: str) -> str:
     size = "" if pushed.bytes_sent is None else f", {pushed.bytes_sent / 1e6:.1f} MB"
     count = f"{pushed.layers_sent} of {pushed.layers} layers sent{size}"
     return f"{pushed.name} is {where}, {pushed.digest}, {count}, {pushed.seconds:.1f} s"
+
+
+def push_all(keys: str, registry: str, host: str, *, as_json: bool = False, dry: bool = False) -> None:
+    """Push our own images, built where they are missing: to the registry, or, without one, to the host."""
+    wanted = recipes.choose(keys)
+    if dry:
+        for recipe in wanted:
+            print(f"push: would send {recipe.name} to {registry or host}, as far as it is not there")
+        return
+
+    def tell(text: str) -> None:
+        say(text, "push")
+
+    with closing(connect()) as client:
+        for recipe in wanted:
+            name = ensure(client, recipe, say).name
+            if registry:
+                pushed, where = to_registry(client, name, registry, say=tell), "there"
+            else:
+                pushed, where = to_host(client, name, host, say=tell), f"on {host}"
+            print(json.dumps(asdict(pushed)) if as_json else f"push: {describe(pushed, where)}", flush=True)
 
 
 def main(words: list[str] | None = None) -> int:
