@@ -65,7 +65,11 @@ def push(c, image="pipeline,sandbox", to="", host="", json=False):
     from fractal.images import build, push
 
     to = to or ("" if host else os.environ.get("FRACTAL_REGISTRY", ""))
-    _exit(build.report_errors(lambda: push.push_all(image, to, host or "lambda", as_json=json, dry=c.config.run.dry)))
+    _exit(
+        build.report_errors(
+            lambda: push.push_all(image, to, host or "lambda", as_json=json, dry=c.config.run.dry), "push"
+        )
+    )
 
 
 @task(positional=[], help={"json": "a JSON object for each image",
@@ -84,7 +88,7 @@ def lock(c, what="all", upgrade=False):
     from fractal.images import build
     from fractal.images import lock as locks
 
-    _exit(build.report_errors(lambda: locks.lock(what, lambda text: build.say(text, "lock"), upgrade=upgrade)))
+    _exit(build.report_errors(lambda: locks.lock(what, lambda text: build.say(text, "lock"), upgrade=upgrade), "lock"))
 
 
 @task
