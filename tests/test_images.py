@@ -65,10 +65,10 @@ def made(client: docker.DockerClient) -> Iterator[Made]:
     for name in made:
         if build.has(client, name):
             client.images.remove(name, force=True)
-    nameless = client.images.list(filters={"dangling": True})
-    left = [one for one in nameless if one.labels.get(build.PARTS_LABEL) in made.values()]
+    nameless = client.api.images(filters={"dangling": True})  # not client.images: another's may vanish meanwhile
+    left = [one["Id"] for one in nameless if (one["Labels"] or {}).get(build.PARTS_LABEL) in made.values()]
     for one in left:
-        client.images.remove(one.id)
+        client.images.remove(one)
     assert not left, "a build left images without a name"
 
 
