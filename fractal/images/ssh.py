@@ -63,12 +63,11 @@ class Link:
         if not host or host.startswith("-") or any(char.isspace() or not char.isprintable() for char in host):
             raise InputError(f"{host!r} is no ssh destination. Give an alias of your ssh config, or user@host.")
         self.host = host
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="fractal-ssh-", dir="/tmp")
-        )  # a socket's name has 104 bytes at most
+        # A socket's name has 104 bytes at most, and TMPDIR may be long.
+        self._folder = Path(tempfile.mkdtemp(prefix="fractal-ssh-", dir="/tmp"))
         self._socket = self._folder / "s"
         self._ended = threading.Event()
-        self._begun = self._buffer = b""
+        self._buffer = b""
         argv = ["ssh", "-T", "-x", *(["-F", str(config)] if config else []), "-S", str(self._socket)]
         argv += [f"-o{name}={value}" for name, value in OPTIONS.items()]
         try:
