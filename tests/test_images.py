@@ -585,3 +585,21 @@ def test_a_full_disk_in_mid_build(small_engine: docker.DockerClient, tmp_path: P
     with pytest.raises(BuildError, match=r"the engine's disk is full\. `docker system df`.*nothing was tagged"):
         build.ensure(small_engine, recipe, quiet)
     assert small_engine.images.list() == []
+
+
+def test_a_plain_docker_build_of_the_committed_dockerfile_gives_the_same_layers(client: docker.DockerClient) -> None:
+    """For who has docker and nothing of ours: the Dockerfile says all."""
+    command = builder.find_builder(client).command
+    if command is None:
+        pytest.skip("no docker command with BuildKit")
+    ours = build.ensure_sandbox_image(client, quiet)
+    base = ours.base.partition(" ")[0]
+    tag = f"test-plain:{secrets.token_hex(4)}"
+    argv = [command, "build", "-q", "-f", "docker/sandbox.Dockerfile", "--build-arg", f"BASE={base}", "-t", tag, "."]
+    environ = os.environ | {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default"}
+    subprocess.run(argv, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=300)
+    try:
+        plain, named = (client.images.get(name).attrs["RootFS"]["Layers"] for name in (tag, ours.name))
+        assert plain == named
+    finally:
+        client.images.remove(tag)

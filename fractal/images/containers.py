@@ -35,7 +35,18 @@ SIDECAR_TIMEOUT_S = 30
 LABEL = "fractal.pipeline"
 SHARED_MEMORY = "2g"  # vLLM's processes exchange tensors there; Docker's default is 64 MiB
 # What the tests read beside the package, mounted where the image has the package.
-TESTED = ("tests", "docker", "docs", "benchmarks", "Dockerfile", "Makefile", "README.md", "pyproject.toml", "tasks.py")
+TESTED = (
+    "tests",
+    "docker",
+    "docs",
+    "benchmarks",
+    "Dockerfile",
+    ".dockerignore",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+    "tasks.py",
+)
 
 
 class ContainerError(OutsideError):

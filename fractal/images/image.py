@@ -312,7 +312,7 @@ class Image:
         step = Step("add", lines, locals=found)
         if copy:
             return self._with(call, step)
-        build_context.check(call, self._locals(), found)
+        build_context.check(call, self.locals(), found)
         return replace(self, last=(*self.last, step), calls=(*self.calls, call))
 
     def _with(self, call: Call, step: Step) -> Self:
@@ -321,7 +321,7 @@ class Image:
                 f"{call}: holds a password or a token, which anyone could read in the image. "
                 "Give it to `docker run -e`; one for an index belongs into pip's configuration, which the build hears."
             )
-        build_context.check(call, self._locals(), step.locals)
+        build_context.check(call, self.locals(), step.locals)
         if self.last:
             raise ImageError(_too_late(self.calls, call))
         return replace(self, steps=(*self.steps, step), calls=(*self.calls, call))
@@ -367,14 +367,15 @@ class Image:
 
     def context(self) -> dict[str, Path]:
         """The build context: path in it -> file here. Raises ImageError if it is too large, naming what is."""
-        files = {name: path for local in self._locals() for name, path in local.files().items()}
+        files = {name: path for local in self.locals() for name, path in local.files().items()}
         if self._with_python():
             files |= _uv_lock(self.root).files()
         archives = {local.context for local in self.context_locals if local.target == "/"}
         build_context.check_size({name: path for name, path in files.items() if name not in archives})
         return dict(sorted(files.items()))
 
-    def _locals(self) -> list[Local]:
+    def locals(self) -> list[Local]:
+        """The local files and folders that it asks for."""
         return [*self.context_locals, *(local for step in (*self.steps, *self.last) for local in step.locals)]
 
     def parts(self) -> dict[str, str]:
