@@ -523,7 +523,7 @@ class Bench:
             pushes += [pushed] if pushed else []
         shutil.copy2(ROOT / CODE[key], self.folder / CODE[key])
         return {**spread([run.seconds for run in runs]), "steps_run": max(r.said["layers_built"] for r in runs),
-                "file": CODE[key], **_push(pushes)}  # fmt: skip
+                "file": CODE[key], "image": runs[-1].said["image"], **_push(pushes)}  # fmt: skip
 
     def dependency(self, key: str) -> dict[str, Any] | None:
         """One Python package in another version, once. None for an image without any."""
