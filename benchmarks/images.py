@@ -104,6 +104,8 @@ def title(command: str, last: bool = False) -> str:
         return "empty environment"
     if "pip install" in text:
         return f"Python package {text.split()[-3] if text.endswith('# buildkit') else text.split()[-1]}"
+    if text.startswith("chmod -R") and " /local " in text:
+        return "modes and times of local files"
     if text.startswith("COPY --from=local") or "COPY /local/" in text:
         return "our code" if last else "local files"
     return text.removesuffix("# buildkit").strip()[:44]
@@ -452,20 +454,18 @@ def compare(ours: docker.DockerClient, name: str, theirs: docker.DockerClient, o
 def listing(client: docker.DockerClient, name: str, wanted: set[str]) -> dict[str, dict[str, Facts]]:
     """The entries of some layers, by diff id."""
     found: dict[str, dict[str, Facts]] = {}
-    size = client.images.get(name).attrs["Size"] // 1_000_000
-    with console.bar(f"compare {name.partition(':')[0]}", size) as bar:
-        for layer in scan.saved(client, name, scan.megabytes(bar.advance)):
-            entries = {}
-            for entry, file in layer.entries:
-                content = hashlib.sha256()
-                while file is not None and (piece := file.read(scan.PIECE)):
-                    content.update(piece)
-                entries[entry.name] = Facts(
-                    entry.type.decode(), entry.mode, f"{entry.uid}:{entry.gid}", entry.mtime, entry.size,
-                    entry.linkname, content.hexdigest() if file else "", repr(sorted(entry.pax_headers.items())),
-                )  # fmt: skip
-            if (diff_id := layer.diff_id()) in wanted:
-                found[diff_id] = entries
+    for layer in scan.saved(client, name):
+        entries = {}
+        for entry, file in layer.entries:
+            content = hashlib.sha256()
+            while file is not None and (piece := file.read(scan.PIECE)):
+                content.update(piece)
+            entries[entry.name] = Facts(
+                entry.type.decode(), entry.mode, f"{entry.uid}:{entry.gid}", entry.mtime, entry.size,
+                entry.linkname, content.hexdigest() if file else "", repr(sorted(entry.pax_headers.items())),
+            )  # fmt: skip
+        if (diff_id := layer.diff_id()) in wanted:
+            found[diff_id] = entries
     return found
 
 
@@ -499,7 +499,7 @@ class Bench:
             found["cold"] = self.cold(key, name)
         if self.second and made.said["bytes"] < SECOND_ENGINE_BYTES:
             found["second"] = self.elsewhere(key, name, self.second)
-        found["scan"], found["sizes"] = self.scan(key, name, made.said["bytes"])
+        found["scan"], found["sizes"] = self.scan(name)
         return found
 
     def nothing(self, key: str) -> dict[str, Any]:
@@ -577,11 +577,10 @@ class Bench:
             client.close()
         return found
 
-    def scan(self, key: str, name: str, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def scan(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Every layer, searched; and what the bytes are."""
         begun = time.perf_counter()
-        with console.bar(f"scan {key}", size // 1_000_000) as bar:
-            report = scan.scan(self.client, name, self.needles, scan.megabytes(bar.advance))
+        report = scan.scan(self.client, name, self.needles)
         searched = {"seconds": time.perf_counter() - begun, "layers": report.layers, "files": report.files,
                     "bytes": report.bytes, "searched_for": len(scan.NEEDLES) + len(self.needles),
                     "user": self.client.images.get(name).attrs["Config"].get("User") or "root",
@@ -619,19 +618,19 @@ def ratios(found: dict[str, Any]) -> None:
 
 def rows_of(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for command, one in found["nothing"].items():
-        yield f"nothing changed ({command})", one
-    yield "one line changed", found["line"]
+        yield f"nothing, {command}", one
+    yield "one line", found["line"]
     if found["dependency"]:
-        yield "one dependency changed", found["dependency"]
+        yield "one dependency", found["dependency"]
     whole = {"push": found["push"]} if "push" in found else {}
     if "cold" in found:
-        yield "everything anew, downloads cached", {**found["cold"], **whole}
+        yield "all anew", {**found["cold"], **whole}
         whole = {}
     if "second" in found:
-        yield "everything, second engine", {**found["second"], **whole}
+        yield "all, second engine", {**found["second"], **whole}
         whole = {}
     if whole:
-        yield "everything pushed", whole
+        yield "all pushed", whole
 
 
 def speed_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -640,8 +639,8 @@ def speed_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
     )
     found = Table(title="build and push", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     found.add_column("image", no_wrap=True)
-    found.add_column("what", no_wrap=True)
-    for column in ("seconds", "min-max", "steps", "of all", "pushed MB", "layers", "push s", "of all bytes"):
+    found.add_column("changed", no_wrap=True)
+    for column in ("seconds", "min-max", "steps", "of all", "pushed MB", "layers", "push s", "of bytes"):
         found.add_column(column, justify="right", no_wrap=True)
     for key, one in images.items():
         for number, (what, row) in enumerate(rows_of(one)):
@@ -659,25 +658,24 @@ def speed_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def same_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
     found = Table(title="the same commit built twice", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("image", "against", "layer", "verdict", "what differs"):
-        found.add_column(column, no_wrap=column != "what differs")
+    for column in ("image", "layer", "all anew", "second engine"):
+        found.add_column(column, no_wrap=True)
     for key, one in images.items():
-        for where, label in (("cold", "all anew"), ("second", "2nd engine")):
-            if where not in one:
-                continue
-            same = one[where]["same"]
-            found.add_row(key, label, "the image", same["image"], "")
-            for row in same["layers"]:
-                found.add_row("", "", row["layer"], row["verdict"], differing(row))
-            found.add_section()
+        sames = [one[where]["same"] if where in one else None for where in ("cold", "second")]
+        if not (whole := next(filter(None, sames), None)):
+            continue
+        found.add_row(key, "the image", *(same["image"] if same else "" for same in sames))
+        for number, row in enumerate(whole["layers"]):
+            found.add_row("", row["layer"], *(same["layers"][number]["verdict"] if same else "" for same in sames))
+        found.add_section()
     return found
 
 
 def differing(row: Mapping[str, Any]) -> str:
     """A layer's differences as a phrase."""
-    words = [f"{kind}: {one['count']} ({', '.join(one['paths'][:2])})" for kind, one in row.items()
+    words = [f"{kind} of {one['count']} ({', '.join(one['paths'][:3])})" for kind, one in row.items()
              if isinstance(one, Mapping)]  # fmt: skip
-    return f"{'; '.join(words)}; of {row['entries']} entries" if words else ""
+    return f"{'; '.join(words)}; in {row['entries']:,} entries"
 
 
 def size_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -709,6 +707,9 @@ def remarks(images: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             if where in one and one[where]["steps"]:
                 words = ", ".join(f"{name} {seconds:.1f}" for name, seconds in one[where]["steps"][:5])
                 yield f"{key}, {where}, seconds by step: {words}"
+            for row in one.get(where, {}).get("same", {}).get("layers", []):
+                if row["verdict"] != "same digest":
+                    yield f"{key}, {where}: {row['layer']}: {row['verdict']}: {differing(row)}"
         scanned = one["scan"]
         bad = [f for f in scanned["findings"] if not f["excuse"]]
         yield (
