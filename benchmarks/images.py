@@ -333,6 +333,10 @@ class Registry:
         found = (self.folder / "docker/registry/v2/blobs/sha256").glob("*/*/data")
         return {f"sha256:{path.parent.name}": path.stat().st_size for path in found}
 
+    def clear(self) -> None:
+        """Make it empty again, for the next image and for the disk."""
+        shutil.rmtree(self.folder / "docker", ignore_errors=True)
+
     def push(self, client: docker.DockerClient, name: str) -> Pushed:
         """Push an image the way `docker push` does. Raises BenchError."""
         repository, tag = name.split(":")
@@ -434,15 +438,23 @@ def compare(ours: docker.DockerClient, name: str, theirs: docker.DockerClient, o
     _, there = history_of(theirs, other)
     rows: list[dict[str, Any]] = []
     listings: tuple[dict[str, dict[str, Facts]], ...] = ({}, {})
-    if here != there:
-        listings = (
-            listing(ours, name, set(here) - set(there)),
-            listing(theirs, other, set(there) - set(here)),
-        )
+    compared = here != there
+    if compared:
+        try:
+            listings = (
+                listing(ours, name, set(here) - set(there)),
+                listing(theirs, other, set(there) - set(here)),
+            )
+        except scan.ScanError as error:
+            compared = False
+            console.warn(f"bench: contents are not compared: {error}")
     for i, (words, one) in enumerate(zip(names, here, strict=True)):
         two = there[i] if i < len(there) else ""
         if one == two:
             rows.append({"layer": words, "verdict": "same digest"})
+            continue
+        if not compared:
+            rows.append({"layer": words, "verdict": "another digest", "entries": 0})
             continue
         found = differences(listings[0].get(one, {}), listings[1].get(two, {}))
         counts = {kind: {"count": len(paths), "paths": paths[:20]} for kind, paths in found.items()}
@@ -484,23 +496,27 @@ class Bench:
     needles: list[scan.Needle]
     mark: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y%m%d%H%M%S"))
 
-    def image(self, key: str) -> dict[str, Any]:
-        """Measure one image."""
+    def image(self, key: str, found: dict[str, Any]) -> None:
+        """Measure one image; `found` gets each figure as it is known, so that a failure loses none."""
         made = by_module(key, ROOT)
         name = made.said["image"]
-        found: dict[str, Any] = {"image": name, **{k: made.said[k] for k in ("digest", "base", "bytes")}}
+        found |= {"image": name, **{k: made.said[k] for k in ("digest", "base", "bytes")}}
         found["nothing"] = self.nothing(key)
         if self.registry:
             console.say(f"{key}: pushing all of it to an empty registry")
             found["push"] = self.registry.push(self.client, name)._asdict()
         found["line"] = self.line(key)
         found["dependency"] = self.dependency(key)
+        if self.registry:
+            self.registry.clear()
         if self.plan.cold:
             found["cold"] = self.cold(key, name)
         if self.second and made.said["bytes"] < SECOND_ENGINE_BYTES:
             found["second"] = self.elsewhere(key, name, self.second)
-        found["scan"], found["sizes"] = self.scan(name)
-        return found
+        try:
+            found["scan"], found["sizes"] = self.scan(name)
+        except scan.ScanError as error:
+            console.warn(f"bench: left out the scan and the sizes: {error}")
 
     def nothing(self, key: str) -> dict[str, Any]:
         """The command again, with nothing changed."""
@@ -579,11 +595,12 @@ class Bench:
 
     def scan(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Every layer, searched; and what the bytes are."""
+        user = self.client.images.get(name).attrs["Config"].get("User") or "root"
         begun = time.perf_counter()
         report = scan.scan(self.client, name, self.needles)
         searched = {"seconds": time.perf_counter() - begun, "layers": report.layers, "files": report.files,
                     "bytes": report.bytes, "searched_for": len(scan.NEEDLES) + len(self.needles),
-                    "user": self.client.images.get(name).attrs["Config"].get("User") or "root",
+                    "user": user,
                     "findings": [asdict(finding) for finding in report.findings]}  # fmt: skip
         return searched, weigh(report.sizes)
 
@@ -606,9 +623,7 @@ def ratios(found: dict[str, Any]) -> None:
     """To each change, how it stands to everything: its seconds to a build of all layers, its push to a push of all."""
     whole = (found.get("cold") or found.get("second") or {}).get("median_s")
     whole_push = found.get("push")
-    for one in [*found["nothing"].values(), found["line"], found["dependency"]]:
-        if one is None:
-            continue
+    for one in filter(None, [*found.get("nothing", {}).values(), found.get("line"), found.get("dependency")]):
         if whole:
             one["of_whole"] = one["median_s"] / whole
         if whole_push and "push" in one:
@@ -617,10 +632,11 @@ def ratios(found: dict[str, Any]) -> None:
 
 
 def rows_of(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for command, one in found["nothing"].items():
+    for command, one in found.get("nothing", {}).items():
         yield f"nothing, {command}", one
-    yield "one line", found["line"]
-    if found["dependency"]:
+    if "line" in found:
+        yield "one line", found["line"]
+    if found.get("dependency"):
         yield "one dependency", found["dependency"]
     whole = {"push": found["push"]} if "push" in found else {}
     if "cold" in found:
@@ -685,6 +701,8 @@ def size_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
         found.add_column(column, justify="right", no_wrap=True)
     found.add_column("largest")
     for key, one in images.items():
+        if "sizes" not in one:
+            continue
         less = one["sizes"]["less"].values()
         largest = [f"{name} {size / 1e6:,.0f}" for name, size in list(one["sizes"]["largest"].items())[:3]]
         pushed = one["push"]["whole_bytes"] if "push" in one else None
@@ -696,12 +714,14 @@ def size_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
 def remarks(images: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Limits of issue 5 and how they stand, the time of the steps, and what the scan found."""
     for key, one in images.items():
-        nothing = max(row["median_s"] for row in one["nothing"].values())
-        told = [_limit("nothing changed", nothing, "nothing"), _limit("one line", one["line"]["median_s"], "line")]
-        if "push" in one["line"]:
-            told.append(_limit("its push", one["line"]["push"]["bytes"], "line pushed"))
+        told = [_limit(f"nothing changed, {command}", row["median_s"], "nothing")
+                for command, row in one.get("nothing", {}).items()]  # fmt: skip
+        if "line" in one:
+            told.append(_limit("one line", one["line"]["median_s"], "line"))
+            if "push" in one["line"]:
+                told.append(_limit("its push", one["line"]["push"]["bytes"], "line pushed"))
         yield f"{key}: {'; '.join(told)}"
-        if one["dependency"]:
+        if one.get("dependency"):
             yield f"{key}: {one['dependency']['what']}; new layers: {', '.join(one['dependency']['new_layers'])}"
         for where in ("cold", "second"):
             if where in one and one[where]["steps"]:
@@ -710,7 +730,8 @@ def remarks(images: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             for row in one.get(where, {}).get("same", {}).get("layers", []):
                 if row["verdict"] != "same digest":
                     yield f"{key}, {where}: {row['layer']}: {row['verdict']}: {differing(row)}"
-        scanned = one["scan"]
+        if not (scanned := one.get("scan")):
+            continue
         bad = [f for f in scanned["findings"] if not f["excuse"]]
         yield (
             f"{key}: scan of {scanned['layers']} layers, {scanned['files']:,} files, {scanned['bytes'] / 1e6:,.0f} MB "
@@ -770,7 +791,10 @@ def run(given: argparse.Namespace) -> Path:
     plan = plan_of(given)
     if trouble := engine.problem():
         raise OutsideError(trouble)
-    facts, skipped, images = machine(), {}, {}
+    facts = machine()
+    skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    images: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         client = build.connect()
         stack.callback(client.close)
@@ -786,19 +810,25 @@ def run(given: argparse.Namespace) -> Path:
                 console.warn(f"bench: left out the {name}: {error}")
         needles = scan.machine_needles()
         bench = Bench(plan, client, folder, helpers["registry"], helpers["second engine"], needles)
-        try:
-            for key in plan.images:
-                images[key] = bench.image(key)
-                ratios(images[key])
-        except (docker.errors.DockerException, requests.RequestException) as error:
-            raise BenchError(f"the engine failed: {build.first_line(error)}") from error
+        for key in plan.images:
+            try:
+                bench.image(key, images.setdefault(key, {}))
+            except BenchError as error:
+                failed[key] = str(error)
+            except (docker.errors.DockerException, requests.RequestException) as error:
+                failed[key] = f"the engine failed: {build.first_line(error)}"
+            ratios(images[key])
     for table in (speed_table(images), same_table(images), size_table(images)):
         if table.row_count:
             show(table)
     for line in remarks(images):
         console.say(line)
-    values = {"machine": {**facts, "load_after": list(os.getloadavg())}, "skipped": skipped, "images": images}
-    return save(given.out, plan, values)
+    after = {**facts, "load_after": list(os.getloadavg())}
+    path = save(given.out, plan, {"machine": after, "skipped": skipped, "failed": failed, "images": images})
+    if failed:
+        told = "; ".join(f"{key}: {why}" for key, why in failed.items())
+        raise BenchError(f"{told} What was measured: {path}")
+    return path
 
 
 def save(folder: Path, plan: Plan, values: dict[str, Any]) -> Path:

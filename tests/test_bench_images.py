@@ -157,6 +157,18 @@ def test_ratios_are_to_all_layers_built_and_all_bytes_pushed() -> None:
     assert (push["of_whole_bytes"], push["of_whole_s"]) == (0.01, 0.05)
 
 
+def test_what_failed_half_way_is_still_shown() -> None:
+    found = {
+        "bytes": 5,
+        "nothing": {"module": {"median_s": 0.5, "min_s": 0.4, "max_s": 0.6, "runs": 2, "steps_run": 0}},
+    }
+    images.ratios(found)
+    images.ratios({})
+    assert images.speed_table({"sandbox": found, "pipeline": {}}).row_count == 1
+    assert images.same_table({"sandbox": found}).row_count == images.size_table({"sandbox": found}).row_count == 0
+    assert list(images.remarks({"sandbox": found})) == ["sandbox: nothing changed, module 0.50 s (under 1.00 s)"]
+
+
 def test_the_changed_file_is_in_its_image() -> None:
     for key, recipe in recipes.recipes().items():
         assert images.CODE[key] in recipe.image.context(), key

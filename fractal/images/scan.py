@@ -15,6 +15,8 @@ import itertools
 import json
 import os
 import re
+import shutil
+import socket
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +31,7 @@ import docker
 from fractal import console
 from fractal.images import build, network, recipes
 from fractal.images.recipes import ROOT
+from fractal.records import OutsideError
 
 Kind = Literal[
     "private key",
@@ -42,9 +45,14 @@ Kind = Literal[
     "root",  # the image's program runs as root
 ]
 WEIGHTS_BYTES, BIN_BYTES = 100_000, 5_000_000  # below is no model: .pth is also a file of paths, .bin is anything
+SPARE_BYTES = 2_000_000_000  # others use the engine's disk too
 PIECE = 1 << 20
 OVERLAP = 4096  # what is searched for is shorter, or begins with what is
 TAR_BUFFER = 1 << 17  # tarfile copies its buffer at each header: larger is slower
+
+
+class ScanError(OutsideError):
+    """An image cannot be looked through here: one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +201,16 @@ def _entries(file: _Hashed) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]
 
 
 def saved(client: docker.DockerClient, name: str) -> Iterator[Layer]:
-    """The layers of an image that the engine has, with a progress bar."""
+    """The layers of an image that the engine has, with a progress bar. Raises ScanError if its disk is too full."""
     size = client.images.get(name).attrs["Size"]
+    info = client.info()
+    place = Path(info.get("DockerRootDir") or "/nowhere")
+    here = info.get("Name") == socket.gethostname() and place.is_dir()  # else the disk is another machine's
+    if here and (free := shutil.disk_usage(place).free) < size + SPARE_BYTES:
+        raise ScanError(
+            f"The engine copies an image before it hands it out: {name} needs {(size + SPARE_BYTES) / 1e9:.1f} GB on "
+            f"its disk, {free / 1e9:.1f} are free. `docker system df` shows what takes it."
+        )
     pieces = iter(client.api.get_image(name))
     with console.activity(name) as show:
         show("the engine packs it")
