@@ -9,7 +9,7 @@ from invoke import Exit, task
 
 ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
-BENCHES = {"verify": "benchmarks/verify.py"}
+BENCHES = {"verify": "benchmarks/verify.py", "images": "benchmarks/images.py"}
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
 
 
@@ -156,7 +156,7 @@ def verify(c, run="", problems="", samples="", out="", cpu="", wall="", memory="
     _fractal(c, "verify", *given, *_options(slots=slots), *([] if cache else ["--no-cache"]))
 
 
-@task(positional=[], help={"what": "verify", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
+@task(positional=[], help={"what": "verify or images", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
                            "generations": "completions of a model; default: ../shared/generations/*.jsonl.gz, if there",
                            "samples_count": "samples in all; default 1500", "rounds": "turns of each contestant; default 3",
                            "seed": "of samples and orders; default 0", "limit": "seconds for each sample; default 3",
@@ -164,15 +164,16 @@ def verify(c, run="", problems="", samples="", out="", cpu="", wall="", memory="
                            "turn": "seconds that a slow contestant may take a round, about; default 30",
                            "runtime": "a second container runtime for Fractal, such as runsc", "quick": "a smoke run",
                            "linear": "Fractal alone at growing numbers of samples: seconds and memory",
-                           "counts": "those numbers; default 1000,10000,100000", "out": "folder of the JSON files"})  # fmt: skip
+                           "counts": "those numbers; default 1000,10000,100000", "out": "folder of the JSON files",
+                           "image": "images, or all; default sandbox,pipeline-cpu", "cold": "images: also all anew"})  # fmt: skip
 def bench(c, what="verify", problems="", generations="", samples_count="", rounds="", seed="", limit="", workers="",
-          only="", turn="", runtime="", quick=False, linear=False, counts="", out=""):  # fmt: skip
-    """Measure against other harnesses on the same samples, in one run; the figures go to runs/bench."""
+          only="", turn="", runtime="", quick=False, linear=False, counts="", out="", image="", cold=False):  # fmt: skip
+    """Measure the verifier against other harnesses, or what images cost, in one run; the figures go to runs/bench."""
     if what not in BENCHES:
         raise Exit(f"bench: unknown --what={what}; known: {', '.join(BENCHES)}.", code=2)
     given = _options(problems=problems, generations=generations, samples_count=samples_count, rounds=rounds, seed=seed,
-                     limit=limit, workers=workers, only=only, turn=turn, runtime=runtime, counts=counts, out=out)  # fmt: skip
-    given += [word for word, wanted in (("--quick", quick), ("--linear", linear)) if wanted]
+                     limit=limit, workers=workers, only=only, turn=turn, runtime=runtime, counts=counts, out=out, image=image)  # fmt: skip
+    given += [word for word, wanted in (("--quick", quick), ("--linear", linear), ("--cold", cold)) if wanted]
     _become(c, sys.executable, ROOT / BENCHES[what], *given)
 
 

@@ -1,0 +1,218 @@
+"""The scan of images: planted secrets in real layers, hidden ones too; contents across borders; a clean image passes."""
+
+import base64
+import hashlib
+import io
+import itertools
+import secrets
+import tarfile
+from collections.abc import Iterator
+
+import docker
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fractal.images import scan
+
+# Put together here: written out, they would be found in this file by others' scans.
+AWS = b"AKIA" + b"Q3EGAXWZ7LMNOPRT"
+GITHUB = b"ghp_" + b"a1B2c3D4e5F6g7H8i9J0a1B2c3D4e5F6g7H8"
+HUB = b"hf_" + b"AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"
+WEB = b"eyJhbGciOiJIUzI1NiJ9" + b"." + b"eyJzdWIiOiIxMjM0NTY3ODkwIn0" + b"." + b"dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P"
+LAMBDA = b"secret_" + b"laptop_" + b"0123456789abcdef" * 2 + b"." + b"Ab3" * 10 + b"xy"
+KEY = b"-----BEGIN RSA PRIVATE" + b" KEY-----\n" + base64.b64encode(bytes(range(48))) + b"\n"
+ADDRESS = b"index = https://ci-robot:" + b"9fK2xLq71z@pypi.internal.example/simple\n"
+
+
+def kinds(text: bytes, *more: scan.Needle) -> set[str]:
+    return {needle.kind for needle in scan.search([text], (*scan.NEEDLES, *more))}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (AWS, "token"),
+        (b'key = "' + GITHUB + b'"', "token"),
+        (b"HF_TOKEN=" + HUB + b"\n", "token"),
+        (b"Authorization: Bearer " + WEB, "token"),
+        (b"LAMBDA_API_KEY=" + LAMBDA, "token"),
+        (KEY, "private key"),
+        (KEY.replace(b"\n", b"\\n"), "private key"),  # in JSON
+        (ADDRESS, "password"),
+    ],
+)
+def test_secrets_are_found(text: bytes, kind: str) -> None:
+    assert kinds(b"before\n" + text + b"\0after") == {kind}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b'HEADER = "-----BEGIN RSA PRIVATE KEY-----"\nif HEADER in text: pass',
+        b"postgresql://user:password@localhost/db https://%s:%s@host https://${USER}:${TOKEN}@host",
+        b"amqp://guest:guest@localhost/ https://REDACTED:REDACTED@host.example",
+        b"http://localhost:8000/a@b ssh://git@github.com/x",
+        b"_Zhf_" + HUB[3:] + b" " + b"x" + AWS,  # the middle of a longer word
+    ],
+)
+def test_mentions_and_examples_are_no_secrets(text: bytes) -> None:
+    assert kinds(text) == set()
+
+
+@given(st.binary(max_size=50), st.sampled_from([AWS, HUB, KEY, ADDRESS]), st.lists(st.integers(0, 400), max_size=6))
+def test_borders_of_pieces_hide_nothing(before: bytes, secret: bytes, cuts: list[int]) -> None:
+    text = before + b" " + secret + b" "
+    places = [0, *sorted({min(cut, len(text)) for cut in cuts}), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(places)]
+    assert scan.search(pieces, scan.NEEDLES) == scan.search([text], scan.NEEDLES)
+
+
+def entry(name: str, size: int = 10, mode: int = 0o644) -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.size, found.mode = size, mode
+    return found
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [
+        (entry("root/.netrc"), "private file"),
+        (entry("etc/pip.conf"), "private file"),
+        (entry("work/.env"), "private file"),
+        (entry("home/x/.aws/config"), "private file"),
+        (entry("run/secrets/settings"), "private file"),
+        (entry("opt/tls/server.key"), "private file"),
+        (entry("opt/model.safetensors", 10**7), "weights"),
+        (entry("opt/model.bin", 10**7), "weights"),
+        (entry("root/.cache/uv/a"), "cache"),
+        (entry("var/lib/apt/lists/a_Packages"), "cache"),
+        (entry("app/fractal/__pycache__/a.pyc"), "cache"),
+        (entry("usr/bin/su", mode=0o4755), "setuid"),
+        (entry("etc/pip.conf", 0), None),  # a mount point that a mount left
+        (entry("opt/venv/lib/python3.11/site-packages/a.pth"), None),
+        (entry("opt/venv/lib/python3.11/site-packages/a/credentials.py"), None),
+        (entry("opt/venv/lib/python3.11/site-packages/__pycache__/a.pyc"), None),
+    ],
+)
+def test_names_and_modes(found: tarfile.TarInfo, kind: str | None) -> None:
+    assert [k for k, _ in scan.look(found)] == ([kind] if kind else [])
+
+
+def test_excuses_are_of_one_kind_and_place() -> None:
+    assert scan.excuse("setuid", "usr/bin/su")
+    assert not scan.excuse("setuid", "usr/bin/python3")
+    assert not scan.excuse("token", "usr/bin/su")
+
+
+def test_a_certificate_is_known_as_pem_and_as_der() -> None:
+    data = secrets.token_bytes(900)
+    body = base64.b64encode(data).decode()
+    needles = scan.certificate_needles(body)
+    pem = "-----BEGIN CERTIFICATE-----\n" + "\n".join(body[i : i + 64] for i in range(0, len(body), 64))
+    assert kinds(pem.encode(), *needles) == kinds(b"keystore" + data, *needles) == {"machine"}
+    assert kinds(base64.b64encode(secrets.token_bytes(900)), *needles) == set()
+
+
+def test_only_addresses_that_not_everybody_uses_betray_a_machine() -> None:
+    text = "deb https://deb.debian.org/debian x\nexport A='https://mirror.corp.example:8080/simple' http://localhost:1/"
+    assert scan.addresses(text) == {"mirror.corp.example"}
+
+
+def test_sizes_are_those_of_the_topmost_layer() -> None:
+    stack = [{"a/x": 1, "a/y": 2, "b/z": 4, "b/w": 8}, {"a/x": 16, "a/.wh.y": 0, "b/.wh..wh..opq": 0, "b/w": 32}]
+    assert scan.visible(stack) == {"a/x": 16, "b/w": 32}
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, data in files.items():
+            one = entry(name, len(data))
+            tar.addfile(one, io.BytesIO(data))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("size", [1, 700, 10**6])
+def test_layers_are_read_from_pieces_of_any_size_and_known_by_their_hash(size: int) -> None:
+    layers = [archive({"a": b"1" * 5000}), archive({}), archive({"b": b"2", "c": b""})]
+    whole = archive(
+        {"x.json": b"{}", **{f"{i}/layer.tar": data for i, data in enumerate(layers)}, "manifest.json": b"[]"}
+    )
+    pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
+    found = [([e.name for e, _ in layer.entries], layer.diff_id()) for layer in scan.layers(pieces)]
+    assert found == [
+        (names, f"sha256:{hashlib.sha256(data).hexdigest()}")
+        for names, data in zip([["a"], [], ["b", "c"]], layers, strict=True)
+    ]
+
+
+# --- a real engine
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[docker.DockerClient]:
+    found = docker.from_env()
+    yield found
+    found.close()
+
+
+def make(client: docker.DockerClient, *layers: dict[str, bytes], lines: str = "USER 1000") -> Iterator[str]:
+    """An image of these layers, on nothing; gone afterwards."""
+    name = f"fractal-test-scan:{secrets.token_hex(6)}"
+    context = {f"layer{i}{path}": data for i, layer in enumerate(layers) for path, data in layer.items()}
+    copies = [f"COPY layer{i} /" for i in range(len(layers))]
+    context["Dockerfile"] = "\n".join(["FROM scratch", *copies, lines]).encode()
+    client.images.build(fileobj=io.BytesIO(archive(context)), custom_context=True, tag=name, rm=True)
+    try:
+        yield name
+    finally:
+        client.images.remove(name)
+
+
+@pytest.fixture
+def planted(client: docker.DockerClient) -> Iterator[str]:
+    below = {"/root/.netrc": b"machine x", "/a": AWS, "/b": KEY, "/c": ADDRESS, "/d/m.gguf": b"G" * 200_000}
+    above = {"/root/.netrc": b"", "/a": b"", "/b": b"", "/e": b"x" * 3_000_000 + b"the checkout /home/someone/here"}
+    lines = f"LABEL maintainer={HUB.decode()}\nENV API_TOKEN=x"
+    yield from make(client, below, above, lines=lines)
+
+
+@pytest.mark.docker
+def test_planted_secrets_are_found_in_every_layer(client: docker.DockerClient, planted: str) -> None:
+    mine = scan.Needle("machine", "a path", b"/home/someone/here")
+    found = scan.scan(client, planted, [mine])
+    assert {(f.kind, f.layer, f.path) for f in found.bad} == {
+        ("private file", 0, "root/.netrc"),
+        ("token", 0, "a"),
+        ("private key", 0, "b"),
+        ("password", 0, "c"),
+        ("weights", 0, "d/m.gguf"),
+        ("machine", 1, "e"),
+        ("token", None, "configuration"),
+        ("token", None, "history"),
+        ("root", None, "configuration"),
+    }
+    assert AWS.decode() not in repr(found.findings)
+    assert found.sizes["a"] == 0
+
+
+@pytest.fixture
+def clean(client: docker.DockerClient) -> Iterator[str]:
+    yield from make(client, {"/app/main.py": b"print('https://user:password@host')"}, {"/etc/motd": b"hello"})
+
+
+@pytest.mark.docker
+def test_a_clean_image_passes(client: docker.DockerClient, clean: str) -> None:
+    found = scan.scan(client, clean, scan.machine_needles())
+    assert found.findings == []
+    assert (found.layers, found.files) == (2, 2)
+
+
+@pytest.mark.docker
+def test_the_sandbox_image_is_clean(client: docker.DockerClient, image: str) -> None:
+    found = scan.scan(client, image, scan.machine_needles())
+    assert found.bad == []
+    assert [f.kind for f in found.findings] == ["root"]
+    assert found.findings[0].excuse == scan.ROOT_EXCUSE
