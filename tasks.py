@@ -81,6 +81,12 @@ def images(c, json=False, older=True):
     _exit(build.report_errors(lambda: inventory.show(as_json=json, older=older or c.config.run.dry)))
 
 
+@task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all"})
+def scan(c, image="all"):
+    """Look through every layer of an image for secrets, traces of this machine, weights and caches."""
+    _become(c, sys.executable, "-m", "fractal.images.scan", *image.split(","))
+
+
 @task(positional=[], help={"what": "all, python or images (the bases' digests)",
                            "upgrade": "take the newest versions that pyproject.toml allows"})  # fmt: skip
 def lock(c, what="all", upgrade=False):
