@@ -21,16 +21,7 @@ RUN --mount=type=tmpfs,target=/run \
     python3 -m venv /uv \
  && /uv/bin/pip install --no-cache-dir --no-deps --require-hashes -r /run/uv.lock
 
-FROM base AS local1
-COPY docker/cuda-torch.lock /local/app/docker/cuda-torch.lock
-COPY docker/cuda.lock /local/app/docker/cuda.lock
-RUN chmod -R u=rwX,go=rX /local && find /local -exec touch -hd @0 {} +
-
-FROM base AS local2
-COPY fractal/ /local/app/fractal
-RUN chmod -R u=rwX,go=rX /local && find /local -exec touch -hd @0 {} +
-
-FROM base
+FROM base AS part1
 
 # Debian packages, as the base's release has them; which ones: /usr/share/fractal/debian-packages.
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
@@ -63,6 +54,19 @@ RUN --mount=type=tmpfs,target=/run \
 # CUDA's compiler, headers and libraries come as Python packages; kernels look for them here.
 RUN ln -s /opt/venv/lib/python3*/site-packages/nvidia/cu13 /opt/cuda && cd /opt/cuda && ln -s lib lib64 && cd lib && for file in *.so.*; do [ -e ${file%%.so.*}.so ] || ln -s $file ${file%%.so.*}.so; done
 
+# Local files: the same owner, modes and times everywhere. Folders that are there already keep their own.
+FROM part1 AS local1
+USER 0
+SHELL ["/bin/sh", "-ec"]
+COPY docker/cuda-torch.lock /local/app/docker/cuda-torch.lock
+COPY docker/cuda.lock /local/app/docker/cuda.lock
+RUN cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \
+ && find . -type d -exec sh -ec 'for d; do \
+      if [ -L "/$d" ]; then echo "error: ${d#.} is a link to $(readlink "/$d"): add files there"; exit 1; fi; \
+      if [ -d "/$d" ]; then chmod $(stat -c %a "/$d") "$d"; chown $(stat -c %u:%g "/$d") "$d"; fi; done' sh {} +
+
+FROM part1 AS part2
+
 COPY --from=local1 /local/ /
 
 # Models, compiled kernels and runs lie in volumes, which any user may write to.
@@ -88,9 +92,24 @@ ENV CUDA_CACHE_PATH=/cache/cuda \
 
 USER 1000:1000
 
+USER 0
+RUN mkdir -p /work
+USER 1000:1000
 WORKDIR /work
 
 ENTRYPOINT ["/opt/venv/bin/python", "-m", "fractal"]
+
+# Local files: the same owner, modes and times everywhere. Folders that are there already keep their own.
+FROM part2 AS local2
+USER 0
+SHELL ["/bin/sh", "-ec"]
+COPY fractal/ /local/app/fractal
+RUN cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \
+ && find . -type d -exec sh -ec 'for d; do \
+      if [ -L "/$d" ]; then echo "error: ${d#.} is a link to $(readlink "/$d"): add files there"; exit 1; fi; \
+      if [ -d "/$d" ]; then chmod $(stat -c %a "/$d") "$d"; chown $(stat -c %u:%g "/$d") "$d"; fi; done' sh {} +
+
+FROM part2
 
 # Local files last: an edit of them builds and pushes this layer alone.
 ENV PYTHONPATH=/app

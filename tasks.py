@@ -52,12 +52,39 @@ def build(c, image="sandbox", json=False, base="", ca="", wheels="", cache=True)
     _exit(images.report_errors(lambda: images.build_all(image, options, as_json=json, dry=c.config.run.dry)))
 
 
-@task(positional=[], help={"json": "a JSON object for each image"})
-def images(c, json=False):
+@task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all",
+                           "to": "a registry's prefix, as registry.example/team; default: FRACTAL_REGISTRY",
+                           "host": "without a registry: this machine, by OpenSSH, as an alias or user@host; default: lambda",
+                           "json": "a JSON object for each image"})  # fmt: skip
+def push(c, image="pipeline,sandbox", to="", host="", json=False):
+    """Send images to a registry, or over SSH to a machine's own engine; only missing layers travel.
+
+    Examples: invoke push --to=registry.example/team; invoke push --image=pipeline-cpu,sandbox --host=lambda
+    Credentials are Docker's (docker login) or ssh's. Interrupted and repeated, it goes on where it stopped.
+    """
+    from fractal.images import build, push
+
+    to = to or ("" if host else os.environ.get("FRACTAL_REGISTRY", ""))
+    _exit(
+        build.report_errors(
+            lambda: push.push_all(image, to, host or "lambda", as_json=json, dry=c.config.run.dry), "push"
+        )
+    )
+
+
+@task(positional=[], help={"json": "a JSON object for each image",
+                           "older": "--no-older: remove our images of earlier sources that no container uses"})  # fmt: skip
+def images(c, json=False, older=True):
     """What is here of our images, with size and hash, and what a build would do and why."""
     from fractal.images import build, inventory
 
-    _exit(build.report_errors(lambda: inventory.show(as_json=json)))
+    _exit(build.report_errors(lambda: inventory.show(as_json=json, older=older or c.config.run.dry)))
+
+
+@task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all"})
+def scan(c, image="all"):
+    """Look through every layer of an image for secrets, traces of this machine, weights and caches."""
+    _become(c, sys.executable, "-m", "fractal.images.scan", *image.split(","))
 
 
 @task(positional=[], help={"what": "all, python or images (the bases' digests)",
@@ -67,7 +94,7 @@ def lock(c, what="all", upgrade=False):
     from fractal.images import build
     from fractal.images import lock as locks
 
-    _exit(build.report_errors(lambda: locks.lock(what, build.say, upgrade=upgrade)))
+    _exit(build.report_errors(lambda: locks.lock(what, lambda text: build.say(text, "lock"), upgrade=upgrade), "lock"))
 
 
 @task

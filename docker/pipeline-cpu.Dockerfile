@@ -21,15 +21,7 @@ RUN --mount=type=tmpfs,target=/run \
     python3 -m venv /uv \
  && /uv/bin/pip install --no-cache-dir --no-deps --require-hashes -r /run/uv.lock
 
-FROM base AS local1
-COPY docker/cpu.lock /local/app/docker/cpu.lock
-RUN chmod -R u=rwX,go=rX /local && find /local -exec touch -hd @0 {} +
-
-FROM base AS local2
-COPY fractal/ /local/app/fractal
-RUN chmod -R u=rwX,go=rX /local && find /local -exec touch -hd @0 {} +
-
-FROM base
+FROM base AS part1
 
 # Debian packages, as the base's release has them; which ones: /usr/share/fractal/debian-packages.
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
@@ -58,6 +50,18 @@ RUN --mount=type=tmpfs,target=/run \
     --mount=type=bind,source=docker/cpu.lock,target=/run/cpu.lock \
     PYC_INVALIDATION_MODE=UNCHECKED_HASH /run/uv --cache-dir /run/cache pip install --link-mode copy --compile-bytecode --no-deps --require-hashes -r /run/cpu.lock
 
+# Local files: the same owner, modes and times everywhere. Folders that are there already keep their own.
+FROM part1 AS local1
+USER 0
+SHELL ["/bin/sh", "-ec"]
+COPY docker/cpu.lock /local/app/docker/cpu.lock
+RUN cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \
+ && find . -type d -exec sh -ec 'for d; do \
+      if [ -L "/$d" ]; then echo "error: ${d#.} is a link to $(readlink "/$d"): add files there"; exit 1; fi; \
+      if [ -d "/$d" ]; then chmod $(stat -c %a "/$d") "$d"; chown $(stat -c %u:%g "/$d") "$d"; fi; done' sh {} +
+
+FROM part1 AS part2
+
 COPY --from=local1 /local/ /
 
 # Models, compiled kernels and runs lie in volumes, which any user may write to.
@@ -78,9 +82,24 @@ ENV FRACTAL_CACHE=/cache/fractal \
 
 USER 1000:1000
 
+USER 0
+RUN mkdir -p /work
+USER 1000:1000
 WORKDIR /work
 
 ENTRYPOINT ["/opt/venv/bin/python", "-m", "fractal"]
+
+# Local files: the same owner, modes and times everywhere. Folders that are there already keep their own.
+FROM part2 AS local2
+USER 0
+SHELL ["/bin/sh", "-ec"]
+COPY fractal/ /local/app/fractal
+RUN cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \
+ && find . -type d -exec sh -ec 'for d; do \
+      if [ -L "/$d" ]; then echo "error: ${d#.} is a link to $(readlink "/$d"): add files there"; exit 1; fi; \
+      if [ -d "/$d" ]; then chmod $(stat -c %a "/$d") "$d"; chown $(stat -c %u:%g "/$d") "$d"; fi; done' sh {} +
+
+FROM part2
 
 # Local files last: an edit of them builds and pushes this layer alone.
 ENV PYTHONPATH=/app

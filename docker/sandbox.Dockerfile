@@ -8,12 +8,7 @@ FROM ${BASE} AS base
 # It sets back the times of what a RUN wrote: the same contents are the same layer on any machine.
 SHELL ["/bin/sh", "-c", "begun=@$(($(date +%s) - 600)); sh -ec \"$0\" && { find / -xdev -newermt \"$begun\" -exec touch -hcd @0 {} + 2> /dev/null || :; }"]
 
-FROM base AS local1
-COPY fractal/__init__.py /local/sandbox/fractal/__init__.py
-COPY fractal/sandbox/ /local/sandbox/fractal/sandbox
-RUN chmod -R u=rwX,go=rX /local && find /local -exec touch -hd @0 {} +
-
-FROM base
+FROM base AS part1
 
 # Debian packages, as the base's release has them; which ones: /usr/share/fractal/debian-packages.
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
@@ -25,6 +20,19 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
  && find /var/log /var/cache -xdev -type f ! -path '*/debconf/*' -exec truncate -s 0 {} +
 
 ENV LANG=C.UTF-8
+
+# Local files: the same owner, modes and times everywhere. Folders that are there already keep their own.
+FROM part1 AS local1
+USER 0
+SHELL ["/bin/sh", "-ec"]
+COPY fractal/__init__.py /local/sandbox/fractal/__init__.py
+COPY fractal/sandbox/ /local/sandbox/fractal/sandbox
+RUN cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \
+ && find . -type d -exec sh -ec 'for d; do \
+      if [ -L "/$d" ]; then echo "error: ${d#.} is a link to $(readlink "/$d"): add files there"; exit 1; fi; \
+      if [ -d "/$d" ]; then chmod $(stat -c %a "/$d") "$d"; chown $(stat -c %u:%g "/$d") "$d"; fi; done' sh {} +
+
+FROM part1
 
 COPY --from=local1 /local/ /
 

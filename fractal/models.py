@@ -109,9 +109,14 @@ def context_length(path: Path) -> int:
     return int(config.get("max_position_embeddings") or 2048)
 
 
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU can be used here; looks at device files, asks no driver. The second is WSL's."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
 def preferred_dtype() -> str:
     """bfloat16 where the processor or GPU computes in it, else float32."""
-    if Path("/dev/nvidiactl").exists():
+    if has_gpu():
         return "bfloat16"
     try:
         flags = Path("/proc/cpuinfo").read_text()
@@ -159,6 +164,8 @@ def _dequantise(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
+    for file in draft.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone; the pipeline's container has another user
     draft.rename(target)
 
 

@@ -18,7 +18,7 @@ SAMPLE = {"task_id": 11, "solution": "def f(x): return 2 * x"}
 
 
 def fractal(*words: object, cwd: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "FRACTAL_CACHE": str(cwd / ".cache"), **environ}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FRACTAL_CACHE": str(cwd / ".cache"), "FRACTAL_SOCKET": "", **environ}
     command = [sys.executable, "-m", "fractal", *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 

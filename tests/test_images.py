@@ -1,203 +1,605 @@
-"""The sandbox image: its name, its context, its base, and a real build."""
+"""Images really built: reproducible, without secrets, and one line with a remedy for whatever goes wrong."""
 
+import hashlib
 import io
+import json
 import os
+import secrets
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
 
-from fractal.images import build, debian
-from fractal.records import OutsideError
-from fractal.sandbox import source
+from fractal.images import build, builder, recipes
+from fractal.images.build import Options
+from fractal.images.builder import BuildError, Request
+from fractal.images.image import Image
+from fractal.images.recipes import Recipe
+from fractal.images.rendering import COMMITTED, Rendering
+from fractal.records import InputError
+from tests.conftest import ROOT
+from tests.engines import Engine
 
-DEB822 = """\
-# comment
-Types: deb
-# another
-URIs: http://mirror.example/debian
-Suites: bookworm bookworm-updates
-Components: main contrib
-Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-
-Types: deb deb-src
-URIs: http://mirror.example/debian-security
-Suites: bookworm-security
-Components: main
-
-Types: deb
-URIs: http://mirror.example/tools
-Suites: bookworm
-Components: main
-
-Types: deb
-URIs: http://mirror.example/debian
-Suites: bookworm
-Components: main
-Enabled: no
-"""
-ONE_LINE = """\
-deb [arch=amd64 trusted=yes] http://mirror.example/debian bookworm main contrib
-deb-src http://mirror.example/debian bookworm main
-deb http://mirror.example/debian bookworm-backports main
-# deb http://mirror.example/debian bookworm-updates main
-deb http://mirror.example/docker/debian bookworm stable
-"""
+pytestmark = pytest.mark.docker
+Made = Callable[..., Recipe]
 
 
-@pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone of what the image is made of, with a small judge."""
-    (tmp_path / "docker").mkdir()
-    (tmp_path / "docker/sandbox.Dockerfile").write_bytes((source.ROOT / source.DOCKERFILE).read_bytes())
-    (tmp_path / "fractal/sandbox").mkdir(parents=True)
-    (tmp_path / "fractal/__init__.py").write_text("")
-    (tmp_path / "fractal/sandbox/supervisor.py").write_text("print('judge', __file__)\n")
-    monkeypatch.setattr(source, "ROOT", tmp_path)
-    monkeypatch.delenv("FRACTAL_BASE_IMAGE", raising=False)
-    return tmp_path
+def quiet(_: str) -> None:
+    pass
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client() -> Iterator[docker.DockerClient]:
     client = build.connect()
     yield client
     client.close()
 
 
-def test_name_and_context_depend_on_content_alone(clone: Path) -> None:
-    name, context = source.image_name(), source.context()
-    judge = clone / "fractal/sandbox/supervisor.py"
-    os.utime(judge, (1e9, 1e9))
-    judge.chmod(0o600)
-    assert (source.image_name(), source.context()) == (name, context)
-    judge.write_text("print('other')\n")
-    assert source.image_name() != name
-    assert source.context() != context
+@pytest.fixture(scope="module")
+def base(client: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small base with Python: Debian's, pulled, or ours."""
+    log = tmp_path_factory.mktemp("base") / "log"
+    (recipe,) = recipes.choose("sandbox")
+    return build.choose_base(client, recipe, Options(), quiet, log).name
 
 
-def test_the_hosts_end_does_not_change_the_image(clone: Path) -> None:
-    name = source.image_name()
-    (clone / "fractal/sandbox/container.py").write_text("import docker\n")
-    (clone / "fractal/sandbox/notes.txt").write_text("not a program\n")
-    assert source.image_name() == name
-    (clone / "fractal/sandbox/zygote.py").write_text("")
-    assert source.image_name() != name
+@pytest.fixture
+def made(client: docker.DockerClient) -> Iterator[Made]:
+    """Recipe of an image under a name of the test's own, which is forgotten at the end; nothing else may be left."""
+    made: dict[str, str] = {}  # name -> parts, as they are now: a test may edit its files
+
+    def make(image: Image, with_apt: bool = False, key: str = "") -> Recipe:
+        recipe = Recipe(key or f"test-{secrets.token_hex(4)}", image, "", with_apt)
+        made[recipe.name] = json.dumps(image.parts())
+        return recipe
+
+    yield make
+    for name in made:
+        if build.has(client, name):
+            client.images.remove(name, force=True)
+    nameless = client.api.images(filters={"dangling": True})  # not client.images: another's may vanish meanwhile
+    left = [one["Id"] for one in nameless if (one["Labels"] or {}).get(build.PARTS_LABEL) in made.values()]
+    for one in left:
+        client.images.remove(one)
+    assert not left, "a build left images without a name"
 
 
-def test_the_context_holds_the_dockerfile_and_the_sources(clone: Path) -> None:
-    with tarfile.open(fileobj=io.BytesIO(source.context())) as tar:
-        entries = tar.getmembers()
-    assert [entry.name for entry in entries] == [
-        "docker/sandbox.Dockerfile",
-        "fractal/__init__.py",
-        "fractal/sandbox/supervisor.py",
+def run(client: docker.DockerClient, name: str, command: str = "", **options: Any) -> str:
+    """What a shell in the image says; without a command, what its own program says."""
+    words = {"entrypoint": ["sh", "-c"], "command": [command]} if command else {}
+    return client.containers.run(name, remove=True, network_mode="none", **words, **options).decode()
+
+
+def contents(client: docker.DockerClient, name: str) -> dict[str, tuple[Any, ...]]:
+    """Path in the image -> kind, mode, owner, content."""
+    container = client.containers.create(name, "true")
+    try:
+        data = b"".join(container.export())
+    finally:
+        container.remove()
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for entry in tar:
+            file = tar.extractfile(entry) if entry.isreg() else None
+            digest = hashlib.sha256(file.read()).hexdigest() if file else entry.linkname
+            found[entry.name] = (entry.type, entry.mode, entry.uid, entry.gid, digest)
+    return found
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A project with a package."""
+    (tmp_path / "clone/app").mkdir(parents=True)
+    (tmp_path / "clone/app/__init__.py").write_text("")
+    (tmp_path / "clone/app/__main__.py").write_text("print('one')\n")
+    (tmp_path / "clone/tool.sh").write_text("#!/bin/sh\necho tool\n")
+    (tmp_path / "clone/tool.sh").chmod(0o755)
+    return tmp_path / "clone"
+
+
+def service(root: Path, base: str) -> Image:
+    return (
+        Image.from_registry(base, root=root)
+        .run_commands("mkdir -m 1777 /data", "mkdir -p /deep/er && echo hello > /deep/er/file")
+        .env({"QUOTED": 'it\'s $HOME "and" \\', "LANG": "C.UTF-8"})
+        .add_local_file("tool.sh", "/usr/local/bin/tool", copy=True)
+        .run_commands("tool > /deep/said")
+        .workdir("/work")
+        .user("1000:1000")
+        .entrypoint(["python3", "-m", "app"])
+        .add_local_python_source("app")
+        .add_local_file("tool.sh", "/data/")
+        .add_local_file("tool.sh", "/tmp/")
+    )
+
+
+# --- the sandbox
+
+
+def test_the_sandbox_image_is_the_same_from_an_empty_cache(client: docker.DockerClient, made: Made) -> None:
+    recipe = made(recipes.sandbox())
+    first = build.ensure(client, recipe, quiet, Options(no_cache=True))
+    again = build.ensure(client, recipe, quiet, Options(no_cache=True))
+    assert first.built
+    assert again.built
+    assert again.layers_built > 0
+    assert first.digest == again.digest == client.images.get(recipe.name).id
+    third = build.ensure(client, recipe, quiet)
+    assert (third.built, third.layers_built, third.digest) == (False, 0, first.digest)
+    assert third.seconds < 1
+    assert recipe.name.partition(":")[2] == recipes.recipes()["sandbox"].name.partition(":")[2]
+    assert first.bytes < 150e6  # 78 MB on a base made here
+
+    config = client.images.get(recipe.name).attrs["Config"]
+    assert config["Entrypoint"] == ["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/supervisor.py"]
+    look = "python3 -m pip 2>&1; find /sandbox ! -user 0 -o -path '*/sandbox/*' -perm /022; ls -A /run | grep -v -x lock; ls /sandbox/fractal/sandbox/__pycache__"
+    said = run(client, recipe.name, look, read_only=True)
+    assert "No module named pip" in said
+    assert "supervisor.cpython-" in said
+    assert "/run" not in said
+    assert len(said.splitlines()) == 1 + len(list((ROOT / "fractal/sandbox").glob("*.py"))) - 3  # the host's end
+
+
+# --- the same from either builder, and on any machine
+
+
+def test_the_old_builder_makes_the_same_contents(
+    client: docker.DockerClient, made: Made, clone: Path, base: str, tmp_path: Path
+) -> None:
+    image = service(clone, base)
+    new = build.ensure(client, made(image), quiet, Options(base=base))
+    request = Request(image, Rendering(mounts=False), base, {})
+    old, _ = builder.build_by_api(client, request, "test", tmp_path / "log")
+    try:
+        assert contents(client, old) == contents(client, new.digest)
+        ours, theirs = (client.images.get(name).attrs["Config"] for name in (new.digest, old))
+        for key in ("User", "Env", "Entrypoint", "Cmd", "WorkingDir", "Shell"):
+            assert ours.get(key) == theirs.get(key)
+        assert 'QUOTED=it\'s $HOME "and" \\' in ours["Env"]
+    finally:
+        client.images.remove(old)
+
+
+def test_a_layer_of_local_files_depends_on_their_contents_alone(
+    client: docker.DockerClient, made: Made, clone: Path, base: str, tmp_path: Path
+) -> None:
+    def layers(root: Path) -> list[str]:
+        built = build.ensure(client, made(service(root, base)), quiet, Options(base=base))
+        return list(client.images.get(built.name).attrs["RootFS"]["Layers"])
+
+    first = layers(clone)
+    other = tmp_path / "another/place"
+    shutil.copytree(clone, other)
+    for path in other.rglob("*"):  # as cloned under another umask, on another day
+        path.chmod(path.stat().st_mode & 0o700)
+        os.utime(path, (1e9, 1e9))
+    request = Request(service(other, base), COMMITTED, base, {}, no_cache=True)
+    command = builder.find_builder(client).command
+    assert command is not None
+    id_, steps = builder.build_by_cli(command, request, "test", tmp_path / "log")
+    try:
+        assert steps > 5
+        assert client.images.get(id_).attrs["RootFS"]["Layers"] == first  # all of them, built anew
+    finally:
+        client.images.remove(id_)
+    (other / "app/__main__.py").write_text("print('two')\n")
+    edited = layers(other)
+    assert edited[:-1] == first[:-1]
+    assert edited[-1] != first[-1]
+
+
+def test_folders_of_the_base_keep_their_modes_and_nobody_writes_to_the_code(
+    client: docker.DockerClient, made: Made, clone: Path, base: str
+) -> None:
+    built = build.ensure(client, made(service(clone, base)), quiet, Options(base=base))
+    assert run(client, built.name) == "one\n"
+    said = run(
+        client,
+        built.name,
+        "stat -c '%n %a %u' /tmp /root /data /data/tool.sh /app/app/__main__.py; id -u; touch /app/x /app/app/__main__.py /usr/local/bin/tool 2>&1 || :",
+    )
+    *modes, uid, one, two, three = said.splitlines()
+    assert modes == ["/tmp 1777 0", "/root 700 0", "/data 1777 0", "/data/tool.sh 755 0", "/app/app/__main__.py 644 0"]
+    assert uid == "1000"
+    assert all("Permission denied" in line for line in (one, two, three))
+
+
+def test_a_link_of_the_base_is_no_place_for_local_files(
+    client: docker.DockerClient, made: Made, clone: Path, base: str
+) -> None:
+    image = Image.from_registry(base, root=clone).add_local_file("tool.sh", "/bin/tool")
+    with pytest.raises(BuildError, match="/bin is a link to usr/bin: add files there"):
+        build.ensure(client, made(image), quiet, Options(base=base))
+
+
+def test_a_dockerfile_and_a_root_file_system_of_the_users_own(
+    client: docker.DockerClient, made: Made, clone: Path, base: str
+) -> None:
+    (clone / "Dockerfile").write_text(
+        f"ARG V=1\nFROM {base} AS first\nRUN echo 1 > /one\nFROM {base}\nCOPY --from=first /one /\nCOPY . /src\nUSER 7\n"
+    )
+    (clone / ".dockerignore").write_text("Dockerfile\n")
+    (clone / ".env").write_text("KEY=1\n")
+    own = (
+        Image.from_dockerfile("Dockerfile", root=clone)
+        .run_commands("id -u > /tmp/user")
+        .add_local_file("tool.sh", "/app/")
+    )
+    built = build.ensure(client, made(own, True), quiet)
+    assert built.base == "of its own"
+    assert run(
+        client, built.name, "cat /one /tmp/user; cd /src; find . -type f | sort; stat -c %u /app/tool.sh"
+    ).split() == ["1", "7", "./.dockerignore", "./app/__init__.py", "./app/__main__.py", "./tool.sh", "0"]
+
+    with tarfile.open(clone / "root.tar.gz", "w:gz") as tar:
+        tar.add(clone / "tool.sh", "./bin/tool")
+    rootfs = build.ensure(client, made(Image.from_rootfs("root.tar.gz", root=clone).env({"A": "1"}), True), quiet)
+    assert list(contents(client, rootfs.name)).count("bin/tool") == 1
+
+
+def test_force_build_builds_what_follows_and_only_that(client: docker.DockerClient, made: Made, base: str) -> None:
+    image = Image.from_registry(base).run_commands("echo before").force_build().run_commands("date +%N > /when")
+    recipe = made(image)
+    first = build.ensure(client, recipe, quiet, Options(base=base))
+    second = build.ensure(client, recipe, quiet, Options(base=base))
+    assert second.built
+    assert second.layers_built == 1
+    assert first.digest != second.digest
+    assert not build.has(client, first.digest)  # its name has gone to the second
+
+
+# --- the configuration that an image is given
+
+
+def test_a_pinned_image_is_an_image_like_any_other(
+    client: docker.DockerClient, made: Made, base: str, tmp_path: Path
+) -> None:
+    image = (
+        Image.from_registry(base).workdir("/tmp").workdir("/new/place").run_commands("true", ":", "echo x > /x")
+        .env({"A": "1"}).entrypoint(["cat", "/x"])
+    )  # fmt: skip
+    command = builder.find_builder(client).command
+    assert command is not None
+    ids = []
+    for labels in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}):
+        name = made(image, key=f"test-{secrets.token_hex(4)}").name
+        id_, _ = builder.build_by_cli(command, Request(image, COMMITTED, base, labels), name, tmp_path / "log")
+        build.pin(client, id_, name)
+        ids.append(client.images.get(name).id)
+        assert not build.has(client, id_)
+    assert ids[0] == ids[1]
+    attrs = client.images.get(name).attrs
+    assert attrs["Created"] == build.EPOCH
+    assert attrs["Config"]["Labels"] == {"a": "1", "b": "2"}
+    lines = [line["CreatedBy"] for line in reversed(client.api.history(name))]
+    words = "RUN WORKDIR RUN WORKDIR RUN RUN RUN ENV ENTRYPOINT".split()
+    assert [line.split()[0] for line in lines[-len(words) :]] == words  # one for each instruction, none lost
+    assert run(client, name) == "x\n"
+
+    saved = b"".join(client.images.get(name).save(named=True))
+    for tag in {tag for id_ in ids for tag in client.images.get(id_).tags}:
+        client.images.remove(tag)
+    (loaded,) = client.images.load(saved)
+    assert loaded.id == ids[0]
+    other = f"fractal-test-{secrets.token_hex(4)}"
+    loaded.tag(other, "copy")
+    assert run(client, f"{other}:copy") == "x\n"
+    client.images.remove(f"{other}:copy")
+
+
+def test_a_name_that_moves_on_leaves_no_nameless_image(
+    client: docker.DockerClient, made: Made, base: str, tmp_path: Path
+) -> None:
+    command = builder.find_builder(client).command
+    assert command is not None
+    name = made(Image.from_registry(base)).name
+    ids = []
+    for word in ("one", "two"):
+        request = Request(Image.from_registry(base).run_commands(f"echo {word}").env({"W": word}), COMMITTED, base, {})
+        id_, _ = builder.build_by_cli(command, request, name, tmp_path / "log")
+        build.pin(client, id_, name)
+        ids.append(client.images.get(name).id)
+        if word == "one":
+            client.images.get(name).tag(name.partition(":")[0], "kept")
+    assert build.has(client, f"{name.partition(':')[0]}:kept")  # somebody gave it another name
+    client.images.remove(f"{name.partition(':')[0]}:kept")
+    build.pin(client, client.images.get(name).id, name)  # of itself
+    assert client.images.get(name).id == ids[1]
+
+
+# --- secrets
+
+
+def test_no_secret_is_in_the_image_its_history_or_the_log(
+    client: docker.DockerClient, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = "kaleidoscope" + secrets.token_hex(6)
+    certificate = f"# {word}-ca\n-----BEGIN CERTIFICATE-----\n{word}\n-----END CERTIFICATE-----\n"
+    (tmp_path / "ca.crt").write_text(certificate)
+    (tmp_path / "pip.conf").write_text(
+        f"[global]\nindex-url = https://me:{word}-token@{word}.example/simple\nno-index = true\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("FRACTAL_CA", str(tmp_path / "ca.crt"))
+    monkeypatch.setenv("FRACTAL_DEBIAN_MIRROR", f"http://{word}.example/debian")
+    monkeypatch.setenv("https_proxy", f"http://me:{word}-proxy@{word}.example")
+    seen = f'case "$PIP_INDEX_URL $UV_DEFAULT_INDEX" in *{word[:12]}*-token*-token*) ;; *) exit 7; esac; grep -q {word[:12]} /run/secrets/ca /run/secrets/sources; test -s $APT_CONFIG'
+    recipe = made(Image.debian_slim().run_commands(seen, "echo done > /done; ls -A /run > /listed"), with_apt=True)
+    said: list[str] = []
+    built = build.ensure(client, recipe, said.append)
+    assert (
+        run(client, built.name, "ls -A /run | grep -v -x lock; ls -d /run/* | grep secrets || cat /listed")
+        == "secrets\n"
+    )
+
+    saved = io.BytesIO(b"".join(client.images.get(built.name).save(named=True)))
+    texts = [
+        json.dumps(client.api.history(built.name)),
+        json.dumps(client.images.get(built.name).attrs),
+        *said,
+        built.as_json(),
     ]
-    assert {(entry.mtime, entry.uid, entry.gid, entry.mode) for entry in entries} == {(0, 0, 0, 0o644)}
+    log = build.platformdirs.user_cache_path("fractal") / "images" / f"{recipe.name.replace(':', '-')}.log"
+    texts.append(log.read_text())
+    with tarfile.open(fileobj=saved) as tar:
+        for entry in tar:
+            if (file := tar.extractfile(entry)) is not None:
+                texts.append(file.read().decode("latin-1"))
+    assert len(texts) > 6
+    assert not [text[:200] for text in texts if word in text]
+    assert not [text[:200] for text in texts if "run/secrets/" in text and "RUN" not in text]  # no mount point either
 
 
-def test_only_debians_own_sources_are_used() -> None:
-    key = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] "
-    assert debian.sources(DEB822) == [
-        f"deb {key}http://mirror.example/debian bookworm main",
-        f"deb {key}http://mirror.example/debian bookworm-updates main",
-        "deb http://mirror.example/debian-security bookworm-security main",
-    ]
-    assert debian.sources(ONE_LINE) == ["deb [arch=amd64 trusted=yes] http://mirror.example/debian bookworm main"]
+def test_a_secret_is_in_no_error_either(
+    client: docker.DockerClient, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = "kaleidoscope" + secrets.token_hex(6)
+    (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = https://me:{word}@pypi.example/simple\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    recipe = made(Image.debian_slim().run_commands('echo "error: $PIP_INDEX_URL"; exit 3'), with_apt=True)
+    with pytest.raises(BuildError, match=r"error: https://\*\*\*@pypi\.example/simple\. The whole story") as caught:
+        build.ensure(client, recipe, quiet)
+    log = Path(str(caught.value).rpartition(" ")[2])
+    assert word not in str(caught.value) + log.read_text()
 
 
-def test_the_mirror_is_the_one_named_or_the_hosts_or_the_default(tmp_path: Path) -> None:
-    assert debian.mirror_arguments({}, tmp_path) == []
-    (tmp_path / "apt/sources.list.d").mkdir(parents=True)
-    (tmp_path / "apt/sources.list.d/ubuntu.sources").write_text(DEB822.replace("bookworm", "noble"))
-    assert debian.mirror_arguments({}, tmp_path) == []  # another system's packages are of no use
-    (tmp_path / "apt/sources.list").write_text(ONE_LINE)
-    (tmp_path / "apt/sources.list.d/more.list").write_text("deb http://mirror.example/debian/ bookworm main\n")
-    assert debian.mirror_arguments({}, tmp_path) == debian.sources(ONE_LINE)  # once, with its options
-    assert debian.mirror_arguments({"FRACTAL_DEBIAN_MIRROR": "http://m.example/debian"}, tmp_path) == [
-        "http://m.example/debian"
-    ]
+# --- two at once, and killed
+
+SCRIPT = """
+import sys
+from fractal.images import build, recipes
+from fractal.images.image import Image
+key, base, command = sys.argv[1:]
+recipe = recipes.Recipe(key, Image.from_registry(base).run_commands(command), "", False)
+def work():
+    print(build.ensure(build.connect(), recipe, build.say, build.Options(base=base)).as_json(), flush=True)
+sys.exit(build.report_errors(work))
+"""
 
 
-def test_what_a_base_leaves_out(tmp_path: Path) -> None:
-    keep = ["usr/bin/python3.11", "usr/lib/x86_64-linux-gnu/libc.so.6", "usr/share/zoneinfo/UTC", "var/cache", "dev"]
-    drop = ["usr/bin/perl5.36.0", "usr/share/doc/bash/copyright", "var/cache/apt/pkgcache.bin", "etc/apt/sources.list"]
-    whole, small = tmp_path / "whole.tar", tmp_path / "small.tar"
-    with tarfile.open(whole, "w") as tar:
-        for name in [*keep, *drop]:
-            entry = tarfile.TarInfo(f"./{name}")
-            entry.mode, entry.mtime = 0o6755, 12345
-            tar.addfile(entry)
-    with tarfile.open(whole) as original, tarfile.open(small, "w") as filtered:
-        debian.slim(original, filtered)
-    with tarfile.open(small) as tar:
-        assert [entry.name.removeprefix("./") for entry in tar] == keep
-        assert {(entry.mode, entry.mtime) for entry in tar} == {(0o755, 12345)}
+def start(key: str, base: str, command: str, folder: Path) -> subprocess.Popen[str]:
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    argv = [sys.executable, "-c", SCRIPT, key, base, command]
+    return subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(
-    ("events", "failure"),
-    [
-        ([{"stream": "Step 1/5\n"}, {"aux": {"ID": "sha256:1"}}], None),
-        (
-            [{"stream": "Step 1/5\n"}, {"error": "no space left on device\nmore", "errorDetail": {}}],
-            "no space left on device",
-        ),
-    ],
-)
-def test_the_builders_error_is_found(events: list[dict[str, object]], failure: str | None, tmp_path: Path) -> None:
-    assert build.follow(events, tmp_path / "log") == failure
-    assert (tmp_path / "log").read_text().startswith("Step 1/5\n")
+def test_of_two_builds_at_once_one_builds_and_the_other_takes_it(made: Made, base: str, tmp_path: Path) -> None:
+    command = f"sleep 2; echo {secrets.token_hex(4)}"
+    recipe = made(Image.from_registry(base).run_commands(command))
+    both = [start(recipe.key, base, command, tmp_path) for _ in range(2)]
+    ends = [child.communicate(timeout=120) for child in both]
+    assert [child.returncode for child in both] == [0, 0], ends
+    found = [json.loads(out) for out, _ in ends]
+    assert sorted(one["built"] for one in found) == [False, True]
+    assert found[0]["digest"] == found[1]["digest"]
+    assert sum(f"another process builds fractal-{recipe.key}, waiting for it" in err for _, err in ends) == 1
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_build_that_is_killed_leaves_no_name(
+    sign: signal.Signals, client: docker.DockerClient, made: Made, base: str, tmp_path: Path
+) -> None:
+    command = f"echo here; sleep 9.{secrets.randbelow(10**6)}"
+    recipe = made(Image.from_registry(base).run_commands(command))
+    child = start(recipe.key, base, command, tmp_path)
+    log = build.platformdirs.user_cache_path("fractal") / "images" / f"{recipe.name.replace(':', '-')}.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and " here\n" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(sign)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[sign], err
+    assert "Traceback" not in err
+    if sign != signal.SIGKILL:
+        assert not list(tmp_path.glob("fractal-build-*"))  # the secrets
+    while builders(command.rpartition(" ")[2]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not build.has(client, recipe.name)
+
+
+def builders(word: str) -> list[str]:
+    """Docker commands at work for a step that only this test has."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_text(errors="replace")
+        except OSError:
+            continue
+        if "build\0--progress=plain" in line and word in line:
+            found.append(line)
+    return found
+
+
+# --- what cannot be built
+
+FAILURES = {
+    "a command": (lambda i: i.run_commands("echo something is wrong; exit 3"), False, r"RUN echo something.*: something is wrong\. The whole story: /"),
+    "a silent command": (lambda i: i.run_commands("exit 3"), False, r"RUN exit 3: exit code: 3\."),
+    "a Debian package": (lambda i: i.apt_install("no-such-package-here"), True, r"Debian has no package no-such-package-here .* Check its name\."),
+    "its version": (lambda i: i.apt_install("less=9.9-9"), True, r"Debian has no version 9\.9-9 of less"),
+    "a Python package": (lambda i: i.apt_install("python3").pip_install("fractal-no-such-package==1.0"), True, r"No index has the Python package fractal-no-such-package==1\.0"),
+    "a hash": (lambda i: i.apt_install("python3").uv_sync("wrong.lock"), True, r"colorama==0\.4\.6: .* not the one that was locked\. .*invoke lock"),
+    "a member of a folder": (lambda i: Image.from_dockerfile("Dockerfile", root=i.root), False, r"the build context has no \.env\. .*secrets"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_what_cannot_be_built_is_one_line_and_no_image(
+    what: str, client: docker.DockerClient, made: Made, base: str, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong.lock").write_text(f"colorama==0.4.6 --hash=sha256:{'0' * 64}\n")
+    (tmp_path / "Dockerfile").write_text(f"FROM {base}\nCOPY .env /\n")
+    (tmp_path / ".env").write_text("KEY=1")
+    write, with_apt, words = FAILURES[what]
+    recipe = made(write(Image.debian_slim(root=tmp_path)), with_apt)
+    with pytest.raises(BuildError, match=words) as caught:
+        build.ensure(client, recipe, quiet)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+    assert not build.has(client, recipe.name)
+
+
+def test_a_base_that_cannot_be_had(
+    client: docker.DockerClient, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = made(Image.debian_slim().run_commands("true"))
+    with pytest.raises(
+        BuildError,
+        match=r"localhost:9/nothing:here cannot be pulled: .*refused\. Load it, or name another one with --base\.$",
+    ):
+        build.ensure(client, recipe, quiet, Options(base="localhost:9/nothing:here"))
+    monkeypatch.setenv("FRACTAL_BASE_IMAGE", "localhost:9/nothing:here")
+    with pytest.raises(BuildError, match="localhost:9/nothing:here cannot be pulled"):
+        build.ensure(client, recipe, quiet)
+    (tmp_path / "Dockerfile").write_text("FROM localhost:9/nothing:here\n")
+    own = made(Image.from_dockerfile("Dockerfile", root=tmp_path), True)
+    with pytest.raises(BuildError, match=r"its base is not to be had \(.*localhost:9.*FROM in a Dockerfile"):
+        build.ensure(client, own, quiet)
+    assert not build.has(client, own.name)
+
+
+def test_another_processor(client: docker.DockerClient, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "version", lambda: {"Arch": "riscv64"})
+    with pytest.raises(BuildError, match=r"runs on riscv64; .* DOCKER_HOST=ssh://"):
+        build.ensure(client, made(Image.debian_slim().run_commands("echo another")), quiet)
+
+
+def test_no_builder(
+    client: docker.DockerClient, made: Made, base: str, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No docker command: the engine's old builder, unless secrets would get into a layer."""
+    for name in ("FRACTAL_CA", "SSL_CERT_FILE", "FRACTAL_WHEELS", "FRACTAL_DEBIAN_MIRROR"):
+        monkeypatch.delenv(name, raising=False)
+    pip: dict[str, str] = {}
+    monkeypatch.setattr(build.network, "pip_settings", lambda: pip)
+    monkeypatch.setattr(build.network, "apt_settings", list)
+    monkeypatch.setenv("PATH", str(clone))
+    monkeypatch.setattr("os.defpath", str(clone))
+    said: list[str] = []
+    recipe = made(
+        Image.from_registry(base, root=clone).env({"N": secrets.token_hex(4)}).add_local_file("tool.sh", "/tool")
+    )
+    built = build.ensure(client, recipe, said.append, Options(base=base))
+    assert "there is no docker command. Install docker-ce-cli with docker-buildx-plugin, or docker.io." in said[-1]
+    assert run(client, built.name, "/tool") == "tool\n"
+    pip["index-url"] = "https://pypi.example/simple"
+    other = made(Image.from_registry(base, root=clone).add_local_file("tool.sh", "/tool2"))
+    with pytest.raises(
+        BuildError,
+        match="cannot be built: this network's settings have to stay out of it, and there is no docker command",
+    ):
+        build.ensure(client, other, quiet, Options(base=base))
+
+
+def test_wrong_options(client: docker.DockerClient, made: Made, base: str, tmp_path: Path) -> None:
+    recipe = made(Image.debian_slim().run_commands("echo wrong"), with_apt=True)
+    (tmp_path / "key.pem").write_text("-----BEGIN PRIVATE KEY-----\n")
+    for options, words in [
+        (Options(base=base, ca=tmp_path / "no.pem"), "no such file of certificates"), (Options(base=base, ca=tmp_path / "key.pem"), "no certificate in PEM"),
+        (Options(base=base, wheels=tmp_path / "no"), "no such folder of wheels"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            build.ensure(client, recipe, quiet, options)
 
 
 def test_no_engine_is_one_line_with_a_remedy(tmp_path: Path) -> None:
     environ = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/docker.sock"}
     argv = [sys.executable, "-m", "fractal.images.build"]
-    done = subprocess.run(argv, cwd=Path(build.__file__).parents[2], env=environ, capture_output=True)
+    done = subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True)
     assert (done.returncode, done.stderr.count(b"\n"), done.stdout) == (3, 1, b"")
     assert b"unset DOCKER_HOST" in done.stderr
 
 
-@pytest.mark.docker
-def test_an_engine_lost_on_the_way_is_our_error(client: docker.DockerClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.api, "base_url", "http+docker://localhost/nowhere")
-    with pytest.raises(OutsideError, match=r"The Docker engine failed while making fractal-sandbox:"):
-        build.ensure_sandbox_image(client, print)
-
-
-@pytest.mark.docker
-@pytest.mark.usefixtures("clone")
-def test_the_image_is_built_once_and_holds_what_it_should(client: docker.DockerClient) -> None:
-    judge = source.ROOT / "fractal/sandbox/supervisor.py"
-    judge.write_text(f"print('judge {os.getpid()} runs')\n")  # no engine has built this one yet
-    said: list[str] = []
-    image = build.ensure_sandbox_image(client, said.append)
-    try:
-        assert image.built
-        assert image.base in ("debian:bookworm-slim pulled", f"{debian.base_name()} bootstrapped")
-        assert len(said) == 1  # which base, and why
-        again = build.ensure_sandbox_image(client, said.append)
-        assert (again.built, again.id, again.base, len(said)) == (False, image.id, image.base, 1)
-        assert image.size_bytes < 150e6  # 78 MB bootstrapped
-
-        options = {"remove": True, "network_mode": "none", "read_only": True}
-        assert client.containers.run(image.name, **options) == f"judge {os.getpid()} runs\n".encode()
-        command = '! python3 -m pip 2> /dev/null && [ -z "$(ls /var/lib/apt/lists 2> /dev/null)" ] && ls /sandbox/fractal/sandbox/*/*.pyc'
-        inside = client.containers.run(image.name, ["-c", command], entrypoint="sh", **options)
-        assert b"/sandbox/__pycache__/supervisor." in inside
-    finally:
-        client.images.remove(image.name, force=True)
-
-
-@pytest.mark.docker
-def test_a_base_that_cannot_be_had_is_named(
-    client: docker.DockerClient, clone: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_lost_on_the_way_is_our_error(
+    client: docker.DockerClient, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FRACTAL_BASE_IMAGE", "localhost:9/nothing:here")
-    (clone / "fractal/sandbox/supervisor.py").write_text("# never built\n")
-    with pytest.raises(OutsideError, match=r"FRACTAL_BASE_IMAGE=localhost:9/nothing:here cannot be pulled"):
-        build.ensure_sandbox_image(client, print)
+    recipe = made(Image.debian_slim().run_commands("echo lost"))
+    monkeypatch.setattr(client.api, "base_url", "http+docker://localhost/nowhere")
+    with pytest.raises(BuildError, match=rf"The Docker engine failed while making {recipe.name}"):
+        build.ensure(client, recipe, quiet)
+    monkeypatch.undo()
+
+
+@pytest.fixture
+def small_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.DockerClient]:
+    """An engine whose disk holds 100 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("an engine of the test's own needs root")
+    folder = Path("/var/tmp") / f"fractal-full-{os.getpid()}"
+    (folder / "data").mkdir(parents=True)
+    disk = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder / "data")]
+    if subprocess.run(disk, capture_output=True).returncode:
+        shutil.rmtree(folder)
+        pytest.skip("cannot mount a small disk")
+    own = None
+    try:
+        own = Engine(folder)
+        monkeypatch.setenv("DOCKER_HOST", own.host)
+        with_it = docker.DockerClient(base_url=own.host, timeout=120)
+        yield with_it
+        with_it.close()
+    finally:
+        if own is not None:
+            own.stop()
+        subprocess.run(["umount", "-l", str(folder / "data")], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_full_disk_in_mid_build(small_engine: docker.DockerClient, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "root.tar.gz", "w:gz") as tar:
+        entry = tarfile.TarInfo("zeros")
+        entry.size = int(1.2e8)
+        with open("/dev/zero", "rb") as zeros:
+            tar.addfile(entry, zeros)
+    recipe = Recipe("test-full", Image.from_rootfs("root.tar.gz", root=tmp_path), "", True)
+    with pytest.raises(BuildError, match=r"the engine's disk is full\. `docker system df`.*nothing was tagged"):
+        build.ensure(small_engine, recipe, quiet)
+    assert small_engine.images.list() == []
+
+
+def test_a_plain_docker_build_of_the_committed_dockerfile_gives_the_same_layers(client: docker.DockerClient) -> None:
+    """For who has docker and nothing of ours: the Dockerfile says all."""
+    command = builder.find_builder(client).command
+    if command is None:
+        pytest.skip("no docker command with BuildKit")
+    ours = build.ensure_sandbox_image(client, quiet)
+    base = ours.base.partition(" ")[0]
+    tag = f"test-plain:{secrets.token_hex(4)}"
+    argv = [command, "build", "-q", "-f", "docker/sandbox.Dockerfile", "--build-arg", f"BASE={base}", "-t", tag, "."]
+    environ = os.environ | {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default"}
+    subprocess.run(argv, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=300)
+    try:
+        plain, named = (client.images.get(name).attrs["RootFS"]["Layers"] for name in (tag, ours.name))
+        assert plain == named
+    finally:
+        client.images.remove(tag)

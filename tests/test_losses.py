@@ -2,73 +2,18 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import docker
 import pytest
 
-from fractal.engine import daemon_path
 from fractal.records import Problem, Sample
 from fractal.sandbox.container import Sandbox
+from tests.engines import Engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 PROBLEMS = {1: Problem(1, "", "def f(x):\n    return x\n", ["assert f(1) == 1"], "", "f", "test")}
-
-
-class Engine:
-    """A Docker engine of the test's own, which it may kill."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.host = f"unix://{folder}/docker.sock"
-        self.start()
-
-    def start(self) -> None:
-        program = daemon_path()
-        assert program is not None
-        (self.folder / "docker.pid").unlink(missing_ok=True)
-        options = {
-            "data-root": self.folder / "data",
-            "exec-root": self.folder / "exec",
-            "pidfile": self.folder / "docker.pid",
-            "host": self.host,
-            "bridge": "none",
-        }
-        words = [f"--{name}={value}" for name, value in options.items()]
-        path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    "unshare",
-                    "--net",
-                    program,
-                    *words,
-                    "--iptables=false",
-                    "--ip-masq=false",
-                ],  # it would take docker0 down
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PATH": path},
-                start_new_session=True,
-            )
-        for _ in range(300):
-            try:
-                client = docker.DockerClient(base_url=self.host, timeout=5)
-                client.ping()
-                client.close()
-                return
-            except Exception:
-                time.sleep(0.1)
-        self.stop()
-        pytest.skip("a second engine does not start here: " + (self.folder / "log").read_text()[-300:])
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
 
 
 @pytest.fixture

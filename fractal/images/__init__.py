@@ -1,1 +1,5 @@
-"""The container images that Fractal ships, and how they are built."""
+"""Container images: an Image is a value (image.py), built and named by its content (build.py)."""
+
+from fractal.images.image import Image
+
+__all__ = ["Image"]

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import tarfile
 import tempfile
@@ -39,8 +40,9 @@ from fractal.images.builder import (
     disk_full,
     find_builder,
 )
-from fractal.images.image import Image, Rendering
+from fractal.images.image import Image
 from fractal.images.recipes import Recipe
+from fractal.images.rendering import Rendering
 from fractal.records import InputError, OutsideError
 from fractal.sandbox.source import content_hash
 
@@ -48,7 +50,8 @@ BASE_LABEL, PARTS_LABEL = "fractal.base", "fractal.parts"
 REGISTRY_TIMEOUT_S = 8  # a public registry answers in about one
 LOCK_TIMEOUT_S = 3600  # for another process that builds the same image
 EPOCH = "1970-01-01T00:00:00Z"
-CONFIG = ("User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "Volumes", "WorkingDir", "Labels", "StopSignal", "Shell")
+CONFIG = ("User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "Healthcheck", "Volumes", "WorkingDir", "Labels",
+          "OnBuild", "StopSignal", "Shell")  # fmt: skip
 
 Say = Callable[[str], None]
 
@@ -151,9 +154,7 @@ def make(
     wheels = import_wheels(client, settings.wheels, recipe.image) if builder.command else None
     rendering = Rendering(mounts=builder.command is not None, settings=bool(settings.secrets), wheels=wheels)
     labels = {BASE_LABEL: base.origin, PARTS_LABEL: json.dumps(recipe.image.parts())}
-    request = Request(
-        recipe.image, rendering, base.name, labels, settings.secrets, options.no_cache or recipe.image.forced
-    )
+    request = Request(recipe.image, rendering, base.name, labels, settings.secrets, options.no_cache)
     try:
         if builder.command:
             made, steps = build_by_cli(builder.command, request, name, log)
@@ -207,6 +208,8 @@ def only_one(path: Path, name: str, say: Say) -> Iterator[None]:
 
 def given_base(recipe: Recipe, options: Options) -> str | None:
     """The base that an option or the environment names."""
+    if not recipe.image.base:
+        return None
     variable = "FRACTAL_CUDA_BASE_IMAGE" if recipe.image.base.startswith("nvidia/") else "FRACTAL_BASE_IMAGE"
     return options.base or os.environ.get(variable)
 
@@ -214,6 +217,8 @@ def given_base(recipe: Recipe, options: Options) -> str | None:
 def choose_base(client: docker.DockerClient, recipe: Recipe, options: Options, say: Say, log: Path) -> Base:
     """The base to build on, fetched or made if need be; says which and why. Raises BuildError, BootstrapError."""
     public = recipe.image.base
+    if not public:
+        return Base("", "of its own", False)
     if given := given_base(recipe, options):
         if not has(client, given) and (failure := pull(client, given)):
             raise BuildError(f"The base {given} cannot be pulled: {failure}. Load it, or name another one with --base.")
@@ -292,27 +297,35 @@ def pin(client: docker.DockerClient, made: str, name: str) -> None:
             entry = tarfile.TarInfo(path)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
+    before = client.images.get(name).id if has(client, name) else made
     try:
         client.images.load(archive.getvalue())
-        if client.images.get(name).id == f"sha256:{digest}":
-            if made != f"sha256:{digest}":
-                discard(client, made)
-            return
+        loaded = client.images.get(name).id == f"sha256:{digest}"
     except docker.errors.DockerException:
-        pass
-    repository, tag = name.split(":")
-    image.tag(repository, tag)
+        loaded = False
+    if not loaded:
+        repository, tag = name.split(":")
+        image.tag(repository, tag)
+    for old in {made, before}:
+        if has(client, old) and not client.images.get(old).tags:
+            discard(client, old)
 
 
 def pinned_config(attrs: Mapping[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
     """An image's configuration (OCI image specification, config.md) from what the engine tells of it, without times."""
     layers = attrs["RootFS"]["Layers"]
     config = {key: attrs["Config"][key] for key in CONFIG if attrs["Config"].get(key)}
+    entries = list(reversed(history))
+    filled = [entry["Size"] > 0 or not METADATA.match(entry["CreatedBy"]) for entry in entries]
+    for i, entry in enumerate(entries):  # a WORKDIR that was there, in the old builder
+        if sum(filled) > len(layers) and entry["Size"] == 0:
+            filled[i] = False
     lines = []
-    for entry in reversed(history):
-        line = {"created": EPOCH, "created_by": entry["CreatedBy"], "comment": entry.get("Comment", "")}
-        lines.append({k: v for k, v in line.items() if v} | ({} if _has_layer(entry) else {"empty_layer": True}))
-    if sum("empty_layer" not in line for line in lines) != len(layers):
+    for entry, has_layer in zip(entries, filled, strict=True):
+        by = re.sub(r"\bFRACTAL_FORCE=[\d.]+", "FRACTAL_FORCE=", entry["CreatedBy"])
+        line = {"created": EPOCH, "created_by": by, "comment": entry.get("Comment", "")}
+        lines.append({k: v for k, v in line.items() if v} | ({} if has_layer else {"empty_layer": True}))
+    if sum(filled) != len(layers):
         lines = [{"created": EPOCH, "created_by": "a layer"} for _ in layers]
     return {
         "architecture": attrs["Architecture"],
@@ -326,12 +339,9 @@ def pinned_config(attrs: Mapping[str, Any], history: list[dict[str, Any]]) -> di
 
 
 METADATA = re.compile(
-    r"(/bin/sh -c #\(nop\)\s+)?(ENV|LABEL|CMD|ENTRYPOINT|USER|ARG|SHELL|EXPOSE|STOPSIGNAL|MAINTAINER|VOLUME)\b"
+    r"(/bin/sh -c #\(nop\)\s+)?(ENV|LABEL|CMD|ENTRYPOINT|USER|ARG|SHELL|EXPOSE|STOPSIGNAL|MAINTAINER|VOLUME"
+    r"|HEALTHCHECK|ONBUILD)\b"
 )
-
-
-def _has_layer(entry: Mapping[str, Any]) -> bool:
-    return entry["Size"] > 0 or not METADATA.match(entry["CreatedBy"])
 
 
 def discard(client: docker.DockerClient, image: str) -> None:
@@ -419,22 +429,23 @@ def build_all(keys: str, options: Options, *, as_json: bool = False, dry: bool =
         client.close()
 
 
-def say(text: str) -> None:
-    print(f"image: {text}", file=sys.stderr, flush=True)
+def say(text: str, what: str = "image") -> None:
+    print(f"{what}: {text}", file=sys.stderr, flush=True)
 
 
-def report_errors(work: Callable[[], int | None]) -> int:
+def report_errors(work: Callable[[], int | None], what: str = "image") -> int:
     """Run it; errors become one line and an exit code, a number that it returns is one."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: builders are ended, secrets removed
     try:
         return work() or 0
     except OutsideError as error:
-        say(str(error))
+        say(str(error), what)
         return 3
     except InputError as error:
-        say(str(error))
+        say(str(error), what)
         return 2
     except KeyboardInterrupt:
-        say("interrupted. Run the command again, it goes on where it stopped.")
+        say("interrupted. Run the command again, it goes on where it stopped.", what)
         return 130
 
 

@@ -3,14 +3,16 @@
 Where no command has BuildKit, the engine's own old builder takes an equivalent rendering through the API.
 """
 
+import ctypes
 import io
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +22,16 @@ from typing import Any, NamedTuple
 import docker
 
 from fractal import console, engine
-from fractal.images.image import COMMITTED, Image, Rendering
+from fractal.images.image import Image
+from fractal.images.rendering import COMMITTED, Rendering
 from fractal.records import OutsideError
 
 SILENCE_S = 1800  # without a word from the engine: a layer of several GB is being written
+END_S = 3  # what a builder takes to cancel its work; a tenth as a rule
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 MACHINES = ("amd64", "x86_64", "arm64", "aarch64")
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # prctl.h
 NO_SPACE = ("no space left on device", "disk quota exceeded")
 
 
@@ -90,7 +96,7 @@ class Request:
     rendering: Rendering
     base: str
     labels: Mapping[str, str]
-    secrets: Mapping[str, bytes] = field(default_factory=dict)
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     no_cache: bool = False
 
     @property
@@ -103,31 +109,56 @@ class Request:
         return found
 
 
+RENDERED = "Dockerfile.rendered"
+
+
 def context_tar(image: Image, rendering: Rendering = COMMITTED) -> bytes:
-    """The build context: same sources, same bytes, on any machine and at any time."""
+    """The old builder's context: same sources, same bytes, on any machine and at any time."""
+    files = image.context()
+    texts = {RENDERED: image.dockerfile(rendering)}
+    if ".dockerignore" not in files:
+        texts[".dockerignore"] = f"{RENDERED}\n.dockerignore\n"  # for COPY . in a Dockerfile of the user's own
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        text = image.dockerfile(rendering).encode()
-        entries: dict[str, tuple[bytes, Path | None]] = {"Dockerfile.rendered": (text, None)}
-        for name, source in image.context().items():
-            entries[name] = (b"" if source.is_symlink() else source.read_bytes(), source)
-        for name, (content, path) in sorted(entries.items()):
+        for name in sorted([*files, *texts]):
             entry = tarfile.TarInfo(name)  # mtime, uid and gid are 0
-            entry.size = len(content)
-            if path is not None and path.is_symlink():
+            path = files.get(name)
+            content = b""
+            if path is None:
+                content = texts[name].encode()
+            elif path.is_symlink():
                 entry.type, entry.linkname = tarfile.SYMTYPE, str(path.readlink())
-            elif path is not None and path.stat().st_mode & 0o100:
-                entry.mode = 0o755
+            else:
+                content = path.read_bytes()
+                entry.mode = 0o755 if path.stat().st_mode & 0o100 else 0o644
+            entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def context_folder(image: Image, folder: Path) -> None:
+    """BuildKit's context, as a new folder with the same modes and times on any machine."""
+    folder.mkdir()
+    for name, source in image.context().items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+            continue
+        shutil.copyfile(source, target)
+        target.chmod(0o755 if source.stat().st_mode & 0o100 else 0o644)
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o755)
+        os.utime(path, (0, 0), follow_symlinks=False)
 
 
 def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[str, int]:
     """Build with BuildKit. Returns the image's id and how many steps were run. Raises BuildError."""
     with tempfile.TemporaryDirectory(prefix="fractal-build-") as folder:
-        argv = [command, "build", "--progress=plain", f"--iidfile={folder}/id", "-f", "Dockerfile.rendered"]
-        for key, value in request.arguments.items():
-            argv += ["--build-arg", f"{key}={value}"]
+        argv = [command, "build", "--progress=plain", f"--iidfile={folder}/id", f"--file={folder}/{RENDERED}"]
+        for key in request.arguments:  # their values come from its environment: a proxy may have a password
+            argv += ["--build-arg", key]
         for key, value in request.labels.items():
             argv += ["--label", f"{key}={value}"]
         for key, secret in request.secrets.items():
@@ -135,44 +166,54 @@ def build_by_cli(command: str, request: Request, name: str, log: Path) -> tuple[
             argv += ["--secret", f"id={key},src={folder}/{key}"]
         argv += ["--no-cache"] * request.no_cache
         # BUILDX_BUILDER: the engine's own, whichever the user has made current, so that the image lands in the engine.
-        environ = os.environ | {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
+        environ = (
+            os.environ
+            | request.arguments
+            | {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
+        )
         story = Story(name)
+        Path(folder, RENDERED).write_text(request.image.dockerfile(request.rendering))
+        context_folder(request.image, Path(folder, "context"))
         child = subprocess.Popen(
-            [*argv, "-"],
-            stdin=subprocess.PIPE,
+            [*argv, f"{folder}/context"],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environ,
             start_new_session=True,  # Ctrl-C reaches it once, from us
+            preexec_fn=_end_with_us if sys.platform == "linux" else None,
         )
-        assert child.stdin is not None
         assert child.stdout is not None
-        feeder = threading.Thread(target=_feed, args=(child.stdin, context_tar(request.image, request.rendering)))
-        feeder.start()
         try:
             with log.open("a") as out, console.activity(name) as show:
-                for line in io.TextIOWrapper(child.stdout, errors="replace"):
+                for said in io.TextIOWrapper(child.stdout, errors="replace"):
+                    line = masked(said)
                     out.write(line)
                     out.flush()
                     story.read(line)
                     show(story.now)
             code = child.wait()
         finally:
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
-            feeder.join()
+            end(child)
         if code:
-            raise BuildError(f"Building {name} failed: {explain(story.failure())} The whole story: {log}")
+            raise BuildError(f"Building {name} failed: {explain(story.failure(), story.step)} The whole story: {log}")
         return Path(folder, "id").read_text().strip(), story.ran
 
 
-def _feed(pipe: Any, data: bytes) -> None:
-    try:
-        with pipe:
-            pipe.write(data)
-    except BrokenPipeError:  # the builder has ended; what it said tells why
-        pass
+def _end_with_us() -> None:
+    """Else the builder of a killed process goes on, and leaves an image without a name."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """End a builder that is still at work. One that has only just begun its step does not hear the request."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def build_by_api(client: docker.DockerClient, request: Request, name: str, log: Path) -> tuple[str, int]:
@@ -180,7 +221,7 @@ def build_by_api(client: docker.DockerClient, request: Request, name: str, log: 
     stream = client.api.build(
         fileobj=io.BytesIO(context_tar(request.image, request.rendering)),
         custom_context=True,
-        dockerfile="Dockerfile.rendered",
+        dockerfile=RENDERED,
         buildargs=request.arguments,
         labels=dict(request.labels),
         nocache=request.no_cache,
@@ -194,16 +235,19 @@ def build_by_api(client: docker.DockerClient, request: Request, name: str, log: 
 
 def follow(stream: Iterable[dict[str, Any]], name: str, log: Path) -> tuple[str, int]:
     """Write the old builder's words to the log as they come. Returns the image's id and the steps that were run."""
-    made, ran = "", 0
+    made, ran, step = "", 0, ""
+    last: list[str] = []
     with log.open("a") as out:
         for event in stream:
-            text = event.get("stream") or event.get("error") or ""
+            text = masked(event.get("stream") or event.get("error") or "")
             out.write(text)
             out.flush()
             ran += text.startswith(" ---> Running in")
+            step = text.partition(" : ")[2].strip() if text.startswith("Step ") else step
+            last = [*last[-15:], *text.splitlines()]
             made = event.get("aux", {}).get("ID", made)
             if "error" in event:
-                raise BuildError(f"Building {name} failed: {explain([str(event['error'])])} The whole story: {log}")
+                raise BuildError(f"Building {name} failed: {explain(last, step)} The whole story: {log}")
     return made, ran
 
 
@@ -232,13 +276,18 @@ class Story:
             self.steps[number] = title
             if re.match(r"\[[^]]*\] (RUN|COPY|ADD|WORKDIR)", title):
                 self.started.add(number)
-            self.now = re.sub(r"--mount=\S+\s*", "", title)[:100]
+            self.now = brief(title)
         elif cached:
             self.cached.add(number)
         elif error:
             self.failed = number
         elif words:
             self.said.setdefault(number, []).append(words.partition(" ")[2])
+
+    @property
+    def step(self) -> str:
+        """The step that failed."""
+        return brief(self.steps.get(self.failed, ""))
 
     @property
     def ran(self) -> int:
@@ -248,6 +297,16 @@ class Story:
     def failure(self) -> list[str]:
         """The failed step's own last words, then the builder's."""
         return [*self.said.get(self.failed, [])[-15:], *self.last[-3:]]
+
+
+def brief(title: str) -> str:
+    """A step's title without what we add to each."""
+    return re.sub(r"--mount=\S+\s*|\. /run/secrets/settings\s+&&\s*", "", title)[:100]
+
+
+def masked(text: str) -> str:
+    """A builder's words without the passwords in addresses."""
+    return re.sub(r"(?<=://)[^/\s@]+(?=@)", "***", text)
 
 
 def disk_full(text: str) -> str | None:
@@ -260,43 +319,71 @@ def disk_full(text: str) -> str | None:
     return None
 
 
-def explain(words: list[str]) -> str:
-    """What a failed build's words come to, with the remedy."""
+CERTIFICATE = r"certificate verify failed|UnknownIssuer|invalid peer certificate|self.signed certificate"
+NETWORK = (
+    r"Temporary failure resolving|Could not resolve|failed to lookup address|dns error|Connection refused"
+    r"|network is unreachable|no such host|Temporary failure in name resolution|tcp connect error|i/o timeout"
+)
+NO_BASE = (
+    r"pull access denied for [^\s,]+|manifest for \S+ not found|failed to resolve source metadata for [^\s:]+:\S+"
+    r"|https?://\S+/v2/\S+/manifests/[^\s\"]+|\S+: not found: manifest unknown"
+)
+
+
+def explain(words: list[str], step: str = "") -> str:
+    """What a failed build's words come to, with the remedy. `step`: the one that failed."""
     text = "\n".join(words)
     if full := disk_full(text):
         return full
-    if match := re.search(r"E: Unable to locate package (\S+)|E: Version '\S+' for '(\S+)' was not found", text):
+    if re.search(CERTIFICATE, text, re.I):
+        return "a certificate is not trusted inside the build. Give your network's own: --ca=FILE or FRACTAL_CA."
+    if match := re.search(NO_BASE, text):
+        return (
+            f"its base is not to be had ({match[0].rstrip(':')}). Load it into the engine, or name another one: "
+            "--base, or FROM in a Dockerfile."
+        )
+    if match := re.search(NETWORK, text, re.I):
+        return (
+            f"the network is not to be reached from inside the build ({match[0]}; {_last(words)}). "
+            "Behind a proxy set http_proxy and https_proxy; with mirrors FRACTAL_DEBIAN_MIRROR and pip's index-url."
+        )
+    if match := re.search(r"E: Version '(\S+)' for '(\S+)' was not found", text):
+        return f"Debian has no version {match[1]} of {match[2]} in the base's release. Leave the version out."
+    if match := re.search(r"E: Unable to locate package (\S+)|E: Package '(\S+)' has no installation candidate", text):
         return f"Debian has no package {match[1] or match[2]} in the base's release. Check its name."
-    if match := re.search(r"Hash mismatch for `([^`]+)`", text):
-        return (
-            f"{match[1]}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."
-        )
-    if match := re.search(r"(?:THESE PACKAGES DO NOT MATCH THE HASHES)[\s\S]*?\n\s*(\S+==\S+)", text):
-        return (
-            f"{match[1]}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."
-        )
-    if match := re.search(r"Because (?:there is no version of |)(\S+?==\S+?)[, ]", text.replace("\n", " ")):
-        return (
-            f"No index has the Python package {match[1]} for this Python and processor. Check name, version and index."
-        )
+    if match := re.search(r"Hash mismatch for `([^`]+)`|DO NOT MATCH THE HASHES[\s\S]*?\n\s*(\S+==\S+)", text):
+        what = match[1] or match[2]
+        return f"{what}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."
+    if match := re.search(
+        r"no version of (\S+?==\S+?)[, ]|not found in the package registry and you require (\S+?),", text
+    ):
+        what = match[1] or match[2]
+        return f"No index has the Python package {what} for this Python and processor. Check name, version and index."
+    if match := re.search(
+        r"No solution found when resolving[^\n]*\n(?:\s*\n)*\s*\S+ (Because .*(?:\n {4,}\S.*)*)", text
+    ):
+        return f"the Python packages do not fit together. {' '.join(match[1].split())[:400]} Change a version."
     if match := re.search(r"Could not find a version that satisfies the requirement (\S+)", text):
         return f"No index has the Python package {match[1]}. Check name, version and index."
-    if match := re.search(
-        r"(pull access denied for \S+|manifest for \S+ not found|failed to resolve source metadata for \S+)", text
-    ):
-        return f"its base is not to be had: {match[1].rstrip(',:')}. Name another with --base."
-    if re.search(
-        r"Temporary failure resolving|Could not resolve|dns error|Connection refused|network is unreachable", text, re.I
-    ):
+    if match := re.search(r'"(/[^"]*)" not found', text):
         return (
-            f"the network is not to be reached from inside the build ({_last(words)}). A proxy or CA: --ca, FRACTAL_CA."
+            f"{step}: the build context has no {match[1][1:]}. It is not there, or one of what never gets into an "
+            "image: secrets, caches, weights, what .dockerignore names."
         )
-    if re.search(r"certificate verify failed|UnknownIssuer|invalid peer certificate", text):
-        return "a certificate is not trusted inside the build. Give your network's own: --ca=FILE or FRACTAL_CA."
-    return f"{_last(words)}."
+    return f"{step}: {_last(words)}." if step else f"{_last(words)}."
+
+
+# The builder's own words around a failure.
+NOISE = re.compile(
+    r"------|> \[|\d+ \| |Dockerfile\.rendered:\d|executor failed running|process \"|ERROR: failed to solve: process|"
+    r"The command '|Removing intermediate|---> |Step \d"
+)
 
 
 def _last(words: list[str]) -> str:
+    """The error in a failed step's own words, else its last one, else the builder's."""
     lines = [line.strip() for line in words if line.strip()]
-    errors = [line for line in lines if re.match(r"(E:|error|ERROR)", line)]
-    return (errors or lines or ["no reason given"])[-1][:300].rstrip(".")
+    own = [line for line in lines if not NOISE.match(line)]
+    errors = [line for line in own if re.match(r"(E:|error|ERROR)", line)]
+    code = re.findall(r"(?:exit|non-zero) code: \d+", "\n".join(lines))
+    return (errors or own[-1:] or code or lines or ["no reason given"])[-1][:300].rstrip(".")

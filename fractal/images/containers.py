@@ -35,7 +35,18 @@ SIDECAR_TIMEOUT_S = 30
 LABEL = "fractal.pipeline"
 SHARED_MEMORY = "2g"  # vLLM's processes exchange tensors there; Docker's default is 64 MiB
 # What the tests read beside the package, mounted where the image has the package.
-TESTED = ("tests", "docker", "docs", "benchmarks", "Dockerfile", "Makefile", "README.md", "pyproject.toml", "tasks.py")
+TESTED = (
+    "tests",
+    "docker",
+    "docs",
+    "benchmarks",
+    "Dockerfile",
+    ".dockerignore",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+    "tasks.py",
+)
 
 
 class ContainerError(OutsideError):
@@ -98,8 +109,11 @@ def run_setup(sidecar: str, runs: Path, *, gpus: bool, network: bool = True) -> 
 
 
 def model_binds() -> tuple[str, ...]:
-    """Models that were prepared on this machine."""
+    """Models that were prepared on this machine, made readable for the pipeline's user."""
     folder = models.cache_dir() / "models"
+    for file in folder.glob("*/*"):
+        if file.stat().st_uid == os.geteuid() and file.is_file():
+            file.chmod(file.stat().st_mode | 0o444)
     return (f"{folder.resolve()}:{MODELS}:ro",) if folder.is_dir() else ()
 
 

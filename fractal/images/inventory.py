@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fractal import console, engine
 from fractal.images import recipes
-from fractal.images.build import BASE_LABEL, PARTS_LABEL, connect, first_line
+from fractal.images.build import BASE_LABEL, PARTS_LABEL, connect, first_line, say
 from fractal.images.builder import BuildError
 from fractal.images.recipes import Recipe
 
@@ -75,6 +75,22 @@ def why(wanted: dict[str, str], built: dict[str, str] | None) -> str:
     return f"its last steps: [{gone[0]}] is gone" if gone else "its configuration"
 
 
+def prune(client: docker.DockerClient) -> list[str]:
+    """Remove our images of earlier sources, except those that a container uses; returns their names."""
+    gone = []
+    for recipe in recipes.recipes().values():
+        for image in client.images.list(name=f"fractal-{recipe.key}"):
+            for name in image.tags:
+                if name == recipe.name:
+                    continue
+                try:
+                    client.images.remove(name)
+                    gone.append(name)
+                except docker.errors.APIError:  # a container uses it
+                    pass
+    return gone
+
+
 def _tagged(image: Any) -> str:
     return str(image.attrs.get("Metadata", {}).get("LastTagTime", ""))
 
@@ -87,10 +103,12 @@ def _parts(image: Any) -> dict[str, str] | None:
     return parts if isinstance(parts, dict) else None
 
 
-def show(*, as_json: bool = False) -> None:
-    """Print it, as a table or as a line of JSON for each image."""
+def show(*, as_json: bool = False, older: bool = True) -> None:
+    """Print it, as a table or as JSON lines. Without `older`, images of earlier sources are removed first."""
     client = connect()
     try:
+        for name in [] if older else prune(client):
+            say(f"{name} is removed")
         entries = inventory(client)
     finally:
         client.close()

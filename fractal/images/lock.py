@@ -17,14 +17,14 @@ import requests
 from fractal import console, setup
 from fractal.images import network, recipes
 from fractal.images.build import REGISTRY_TIMEOUT_S, Say, first_line, patience
-from fractal.images.image import UV_LOCK
+from fractal.images.rendering import UV_LOCK
 from fractal.records import InputError, OutsideError, write_whole
 
 UV_TIMEOUT_S = 900
 # First of the locks for a GPU: PyTorch and what NVIDIA ships for it, which is large and changes little.
 TORCH_FAMILY = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 HEADER = """\
-# Base images: TAG SHA256-DIGEST, written by `invoke lock`. A tag without a digest has not been looked up yet: no registry
+# Base images: TAG SHA256-DIGEST, by `invoke lock`. A tag without a digest has not been looked up yet: no registry
 # answered where it was locked. What it names may change then, and `invoke images` and the manifest of a run say so.
 """
 
@@ -42,10 +42,10 @@ def lock_bases(client: docker.DockerClient, say: Say) -> None:
                 digest = str(client.api.inspect_distribution(tag)["Descriptor"]["digest"])
         except (docker.errors.DockerException, requests.RequestException) as error:
             stays = "its digest stays" if known else "it has no digest"
-            say(f"lock: {tag}: no registry answers ({first_line(error)}); {stays}")
+            say(f"{tag}: no registry answers ({first_line(error)}); {stays}")
             digest = known
         else:
-            say(f"lock: {tag}: {digest}" + (" as before" if digest == known else ""))
+            say(f"{tag}: {digest}" + (" as before" if digest == known else ""))
         found[tag] = digest
     text = HEADER + "".join(" ".join(filter(None, item)) + "\n" for item in found.items())
     write_whole(recipes.ROOT / recipes.BASES_LOCK, text.encode())
@@ -74,7 +74,7 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
     for lock, text in made.items():
         same = (docker_folder / lock).exists() and (docker_folder / lock).read_text() == text
         write_whole(docker_folder / lock, text.encode())
-        say(f"lock: docker/{lock}: {len(entries(text))} packages" + (", as before" if same else ", changed"))
+        say(f"docker/{lock}: {len(entries(text))} packages" + (", as before" if same else ", changed"))
 
 
 def entries(text: str) -> list[str]:
@@ -116,10 +116,10 @@ def _run(argv: list[str]) -> None:
     try:
         done = subprocess.run(argv, cwd=recipes.ROOT, capture_output=True, text=True, timeout=UV_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise LockError(f"lock: {Path(argv[0]).name} failed: {error}. No lock has changed.") from error
+        raise LockError(f"{Path(argv[0]).name} failed: {error}. No lock has changed.") from error
     if done.returncode:
         words = " ".join((done.stderr or done.stdout).split())[:400]
-        raise LockError(f"lock: {words.rstrip('.')}. No lock has changed; check pyproject.toml and the network.")
+        raise LockError(f"{words.rstrip('.')}. No lock has changed; check pyproject.toml and the network.")
 
 
 def lock(what: str, say: Say, *, upgrade: bool = False) -> None:

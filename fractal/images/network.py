@@ -3,6 +3,7 @@
 All of it reaches the build as secrets and bind mounts, which leave nothing in a layer. On an open network it is empty.
 """
 
+import ast
 import os
 import re
 import shlex
@@ -22,29 +23,30 @@ UV_NAMES = {
     "extra-index-url": "UV_INDEX",
     "trusted-host": "UV_INSECURE_HOST",
     "no-index": "UV_NO_INDEX",
-    "default-timeout": "UV_HTTP_TIMEOUT",
+    "timeout": "UV_HTTP_TIMEOUT",
+    "default-timeout": "UV_HTTP_TIMEOUT",  # as PIP_DEFAULT_TIMEOUT is called
 }
-DEFAULT_BUNDLE = Path(
-    "/etc/ssl/certs/ca-certificates.crt"
-)  # Debian's; a machine with its own CA names it in SSL_CERT_FILE
+SECRET_LIMIT_KB = 500  # BuildKit's
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
     """Secrets for the build by id (settings, ca, apt, sources), and a folder of wheels. Empty: an open network."""
 
-    secrets: Mapping[str, bytes] = field(default_factory=dict)
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     wheels: Path | None = None
 
 
 def describe(
-    ca: Path | None, pip: Mapping[str, str], apt: list[str], sources: list[str], wheels: Path | None
+    ca: bytes | None, pip: Mapping[str, str], apt: list[str], sources: list[str], wheels: Path | None
 ) -> Network:
-    """Put it together. `pip`: its settings by name; `apt`: configuration lines; `sources`: Debian's, one line each."""
+    """Put it together. `ca`: certificates, PEM; `pip`: its settings by name; `apt`: configuration lines; `sources`:
+    Debian's, one line each. Pure.
+    """
     shell = []
     secrets: dict[str, bytes] = {}
     if ca is not None:
-        secrets["ca"] = ca.read_bytes()
+        secrets["ca"] = ca
         names = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
         shell += [f"export {name}=/run/secrets/ca" for name in names]
         apt = [*apt, 'Acquire::https::CAInfo "/run/secrets/ca";']
@@ -70,22 +72,29 @@ def of_this_machine(*, sources: bool, ca: Path | None = None, wheels: Path | Non
     `ca` and `wheels` come before what FRACTAL_CA and FRACTAL_WHEELS, SSL_CERT_FILE and pip's own settings say.
     """
     pip = pip_settings()
-    named = [ca, *(Path(os.environ[name]) for name in ("FRACTAL_CA", "SSL_CERT_FILE") if os.environ.get(name))]
-    bundle = next((path for path in named if path is not None), None)
-    if bundle is not None and not bundle.is_file():
-        raise InputError(f"{bundle}: there is no such file of certificates. See --ca, FRACTAL_CA and SSL_CERT_FILE.")
-    folders = [
-        wheels,
-        *(Path(p) for p in [os.environ.get("FRACTAL_WHEELS", ""), *pip.get("find-links", "").split()] if p),
-    ]
-    folder = next((path for path in folders if path is not None), None)
-    if folder is not None and not folder.is_dir():
-        if folder in (wheels, Path(os.environ.get("FRACTAL_WHEELS", ""))):
-            raise InputError(f"{folder}: there is no such folder of wheels. See --wheels and FRACTAL_WHEELS.")
-        folder = None
+    bundle = ca or os.environ.get("FRACTAL_CA") or os.environ.get("SSL_CERT_FILE") or pip.get("cert")
+    certificates = _certificates(Path(bundle)) if bundle else None
+    folders = [Path(word) for word in pip.get("find-links", "").split()]  # or addresses
+    if asked := wheels or os.environ.get("FRACTAL_WHEELS"):
+        folders = [Path(asked)]
+        if not folders[0].is_dir():
+            raise InputError(f"{asked}: there is no such folder of wheels. See --wheels and FRACTAL_WHEELS.")
+    folder = next((path for path in folders if path.is_dir()), None)
     lines = debian.mirror_arguments(os.environ) if sources else []
     entries = [line if line.startswith("deb ") else f"deb {line} {debian.SUITE} main" for line in lines]
-    return describe(bundle, pip, apt_settings(), entries, folder)
+    return describe(certificates, pip, apt_settings(), entries, folder)
+
+
+def _certificates(bundle: Path) -> bytes:
+    hint = "See --ca, FRACTAL_CA, SSL_CERT_FILE and pip's cert."
+    if not bundle.is_file():
+        raise InputError(f"{bundle}: there is no such file of certificates. {hint}")
+    data = bundle.read_bytes()
+    if b"-----BEGIN CERTIFICATE-----" not in data and b"-----BEGIN TRUSTED CERTIFICATE-----" not in data:
+        raise InputError(f"{bundle}: holds no certificate in PEM's form. {hint}")
+    if len(data) > SECRET_LIMIT_KB * 1000:
+        raise InputError(f"{bundle}: is over {SECRET_LIMIT_KB} kB, a builder's limit. Name your own CA alone. {hint}")
+    return data
 
 
 def pip_settings() -> dict[str, str]:
@@ -95,9 +104,10 @@ def pip_settings() -> dict[str, str]:
         text = subprocess.run(argv, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    found = re.findall(r"^(\S+?)\.([\w-]+)='(.*)'$", text.replace("\\n", " "), re.MULTILINE)
-    environment = {key.lstrip("."): value for section, key, value in found if section == ":env:"}
-    return {key: value for section, key, value in found if section in ("global", "install")} | environment
+    found = re.findall(r"^(\S+?)\.([\w-]+)=(['\"].*)$", text, re.MULTILINE)
+    settings = [(section, key, " ".join(str(ast.literal_eval(value)).split())) for section, key, value in found]
+    environment = {key: value for section, key, value in settings if section == ":env:"}
+    return {key: value for section, key, value in settings if section in ("global", "install")} | environment
 
 
 def apt_settings() -> list[str]:

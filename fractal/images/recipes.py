@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from fractal import setup
-from fractal.images.image import VENV, Image
+from fractal.images.image import Image
+from fractal.images.rendering import VENV
 from fractal.records import InputError, write_whole
 from fractal.sandbox.source import HOST_ONLY
 
@@ -42,14 +43,36 @@ def recipes() -> dict[str, Recipe]:
     }
 
 
-def render(root: Path = ROOT) -> list[str]:
-    """Write the Dockerfiles that differ from their recipes; returns their paths in the repository."""
-    changed = []
+def renderings() -> dict[str, str]:
+    """Path in the repository -> text of all that is rendered: Dockerfiles, and what `docker build` leaves out."""
+    found = {}
     for recipe in recipes().values():
-        file, text = root / recipe.dockerfile, recipe.image.dockerfile()
+        found[recipe.dockerfile] = recipe.image.dockerfile()
+        # The top-level one is also what an old builder reads, which knows no other name.
+        ignore = ".dockerignore" if recipe.dockerfile == "Dockerfile" else f"{recipe.dockerfile}.dockerignore"
+        found[ignore] = dockerignore(recipe.image)
+    return found
+
+
+def dockerignore(image: Image) -> str:
+    """For a plain `docker build` in the repository: nothing but what the image asks for."""
+    lines = [f"# {RENDERED}", "*"]
+    folders = [local for local in image.locals() if local.source.is_dir()]
+    for folder in folders:
+        lines += [f"!{folder.context}", *(f"{folder.context}/{pattern}" for pattern in folder.ignore)]
+    inside = tuple(f"{folder.context}/" for folder in folders)
+    lines += [f"!{name}" for name in image.context() if not name.startswith(inside)]
+    return "\n".join([*lines, "**/__pycache__", "**/*.pyc"]) + "\n"
+
+
+def render(root: Path = ROOT) -> list[str]:
+    """Write what is rendered and differs; returns the paths in the repository."""
+    changed = []
+    for path, text in renderings().items():
+        file = root / path
         if not file.exists() or file.read_text() != text:
             write_whole(file, text.encode())
-            changed.append(recipe.dockerfile)
+            changed.append(path)
     return changed
 
 

@@ -177,7 +177,7 @@ class Sandbox(Verifier):
         socket: Path | None = None,
     ) -> None:
         super().__init__(self._connect, limits=limits, cache=cache, isolate=isolate)
-        self.image = image or source.image_name()
+        self.image = image or (source.image_name() if socket is None else "")
         self.image_id = ""
         self._asked_slots = slots
         self._runtime = runtime

@@ -29,7 +29,15 @@ def content_hash(parts: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
+def marked(name: str, path: Path) -> str:
+    """The name under which a file enters a hash: links and programs are marked, other modes do not count."""
+    if path.is_symlink():
+        return f"{name}\0link"
+    return f"{name}\0program" if path.stat().st_mode & 0o100 else name
+
+
 def image_name() -> str:
     """fractal-sandbox:<12 hex digits of the hash of Dockerfile and sources>."""
-    digest = content_hash({"Dockerfile": (ROOT / DOCKERFILE).read_bytes(), **files()})
+    sources = {marked(name, ROOT / name): content for name, content in files().items()}
+    digest = content_hash({"Dockerfile": (ROOT / DOCKERFILE).read_bytes(), **sources})
     return f"{REPOSITORY}:{digest[:12]}"

@@ -1,0 +1,224 @@
+"""A step of an image -> lines of a Dockerfile, for the builder and the network at hand. Pure."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import PurePosixPath
+
+from fractal.images.context import ImageError, Local
+
+VENV = "/opt/venv"
+UV_LOCK = "docker/uv.lock"  # uv itself, with hashes
+OUR_STAGES = re.compile(r"uv|wheels|(part|local)\d+", re.I)
+FORCE = "ARG FRACTAL_FORCE="  # the builder is given another value each time
+DIRECTIVE = re.compile(r"#\s*[A-Za-z][A-Za-z0-9]*\s*=")
+
+# Every RUN goes through this shell. It sets back the times of what the RUN wrote, so that the same contents are the
+# same layer on any machine. Ten minutes earlier: the builder makes mount points before the RUN starts, and no Debian
+# package is that young.
+SHELL = (
+    "begun=@$(($(date +%s) - 600)); sh -ec \"$0\" && { find / -xdev -newermt \"$begun\" "
+    "-exec touch -hcd @0 {} + 2> /dev/null || :; }"
+)  # fmt: skip
+
+
+SHELL_LINES = (
+    "# It sets back the times of what a RUN wrote: the same contents are the same layer on any machine.",
+    f"SHELL {json.dumps(['/bin/sh', '-c', SHELL])}",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What the builder at hand can do and what the network asks for. The image is the same for each."""
+
+    mounts: bool = True  # BuildKit's cache, secret and bind mounts
+    settings: bool = False  # secrets for a closed network: settings (shell), ca, apt, sources; see build.py
+    wheels: str | None = None  # an image that holds a folder of wheels, instead of PyTorch's own index
+
+    def __post_init__(self) -> None:
+        if not self.mounts and (self.settings or self.wheels):
+            raise ValueError("secrets and wheels need a builder that can mount")
+
+
+COMMITTED = Rendering()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One layer, or one line of metadata. `kind` says how it is rendered."""
+
+    kind: str  # apt, python, run, meta, add, force
+    text: tuple[str, ...] = ()  # packages, words, commands or Dockerfile lines
+    comment: str = ""
+    options: str = ""  # the extra_options escape
+    locals: tuple[Local, ...] = ()
+    torch_backend: str = ""
+
+
+def layer(step: Step, rendering: Rendering, number: int) -> list[str]:
+    """The lines of a step in its stage."""
+    match step.kind:
+        case "apt":
+            return _apt(step.text, step.options, rendering)
+        case "python":
+            return _python(step, rendering)
+        case "run":
+            return [line for command in step.text for line in _run([], [command], rendering)]
+        case "add":
+            return [*step.text, f"COPY --from=local{number} /local/ /"]
+        case "force":
+            return [FORCE]
+    return list(step.text)
+
+
+def _run(mounts: list[str], commands: list[str], rendering: Rendering, network: bool = True) -> list[str]:
+    """A RUN with its mounts, commands joined by &&."""
+    if not rendering.mounts:
+        mounts = []
+    if rendering.settings and network:
+        # Below a tmpfs no mount point stays behind in the layer.
+        secrets = [f"type=secret,id={name},mode=0444" for name in ("settings", "ca", "apt", "sources")]
+        mounts = ["type=tmpfs,target=/run", *secrets, *(m for m in mounts if m != "type=tmpfs,target=/run")]
+        commands = [". /run/secrets/settings", *commands]
+    flags = [f"--mount={mount} \\\n   " for mount in mounts]
+    return [" ".join(["RUN", *flags, " \\\n && ".join(commands)])]
+
+
+def _apt(packages: tuple[str, ...], options: str, rendering: Rendering) -> list[str]:
+    caches = [f"type=cache,target={folder},sharing=locked" for folder in ("/var/cache/apt", "/var/lib/apt/lists")]
+    install = " ".join(["apt-get install -y --no-install-recommends", *([options] if options else []), *packages])
+    get = f"{{ apt-get update && DEBIAN_FRONTEND=noninteractive {install}; }}"
+    if not options and not any("=" in package for package in packages):  # what the base has is right: it needs no apt
+        get = f"{{ dpkg -s {' '.join(packages)} > /dev/null 2>&1 \\\n   || {get}; }}"
+    commands = [
+        get,
+        "mkdir -p /usr/share/fractal",
+        "dpkg-query -W > /usr/share/fractal/debian-packages",
+        # Emptied, not removed: what hides a file of the base has a time that nobody can set.
+        "find /var/log /var/cache -xdev -type f ! -path '*/debconf/*' -exec truncate -s 0 {} +"
+        + ("" if rendering.mounts else " && rm -rf /var/lib/apt/lists/* /var/cache/apt/*"),
+    ]
+    return _run(caches, commands, rendering)
+
+
+def uv_stage(rendering: Rendering) -> list[str]:
+    lines = ["", "# uv installs the Python packages and stays out of the image.", "FROM base AS uv"]
+    lines += _apt(("python3-venv",), "", rendering)
+    lock = f"type=bind,source={UV_LOCK},target=/run/uv.lock"
+    commands = ["python3 -m venv /uv", "/uv/bin/pip install --no-cache-dir --no-deps --require-hashes -r {lock}"]
+    if rendering.mounts:
+        commands = [command.format(lock="/run/uv.lock") for command in commands]
+        return [*lines, *_run(["type=tmpfs,target=/run", lock], commands, rendering)]
+    commands = [command.format(lock="/uv.lock") for command in commands]
+    return [*lines, f"COPY {UV_LOCK} /uv.lock", *_run([], commands, rendering)]
+
+
+UV_MOUNTS = ("type=tmpfs,target=/run", "type=bind,from=uv,source=/uv/bin/uv,target=/run/uv")
+
+
+def venv(rendering: Rendering) -> list[str]:
+    lines = [] if rendering.mounts else ["COPY --from=uv /uv/bin/uv /usr/local/bin/uv"]
+    uv = "/run/uv" if rendering.mounts else "uv"
+    run = _run([*UV_MOUNTS], [f"{uv} venv --no-cache --quiet {VENV}"], rendering, network=False)
+    return [*lines, *run, f"ENV VIRTUAL_ENV={VENV} \\\n    PATH={VENV}/bin:$PATH"]
+
+
+def _python(step: Step, rendering: Rendering) -> list[str]:
+    """uv pip install, compiled once and for all: a container that may not write would compile at each start."""
+    mounts = [*UV_MOUNTS, "type=cache,target=/run/cache"]
+    uv = "/run/uv --cache-dir /run/cache" if rendering.mounts else "uv --no-cache"
+    words = ["PYC_INVALIDATION_MODE=UNCHECKED_HASH", uv, "pip install --link-mode copy --compile-bytecode"]
+    lines = []
+    name = ""
+    if step.locals:
+        (lock,) = step.locals
+        name = f"/{'run' if rendering.mounts else 'tmp'}/{PurePosixPath(lock.context).name}"
+        mounts.append(f"type=bind,source={lock.context},target={name}")
+        words += ["--no-deps --require-hashes", f"-r {name}"]
+        if not rendering.mounts:
+            lines.append(f"COPY {lock.context} {name}")
+    if rendering.wheels:
+        mounts.append("type=bind,from=wheels,target=/run/wheels")
+        words.append("--find-links /run/wheels")
+    elif step.torch_backend:
+        words.append(f"--torch-backend {step.torch_backend}")
+    words += [step.options, *(shlex.quote(package) for package in step.text)]
+    clean = [f"rm {name}"] if step.locals and not rendering.mounts else []
+    return [*lines, *_run(mounts, [" ".join(filter(None, words)), *clean], rendering)]
+
+
+def merged(steps: Iterable[Step]) -> list[Step]:
+    """Local files that are added one after the other are one layer."""
+    merged: list[Step] = []
+    for step in steps:
+        if merged and step.kind == merged[-1].kind == "add":
+            lines = tuple(dict.fromkeys(merged[-1].text + step.text))
+            merged[-1] = replace(merged[-1], text=lines, locals=merged[-1].locals + step.locals)
+        else:
+            merged.append(step)
+    return merged
+
+
+# COPY gives folders that are there already, such as /tmp, the modes of ours: these have to be theirs.
+SETTLE = """cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \\
+ && find . -type d -exec sh -ec 'for d; do \\
+      if [ -L "/$d" ]; then echo "error: ${d#.} is a link to $(readlink "/$d"): add files there"; exit 1; fi; \\
+      if [ -d "/$d" ]; then chmod $(stat -c %a "/$d") "$d"; chown $(stat -c %u:%g "/$d") "$d"; fi; done' sh {} +"""
+
+
+def local_stage(step: Step, stage: str, number: int) -> list[str]:
+    """Local files get owner, mode and times of their own: the layer depends on their contents alone."""
+    why = "# Local files: the same owner, modes and times everywhere. Folders that are there already keep their own."
+    lines = ["", why, f"FROM {stage} AS local{number}", "USER 0", 'SHELL ["/bin/sh", "-ec"]']
+    for local in step.locals:
+        source = f"{local.context or '.'}/" if local.source.is_dir() else local.context
+        lines.append(f"COPY {copy_words(source, '/local' + local.target)}")
+    return [*lines, f"RUN {SETTLE}"]
+
+
+def copy_words(source: str, target: str) -> str:
+    """Words of COPY: plain ones where nothing in them could mean something to Docker."""
+    plain = all(re.fullmatch(r"[\w./@+=:,~%][\w./@+=:,~%\-]*", word) for word in (source, target))
+    return f"{source} {target}" if plain else json.dumps([source, target], ensure_ascii=False)
+
+
+# --- a Dockerfile of the user's own -----------------------------------------------------------------------------------
+
+
+def instructions(lines: list[str]) -> Iterator[tuple[int, str]]:
+    """The instructions of a Dockerfile: the number of the last line, and the whole without line breaks."""
+    text = ""
+    numbered = iter(enumerate(lines))
+    for number, line in numbered:
+        if line.lstrip().startswith("#") or not line.strip():
+            continue
+        text += line.strip().removesuffix("\\") + " "
+        if line.rstrip().endswith("\\"):
+            continue
+        yield number, text.strip()
+        for word in re.findall(r"\s\d*<<-?[\"']?(\w+)", text) if re.match("RUN|COPY|ADD", text, re.I) else ():
+            next((one for _, one in numbered if one.strip("\t") == word), None)  # a document: skip it
+        text = ""
+
+
+def with_base_stage(call: object, text: str) -> tuple[str, ...]:
+    """The lines of a Dockerfile, its last stage called `base`."""
+    lines = text.rstrip().split("\n")
+    if any(re.match(r"#\s*escape\s*=\s*[^\\\s]", line, re.I) for line in takewhile(DIRECTIVE.match, lines)):
+        raise ImageError(f"{call}: sets another escape character. Write it with \\\\.")
+    stages = [(number, words) for number, words in instructions(lines) if re.match(r"FROM\s", words, re.I)]
+    if not stages:
+        raise ImageError(f"{call}: has no FROM line. Write FROM and a base first.")
+    names = [match[1] if (match := re.search(r"\sAS\s+(\S+)$", words, re.I)) else "" for _, words in stages]
+    if taken := [name for name in names if OUR_STAGES.fullmatch(name)] + [n for n in names[:-1] if n.lower() == "base"]:
+        raise ImageError(f"{call}: its stage {taken[0]!r} has a name that ours has. Rename it.")
+    if names[-1].lower() == "base":
+        return tuple(lines)
+    if names[-1]:
+        return (*lines, f"FROM {names[-1]} AS base")
+    at = stages[-1][0]
+    return (*lines[:at], f"{lines[at].rstrip()} AS base", *lines[at + 1 :])

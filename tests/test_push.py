@@ -1,0 +1,967 @@
+"""Images on their way: to a real registry, and over ssh to a real second engine; cut off, refused, resumed, and nothing left."""
+
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import docker
+import docker.errors
+import psutil
+import pytest
+import requests
+
+from fractal.images import board, far, push, registry, ssh
+from fractal.records import InputError, OutsideError
+from tests.conftest import ROOT
+from tests.engines import Engine
+from tests.machine import Machine, Unavailable
+
+KB, MB = 1000, 1_000_000
+USER, PASSWORD = "joe", "right horse"
+HTPASSWD = f"{USER}:$2b$04$1z8vIz2wKP8qBgQVLAcECu3uTzGpKaZuVOSbhpoLeSxJAf3H96dkS\n"  # bcrypt, 4 rounds
+
+
+# What needs no Docker
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "expected"),
+    [  # engine 20.10.24, registry 2.8.2
+        ("no basic auth credentials", push.PushError, "Run: docker login reg.example:5000"),
+        ("unauthorized: authentication required", push.PushError, "Run: docker login reg.example:5000"),
+        ("denied: requested access to the resource is denied", push.PushError, "does not let this user push"),
+        ('Get "http://127.0.0.1:1/v2/": dial tcp 127.0.0.1:1: connect: connection refused', push.LostError, "Start the registry"),
+        ('Get "https://x.invalid:5000/v2/": dial tcp: lookup x.invalid on 10.0.0.53:53: no such host', push.LostError, "Check the name"),
+        ('Get "https://172.17.0.1:5554/v2/": http: server gave HTTP response to HTTPS client', push.PushError, "insecure-registries"),
+        ('Get "https://r.example/v2/": x509: certificate signed by unknown authority', push.PushError, "/etc/docker/certs.d/reg.example:5000/ca.crt"),
+        ("received unexpected HTTP status: 500 Internal Server Error", push.LostError, "broke off"),
+        ('Patch "http://127.0.0.1:5000/v2/pt/blobs/uploads/7f?_state=c2VjcmV0": EOF', push.LostError, "broke off"),
+        ('Get "https://r.example/v2/": net/http: request canceled (Client.Timeout exceeded while awaiting headers)', push.LostError, "does not answer"),
+        ("write /var/lib/docker/tmp/x: no space left on device", push.PushError, "Make room"),
+        ("something new", push.PushError, "something new"),
+    ],
+)  # fmt: skip
+def test_an_engines_words_become_one_line_with_the_remedy(said: str, kind: type, expected: str) -> None:
+    error = push.explain(said, "reg.example:5000/team/x")
+    assert type(error) is kind
+    assert expected in str(error)
+    assert "\n" not in str(error)
+
+
+def test_no_signature_and_no_password_of_a_url_is_repeated() -> None:
+    said = 'Put "https://joe:hunter2@r.example/v2/x/blobs/uploads/1?X-Amz-Signature=abc&_state=def": EOF'
+    assert str(push.explain(said, "r.example/x")).count("r.example") == 2
+    for secret in ("hunter2", "abc", "def"):
+        assert secret not in str(push.explain(said, "r.example/x"))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"progressDetail": {}, "aux": {"Tag": "1", "Digest": f"sha256:{'0a' * 32}", "Size": 748}},  # engine 20.10.24
+        {"status": f"1: digest: sha256:{'0a' * 32} size: 748"},  # 26.1.5 with containerd's image store
+    ],
+)
+def test_the_digest_is_found_in_what_any_engine_says(event: dict[str, object]) -> None:
+    assert push.reported(event) == f"sha256:{'0a' * 32}"
+    assert push.reported({"status": "Pushed", "progressDetail": {}, "id": "0a0a0a0a0a0a"}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "expected"),
+    [  # OpenSSH 9.2
+        ("ubuntu@10.0.0.1: Permission denied (publickey).", ssh.SshError, "does not let us in"),
+        ("Host key verification failed.", ssh.SshError, "Connect once and confirm"),
+        ("ssh: Could not resolve hostname lambda: Name or service not known", ssh.SshLost, "add the alias"),
+        ("ssh: connect to host 10.0.0.1 port 22: Connection refused", ssh.SshLost, "still booting"),
+        ("ssh: connect to host 10.0.0.1 port 22: Connection timed out", ssh.SshLost, "firewall"),
+        ("Timeout, server 10.0.0.1 not responding.", ssh.SshLost, "ended"),
+        ("/x/config: line 1: Bad configuration option: nonsense", ssh.SshError, "rejects its configuration"),
+        ("", ssh.SshLost, "without a word"),
+    ],
+)
+def test_sshs_words_become_one_line_with_the_remedy(words: str, kind: type, expected: str) -> None:
+    error = ssh.explain("lambda", words)
+    assert type(error) is kind
+    assert expected in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "expected"),
+    [
+        ("fractal-sandbox:1a", "reg.example:5000/team", ("reg.example:5000/team/fractal-sandbox", "1a")),
+        ("fractal-sandbox", "reg.example", ("reg.example/fractal-sandbox", "latest")),
+        ("other.example/a/b:1", "localhost:5000", ("localhost:5000/a/b", "1")),
+        ("localhost:5000/a:1", "reg:5000", ("reg:5000/a", "1")),
+        ("a:1", "team", ("team/a", "1")),
+        ("a:1", "[::1]:5000", ("[::1]:5000/a", "1")),
+        ("a:1", "10.0.0.1:5000/x/y", ("10.0.0.1:5000/x/y/a", "1")),
+    ],
+)
+def test_a_registrys_prefix_comes_before_the_name(name: str, prefix: str, expected: tuple[str, str]) -> None:
+    assert push.target(name, prefix) == expected
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("a:1", "https://reg.example"), ("a:1", ""), ("a:1", "reg.example/Team"), ("a:1", "reg.example/"),
+                                              ("A:1", "reg.example"), ("a@sha256:00", "reg.example"), ("a:", "reg.example"), ("", "reg.example"), ("a b", "r.example")])  # fmt: skip
+def test_what_is_no_name_is_bad_input(name: str, prefix: str) -> None:
+    with pytest.raises(InputError):
+        push.target(name, prefix)
+
+
+@pytest.mark.parametrize("host", ["", "-oProxyCommand=touch /tmp/x", "a b", "a\nb"])
+def test_what_is_no_ssh_destination_is_bad_input(host: str) -> None:
+    with pytest.raises(InputError):
+        ssh.Link(host, "exit")
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("absent\n", "has no Docker"),
+        ("no docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?\nno sudo -n docker: Cannot connect to the Docker daemon at …\n", "systemctl start docker"),
+        ("no docker: permission denied while trying to connect to the Docker daemon socket\nno sudo -n docker: sudo: a password is required\n", "usermod -aG docker"),
+        ("", "no output"),
+    ],
+)  # fmt: skip
+def test_a_far_side_without_docker_is_told_what_to_do(output: str, expected: str) -> None:
+    with pytest.raises(far.FarError, match=expected):
+        far.read_probe("lambda", output)
+
+
+def test_the_far_engine_is_found_behind_chatter_and_sudo() -> None:
+    words = "Welcome!\nno docker: permission denied\nok linux/amd64 sudo -n docker\n"
+    assert far.read_probe("lambda", words) == far.Engine("sudo -n docker", "linux/amd64")
+
+
+def test_a_tunnel_begins_at_the_same_port_each_time() -> None:
+    assert list(far.local_ports("lambda")) == list(far.local_ports("lambda"))
+    assert len(set(far.local_ports("lambda"))) == 20
+    assert next(far.local_ports("lambda")) != next(far.local_ports("ubuntu@10.0.0.1"))
+
+
+def test_without_a_terminal_progress_is_a_plain_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "PLAIN_S", 0.0)
+    with board.board("push") as shown:
+        shown.see({"status": "The push refers to repository [x]"})
+        shown.see({"status": "Pushing", "id": "a", "progressDetail": {"current": 3 * MB, "total": 8 * MB}})
+        shown.see({"status": "Layer already exists", "id": "b", "progressDetail": {}})
+        shown.see({"status": "Pushed", "id": "a", "progressDetail": {}})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[: line.rindex(",")] for line in lines] == [
+        "push: 0 of 1 layers are there, 3 of 8 MB sent",
+        "push: 1 of 2 layers are there, 3 of 8 MB sent",
+        "push: 2 of 2 layers are there, 3 of 8 MB sent",
+    ]
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A registry that wants a token, with an index of two platforms."""
+
+    seen: list[tuple[str, str]] = []
+    realm = ""
+
+    def do_GET(self) -> None:
+        self.seen.append((self.path.split("?")[0], self.headers.get("Authorization", "")))
+        manifest = {"config": {"digest": "sha256:c0"}, "layers": [{"digest": "sha256:d0", "size": 7}]}
+        index = {
+            "manifests": [
+                {"digest": f"sha256:{arch}", "platform": {"os": "linux", "architecture": arch}}
+                for arch in ("arm64", "amd64")
+            ]
+        }
+        if self.path.startswith("/token"):
+            self.reply(200, {"token": "t0"})
+        elif self.headers.get("Authorization") != "Bearer t0":
+            self.reply(
+                401, {}, {"WWW-Authenticate": f'Bearer realm="{self.realm}",service="s",scope="repository:x:pull"'}
+            )
+        else:
+            self.reply(200, manifest if self.path.endswith("sha256:amd64") else index)
+
+    def reply(self, code: int, content: object, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(Answers, "seen", [])
+    monkeypatch.setattr(Answers, "realm", f"http://{host}/token")
+    write_credentials(tmp_path, monkeypatch, host)
+    yield host
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_manifest_is_read_with_a_token_and_through_an_index(answers: str) -> None:
+    found = registry.read_manifest(answers, "x", "1", "linux/amd64")
+    assert (found.config, found.layers) == ("sha256:c0", (("sha256:d0", 7),))
+    basic = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    assert ("/token", f"Basic {basic}") in Answers.seen
+    with pytest.raises(registry.RegistryError, match="not for linux/riscv64"):
+        registry.read_manifest(answers, "x", "1", "linux/riscv64")
+
+
+def test_credentials_go_to_no_plain_http_elsewhere(answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Answers, "realm", "http://tokens.example/token")
+    with pytest.raises(registry.RegistryError, match="https only"):
+        registry.read_manifest(answers, "x", "1", "linux/amd64")
+
+
+# What the tests with Docker share
+
+
+def write_credentials(folder: Path, monkeypatch: pytest.MonkeyPatch, host: str, password: str = PASSWORD) -> None:
+    auth = base64.b64encode(f"{USER}:{password}".encode()).decode()
+    (folder / "config.json").write_text(json.dumps({"auths": {host: {"auth": auth}}}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(folder))
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.DockerClient]:
+    """A client with no credentials; afterwards no tag, no container, no ssh process and no folder is left."""
+    (tmp_path / "docker").mkdir()
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.setattr(push, "PAUSES_S", (0.5, 1.0))
+    client = docker.from_env()
+    before = processes() | folders()
+    MADE.clear()
+    yield client
+    for image in MADE:
+        with contextlib.suppress(docker.errors.ImageNotFound):  # another engine's
+            found = names(client, image)
+            client.images.remove(image, force=True)
+            assert all(name.startswith("fractal-push-test:") for name in found), found
+    within(15, lambda: processes() | folders() <= before, lambda: f"left: {processes() | folders() - before}")
+    client.close()
+
+
+MADE: list[str] = []  # ids of the test's images
+
+
+def processes() -> set[str]:
+    """ssh of pushes, and the far side's, which this machine sees where the far side is a container."""
+    found = {process.pid: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])}
+    return {f"process {pid} {words}" for pid, words in found.items() if "fractal-ssh-" in words or ssh.BEGINS in words}
+
+
+def folders() -> set[str]:
+    return {str(path) for path in Path("/tmp").glob("fractal-ssh-*")}
+
+
+def names(client: docker.DockerClient, image: str) -> list[str]:
+    attrs = client.images.get(image).attrs
+    return [*(attrs["RepoTags"] or ()), *(attrs["RepoDigests"] or ())]
+
+
+def within(seconds: float, test: Callable[[], bool], words: Callable[[], object] = lambda: "") -> None:
+    deadline = time.monotonic() + seconds
+    while not test():
+        assert time.monotonic() < deadline, words()
+        time.sleep(0.1)
+
+
+def load(client: docker.DockerClient, *layers: bytes, architecture: str = "amd64") -> str:
+    """An image of files with these contents, a layer for each; its name."""
+    name = f"fractal-push-test:{os.urandom(4).hex()}"
+    packed = [tar({f"file-{number}": data}) for number, data in enumerate(layers)]
+    config = {
+        "architecture": architecture,
+        "os": "linux",
+        "config": {"Labels": {"fractal.test": name}},  # an id of its own, whatever the layers
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in packed]},
+    }
+    files = {f"{number}.tar": layer for number, layer in enumerate(packed)}
+    manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": list(files)}]
+    files |= {"config.json": json.dumps(config).encode(), "manifest.json": json.dumps(manifest).encode()}
+    (image,) = client.images.load(tar(files))
+    MADE.append(image.id)
+    return name
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as packed:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            packed.addfile(entry, io.BytesIO(data))
+    return out.getvalue()
+
+
+def quiet(text: str) -> None:
+    """A `say` for where nobody listens."""
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        return registry.unpack_program(tmp_path_factory.mktemp("registry"))
+    except registry.RegistryError as error:
+        pytest.skip(str(error))
+
+
+class Registry:
+    """Debian's docker-registry as a process, with a folder of its own."""
+
+    def __init__(self, program: Path, folder: Path, address: str = "127.0.0.1", locked: bool = False) -> None:
+        self.program, self.folder, self.address = program, folder, address
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            self.port = probe.getsockname()[1]
+        self.host = f"{address}:{self.port}"
+        settings: dict[str, object] = {
+            "version": "0.1",
+            "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+            "http": {"addr": self.host},
+        }
+        if locked:
+            (folder / "htpasswd").write_text(HTPASSWD)
+            settings["auth"] = {"htpasswd": {"realm": "r", "path": str(folder / "htpasswd")}}
+        (folder / "registry.json").write_text(json.dumps(settings))
+
+    def __enter__(self) -> "Registry":
+        with (self.folder / "log").open("ab") as log:
+            words = [self.program, "serve", self.folder / "registry.json"]
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        within(10, self.listens, lambda: (self.folder / "log").read_text())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((self.address, self.port)) == 0
+
+    def blobs(self) -> int:
+        return len(list((self.folder / "data").rglob("blobs/sha256/*/*/data")))
+
+    def digest(self, path: str, tag: str) -> str:
+        reply = requests.get(
+            f"http://{self.host}/v2/{path}/manifests/{tag}", headers={"Accept": registry.IMAGES[0]}, timeout=10
+        )
+        return reply.headers["Docker-Content-Digest"]
+
+
+@pytest.fixture
+def server(program: Path, tmp_path: Path) -> Iterator[Registry]:
+    with Registry(program, tmp_path) as one:
+        yield one
+
+
+class Proxy:
+    """A TCP proxy that can be slow, cut all connections, turn new ones away, or fall silent."""
+
+    def __init__(self, address: tuple[str, int], rate: float = 0) -> None:
+        self.address, self.rate = address, rate  # bytes a second from client to server, 0: as fast as can be
+        self.sent = 0  # bytes from client to server
+        self.cut_after = 0  # bytes; once
+        self.refuse = self.silent = False
+        self.pairs: list[tuple[socket.socket, socket.socket]] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.lock = threading.Lock()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.silent = False
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.cut()
+
+    def still(self) -> bool:
+        before = self.sent
+        time.sleep(0.3)
+        return self.sent == before
+
+    def cut(self) -> None:
+        for pair in self.pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+        self.pairs.clear()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                if self.refuse:
+                    near.close()
+                    continue
+                try:
+                    pair = near, socket.create_connection(self.address, 5)
+                except OSError:
+                    near.close()
+                    continue
+                self.pairs.append(pair)
+                threading.Thread(target=self.pump, args=pair, kwargs={"up": True}, daemon=True).start()
+                threading.Thread(target=self.pump, args=pair[::-1], kwargs={"up": False}, daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(16384):
+                while self.silent:
+                    time.sleep(0.05)
+                if up:
+                    with self.lock:
+                        self.sent += len(data)
+                        if self.rate:
+                            time.sleep(len(data) / self.rate)
+                    if self.cut_after and self.sent > self.cut_after:
+                        self.cut_after = 0
+                        self.cut()
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def command(*words: str) -> "subprocess.Popen[str]":
+    """The command line, as a process."""
+    argv = [sys.executable, "-m", "fractal.images.push", *words]
+    return subprocess.Popen(
+        argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+# To a registry
+
+
+@pytest.mark.docker
+def test_a_registry_gets_the_image_and_then_only_what_it_lacks(client: docker.DockerClient, server: Registry) -> None:
+    layers = [os.urandom(30 * KB), os.urandom(300 * KB), os.urandom(MB)]
+    first = load(client, *layers)
+    tag = first.split(":")[1]
+    pushed = push.to_registry(client, first, f"{server.host}/team", say=quiet)
+    assert pushed.name == f"{server.host}/team/{first}"
+    assert pushed.digest == server.digest("team/fractal-push-test", tag)
+    assert pushed.image_id == client.images.get(first).id
+    assert (pushed.layers, pushed.layers_sent) == (3, 3)
+    assert pushed.bytes_sent is not None
+    assert 1_330_000 < pushed.bytes_sent < 1_340_000
+
+    again = push.to_registry(client, first, f"{server.host}/team", say=quiet)
+    assert (again.digest, again.layers, again.layers_sent, again.bytes_sent) == (pushed.digest, 3, 0, 0)
+
+    second = load(client, layers[0], os.urandom(200 * KB), layers[2])
+    changed = push.to_registry(client, second, f"{server.host}/team", say=quiet)
+    assert (changed.layers, changed.layers_sent) == (3, 1)
+    assert changed.bytes_sent is not None
+    assert 200_000 < changed.bytes_sent < 201_000
+
+
+@pytest.mark.docker
+def test_a_tag_that_was_there_before_is_there_after(client: docker.DockerClient, server: Registry) -> None:
+    old, new = (load(client, os.urandom(KB)) for _ in range(2))
+    repository, tag = push.target(new, server.host)
+    client.images.get(old).tag(repository, tag)
+    try:
+        push.to_registry(client, new, server.host, say=quiet)
+        assert client.images.get(f"{repository}:{tag}").id == client.images.get(old).id
+    finally:
+        client.images.remove(f"{repository}:{tag}")
+    assert server.digest("fractal-push-test", tag)
+
+
+@pytest.mark.docker
+def test_credentials_are_dockers_own(
+    program: Path, client: docker.DockerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = load(client, os.urandom(KB))
+    with Registry(program, tmp_path, locked=True) as server:
+        with pytest.raises(push.PushError, match=f"docker login {server.host}"):
+            push.to_registry(client, name, server.host, say=quiet)
+
+        write_credentials(tmp_path, monkeypatch, server.host, "wrong horse")
+        with pytest.raises(push.PushError, match=f"docker login {server.host}") as caught:
+            push.to_registry(docker.from_env(), name, server.host, say=quiet)
+        assert "wrong horse" not in str(caught.value)
+
+        write_credentials(tmp_path, monkeypatch, server.host)
+        pushed = push.to_registry(docker.from_env(), name, server.host, say=quiet)
+        assert (pushed.layers_sent, bool(pushed.bytes_sent)) == (1, True)
+
+        (tmp_path / "config.json").write_text(json.dumps({"credHelpers": {server.host: "fractal-test"}}))
+        with pytest.raises(push.PushError, match="docker-credential-fractal-test, which") as caught:
+            push.to_registry(docker.from_env(), name, server.host, say=quiet)
+
+        helper = tmp_path / "docker-credential-fractal-test"
+        helper.write_text(f"#!/bin/sh\necho '{json.dumps({'Username': USER, 'Secret': PASSWORD})}'\n")
+        helper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        assert push.to_registry(docker.from_env(), name, server.host, say=quiet).digest == pushed.digest
+
+
+@pytest.mark.docker
+def test_what_only_the_engine_may_read_is_read_by_the_engine(
+    client: docker.DockerClient, server: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(push, "read_manifest", refuse)
+    pushed = push.to_registry(client, load(client, os.urandom(KB)), server.host, say=quiet)
+    assert (pushed.layers, pushed.layers_sent, pushed.bytes_sent) == (1, 1, None)
+
+
+@pytest.mark.docker
+def test_a_registry_that_is_not_there_is_named(program: Path, client: docker.DockerClient, tmp_path: Path) -> None:
+    name = load(client, os.urandom(KB))
+    begun = time.monotonic()
+    with pytest.raises(push.PushError, match=r"Nothing listens at 127.0.0.1:1"):
+        push.to_registry(client, name, "127.0.0.1:1", say=quiet)
+    with pytest.raises(push.PushError, match=r"no machine of the name in no-such.invalid:5000|does not answer"):
+        push.to_registry(client, name, "no-such.invalid:5000/team", say=quiet)
+    assert time.monotonic() - begun < 30
+    with pytest.raises(push.PushError, match=r"no image fractal-push-test:absent here. Run: invoke build"):
+        push.to_registry(client, "fractal-push-test:absent", "127.0.0.1:1", say=quiet)
+
+
+@pytest.mark.docker
+def test_a_registry_without_tls_is_told_from_one_that_is_down(
+    program: Path, client: docker.DockerClient, tmp_path: Path
+) -> None:
+    address = next((a.address for a in psutil.net_if_addrs().get("docker0", []) if a.family == socket.AF_INET), None)
+    if address is None:
+        pytest.skip("no docker0 to listen on")
+    with Registry(program, tmp_path, address) as server, pytest.raises(push.PushError, match="insecure-registries"):
+        push.to_registry(client, load(client, os.urandom(KB)), server.host, say=quiet)
+
+
+@pytest.mark.docker
+def test_a_registry_that_dies_in_the_middle_and_comes_back_gets_all(
+    client: docker.DockerClient, server: Registry
+) -> None:
+    name = load(client, os.urandom(100 * KB), os.urandom(3 * MB))
+    with Proxy(("127.0.0.1", server.port), rate=3 * MB) as proxy:
+
+        def restart() -> None:
+            within(20, lambda: proxy.sent > MB)
+            server.__exit__()
+            time.sleep(1)
+            server.__enter__()
+
+        thread = threading.Thread(target=restart)
+        thread.start()
+        pushed = push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=quiet)
+        thread.join()
+    assert (pushed.layers, pushed.layers_sent) == (2, 2)
+    assert server.digest(*name.split(":")) == pushed.digest
+
+
+@pytest.mark.docker
+@pytest.mark.slow  # the engine itself tries for 50 s
+def test_a_registry_that_stays_dead_is_given_up(client: docker.DockerClient, server: Registry) -> None:
+    name = load(client, os.urandom(100 * KB), os.urandom(3 * MB))
+    said: list[str] = []
+    with Proxy(("127.0.0.1", server.port), rate=3 * MB) as proxy:
+        proxy.cut_after = 2 * MB
+        threading.Thread(target=lambda: (within(20, lambda: proxy.sent > MB), setattr(proxy, "refuse", True))).start()
+        with pytest.raises(push.PushError, match="The same command goes on from there"):
+            push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=said.append)
+        assert sum("Trying again" in line for line in said) == 2
+        proxy.refuse, proxy.rate = False, 0
+        pushed = push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=quiet)
+        assert pushed.layers_sent == 1
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_push_leaves_no_tag_and_goes_on_later(
+    number: int, code: int, client: docker.DockerClient, server: Registry
+) -> None:
+    name = load(client, os.urandom(50 * KB), os.urandom(60 * KB), os.urandom(30 * MB))
+    with Proxy(("127.0.0.1", server.port), rate=4 * MB) as proxy:
+        process = command(name, f"--registry=127.0.0.1:{proxy.port}")
+        within(30, lambda: server.blobs() == 2, lambda: process.communicate(timeout=5))
+        time.sleep(1)  # the engine learns of it
+        process.send_signal(number)
+        _, words = process.communicate(timeout=20)
+        assert process.returncode == code
+        assert "Traceback" not in words
+        assert names(client, name) == [name]
+        within(10, proxy.still)
+        assert proxy.sent < 25 * MB  # the engine gave up, too; kernels hold megabytes
+        there = server.blobs()
+        proxy.rate = 0
+        pushed = push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=quiet)
+    assert there == 2
+    assert (pushed.layers, pushed.layers_sent) == (3, 1)
+
+
+@pytest.mark.docker
+def test_the_command_line_says_what_is_there_now(client: docker.DockerClient, server: Registry) -> None:
+    name = load(client, os.urandom(200 * KB))
+    process = command(name, f"--registry={server.host}")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.startswith(f"push: {server.host}/{name} is there, sha256:")
+    assert "1 of 1 layers sent, 0.2 MB" in out
+    for words, code in (([name, "--registry=https://x"], 2), ([name], 2), ([name, "--registry=127.0.0.1:1"], 3)):
+        process = command(*words)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (code, "")
+        assert "Traceback" not in err
+
+
+# Over ssh
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    try:
+        with Machine() as one:
+            yield one
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+BLOBS = 'find /var/lib/docker/volumes/fractal-registry -path "*/blobs/*" -name data 2> /dev/null | wc -l'
+
+
+@pytest.fixture
+def there(machine: Machine, client: docker.DockerClient) -> Iterator[Machine]:
+    """The machine; afterwards it runs no container, and has no names but those of images that were pushed."""
+    yield machine
+    within(15, lambda: machine.sh("docker ps -aq") == "", lambda: machine.sh("docker ps -a"))
+    within(
+        15,
+        lambda: "127.0.0.1" not in machine.sh("docker images --digests"),
+        lambda: machine.sh("docker images --digests"),
+    )
+
+
+def over(
+    client: docker.DockerClient,
+    name: str,
+    machine: Machine,
+    say: Callable[[str], None] = quiet,
+    config: Path | None = None,
+) -> push.Pushed:
+    return push.to_host(client, name, machine.alias, say=say, program="debian", ssh_config=config or machine.ssh_config)
+
+
+@pytest.mark.docker
+def test_a_host_gets_the_image_and_then_only_what_it_lacks(client: docker.DockerClient, there: Machine) -> None:
+    layers = [os.urandom(30 * KB), os.urandom(300 * KB), os.urandom(MB)]
+    first = load(client, *layers)
+    said: list[str] = []
+    pushed = over(client, first, there, said.append)
+    assert (pushed.name, pushed.layers, pushed.layers_sent) == (first, 3, 3)
+    assert (
+        there.sh(f"docker image inspect -f '{{{{.Id}}}}' {first}").strip()
+        == pushed.image_id
+        == client.images.get(first).id
+    )
+    assert pushed.bytes_sent is not None
+    assert 1_330_000 < pushed.bytes_sent < 1_340_000
+
+    with Proxy((there.ip, 22)) as proxy:
+        again = over(client, first, there, said.append, there.config("proxy", HostName="127.0.0.1", Port=proxy.port))
+        assert (again.digest, again.layers_sent, again.bytes_sent) == (pushed.digest, 0, 0)
+        assert proxy.sent < 100 * KB  # of ssh and HTTP themselves
+    assert sum("registry's program" in line for line in said) == 1
+
+    second = load(client, layers[0], os.urandom(200 * KB), layers[2])
+    changed = over(client, second, there)
+    assert (changed.layers, changed.layers_sent) == (3, 1)
+    assert there.sh(f"docker image inspect -f '{{{{.Id}}}}' {second}").strip() == changed.image_id
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_client_killed_in_the_middle_leaves_nothing_and_goes_on_later(
+    number: int, client: docker.DockerClient, there: Machine
+) -> None:
+    over(client, load(client, b""), there)
+    name = load(client, os.urandom(50 * KB), os.urandom(60 * KB), os.urandom(20 * MB))
+    before, there_before = int(there.sh(BLOBS)), folders()
+    with Proxy((there.ip, 22), rate=4 * MB) as proxy:
+        config = there.config("proxy", HostName="127.0.0.1", Port=proxy.port)
+        process = command(name, f"--host={there.alias}", "--program=debian", f"--ssh-config={config}")
+        within(30, lambda: int(there.sh(BLOBS)) == before + 2, lambda: process.communicate(timeout=5))
+        time.sleep(1)  # the engine learns of it
+        assert there.sh("docker ps -q")
+        process.send_signal(number)
+        _, words = process.communicate(timeout=30)
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
+        assert "Traceback" not in words
+        within(15, lambda: there.sh("docker ps -aq") == "")
+        within(15, lambda: not any(str(config) in one for one in processes()))
+    assert there.sh(f"docker images -q {name}") == ""
+    assert int(there.sh(BLOBS)) == before + 2
+    pushed = over(client, name, there)
+    assert (pushed.layers, pushed.layers_sent) == (3, 1)
+    for folder in folders() - there_before:  # SIGKILL leaves a folder with ssh's words; nothing else
+        assert number == signal.SIGKILL
+        assert [path.name for path in Path(folder).iterdir()] == ["log"]
+        shutil.rmtree(folder)
+
+
+@pytest.mark.docker
+def test_a_lost_connection_is_made_again(client: docker.DockerClient, there: Machine) -> None:
+    name = load(client, os.urandom(50 * KB), os.urandom(3 * MB))
+    said: list[str] = []
+    with Proxy((there.ip, 22), rate=4 * MB) as proxy:
+        proxy.cut_after = 2 * MB
+        pushed = over(client, name, there, said.append, there.config("proxy", HostName="127.0.0.1", Port=proxy.port))
+    assert (pushed.layers, pushed.layers_sent) == (2, 2)
+    assert sum("Trying again" in line for line in said) == 1
+
+
+@pytest.mark.docker
+def test_the_far_registry_ends_when_we_fall_silent(
+    client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over(client, load(client, b""), there)
+    monkeypatch.setattr(far, "KEEPER", far.KEEPER.replace(f"timeout {ssh.SILENCE_S}", "timeout 2"))
+    monkeypatch.setattr(ssh, "BEAT_S", 0.5)
+    monkeypatch.setattr(ssh, "END_TIMEOUT_S", 1)
+    with (
+        Proxy((there.ip, 22)) as proxy,
+        far.connect(there.alias, there.config("proxy", HostName="127.0.0.1", Port=proxy.port)) as link,
+    ):
+        engine = far.engine(link)
+        assert engine.words == "sudo -n docker"
+        served = far.start_registry(link, engine, far.ensure_program(link, engine, "debian", quiet))
+        time.sleep(3)  # beats keep it
+        assert served.container in there.sh("docker ps")
+        proxy.silent = True
+        within(10, lambda: there.sh("docker ps -aq") == "")
+
+
+@pytest.mark.docker
+def test_a_registry_left_by_a_killed_keeper_is_replaced_and_a_living_one_is_not(
+    client: docker.DockerClient, there: Machine
+) -> None:
+    over(client, load(client, b""), there)
+    image = there.sh("docker images -q fractal-registry").strip()
+    there.sh(f"docker run -d --name dead --label fractal.keeper=4194305 {image}")
+    there.sh(f"docker run -d --name living --label fractal.keeper=1 {image}")
+    try:
+        over(client, load(client, b"x"), there)
+        assert there.sh("docker ps -a --format '{{.Names}}'").split() == ["living"]
+    finally:
+        there.sh("docker rm -f living")
+
+
+@pytest.mark.docker
+def test_two_pushes_to_one_host_do_not_disturb_each_other(client: docker.DockerClient, there: Machine) -> None:
+    two = [load(client, os.urandom(2 * MB)) for _ in range(2)]
+    processes = [
+        command(name, f"--host={there.alias}", "--program=debian", f"--ssh-config={there.ssh_config}") for name in two
+    ]
+    words = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], words
+    for name in two:
+        assert there.sh(f"docker images -q {name}")
+
+
+@pytest.mark.docker
+def test_a_persons_ssh_config_does_not_disturb(client: docker.DockerClient, there: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = {
+            "LocalForward": f"{taken.getsockname()[1]} localhost:80",
+            "RemoteCommand": "tmux",
+            "RequestTTY": "yes",
+            "ControlMaster": "auto",
+            "ControlPersist": "60",
+            "ControlPath": there.folder / "own",
+        }
+        there.sh("cp /home/ubuntu/.bashrc /root; sed -i '1i echo Welcome' /home/ubuntu/.bashrc")
+        try:
+            over(client, load(client, os.urandom(KB)), there, config=there.config("busy", **settings))
+        finally:
+            there.sh("cp /root/.bashrc /home/ubuntu/")
+
+
+@pytest.mark.docker
+def test_a_far_registrys_program_that_is_there_is_taken(client: docker.DockerClient, there: Machine) -> None:
+    over(client, load(client, b""), there)
+    ours = registry.program_name("amd64")
+    with far.connect(there.alias, there.ssh_config) as link:
+        engine = far.engine(link)
+        assert far.ensure_program(link, engine, "auto", quiet) == ours
+        there.sh(f"docker tag {ours} {far.PUBLIC_PROGRAM}")
+        assert far.ensure_program(link, engine, "auto", quiet) == far.PUBLIC_PROGRAM
+        assert far.ensure_program(link, engine, "pull", quiet) == far.PUBLIC_PROGRAM
+        there.sh(f"docker rmi {far.PUBLIC_PROGRAM}")
+
+
+@pytest.mark.docker
+def test_a_far_side_that_cannot_pull_gets_the_program_from_here(
+    client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(far, "PULL_PROGRAM_TIMEOUT_S", 2)
+    there.sh(f"docker rmi {registry.program_name('amd64')} 2> /dev/null; echo '127.0.0.1 nowhere' > /etc/resolv.conf")
+    said: list[str] = []
+    with far.connect(there.alias, there.ssh_config) as link:
+        engine = far.engine(link)
+        with pytest.raises(far.FarError, match=r"docker save registry:2 \| ssh lambda sudo -n docker load"):
+            far.ensure_program(link, engine, "pull", said.append)
+        assert far.ensure_program(link, engine, "auto", said.append) == registry.program_name("amd64")
+    assert [line.split()[0] for line in said] == ["lambda", "lambda", "sending"]
+
+
+@pytest.mark.docker
+def test_an_sshd_that_forbids_what_we_need_is_named(
+    client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(far, "START_TIMEOUT_S", 2.0)
+    name = load(client, b"")
+    with there.sshd("AllowTcpForwarding no"), pytest.raises(push.PushError, match="AllowTcpForwarding"):
+        over(client, name, there)
+    with there.sshd("MaxSessions 1"), pytest.raises(push.PushError, match="MaxSessions"):
+        over(client, name, there)
+
+
+@pytest.mark.docker
+def test_an_image_for_another_machine_is_not_sent(client: docker.DockerClient, there: Machine) -> None:
+    with pytest.raises(push.PushError, match=r"made for linux/riscv64, and lambda is linux/.*nothing was sent"):
+        over(client, load(client, b"", architecture="riscv64"), there)
+
+
+@pytest.mark.docker
+def test_another_image_than_ours_is_not_tagged_there(client: docker.DockerClient, there: Machine) -> None:
+    name = load(client, os.urandom(KB))
+    with far.connect(there.alias, there.ssh_config) as link:
+        engine = far.engine(link)
+        served = far.start_registry(link, engine, far.ensure_program(link, engine, "debian", quiet))
+        pushed = push.to_registry(client, name, f"127.0.0.1:{served.local_port}", say=quiet)
+        false = registry.Manifest(pushed.digest, "sha256:" + "0" * 64, ())
+        with pytest.raises(far.FarError, match=f"{pushed.image_id}, and here it is sha256:000"):
+            far.pull(link, engine, served.port, "fractal-push-test", false, name)
+    assert there.sh(f"docker images -q {name}") == ""
+
+
+@pytest.mark.docker
+def test_a_full_disk_there_is_named(client: docker.DockerClient, there: Machine) -> None:
+    over(client, load(client, b""), there)
+    place = "/var/lib/docker/volumes/fractal-registry/_data"
+    there.sh(f"mount -t tmpfs -o size=2m tmpfs {place}")
+    try:
+        with pytest.raises(push.PushError, match=r"The disk of lambda is full. Make room"):
+            over(client, load(client, os.urandom(3 * MB)), there)
+    finally:
+        there.sh(f"umount {place}")
+    there.sh("mount -t tmpfs -o size=1m tmpfs /var/lib/docker/tmp")  # where the engine keeps what it pulls
+    try:
+        with pytest.raises(push.PushError, match="The disk of lambda is full"):
+            over(client, load(client, os.urandom(3 * MB)), there)
+    finally:
+        there.sh("umount /var/lib/docker/tmp")
+
+
+@pytest.mark.docker
+def test_an_engine_with_another_loopback_is_told_apart(client: docker.DockerClient, there: Machine) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("an engine of the test's own needs root")
+    folder = Path("/var/tmp") / f"fractal-engine-{os.getpid()}"
+    folder.mkdir()
+    own = Engine(folder)
+    try:
+        with (
+            contextlib.closing(docker.DockerClient(base_url=own.host)) as other,
+            pytest.raises(push.PushError, match=r"has another loopback.*docker save"),
+        ):
+            over(other, load(other, os.urandom(KB)), there)
+    finally:
+        own.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.docker
+def test_who_is_not_let_in_learns_why(client: docker.DockerClient, there: Machine) -> None:
+    name = load(client, b"")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", there.folder / "other"], check=True)
+    with pytest.raises(push.PushError, match="does not let us in"):
+        over(client, name, there, config=there.config("other-key", IdentityFile=there.folder / "other"))
+    with pytest.raises(push.PushError, match="is not known here"):
+        over(client, name, there, config=there.config("unknown", UserKnownHostsFile="/dev/null"))
+    with pytest.raises(push.PushError, match="nothing listens"):
+        over(client, name, there, config=there.config("closed", Port=1))
+    with pytest.raises(push.PushError, match="No machine is known"):
+        over(client, name, there, config=there.config("nowhere", HostName="no-such.invalid"))
+    there.trust((there.folder / "other.pub").read_text())
+    try:
+        with pytest.raises(push.PushError, match="is not the one in your known_hosts"):
+            over(client, name, there)
+    finally:
+        there.trust((there.folder / "host_key.pub").read_text())
+        (there.folder / "other").unlink()
+
+
+@pytest.mark.docker
+def test_a_far_side_that_may_not_use_docker_is_told_what_to_do(client: docker.DockerClient, there: Machine) -> None:
+    name = load(client, b"")
+    there.sh("sed -i s/NOPASSWD:// /etc/sudoers.d/ubuntu")
+    try:
+        with pytest.raises(push.PushError, match="usermod -aG docker"):
+            over(client, name, there)
+    finally:
+        there.sh("sed -i 's/) ALL/) NOPASSWD:ALL/' /etc/sudoers.d/ubuntu")
+    with Machine(engine=False) as bare:
+        with pytest.raises(push.PushError, match=r"no engine runs.*systemctl start docker"):
+            over(client, name, bare)
+        bare.sh("rm /usr/bin/docker")
+        with pytest.raises(push.PushError, match=r"has no Docker.*apt-get install docker.io"):
+            over(client, name, bare)
+
+
+@pytest.mark.docker
+def test_an_engine_that_dies_in_the_middle_is_one_line(
+    client: docker.DockerClient, server: Registry, machine: Machine
+) -> None:
+    with Machine() as other, Proxy(("127.0.0.1", server.port), rate=2 * MB) as proxy:
+        other.sh("chmod 666 /var/run/docker.sock")
+        tunnels = ["-L", f"{other.folder}/engine:/var/run/docker.sock", "-R", f"5000:127.0.0.1:{proxy.port}"]
+        words = ["ssh", "-F", str(other.ssh_config), "-N", "-oExitOnForwardFailure=yes", *tunnels, other.alias]
+        tunnel = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+        try:
+            within(10, (other.folder / "engine").exists)
+            with contextlib.closing(docker.DockerClient(base_url=f"unix://{other.folder}/engine")) as far_client:
+                name = load(far_client, os.urandom(10 * MB))
+                threading.Thread(
+                    target=lambda: (within(20, lambda: proxy.sent > MB), other.sh("pkill -KILL dockerd"))
+                ).start()
+                with pytest.raises(push.PushError, match=r"^The Docker engine broke off"):
+                    push.to_registry(far_client, name, "127.0.0.1:5000", say=quiet)
+        finally:
+            tunnel.terminate()
+            tunnel.wait()
+
+
+def test_errors_of_a_push_are_of_the_outside() -> None:
+    assert issubclass(push.PushError, OutsideError)
