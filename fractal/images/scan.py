@@ -295,10 +295,9 @@ def excuse(kind: Kind, path: str) -> str:
 
 @dataclass
 class Report:
-    """What a scan saw: findings, and for each path its size in the image (of the last layer that has it)."""
+    """What a scan saw."""
 
     findings: list[Finding] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
     layers: int = 0
     files: int = 0
     bytes: int = 0
@@ -315,44 +314,20 @@ def scan(client: docker.DockerClient, name: str, needles: Iterable[Needle] = ())
     order = {diff_id: number for number, diff_id in enumerate(image.attrs["RootFS"]["Layers"])}
     report = Report()
     report.findings += _configuration(image.attrs, client.api.history(name), wanted)
-    sizes: dict[int, dict[str, int]] = {}
     for layer in saved(client, name):
         found: list[tuple[Kind, str, str]] = []
-        weights: dict[str, int] = {}
         for entry, file in layer.entries:
             path = _path(entry)
             found += [(kind, path, what) for kind, what in look(entry)]
-            weights[path] = entry.size
             if file is not None:
                 report.files += 1
                 report.bytes += entry.size
                 needles_here = search(iter(lambda file=file: file.read(PIECE), b""), wanted)  # type: ignore[misc]
                 found += [(needle.kind, path, needle.what) for needle in needles_here]
         number = order.get(layer.diff_id(), len(order))
-        sizes[number] = weights
         report.layers += 1
         report.findings += [Finding(k, number, path, what, excuse(k, path)) for k, path, what in sorted(found)]
-    report.sizes = visible(sizes[number] for number in sorted(sizes))
     return report
-
-
-def visible(stack: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sizes by path of what is to be seen in the image, from its layers, bottom first."""
-    found: dict[str, int] = {}
-    for layer in stack:
-        for path, size in layer.items():
-            folder, _, name = path.rpartition("/")
-            if name == ".wh..wh..opq":  # hides what the layers below have in this folder
-                gone = [p for p in found if p.startswith(f"{folder}/") and p not in layer]
-            elif name.startswith(".wh."):
-                hidden = f"{folder}/{name[4:]}".lstrip("/")
-                gone = [p for p in found if p == hidden or p.startswith(f"{hidden}/")]
-            else:
-                found[path] = size
-                continue
-            for p in gone:
-                del found[p]
-    return found
 
 
 def _configuration(
