@@ -22,7 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_sandbox = None if SOCKET else no_docker
     no_gpu = None if shutil.which("nvidia-smi") else "no NVIDIA GPU"
     for item in items:
-        if (item.get_closest_marker("docker") or "image" in getattr(item, "fixturenames", ())) and no_docker:
+        found = getattr(item, "_fixtureinfo", None)
+        defined = found.name2fixturedefs.get("image", ()) if found else ()
+        wants_image = any(one.func.__module__ == __name__ for one in defined[-1:])  # not a fixture of the test's own
+        if (item.get_closest_marker("docker") or wants_image) and no_docker:
             item.add_marker(pytest.mark.skip(reason=no_docker))
         if item.get_closest_marker("sandbox") and no_sandbox:
             item.add_marker(pytest.mark.skip(reason=no_sandbox))

@@ -1,5 +1,6 @@
 """What a build hears of this machine's network: pip's and apt's settings, certificates, wheels. Real pip, real files."""
 
+import importlib.util
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from fractal.images.network import Network, describe
 from fractal.records import InputError
 
 PEM = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+
+WITH_PIP = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="no pip here, as in the pipeline's image")
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +65,7 @@ def test_secrets_do_not_show() -> None:
     assert "hunter2" not in repr(describe(None, pip, [], [], None))
 
 
+@WITH_PIP
 def test_pips_settings_are_read_by_pip_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pip.conf").write_text(
         "[global]\nindex-url = https://me:it's@pypi.example/simple\nextra-index-url =\n    https://a.example\n    https://b.example\n"
@@ -74,6 +78,7 @@ def test_pips_settings_are_read_by_pip_itself(tmp_path: Path, monkeypatch: pytes
     assert {key: found[key] for key in wanted} == wanted
 
 
+@WITH_PIP
 def test_what_is_named_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("option", "fractal", "ssl", "pip"):
         (tmp_path / name).write_bytes(PEM + name.encode())
