@@ -210,3 +210,20 @@ def test_the_sandbox_image_is_clean(client: docker.DockerClient, image: str) -> 
     assert found.bad == []
     assert [f.kind for f in found.findings] == ["root"]
     assert found.findings[0].excuse == scan.ROOT_EXCUSE
+
+
+class Forgetful:
+    """An engine that hands out a part of the image."""
+
+    def __init__(self, client: docker.DockerClient) -> None:
+        self.images, self.info, self.api = client.images, client.info, self
+        self.history = client.api.history
+
+    def get_image(self, name: str) -> list[bytes]:
+        return [archive({"manifest.json": b"[]"})]
+
+
+@pytest.mark.docker
+def test_an_image_that_was_not_read_whole_is_not_called_clean(client: docker.DockerClient, clean: str) -> None:
+    with pytest.raises(scan.ScanError, match="2 of its layers"):
+        scan.scan(Forgetful(client), clean)

@@ -308,10 +308,14 @@ class Report:
 
 
 def scan(client: docker.DockerClient, name: str, needles: Iterable[Needle] = ()) -> Report:
-    """Look through an image. `needles`: besides NEEDLES; this machine's own: `machine_needles()`."""
+    """Look through an image, each different layer once. `needles`: besides NEEDLES, as machine_needles() gives them.
+
+    Raises ScanError for an image that cannot be read whole.
+    """
     wanted = (*NEEDLES, *needles)
     image = client.images.get(name)
     order = {diff_id: number for number, diff_id in enumerate(image.attrs["RootFS"]["Layers"])}
+    unread = set(order)
     report = Report()
     report.findings += _configuration(image.attrs, client.api.history(name), wanted)
     for layer in saved(client, name):
@@ -324,9 +328,13 @@ def scan(client: docker.DockerClient, name: str, needles: Iterable[Needle] = ())
                 report.bytes += entry.size
                 needles_here = search(iter(lambda file=file: file.read(PIECE), b""), wanted)  # type: ignore[misc]
                 found += [(needle.kind, path, needle.what) for needle in needles_here]
-        number = order.get(layer.diff_id(), len(order))
+        diff_id = layer.diff_id()
+        unread.discard(diff_id)
+        number = order.get(diff_id, len(order))
         report.layers += 1
         report.findings += [Finding(k, number, path, what, excuse(k, path)) for k, path, what in sorted(found)]
+    if unread:  # never "nothing found" of what was not read
+        raise ScanError(f"{name}: {len(unread)} of its layers are not in what the engine hands out: {min(unread)}.")
     return report
 
 
