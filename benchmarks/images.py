@@ -104,7 +104,7 @@ def title(command: str, last: bool = False) -> str:
         return "empty environment"
     if "pip install" in text:
         return f"Python package {text.split()[-3] if text.endswith('# buildkit') else text.split()[-1]}"
-    if text.startswith("chmod -R") and " /local " in text:
+    if "chmod -R" in text and "/local " in text:
         return "modes and times of local files"
     if text.startswith("COPY --from=local") or "COPY /local/" in text:
         return "our code" if last else "local files"
@@ -742,8 +742,9 @@ def remarks(images: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             continue
         bad = [f for f in scanned["findings"] if not f["excuse"]]
         yield (
-            f"{key}: scan of {scanned['layers']} layers, {scanned['files']:,} files, {scanned['bytes'] / 1e6:,.0f} MB "
-            f"for {scanned['searched_for']} patterns in {scanned['seconds']:.0f} s: {len(bad)} found, "
+            f"{key}: scan of {scanned['layers']} different layers, {scanned['files']:,} files, "
+            f"{scanned['bytes'] / 1e6:,.0f} MB for {scanned['searched_for']} patterns in {scanned['seconds']:.0f} s: "
+            f"{len(bad)} found, "
             f"{len(scanned['findings']) - len(bad)} known and harmless; runs as {scanned['user']}"
         )
         for f in bad:
