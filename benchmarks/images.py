@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -37,7 +36,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
-from benchmarks.verify import BenchError, machine, show
+from benchmarks.verify import BenchError, machine, outcome, show
 from fractal import apt, console, engine
 from fractal.images import build, recipes, scan
 from fractal.records import InputError, OutsideError
@@ -850,24 +849,7 @@ def save(folder: Path, plan: Plan, values: dict[str, Any]) -> Path:
 
 def main() -> int:
     given = parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        path = run(given)
-    except InputError as error:
-        return _fail(2, str(error))
-    except OutsideError as error:
-        return _fail(3, str(error))
-    except BenchError as error:
-        return _fail(1, str(error))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted; nothing is kept.")
-    print(path)
-    return 0
-
-
-def _fail(code: int, text: str) -> int:
-    console.warn(f"bench: {text}")
-    return code
+    return outcome(lambda: run(given))
 
 
 if __name__ == "__main__":

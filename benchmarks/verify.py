@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a
 from benchmarks import samples as sampling
 from fractal import console, engine
 from fractal.problems import load
-from fractal.records import InputError, Label, OutsideError, Problem, RecordError, Sample, encode, read_jsonl
+from fractal.records import InputError, Label, OutsideError, Problem, Sample, encode, read_jsonl
 from fractal.sandbox.source import image_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -766,10 +766,15 @@ def remarks(rows: Sequence[dict[str, Any]], turns: Sequence[Turn], expected: Exp
 
 def main() -> int:
     given = parser().parse_args()
+    return outcome(lambda: run(given))
+
+
+def outcome(work: Callable[[], Path]) -> int:
+    """The exit code of a benchmark; prints where its figures are, or one line that says why there are none."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        path = run(given)
-    except (InputError, RecordError) as error:
+        path = work()
+    except InputError as error:
         return _fail(2, str(error))
     except OutsideError as error:
         return _fail(3, str(error))
