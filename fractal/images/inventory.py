@@ -79,9 +79,10 @@ def prune(client: docker.DockerClient) -> list[str]:
     """Remove our images of earlier sources, except those that a container uses; returns their names."""
     gone = []
     for recipe in recipes.recipes().values():
+        current = recipe.name
         for image in client.images.list(name=f"fractal-{recipe.key}"):
             for name in image.tags:
-                if name == recipe.name:
+                if name == current:
                     continue
                 try:
                     client.images.remove(name)

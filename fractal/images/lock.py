@@ -16,7 +16,7 @@ import requests
 
 from fractal import console, setup
 from fractal.images import network, recipes
-from fractal.images.build import REGISTRY_TIMEOUT_S, Say, first_line, patience
+from fractal.images.build import REGISTRY_TIMEOUT_S, Say, connect, first_line, patience
 from fractal.images.rendering import UV_LOCK
 from fractal.records import InputError, OutsideError, write_whole
 
@@ -124,8 +124,6 @@ def _run(argv: list[str]) -> None:
 
 def lock(what: str, say: Say, *, upgrade: bool = False) -> None:
     """`all`, `python` or `images`. Raises InputError, LockError, BuildError."""
-    from fractal.images.build import connect
-
     if what not in ("all", "python", "images"):
         raise InputError(f"lock: --what={what}: expected all, python or images.")
     if what != "python":

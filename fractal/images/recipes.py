@@ -1,5 +1,6 @@
 """The images that we ship. Their renderings are the Dockerfiles in this repository: `invoke render`. Pure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,13 +35,17 @@ class Recipe:
         return f"fractal-{self.key}:{self.image.digest()[:12]}"
 
 
+# By key. Functions: to read and check the locks of CUDA takes 40 ms, which the sandbox's image does not need.
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "pipeline": lambda: Recipe("pipeline", pipeline("cuda"), "Dockerfile", True),
+    "pipeline-cpu": lambda: Recipe("pipeline-cpu", pipeline("cpu"), "docker/pipeline-cpu.Dockerfile", True),
+    "sandbox": lambda: Recipe("sandbox", sandbox(), "docker/sandbox.Dockerfile", False),
+}
+
+
 def recipes() -> dict[str, Recipe]:
     """All of them, by key."""
-    return {
-        "pipeline": Recipe("pipeline", pipeline("cuda"), "Dockerfile", True),
-        "pipeline-cpu": Recipe("pipeline-cpu", pipeline("cpu"), "docker/pipeline-cpu.Dockerfile", True),
-        "sandbox": Recipe("sandbox", sandbox(), "docker/sandbox.Dockerfile", False),
-    }
+    return {key: make() for key, make in RECIPES.items()}
 
 
 def renderings() -> dict[str, str]:
@@ -78,13 +83,12 @@ def render(root: Path = ROOT) -> list[str]:
 
 def choose(key: str) -> list[Recipe]:
     """One image, several with commas, or `all`. Raises InputError."""
-    known = recipes()
-    keys = list(known) if key == "all" else [word.strip() for word in key.split(",") if word.strip()]
-    if unknown := [word for word in keys if word not in known]:
-        raise InputError(f"--image={unknown[0]}: no such image. There are: {', '.join(known)}, or all.")
+    keys = list(RECIPES) if key == "all" else [word.strip() for word in key.split(",") if word.strip()]
+    if unknown := [word for word in keys if word not in RECIPES]:
+        raise InputError(f"--image={unknown[0]}: no such image. There are: {', '.join(RECIPES)}, or all.")
     if not keys:
-        raise InputError(f"--image={key}: names no image. There are: {', '.join(known)}, or all.")
-    return [known[word] for word in keys]
+        raise InputError(f"--image={key}: names no image. There are: {', '.join(RECIPES)}, or all.")
+    return [RECIPES[word]() for word in keys]
 
 
 def pipeline(accelerator: Literal["cuda", "cpu"]) -> Image:
