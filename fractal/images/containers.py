@@ -8,7 +8,6 @@ What `docker run` would be told is decided by pure functions; `run` starts both 
 import os
 import secrets
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,11 +21,12 @@ import docker.errors
 import docker.types
 import requests
 
-from fractal import engine, models
+from fractal import engine, models, setup
 from fractal.images import recipes
 from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line, say
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
 from fractal.records import InputError, OutsideError
+from fractal.run import commit
 from fractal.sandbox.container import SOCKET, start_sidecar, stop_sidecar
 
 CACHE_VOLUME = "fractal-cache"  # models and compiled kernels, kept between runs
@@ -119,29 +119,16 @@ def model_binds() -> tuple[str, ...]:
 
 def provenance(pipeline: Any, pipeline_name: str, sandbox: Any, sandbox_name: str, recipe: Recipe) -> dict[str, str]:
     """What the manifest of a run has to know and cannot see from inside."""
+    code = commit()
     tag, _, digest = recipe.image.base.partition("@")
     pinned = digest or "no digest known"
     return {
         "FRACTAL_IMAGE": f"{pipeline_name}@{pipeline.id}",
         "FRACTAL_IMAGE_BASE": f"{tag} ({pinned}); built on {pipeline.labels.get(BASE_LABEL, 'unknown')}",
         "FRACTAL_SANDBOX_IMAGE": f"{sandbox_name}@{sandbox.id}",
-        "FRACTAL_GIT_COMMIT": _git("rev-parse", "HEAD"),
-        "FRACTAL_GIT_DIRTY": "1" if _git("status", "--porcelain") else "",
+        "FRACTAL_GIT_COMMIT": code["git_commit"] or "",
+        "FRACTAL_GIT_DIRTY": "1" if code["git_dirty"] else "",
     }
-
-
-def _git(*words: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def has_gpu() -> bool:
-    """Whether this machine's engine is likely to give a container a GPU."""
-    return shutil.which("nvidia-smi") is not None
 
 
 def prepare_runs(folder: Path) -> Path:
@@ -159,21 +146,17 @@ def prepare_runs(folder: Path) -> Path:
 
 
 @contextmanager
-def sidecar(say: Say, image: str) -> Iterator[str]:
+def sidecar(client: docker.DockerClient, say: Say, image: str) -> Iterator[str]:
     """A sandbox of its own for one pipeline container; yields the name of its volume. Ends it on every way out."""
     name = f"fractal-sandbox-{secrets.token_hex(4)}"
-    client = docker.from_env(timeout=60, use_ssh_client=True)
+    start_sidecar(volume=name, name=name, image=image)
     try:
-        start_sidecar(volume=name, name=name, image=image)
-        try:
-            _await_socket(client, name)
-            say(f"sandbox: {image} serves {name}")
-            yield name
-        finally:
-            stop_sidecar(name)
-            _remove_volume(client, name)
+        _await_socket(client, name)
+        say(f"sandbox: {image} serves {name}")
+        yield name
     finally:
-        client.close()
+        stop_sidecar(name)
+        _remove_volume(client, name)
 
 
 def _await_socket(client: docker.DockerClient, name: str) -> None:
@@ -210,7 +193,7 @@ def run(client: docker.DockerClient, recipe: Recipe, command: Iterable[str], mak
     sandbox_name = ensure(client, sandbox_recipe, say).name
     name = ensure(client, recipe, say).name
     try:
-        with sidecar(say, sandbox_name) as volume:
+        with sidecar(client, say, sandbox_name) as volume:
             facts = provenance(client.images.get(name), name, client.images.get(sandbox_name), sandbox_name, recipe)
             return _follow(client, name, list(command), make_setup(volume), facts)
     except (docker.errors.DockerException, requests.RequestException) as error:
@@ -258,15 +241,12 @@ def _follow(client: docker.DockerClient, name: str, command: list[str], wanted: 
 def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool = False) -> int:
     """`fractal run` in an image; the run's folder is this machine's. Returns the exit code."""
     recipe = _pipeline(key)
-    if run_folder.is_absolute() or ".." in run_folder.parts:
-        runs, name = prepare_runs(run_folder.parent), run_folder.name
-    else:
-        runs, name = prepare_runs(Path.cwd() / run_folder.parent), run_folder.name
+    runs, name = prepare_runs(run_folder.parent), run_folder.name
     prepare_runs(runs / name)
     command = ["run", "--run", f"{WORK}/runs/{name}", *map(str, words)]
     client = connect()
     try:
-        return run(client, recipe, command, lambda volume: run_setup(volume, runs, gpus=gpus or has_gpu()), say)
+        return run(client, recipe, command, lambda volume: run_setup(volume, runs, gpus=gpus or setup.has_gpu()), say)
     finally:
         client.close()
 

@@ -105,11 +105,16 @@ def mirror_arguments(environ: Mapping[str, str], etc: Path = Path("/etc")) -> li
 
 
 def network_options() -> list[str]:
-    """The host's apt settings about proxies, certificates and retries; the image does not keep them."""
+    """The host's apt settings about proxies, certificates and retries, for mmdebstrap; the image does not keep them."""
+    return [f"--aptopt={line}" for line in apt_settings(r"(https?|Retries)\b")]
+
+
+def apt_settings(names: str) -> list[str]:
+    """The host's apt settings below Acquire, of the names that match; a line of configuration for each."""
     if shutil.which("apt-config") is None:
         return []
     dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, timeout=30).stdout
-    return [f"--aptopt={line}" for line in dump.splitlines() if re.match(r'Acquire::(https?|Retries)\b.* "[^"]', line)]
+    return [line for line in dump.splitlines() if re.match(rf'Acquire::{names}.* "[^"]', line)]
 
 
 def bootstrap(client: docker.DockerClient, kind: Kind, log: Path) -> str:

@@ -7,7 +7,6 @@ import ast
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -111,9 +110,5 @@ def pip_settings() -> dict[str, str]:
 
 
 def apt_settings() -> list[str]:
-    """This machine's apt settings about proxies and retries."""
-    if shutil.which("apt-config") is None:
-        return []
-    dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, timeout=30).stdout
-    wanted = r'Acquire::(https?::Proxy|https?::Verify|Retries)\b.* "[^"]'
-    return [line for line in dump.splitlines() if re.match(wanted, line)]
+    """This machine's apt settings about proxies and retries, those that mean the same inside a build."""
+    return debian.apt_settings(r"(https?::Proxy|https?::Verify|Retries)\b")

@@ -161,7 +161,7 @@ def to_host(
             if there.platform != image.platform:
                 raise PushError(
                     f"{image.name} is made for {image.platform}, and {host} is {there.platform}: nothing was sent. "
-                    f"Build it with --platform={there.platform}."
+                    f"Build it over there: DOCKER_HOST=ssh://{host} invoke build."
                 )
             served = far.start_registry(link, there, far.ensure_program(link, there, program, say))
             repository, tag = f"127.0.0.1:{served.local_port}/{FAR_REPOSITORY}", image.id[7:19]
@@ -417,18 +417,34 @@ def push_all(keys: str, registry: str, host: str, *, as_json: bool = False, dry:
         for recipe in wanted:
             print(f"push: would send {recipe.name} to {registry or host}, as far as it is not there")
         return
+    with closing(connect()) as client:
+        for recipe in wanted:
+            push(client, ensure(client, recipe, say).name, registry, host, as_json=as_json)
+
+
+def push(
+    client: docker.DockerClient,
+    name: str,
+    registry: str | None,
+    host: str | None,
+    *,
+    program: far.Program = "auto",
+    ssh_config: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Push to the registry, or without one to the host, and print a line. Raises InputError, OutsideError."""
 
     def tell(text: str) -> None:
         say(text, "push")
 
-    with closing(connect()) as client:
-        for recipe in wanted:
-            name = ensure(client, recipe, say).name
-            if registry:
-                pushed, where = to_registry(client, name, registry, say=tell), "there"
-            else:
-                pushed, where = to_host(client, name, host, say=tell), f"on {host}"
-            print(json.dumps(asdict(pushed)) if as_json else f"push: {describe(pushed, where)}", flush=True)
+    if registry:
+        pushed, where = to_registry(client, name, registry, say=tell), "there"
+    elif host:
+        pushed = to_host(client, name, host, say=tell, program=program, ssh_config=ssh_config)
+        where = f"on {host}"
+    else:
+        raise InputError("There is no place to push to. Give a registry or a host.")
+    print(json.dumps(asdict(pushed)) if as_json else f"push: {describe(pushed, where)}", flush=True)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -442,30 +458,12 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup's
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # not at once: what was begun is undone
-    return report_errors(lambda: run(given.name, given.registry, given.host, given.program, given.ssh_config), "push")
 
+    def work() -> None:
+        with closing(connect()) as client:
+            push(client, given.name, given.registry, given.host, program=given.program, ssh_config=given.ssh_config)
 
-def run(
-    name: str,
-    registry: str | None = None,
-    host: str | None = None,
-    program: far.Program = "auto",
-    ssh_config: Path | None = None,
-) -> None:
-    """Push to the one that is given, and print a line. Raises InputError, OutsideError."""
-
-    def tell(text: str) -> None:
-        say(text, "push")
-
-    with closing(connect()) as client:
-        if registry:
-            pushed, where = to_registry(client, name, registry, say=tell), "there"
-        elif host:
-            pushed = to_host(client, name, host, say=tell, program=program, ssh_config=ssh_config)
-            where = f"on {host}"
-        else:
-            raise InputError("There is no place to push to. Give a registry or a host.")
-    print(f"push: {describe(pushed, where)}")
+    return report_errors(work, "push")
 
 
 if __name__ == "__main__":
