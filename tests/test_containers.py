@@ -44,7 +44,22 @@ def test_a_run_belongs_to_who_owns_its_folder(tmp_path: Path) -> None:
     os.chown(tmp_path, 1234, 5678)
     assert containers.run_setup("v", tmp_path, gpus=False).user == "1234:5678"
     os.chown(tmp_path, 0, 0)
-    assert containers.run_setup("v", containers.prepare_runs(tmp_path), gpus=False).user == recipes.USER
+    assert containers.run_setup("v", containers.prepare_run(tmp_path), gpus=False).user == recipes.USER
+
+
+def test_only_a_runs_own_folder_changes_hands(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    (tmp_path / "beside").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/theirs").write_text("")
+    folder = containers.prepare_run(tmp_path / "run")
+    assert [path.stat().st_uid for path in (tmp_path, tmp_path / "beside", folder / "theirs")] == [0, 0, 0]
+    (folder / "manifest.json").write_text("{}")
+    os.chown(folder, 0, 0)
+    containers.prepare_run(folder)
+    assert {path.stat().st_uid for path in (folder, *folder.iterdir())} == {1000}
+    assert containers.run_setup("v", folder, gpus=False).binds[0] == f"{folder}:/work/runs/run"
 
 
 @pytest.mark.parametrize("key", ["sandbox", "pipelin", "all", "", "pipeline,pipeline-cpu"])

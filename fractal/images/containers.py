@@ -1,6 +1,6 @@
 """Runs the pipeline's image beside a sandbox sidecar: no Docker socket inside, results on this machine.
 
-    code = run(client, recipe, ["run", "--run", "runs/demo"], runs=Path("runs"))
+    code = run_stages("pipeline-cpu", Path("runs/demo"), ["--stage", "verify"])
 
 What `docker run` would be told is decided by pure functions; `run` starts both containers, follows, and ends them.
 """
@@ -95,15 +95,15 @@ def suite_setup(sidecar: str, root: Path = ROOT) -> Setup:
     )
 
 
-def run_setup(sidecar: str, runs: Path, *, gpus: bool, network: bool = True) -> Setup:
-    """A run: its folders are this machine's, and belong to whoever owns `runs`."""
-    owner = runs.stat()
+def run_setup(sidecar: str, folder: Path, *, gpus: bool, network: bool = True) -> Setup:
+    """A run: its folder is this machine's, the only one that the container sees, and what is in it has its owner."""
+    owner = folder.stat()
     return Setup(
         sidecar=sidecar,
         user=f"{owner.st_uid}:{owner.st_gid}" if owner.st_uid else USER,
         gpus=gpus,
         network=network,
-        binds=(f"{runs}:{WORK}/runs", *model_binds()),
+        binds=(f"{folder}:{WORK}/runs/{folder.name}", *model_binds()),
         environment={"FRACTAL_MODELS": MODELS},
     )
 
@@ -131,8 +131,8 @@ def provenance(pipeline: Any, pipeline_name: str, sandbox: Any, sandbox_name: st
     }
 
 
-def prepare_runs(folder: Path) -> Path:
-    """The folder of runs, made so that the pipeline's user may write to it."""
+def prepare_run(folder: Path) -> Path:
+    """A run's folder, made so that the pipeline's user may write to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,7 +140,10 @@ def prepare_runs(folder: Path) -> Path:
     uid, gid = map(int, USER.split(":"))
     if hasattr(os, "geteuid") and os.geteuid() == 0 and folder.stat().st_uid == 0:
         # Root's own folder would be closed to the pipeline, which never runs as root.
-        for path in [folder, *folder.rglob("*")]:
+        inside = (
+            folder.rglob("*") if (folder / "manifest.json").exists() else ()
+        )  # another folder's files stay as they are
+        for path in [folder, *inside]:
             os.chown(path, uid, gid, follow_symlinks=False)
     return folder.resolve()
 
@@ -241,12 +244,11 @@ def _follow(client: docker.DockerClient, name: str, command: list[str], wanted: 
 def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool = False) -> int:
     """`fractal run` in an image; the run's folder is this machine's. Returns the exit code."""
     recipe = _pipeline(key)
-    runs, name = prepare_runs(run_folder.parent), run_folder.name
-    prepare_runs(runs / name)
-    command = ["run", "--run", f"{WORK}/runs/{name}", *map(str, words)]
+    folder = prepare_run(run_folder)
+    command = ["run", "--run", f"{WORK}/runs/{folder.name}", *map(str, words)]
     client = connect()
     try:
-        return run(client, recipe, command, lambda volume: run_setup(volume, runs, gpus=gpus or setup.has_gpu()), say)
+        return run(client, recipe, command, lambda volume: run_setup(volume, folder, gpus=gpus or setup.has_gpu()), say)
     finally:
         client.close()
 
