@@ -481,6 +481,11 @@ def test_a_base_that_cannot_be_had(
     monkeypatch.setenv("FRACTAL_BASE_IMAGE", "localhost:9/nothing:here")
     with pytest.raises(BuildError, match="localhost:9/nothing:here cannot be pulled"):
         build.ensure(client, recipe, quiet)
+    monkeypatch.delenv("FRACTAL_BASE_IMAGE")
+    other = made(Image.from_registry("localhost:9/nothing:here"), True)
+    with pytest.raises(BuildError, match="localhost:9/nothing:here cannot be pulled"):
+        build.ensure(client, other, quiet)  # Debian stands in for our own bases alone
+    assert not build.has(client, other.name)
     (tmp_path / "Dockerfile").write_text("FROM localhost:9/nothing:here\n")
     own = made(Image.from_dockerfile("Dockerfile", root=tmp_path), True)
     with pytest.raises(BuildError, match=r"its base is not to be had \(.*localhost:9.*FROM in a Dockerfile"):

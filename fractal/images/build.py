@@ -228,13 +228,16 @@ def choose_base(client: docker.DockerClient, recipe: Recipe, options: Options, s
         say(f"{recipe.key}: building on {public}, which the engine has")
         return Base(public, f"{public} pulled", False)
     kind = debian.KINDS["whole" if recipe.with_apt else "small"]
-    if has(client, kind.name):
+    replaceable = public.partition("@")[0] in recipes.BASE.values()  # what a user's own image stands on is not
+    if replaceable and has(client, kind.name):
         say(f"{recipe.key}: building on {kind.name}, made here earlier from Debian's packages")
         return Base(kind.name, f"{kind.name} bootstrapped", True)
     failure = pull(client, public)
     if failure is None:
         say(f"{recipe.key}: building on {public}, pulled from a registry")
         return Base(public, f"{public} pulled", False)
+    if not replaceable:
+        raise BuildError(f"The base {public} cannot be pulled: {failure}. Load it, or name another one with --base.")
     say(f"{recipe.key}: no registry gives us {public} ({failure}): making a base from Debian's packages, half a minute")
     return Base(debian.bootstrap(client, kind, log), f"{kind.name} bootstrapped", True)
 
