@@ -436,6 +436,7 @@ def test_the_reward_example_runs(image: str) -> None:
     assert done.stdout.splitlines() == [f"step {n}: [1.0, 0.0, 0.0]" for n in range(3)], done.stderr
 
 
+@pytest.mark.docker
 def test_own_processes_only(sandbox: Sandbox) -> None:
     """The sandbox's container runs as one container, with no mount of the host's."""
     attributes = docker.from_env().api.inspect_container(sandbox._line.container.id)
