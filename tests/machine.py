@@ -76,16 +76,25 @@ def ensure_image(client: docker.DockerClient) -> str:
         if not client.images.list(name):
             try:
                 make_image(client, name, folder / "log")
-            except (apt.AptError, debian.BootstrapError) as error:
+            except debian.BootstrapError as error:
                 raise Unavailable(f"no machine image: {error}") from error
     return name
 
 
+def need(program: str, *packages: str, log: Path) -> None:
+    """Install what a program comes in, unless it is there. Raises Unavailable."""
+    if shutil.which(program) is not None:
+        return
+    if not apt.allowed():
+        raise Unavailable(f"no {program} for the test machine, and not root to install it")
+    try:
+        apt.install(*packages, log=log)
+    except apt.AptError as error:
+        raise Unavailable(f"no {program} for the test machine: {error}") from error
+
+
 def make_image(client: docker.DockerClient, name: str, log: Path) -> None:
-    if shutil.which("mmdebstrap") is None:
-        if not apt.allowed():
-            raise Unavailable("no mmdebstrap to make the test machine's image with, and not root to install it")
-        apt.install("mmdebstrap", "debian-archive-keyring", log=log)
+    need("mmdebstrap", "mmdebstrap", "debian-archive-keyring", log=log)
     with tempfile.TemporaryDirectory() as folder:
         tar, start = Path(folder, "machine.tar"), Path(folder, "start")
         start.write_text(START)
@@ -110,6 +119,7 @@ class Machine:
         self.folder = Path(tempfile.mkdtemp(prefix="fractal-machine-"))
         self.container = None
         try:
+            need("ssh-keygen", "openssh-client", log=self.folder / "log")
             self._start()
         except BaseException:
             self.stop()
