@@ -49,7 +49,7 @@ def build(c, image="sandbox", json=False, base="", ca="", wheels="", cache=True)
     from fractal.images import build as images
 
     options = images.Options(base or None, Path(ca) if ca else None, Path(wheels) if wheels else None, not cache)
-    _exit(images.report_errors(lambda: images.build_all(image, options, as_json=json, dry=c.config.run.dry)))
+    _do(lambda: images.build_all(image, options, as_json=json, dry=c.config.run.dry))
 
 
 @task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all",
@@ -62,23 +62,19 @@ def push(c, image="pipeline,sandbox", to="", host="", json=False):
     Examples: invoke push --to=registry.example/team; invoke push --image=pipeline-cpu,sandbox --host=lambda
     Credentials are Docker's (docker login) or ssh's. Interrupted and repeated, it goes on where it stopped.
     """
-    from fractal.images import build, push
+    from fractal.images import push as images
 
     to = to or ("" if host else os.environ.get("FRACTAL_REGISTRY", ""))
-    _exit(
-        build.report_errors(
-            lambda: push.push_all(image, to, host or "lambda", as_json=json, dry=c.config.run.dry), "push"
-        )
-    )
+    _do(lambda: images.push_all(image, to, host or "lambda", as_json=json, dry=c.config.run.dry), "push")
 
 
 @task(positional=[], help={"json": "a JSON object for each image",
                            "older": "--no-older: remove our images of earlier sources that no container uses"})  # fmt: skip
 def images(c, json=False, older=True):
     """What is here of our images, with size and hash, and what a build would do and why."""
-    from fractal.images import build, inventory
+    from fractal.images import inventory
 
-    _exit(build.report_errors(lambda: inventory.show(as_json=json, older=older or c.config.run.dry)))
+    _do(lambda: inventory.show(as_json=json, older=older or c.config.run.dry))
 
 
 @task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all"})
@@ -91,10 +87,9 @@ def scan(c, image="all"):
                            "upgrade": "take the newest versions that pyproject.toml allows"})  # fmt: skip
 def lock(c, what="all", upgrade=False):
     """Write the lock files: Python packages with hashes, base images with digests."""
-    from fractal.images import build
     from fractal.images import lock as locks
 
-    _exit(build.report_errors(lambda: locks.lock(what, lambda text: build.say(text, "lock"), upgrade=upgrade), "lock"))
+    _do(lambda: locks.lock(what, lambda text: print(f"lock: {text}", file=sys.stderr), upgrade=upgrade), "lock")
 
 
 @task
@@ -121,16 +116,19 @@ def demo(c, image=""):
 
 def _contained(c, image, run, words, gpus=False):
     """`fractal run` in one of our images; its exit code is ours."""
-    from fractal.images import build, containers
+    from fractal.images import containers
 
     if c.config.run.dry:
         print(f"containers of {image} and sandbox: fractal run --run {run} {' '.join(map(str, words))}")
         return
-    _exit(build.report_errors(lambda: containers.run_stages(image, Path(run), words, gpus=gpus)))
+    _do(lambda: containers.run_stages(image, Path(run), words, gpus=gpus))
 
 
-def _exit(code):
-    if code:
+def _do(work, what="image"):
+    """Run it; what goes wrong is one line and our exit code."""
+    from fractal import console
+
+    if code := console.report_errors(work, what):
         raise Exit(code=code)
 
 
@@ -190,9 +188,9 @@ def test(c, fast=False, keyword="", image=""):
     words = ["-m", "not docker and not sandbox and not model and not slow and not gpu and not cloud"] if fast else []
     words += ["-k", keyword] if keyword else []
     if image:
-        from fractal.images import build, containers
+        from fractal.images import containers
 
-        _exit(build.report_errors(lambda: containers.run_tests(image, words)))
+        _do(lambda: containers.run_tests(image, words))
         return
     c.run(shlex.join([sys.executable, "-m", "pytest", *words]), pty=sys.stdout.isatty())
 

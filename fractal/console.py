@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -22,6 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from fractal.records import InputError, OutsideError
 
 out = Console(soft_wrap=True)  # results
 err = Console(stderr=True)  # progress and warnings
@@ -154,3 +157,27 @@ def bar(name: str, total: int) -> Iterator[Bar]:
     )
     with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as progress:
         yield Bar(progress, progress.add_task(name, total=total, note=""), name, total)
+
+
+# --- the operator's tasks
+
+
+def note(text: str, what: str = "image") -> None:
+    """A line on stderr that says which task speaks."""
+    print(f"{what}: {text}", file=sys.stderr, flush=True)
+
+
+def report_errors(work: Callable[[], int | None], what: str = "image") -> int:
+    """Run it; errors become one line and an exit code, a number that it returns is one."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: what was begun is ended in order
+    try:
+        return work() or 0
+    except OutsideError as error:
+        note(str(error), what)
+        return 3
+    except InputError as error:
+        note(str(error), what)
+        return 2
+    except KeyboardInterrupt:
+        note("interrupted. Run the command again, it goes on where it stopped.", what)
+        return 130

@@ -375,13 +375,14 @@ def test_a_secret_is_in_no_error_either(
 
 SCRIPT = """
 import sys
+from fractal import console
 from fractal.images import build, recipes
 from fractal.images.image import Image
 key, base, command = sys.argv[1:]
 recipe = recipes.Recipe(key, Image.from_registry(base).run_commands(command), "", False)
 def work():
-    print(build.ensure(build.connect(), recipe, build.say, build.Options(base=base)).as_json(), flush=True)
-sys.exit(build.report_errors(work))
+    print(build.ensure(build.connect(), recipe, console.note, build.Options(base=base)).as_json(), flush=True)
+sys.exit(console.report_errors(work))
 """
 
 

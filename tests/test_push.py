@@ -24,7 +24,8 @@ import psutil
 import pytest
 import requests
 
-from fractal.images import board, far, push, registry, ssh
+from fractal import ssh
+from fractal.images import board, far, push, registry
 from fractal.records import InputError, OutsideError
 from tests.conftest import ROOT
 from tests.engines import Engine

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import signal
 import sys
 import tarfile
 import tempfile
@@ -29,6 +28,7 @@ import platformdirs
 import requests
 
 from fractal import apt, engine
+from fractal.console import note, report_errors
 from fractal.images import debian, network, recipes
 from fractal.images.builder import (
     SILENCE_S,
@@ -43,7 +43,6 @@ from fractal.images.builder import (
 from fractal.images.image import Image
 from fractal.images.recipes import Recipe
 from fractal.images.rendering import Rendering
-from fractal.records import InputError, OutsideError
 from fractal.sandbox.source import content_hash
 
 BASE_LABEL, PARTS_LABEL = "fractal.base", "fractal.parts"
@@ -422,7 +421,7 @@ def build_all(keys: str, options: Options, *, as_json: bool = False, dry: bool =
     client = connect()
     try:
         for recipe in wanted:
-            image = ensure(client, recipe, say, options)
+            image = ensure(client, recipe, note, options)
             if as_json:
                 print(image.as_json(), flush=True)
                 continue
@@ -430,26 +429,6 @@ def build_all(keys: str, options: Options, *, as_json: bool = False, dry: bool =
             print(f"image: {image.name} {done}, {image.bytes / 1e6:,.0f} MB, base {image.base}", flush=True)
     finally:
         client.close()
-
-
-def say(text: str, what: str = "image") -> None:
-    print(f"{what}: {text}", file=sys.stderr, flush=True)
-
-
-def report_errors(work: Callable[[], int | None], what: str = "image") -> int:
-    """Run it; errors become one line and an exit code, a number that it returns is one."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: builders are ended, secrets removed
-    try:
-        return work() or 0
-    except OutsideError as error:
-        say(str(error), what)
-        return 3
-    except InputError as error:
-        say(str(error), what)
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted. Run the command again, it goes on where it stopped.", what)
-        return 130
 
 
 if __name__ == "__main__":

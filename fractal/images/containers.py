@@ -22,8 +22,9 @@ import docker.types
 import requests
 
 from fractal import engine, models, setup
+from fractal.console import note
 from fractal.images import recipes
-from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line, say
+from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
 from fractal.records import InputError, OutsideError
 from fractal.run import commit
@@ -248,7 +249,9 @@ def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool =
     command = ["run", "--run", f"{WORK}/runs/{folder.name}", *map(str, words)]
     client = connect()
     try:
-        return run(client, recipe, command, lambda volume: run_setup(volume, folder, gpus=gpus or setup.has_gpu()), say)
+        return run(
+            client, recipe, command, lambda volume: run_setup(volume, folder, gpus=gpus or setup.has_gpu()), note
+        )
     finally:
         client.close()
 
@@ -258,7 +261,7 @@ def run_tests(key: str, words: Iterable[str]) -> int:
     recipe = _pipeline(key)
     client = connect()
     try:
-        return run(client, recipe, words, suite_setup, say)
+        return run(client, recipe, words, suite_setup, note)
     finally:
         client.close()
 

@@ -17,7 +17,8 @@ from typing import Literal
 
 import requests
 
-from fractal.images import registry, ssh
+from fractal import ssh
+from fractal.images import registry
 from fractal.records import OutsideError
 
 PUBLIC_PROGRAM = "registry:2"

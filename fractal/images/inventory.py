@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fractal import console, engine
 from fractal.images import recipes
-from fractal.images.build import BASE_LABEL, PARTS_LABEL, connect, first_line, say
+from fractal.images.build import BASE_LABEL, PARTS_LABEL, connect, first_line
 from fractal.images.builder import BuildError
 from fractal.images.recipes import Recipe
 
@@ -109,7 +109,7 @@ def show(*, as_json: bool = False, older: bool = True) -> None:
     client = connect()
     try:
         for name in [] if older else prune(client):
-            say(f"{name} is removed")
+            console.note(f"{name} is removed")
         entries = inventory(client)
     finally:
         client.close()

@@ -24,10 +24,11 @@ import docker.errors
 import requests
 import urllib3
 
-from fractal import engine
-from fractal.images import far, recipes, ssh
+from fractal import engine, ssh
+from fractal.console import note, report_errors
+from fractal.images import far, recipes
 from fractal.images.board import board
-from fractal.images.build import Say, connect, ensure, first_line, patience, report_errors, say
+from fractal.images.build import Say, connect, ensure, first_line, patience
 from fractal.images.registry import Manifest, RegistryError, read_manifest
 from fractal.records import InputError, OutsideError
 
@@ -419,7 +420,7 @@ def push_all(keys: str, registry: str, host: str, *, as_json: bool = False, dry:
         return
     with closing(connect()) as client:
         for recipe in wanted:
-            push(client, ensure(client, recipe, say).name, registry, host, as_json=as_json)
+            push(client, ensure(client, recipe, note).name, registry, host, as_json=as_json)
 
 
 def push(
@@ -435,7 +436,7 @@ def push(
     """Push to the registry, or without one to the host, and print a line. Raises InputError, OutsideError."""
 
     def tell(text: str) -> None:
-        say(text, "push")
+        note(text, "push")
 
     if registry:
         pushed, where = to_registry(client, name, registry, say=tell), "there"

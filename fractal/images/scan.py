@@ -410,7 +410,7 @@ def _certificates(bundle: Path) -> set[str]:
 
 def main(argv: list[str] | None = None) -> int:
     keys = (sys.argv[1:] if argv is None else argv) or ["sandbox"]
-    return build.report_errors(lambda: _scan_all(keys))
+    return console.report_errors(lambda: _scan_all(keys))
 
 
 def _scan_all(keys: list[str]) -> int:
@@ -420,7 +420,7 @@ def _scan_all(keys: list[str]) -> int:
     bad = 0
     try:
         for recipe in wanted:
-            image = build.ensure(client, recipe, build.say)
+            image = build.ensure(client, recipe, console.note)
             report = scan(client, image.name, needles)
             bad += len(report.bad)
             for finding in report.findings:
