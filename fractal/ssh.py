@@ -10,6 +10,7 @@ import re
 import select
 import shlex
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -158,6 +159,45 @@ class Link:
                 "Look at MaxSessions in its sshd_config, and at its login shell."
             )
         return done
+
+    def stream(self, script: str, *words: str) -> subprocess.Popen[bytes]:
+        """A script whose output is read as it comes; standard error is part of it. The reader waits for its end.
+
+        Raises SshLost if it does not begin.
+        """
+        process = subprocess.Popen(
+            [*self._client(), "--", self.host, remote(f"exec 2>&1\n{script}", *words)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        line = b""
+        while line != f"{BEGINS}\n".encode():
+            byte = process.stdout.read(1)
+            if not byte:
+                process.wait()
+                self.check()
+                raise SshLost(f"{self.host} runs nothing more on this connection. Try: ssh {self.host} true")
+            line = byte if line.endswith(b"\n") else line + byte
+        return process
+
+    def plug(self, command: str, connection: socket.socket) -> subprocess.Popen[bytes]:
+        """A command on the far side whose standard input and output are this socket; it ends with the socket."""
+        return subprocess.Popen(
+            [*self._client(), "--", self.host, f"exec {command}"],
+            stdin=connection.fileno(),
+            stdout=connection.fileno(),
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    @property
+    def shell(self) -> str:
+        """This connection as rsync's --rsh."""
+        return shlex.join(self._client())
 
     def forward(self, here: int, there: int) -> bool:
         """Whether our loopback's port `here` now leads to the far loopback's `there`; no if it is taken."""

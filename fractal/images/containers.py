@@ -10,8 +10,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,14 +153,26 @@ def prepare_run(folder: Path) -> Path:
 def sidecar(client: docker.DockerClient, say: Say, image: str) -> Iterator[str]:
     """A sandbox of its own for one pipeline container; yields the name of its volume. Ends it on every way out."""
     name = f"fractal-sandbox-{secrets.token_hex(4)}"
-    start_sidecar(volume=name, name=name, image=image)
+    _start_sidecar(client, name, image)
     try:
-        _await_socket(client, name)
         say(f"sandbox: {image} serves {name}")
         yield name
     finally:
-        stop_sidecar(name)
-        _remove_volume(client, name)
+        _end_sidecar(client, name)
+
+
+def _start_sidecar(client: docker.DockerClient, name: str, image: str) -> None:
+    start_sidecar(volume=name, name=name, image=image, client=client)
+    try:
+        _await_socket(client, name)
+    except BaseException:
+        _end_sidecar(client, name)
+        raise
+
+
+def _end_sidecar(client: docker.DockerClient, name: str) -> None:
+    stop_sidecar(name, client)
+    _remove_volume(client, name)
 
 
 def _await_socket(client: docker.DockerClient, name: str) -> None:
@@ -201,34 +213,92 @@ def run(client: docker.DockerClient, recipe: Recipe, command: Iterable[str], mak
             facts = provenance(client.images.get(name), name, client.images.get(sandbox_name), sandbox_name, recipe)
             return _follow(client, name, list(command), make_setup(volume), facts)
     except (docker.errors.DockerException, requests.RequestException) as error:
-        reason = first_line(error)
-        if "could not select device driver" in reason:
-            remedy = (
-                "The engine has no NVIDIA container toolkit: install nvidia-container-toolkit, or leave --gpus out."
-            )
-        else:
-            remedy = engine.problem() or "Run the command again."
-        raise ContainerError(f"{name} does not run: {reason}. {remedy}") from error
+        raise _failed(name, error) from error
 
 
-def _follow(client: docker.DockerClient, name: str, command: list[str], wanted: Setup, facts: Mapping[str, str]) -> int:
-    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+def _failed(name: str, error: Exception) -> ContainerError:
+    reason = first_line(error)
+    remedy = engine.problem() or "Run the command again."
+    if "could not select device driver" in reason:
+        remedy = "The engine has no NVIDIA container toolkit: install nvidia-container-toolkit, or leave --gpus out."
+    return ContainerError(f"{name} does not run: {reason}. {remedy}")
+
+
+def start(
+    client: docker.DockerClient,
+    recipe: Recipe,
+    pipeline: str,
+    sandbox: str,
+    command: Iterable[str],
+    make_setup: Callable[[str], Setup],
+    *,
+    job: str,
+    labels: Mapping[str, str],
+    size: os.terminal_size | None,
+) -> None:
+    """Start the same two containers on the client's engine and leave them running; `end` removes them.
+
+    `pipeline` and `sandbox` are images there; the containers are called by the job. Output stays with the engine, as a
+    terminal of this size would get it, or plain. Raises ContainerError, SandboxError.
+    """
+    name = f"fractal-sandbox-{job}"
+    try:
+        _start_sidecar(client, name, sandbox)
+        facts = provenance(client.images.get(pipeline), pipeline, client.images.get(sandbox), sandbox, recipe)
+        wanted = make_setup(name)
+        client.api.start(_create(client, pipeline, list(command), wanted, facts, f"fractal-job-{job}", labels, size))
+    except (docker.errors.DockerException, requests.RequestException) as error:
+        end(client, job)
+        raise _failed(pipeline, error) from error
+    except BaseException:
+        end(client, job)
+        raise
+
+
+def end(client: docker.DockerClient, job: str) -> None:
+    """Remove a job's containers and the sidecar's volume, running or not; what is gone already is fine."""
+    with suppress(docker.errors.NotFound):
+        client.api.remove_container(f"fractal-job-{job}", force=True, v=True)
+    _end_sidecar(client, f"fractal-sandbox-{job}")
+
+
+def _create(
+    client: docker.DockerClient,
+    image: str,
+    command: list[str],
+    wanted: Setup,
+    facts: Mapping[str, str],
+    name: str,
+    labels: Mapping[str, str],
+    size: os.terminal_size | None,
+) -> str:
     environment = {"FRACTAL_SOCKET": SOCKET, **facts, **wanted.environment}
-    if terminal:
-        size = shutil.get_terminal_size()
+    if size:
         environment |= {"TERM": os.environ.get("TERM", "xterm"), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
+    logs = docker.types.LogConfig(type=docker.types.LogConfig.types.JSON, config={"max-size": "1000g"})  # never cut
     created = client.api.create_container(
-        name,
+        image,
         command,
-        name=f"fractal-pipeline-{secrets.token_hex(4)}",
+        name=name,
         user=wanted.user,
-        tty=terminal,
+        tty=size is not None,
         environment=environment,
         working_dir=wanted.workdir,
         entrypoint=list(wanted.entrypoint) or None,
-        labels={LABEL: "1"},
-        host_config=client.api.create_host_config(**options(wanted)),
-    )["Id"]
+        labels={LABEL: "1", **labels},
+        host_config=client.api.create_host_config(**options(wanted), log_config=logs),
+    )
+    identity: str = created["Id"]
+    return identity
+
+
+def terminal() -> os.terminal_size | None:
+    """The size of the terminal that a person looks at, if one does."""
+    return shutil.get_terminal_size() if sys.stdout.isatty() and sys.stderr.isatty() else None
+
+
+def _follow(client: docker.DockerClient, name: str, command: list[str], wanted: Setup, facts: Mapping[str, str]) -> int:
+    created = _create(client, name, command, wanted, facts, f"fractal-pipeline-{secrets.token_hex(4)}", {}, terminal())
     try:
         stream = client.api.attach(created, stdout=True, stderr=True, stream=True, logs=True, demux=True)
         client.api.start(created)

@@ -316,13 +316,15 @@ def start_sidecar(
     slots: int | None = None,
     image: str | None = None,
     runtime: str | None = None,
+    client: docker.DockerClient | None = None,
 ) -> str:
     """Start a sandbox that serves a Unix socket in a volume, detached; returns the container's id.
 
     `volume` is the name of a Docker volume or a folder's absolute path; other containers mount it and use
-    Sandbox(socket=...). Raises SandboxError, also when one of that name runs already.
+    Sandbox(socket=...). `client`: of another engine than the machine's. Raises SandboxError, also when one of that name
+    runs already.
     """
-    client = connect()
+    given, client = client, client or connect()
     try:
         image = image or source.image_name()
         _image_id(client, image)
@@ -333,12 +335,13 @@ def start_sidecar(
         remedy = f" `fractal serve --stop --name {name}` ends it." if "already in use" in str(error) else ""
         raise SandboxError(f"Docker: the sidecar does not start: {str(error)[:300]}.{remedy}") from error
     finally:
-        client.close()
+        if given is None:
+            client.close()
 
 
-def stop_sidecar(name: str = SIDECAR) -> bool:
+def stop_sidecar(name: str = SIDECAR, client: docker.DockerClient | None = None) -> bool:
     """End a sidecar; False if there is none of that name."""
-    client = connect()
+    given, client = client, client or connect()
     try:
         client.api.remove_container(name, force=True)
     except docker.errors.NotFound:
@@ -346,7 +349,8 @@ def stop_sidecar(name: str = SIDECAR) -> bool:
     except docker.errors.DockerException as error:
         raise SandboxError(f"Docker: cannot end {name}: {str(error)[:300]}.") from error
     finally:
-        client.close()
+        if given is None:
+            client.close()
     return True
 
 
