@@ -175,6 +175,10 @@ class RunDir:
             finally:
                 entry["seconds"] = round(entry["seconds"] + time.monotonic() - clock, 3)
                 entry["end"], entry["running_since"] = _now(), None
+                if price := rent():
+                    spent = (time.monotonic() - clock) / 3600 * price
+                    self.manifest["price_usd_per_hour"] = price
+                    self.manifest["cost_usd"] = round((self.manifest.get("cost_usd") or 0.0) + spent, 6)
                 self.save()
 
 
@@ -202,7 +206,7 @@ def surroundings() -> dict[str, Any]:
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },
         "gpu": gpu or None,
-        "price_usd_per_hour": None,
+        "price_usd_per_hour": rent(),
         "cost_usd": None,
     }
 
@@ -211,6 +215,15 @@ def own_image() -> dict[str, Any]:
     """The image that this process runs in, as images/containers.py says; nothing outside one."""
     name, _, digest = os.environ.get("FRACTAL_IMAGE", "").partition("@")
     return {"pipeline": {"name": name, "digest": digest, "base": os.environ.get("FRACTAL_IMAGE_BASE")}} if name else {}
+
+
+def rent() -> float | None:
+    """Dollars an hour for the machine, as who rented it says; nothing for one's own."""
+    text = os.environ.get("FRACTAL_PRICE_USD_PER_HOUR", "")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
 
 
 def commit() -> dict[str, Any]:

@@ -205,3 +205,19 @@ def test_a_killed_call_counts_up_to_its_last_write(run, worked_s, counted_s):
     with RunDir(run) as folder, folder.stage("verify", "labels.jsonl"):
         pass
     assert manifest(run)["stages"]["verify"]["seconds"] == pytest.approx(5 + counted_s, abs=2)
+
+
+def test_a_rented_machines_price_and_the_stages_cost_are_in_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRACTAL_PRICE_USD_PER_HOUR", "3600")  # a dollar a second
+    with RunDir(tmp_path / "run", create=True) as run:
+        for _ in range(2):
+            with run.stage("verify", "labels.jsonl"):
+                time.sleep(0.05)
+        assert run.manifest["price_usd_per_hour"] == 3600
+        assert 0.1 <= run.manifest["cost_usd"] < 5
+    monkeypatch.setenv("FRACTAL_PRICE_USD_PER_HOUR", "")
+    with RunDir(tmp_path / "own", create=True) as run, run.stage("verify", "labels.jsonl"):
+        pass
+    assert json.loads((tmp_path / "own/manifest.json").read_text())["cost_usd"] is None
