@@ -14,6 +14,7 @@ import email.utils
 import errno
 import hashlib
 import ipaddress
+import itertools
 import os
 import random
 import re
@@ -285,7 +286,9 @@ class _Verdict:
 class Client:
     """Lambda's API for one account. Raises CloudError, and InputError where an argument cannot be right.
 
-    `patience_s` bounds the tries of one call, `timeout_s` the silence within one try.
+    `patience_s` bounds the tries of one call: none begins later. `timeout_s` bounds the silence within one try.
+    `backoff_s` is the longest first wait between two tries; the longest next one is twice that, and so on. `say` is
+    told of waits that a person notices.
     """
 
     def __init__(
@@ -352,7 +355,7 @@ class Client:
         """Rent one machine; its id. It is billed from now on, until `terminate`.
 
         `image` is an image's id, or a family such as lambda-stack-24-04. Raises LaunchUnknown where it may have
-        happened although no usable answer came.
+        happened although no usable answer came; after any other error, a ConnectionLost too, it did not happen.
         """
         _check_name("an instance", name)
         body: dict[str, object] = {
@@ -387,8 +390,11 @@ class Client:
         )
 
     def terminate(self, ids: Iterable[str]) -> list[Instance]:
-        """End instances: the only thing that stops the bill. They are `terminating` first. Raises NotFound if one of
-        several is not there, and then none is ended: give one at a time where that may be."""
+        """End instances: the only thing that stops the bill. They are `terminating` first.
+
+        Raises NotFound if one of them is not there, of several perhaps before any is ended: give one at a time. Right
+        after a launch that is no proof that there is nothing to end.
+        """
         return self._operate("terminate", ids, _WireTerminated).terminated_instances_plain()
 
     def restart(self, ids: Iterable[str]) -> list[Instance]:
@@ -490,7 +496,7 @@ class Client:
         begin = time.monotonic()
         doubt = False
         garbled = 0
-        for attempt in range(1_000_000):
+        for attempt in itertools.count():
             if kind == "launch":
                 self._pace.wait("launch", self.say)
             self._pace.wait("request", self.say)
@@ -509,7 +515,7 @@ class Client:
             if self.say is not None and delay > TOLD_S:
                 self.say(f"{verdict.why}; trying again in {delay:.0f} s.")
             time.sleep(delay)
-        raise AssertionError
+        raise AssertionError("unreachable")
 
     def _try(self, method: str, path: str, body: object) -> _Reply | _Trouble:
         """One request. Exceptions of requests hold the request, and so the key: none gets out of here."""
@@ -605,6 +611,8 @@ def _explain(error: BaseException, host: str) -> _Trouble:
             sent=False,
             lasting=True,
         )
+    if has(requests.exceptions.ProxyError, urllib3.exceptions.ProxyError):
+        return _Trouble(f"the proxy lets nothing through to {host}", "Correct or unset HTTPS_PROXY.", sent=False)
     if has(urllib3.exceptions.NameResolutionError):
         return _Trouble(f"the name {host} is not found", network, sent=False)
     if has(urllib3.exceptions.NewConnectionError):
@@ -617,8 +625,6 @@ def _explain(error: BaseException, host: str) -> _Trouble:
         requests.exceptions.InvalidProxyURL, requests.exceptions.InvalidSchema, urllib3.exceptions.LocationParseError
     ):
         return _Trouble("the proxy's address is not usable", "Correct HTTPS_PROXY.", sent=False, lasting=True)
-    if has(requests.exceptions.ProxyError, urllib3.exceptions.ProxyError):
-        return _Trouble(f"the proxy lets nothing through to {host}", "Correct or unset HTTPS_PROXY.", sent=False)
     if has(requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError):
         return _Trouble(f"{host} does not answer in time", network, sent=True)
     return _Trouble(f"the connection to {host} broke", network, sent=True)
@@ -712,9 +718,14 @@ def _words(said: dict[str, Any] | None, name: str, key: str) -> str:
 
 def _line(text: str, key: str, length: int) -> str:
     """Words of a server as one line to print: no key, no control characters, no end of the screen."""
-    text = " ".join(text.replace(key, "***").split())
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    if len(key) >= 8:  # what is shorter is no secret, and stands in ordinary words
+        text = text.replace(key, "***")
+    text = _printable(" ".join(text.split()))
     return text if len(text) <= length else text[:length] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -829,14 +840,14 @@ class _WireInstance(msgspec.Struct):
     def plain(self) -> Instance:
         return Instance(
             id=self.id,
-            name=self.name or "",
+            name=_printable(self.name or ""),  # anyone may name an instance anything; ours are plain
             status=cast(Status, self.status) if self.status in get_args(Status) else "booting",
             ip=self.ip or None,
             region=self.region.name,
             type_name=self.instance_type.name,
             price_cents_per_hour=self.instance_type.price_cents_per_hour,
             ssh_key_names=tuple(self.ssh_key_names),
-            hostname=self.hostname or None,
+            hostname=_printable(self.hostname) if self.hostname else None,
         )
 
 

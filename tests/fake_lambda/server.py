@@ -9,8 +9,8 @@ our client.
         assert cloud.living() == [] and cloud.launches == 1 and cloud.troubles == []
 
 Where the documentation is silent the fake takes the strict or the nasty side: unknown fields are refused, an instance
-that is still hidden cannot be terminated either, it is billed from the launch on and until it is `terminated`. The code
-of a 429 is not documented; ours is made up.
+that is still hidden cannot be terminated either, it is billed from the launch on and until it is `terminated`, no connection
+is announced to end, only Bearer keys count. The code of a 429 is not documented; ours is made up.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -183,6 +184,7 @@ class Rented:
     machine: Running | None = None
     thread: threading.Thread | None = None  # starts, stops or restarts the machine
     taken: bool = True  # of the capacity
+    forgotten: bool = False  # not listed any more, whatever keep_terminated_s says
 
 
 class FakeLambda:
@@ -265,6 +267,7 @@ class FakeLambda:
         for one in rented:
             if one.thread is not None:
                 one.thread.join(120)
+        self._write_state()
 
     # What tests do to the cloud
 
@@ -315,7 +318,7 @@ class FakeLambda:
         self._end(id, "terminated")
         if forget:
             with self._lock:
-                self._rented[id].ended = -math.inf
+                self._rented[id].forgotten = True
 
     def unhealthy(self, id: str, healthy: bool = False) -> None:
         with self._lock:
@@ -362,8 +365,7 @@ class FakeLambda:
         with self._lock:
             self._refresh()
             one = self._rented[id]
-            end = one.ended if one.ended is not None and one.ended > 0 else time.monotonic()
-            return end - one.launched
+            return (time.monotonic() if one.ended is None else one.ended) - one.launched
 
     def count(self, match: str) -> int:
         """How many requests came that match, as in `script`."""
@@ -404,16 +406,17 @@ class FakeLambda:
             raise Refused(403, "global/account-inactive", "Your account is inactive.", text)
         parts = urlsplit(target)
         path = parts.path.removeprefix(PREFIX)
-        found = [(handler, match) for wanted, pattern, handler in ROUTES if (match := re.fullmatch(pattern, path)) and wanted == method]  # fmt: skip
-        if not parts.path.startswith(PREFIX) or not any(re.fullmatch(pattern, path) for _, pattern, _ in ROUTES):
+        here = [(verb, handler, match) for verb, pattern, handler in ROUTES if (match := re.fullmatch(pattern, path))]
+        if not parts.path.startswith(f"{PREFIX}/") or not here:
             return Answer(404, b"<html>404 page not found</html>")
-        if not found:
+        found = next(((handler, match) for verb, handler, match in here if verb == method), None)
+        if found is None:
             return Answer(405, b"<html>405 method not allowed</html>")
         if self.rate:
             self._limit("launch" if path.endswith("/launch") else "request")
         if parts.query:
             raise invalid(f"unknown parameter {parts.query.split('=')[0]!r}")
-        handler, match = found[0]
+        handler, match = found
         words = [self, *match.groups()]
         if method == "POST":
             words.append(_decode(headers, body))
@@ -528,9 +531,9 @@ class FakeLambda:
                 one.status = "terminating"
                 one.gone = time.monotonic() + self.terminate_s
                 self._stop(one)
-        self._refresh()
+        answer = {"terminated_instances": [self._view(one) for one in chosen]}
         self._write_state()
-        return {"terminated_instances": [self._view(one) for one in chosen]}
+        return answer
 
     def _restart(self, body: Any) -> object:
         chosen = self._chosen(body)
@@ -657,7 +660,8 @@ class FakeLambda:
 
     def _seen(self, one: Rented) -> bool:
         now = time.monotonic()
-        return now >= one.visible and (one.ended is None or now < one.ended + self.keep_terminated_s)
+        past = one.forgotten or (one.ended is not None and now >= one.ended + self.keep_terminated_s)
+        return now >= one.visible and not past
 
     def _view(self, one: Rented) -> dict[str, Any]:
         """As the API shows it: what is not known is not there."""
@@ -870,8 +874,6 @@ class _Server(ThreadingHTTPServer):
     cloud: FakeLambda
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        import sys
-
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):
             self.cloud.troubles.append(f"{type(error).__name__}: {error}")
@@ -892,22 +894,19 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path.removeprefix(PREFIX)
         try:
             content = json.loads(body) if body else None
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         cloud.requests.append(Call(time.time(), self.command, path, content))
         fault = cloud.fault(self.command, path) or ok()
         if not self._wait(cloud.latency_s + (fault.seconds if fault.kind == "delay" else 0.0)):
             return None
-        answer = cloud.answer(self.command, self.path, self.headers, body) if fault.kind in ("ok", "delay") or fault.done else None  # fmt: skip
-        if fault.kind in ("ok", "delay"):
-            assert answer is not None
-            return self._send(answer.status, _encode(answer.content), answer.headers)
+        normal = fault.kind in ("ok", "delay")
+        answer = cloud.answer(self.command, self.path, self.headers, body) if normal or fault.done else None
+        if answer is not None and (normal or fault.kind == "tear"):
+            return self._send(answer.status, _encode(answer.content), answer.headers, tear=not normal)
         if fault.kind == "hang":
             self._wait(fault.seconds)
             return self._cut()
-        if fault.kind == "tear":
-            assert answer is not None
-            return self._send(answer.status, _encode(answer.content), answer.headers, tear=True)
         if fault.kind in ("status", "garbage"):
             error = {"error": {"code": fault.error, "message": fault.message}}
             return self._send(fault.code, _encode(error) if fault.error else fault.body, fault.headers)
