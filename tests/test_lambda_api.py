@@ -664,10 +664,10 @@ def test_other_fields_and_states_are_welcome(cloud: FakeLambda, client: Client) 
     assert (two.status, two.ip, two.hostname, two.name) == ("active", None, None, "")
 
 
-@given(
-    code=st.integers(100, 999),
-    body=st.binary(max_size=60) | JSON.map(lambda value: json.dumps({"error": value}).encode()),
-)
+SAID = st.fixed_dictionaries({"code": st.sampled_from(["a/b", "global/quota-exceeded", "provider/x", ""]) | JSON}, optional={"message": JSON, "suggestion": JSON})  # fmt: skip
+
+
+@given(code=st.integers(100, 999), body=st.binary(max_size=60) | (SAID | JSON).map(lambda said: json.dumps({"error": said}).encode()))  # fmt: skip
 @settings(max_examples=300, deadline=None)
 def test_any_answer_is_judged(code: int, body: bytes) -> None:
     verdict = lambda_api.judge(lambda_api._Reply(code, {}, body), "GET /x", KEY)

@@ -1,6 +1,6 @@
 """The Lambda Cloud API, typed: one method for each request, one class for each way it can go wrong.
 
-Knows no ledger and no ssh: https://docs.lambda.ai/public-cloud/cloud-api/. A request that may safely be made twice is
+Knows no ledger and no ssh: https://docs-api.lambda.ai/api/cloud. A request that may safely be made twice is
 made again, politely, until patience ends. `launch` costs money each time: it is made once, and again only where it
 certainly did not happen; where that cannot be told it raises LaunchUnknown, and the caller looks for the name.
 
@@ -698,7 +698,7 @@ def _classify(status: int, code: str, explained: bool) -> tuple[type[CloudError]
         return AuthError, f"Check LAMBDA_API_KEY, or make a new key at {KEYS}."
     if status == 403:
         return AuthError, "" if explained else f"Check LAMBDA_API_KEY, or make a new key at {KEYS}."
-    if not explained:
+    if not explained or status < 400:
         return CloudError, _elsewhere(status)
     if code.endswith("/insufficient-capacity"):
         return CapacityError, "Try another region or type, or wait for capacity."
