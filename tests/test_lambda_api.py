@@ -7,8 +7,10 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -265,20 +267,25 @@ def test_a_launch_that_certainly_did_not_happen_is_repeated(cloud: FakeLambda, c
 def test_a_launch_waits_for_a_server_that_is_not_there_yet() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    client = connect(f"http://127.0.0.1:{port}/api/v1", patience_s=0.2)
     with pytest.raises(ConnectionLost, match="connection refused"):
-        launch(client)
-    late = FakeLambda(key=KEY, rate=False, port=port) if free(port) else pytest.skip("the port is taken")
-    late.add_ssh_key("mine", PUBLIC_KEY)
-    with late:
-        launch(client)
-    assert late.launches == 1
+        launch(connect(f"http://127.0.0.1:{port}/api/v1", patience_s=0.2))
+    clouds: list[FakeLambda] = []
 
+    def come() -> None:
+        late = FakeLambda(key=KEY, rate=False, port=port)
+        late.add_ssh_key("mine", PUBLIC_KEY)
+        clouds.append(late.__enter__())
 
-def free(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-        return True
-    return False
+    timer = threading.Timer(0.3, come)
+    timer.start()
+    try:
+        with connect(f"http://127.0.0.1:{port}/api/v1", backoff_s=0.1) as client:
+            launch(client)
+        assert clouds[0].launches == 1
+    finally:
+        timer.join()
+        for late in clouds:
+            late.close()
 
 
 def test_a_restart_that_may_have_happened_is_not_repeated(cloud: FakeLambda, client: Client) -> None:
@@ -320,6 +327,33 @@ def test_an_instance_that_was_ended_by_a_lost_request_is_told_as_an_echo(cloud: 
     assert cloud.living() == []
 
 
+def test_what_is_no_api_at_all_is_asked_three_times(cloud: FakeLambda, client: Client) -> None:
+    cloud.script("GET /instances", *[garbage()] * 1000)
+    with pytest.raises(ConnectionLost, match="Check FRACTAL_LAMBDA_URL"):
+        client.instances()
+    assert len(cloud.requests) == 3
+
+
+def test_threads_share_a_client(cloud: FakeLambda, client: Client) -> None:
+    cloud.quota = 1000
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for _ in range(10):
+                client.instance(launch(client))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert cloud.launches == 60
+
+
 def test_each_request_has_a_connection_of_its_own(cloud: FakeLambda, client: Client) -> None:
     """The fake keeps connections open, and closes them when it likes: a launch on such a one would be lost."""
     for number in range(40):
@@ -357,7 +391,7 @@ def test_a_wait_is_told(cloud: FakeLambda, monkeypatch: pytest.MonkeyPatch) -> N
     cloud.script("GET /instances", status(503))
     with connect(cloud.url, say=told.append, pace=Pace(request_s=0.1, launch_s=0)) as client:
         client.instances()
-    assert told[0].startswith("GET /instances: HTTP 503 without a reason (http/503); trying again in")
+    assert told[0].startswith("Lambda, GET /instances: HTTP 503 without a reason (http/503); trying again in")
     assert told[1].startswith("Lambda allows one request in 0 s")
 
 
@@ -402,7 +436,7 @@ def test_the_account_is_told_apart_without_the_key() -> None:
 def test_netrc_does_not_replace_the_key(cloud: FakeLambda, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password wrong\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    client._session.trust_env = True  # as for an address that is no loopback
+    client._trust_env = True  # as for an address that is no loopback
     assert client.instances() == []
 
 
@@ -414,6 +448,19 @@ def test_a_redirect_is_not_followed(cloud: FakeLambda) -> None:
         with pytest.raises(LaunchUnknown):
             launch(client)
     assert cloud.requests == []
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl")
+def test_a_certificate_that_nobody_vouches_for_ends_it_at_once(tmp_path: Path) -> None:
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=127.0.0.1 -days 2"
+    subprocess.run([*words.split(), "-keyout", "key", "-out", "cert"], cwd=tmp_path, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    with Raw(b"HTTP/1.1 200 OK\r\n\r\n", tls=tls) as raw, connect(raw.url) as client:
+        for do in (client.instances, lambda: launch(client)):
+            with pytest.raises(ConnectionLost, match="a certificate that is not trusted"):
+                do()
+    assert raw.heard == b""
 
 
 def test_a_proxys_password_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -617,10 +664,10 @@ def test_other_fields_and_states_are_welcome(cloud: FakeLambda, client: Client) 
     assert (two.status, two.ip, two.hostname, two.name) == ("active", None, None, "")
 
 
-@given(
-    code=st.integers(100, 999),
-    body=st.binary(max_size=60) | JSON.map(lambda value: json.dumps({"error": value}).encode()),
-)
+SAID = st.fixed_dictionaries({"code": st.sampled_from(["a/b", "global/quota-exceeded", "provider/x", ""]) | JSON}, optional={"message": JSON, "suggestion": JSON})  # fmt: skip
+
+
+@given(code=st.integers(100, 999), body=st.binary(max_size=60) | (SAID | JSON).map(lambda said: json.dumps({"error": said}).encode()))  # fmt: skip
 @settings(max_examples=300, deadline=None)
 def test_any_answer_is_judged(code: int, body: bytes) -> None:
     verdict = lambda_api.judge(lambda_api._Reply(code, {}, body), "GET /x", KEY)
@@ -635,13 +682,13 @@ def test_any_answer_is_judged(code: int, body: bytes) -> None:
 class Raw:
     """A server that answers each connection with these bytes, then closes it; `drip` sends them one by one."""
 
-    def __init__(self, answer: bytes, drip: float = 0.0) -> None:
-        self.answer, self.drip, self.heard = answer, drip, b""
+    def __init__(self, answer: bytes, drip: float = 0.0, tls: ssl.SSLContext | None = None) -> None:
+        self.answer, self.drip, self.tls, self.heard = answer, drip, tls, b""
 
     def __enter__(self) -> "Raw":
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/api/v1"
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/api/v1"
         threading.Thread(target=self._serve, daemon=True).start()
         return self
 
@@ -656,6 +703,8 @@ class Raw:
 
     def _answer(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection:
+            if self.tls is not None:
+                connection = self.tls.wrap_socket(connection, server_side=True)
             self.heard += connection.recv(65536)
             for piece in [self.answer[i : i + 1] for i in range(len(self.answer))] if self.drip else [self.answer]:
                 connection.sendall(piece)

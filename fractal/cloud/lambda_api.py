@@ -1,6 +1,6 @@
 """The Lambda Cloud API, typed: one method for each request, one class for each way it can go wrong.
 
-Knows no ledger and no ssh: https://docs.lambda.ai/public-cloud/cloud-api/. A request that may safely be made twice is
+Knows no ledger and no ssh: https://docs-api.lambda.ai/api/cloud. A request that may safely be made twice is
 made again, politely, until patience ends. `launch` costs money each time: it is made once, and again only where it
 certainly did not happen; where that cannot be told it raises LaunchUnknown, and the caller looks for the name.
 
@@ -220,9 +220,9 @@ class Pace:
 
 
 def _age(stamp: Path, interval: float) -> float:
-    """Seconds since the last request; a time to come counts as now, no file as long ago."""
+    """Seconds since the last request, by a clock that may have jumped; no file: long enough."""
     try:
-        return max(0.0, time.time() - stamp.stat().st_mtime)
+        return time.time() - stamp.stat().st_mtime
     except FileNotFoundError:
         return interval
     except OSError:
@@ -311,10 +311,7 @@ class Client:
         self._patience_s = patience_s
         self._timeout_s = timeout_s
         self._backoff_s = backoff_s
-        self._session = requests.Session()
-        self._session.auth = _Bearer(key)
-        self._session.headers.update({"Accept": "application/json", "Connection": "close", "User-Agent": "fractal"})
-        self._session.trust_env = not _loopback(self.url)  # a proxy has another loopback
+        self._trust_env = not _loopback(self.url)  # a proxy has another loopback
 
     def __repr__(self) -> str:
         return f"Client({self.url}, account {self.account})"
@@ -326,7 +323,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._session.close()
+        """Nothing is open between two calls; safe in threads, and to use afterwards."""
 
     def instance_types(self) -> dict[str, InstanceType]:
         """All types that Lambda offers, by name, with the regions that have capacity now."""
@@ -374,7 +371,7 @@ class Client:
             body["file_system_names"] = file_systems
         if tags := list(tags):
             body["tags"] = [{"key": key, "value": value} for key, value in tags]
-        where = f"launch of {name}"
+        where = f"Lambda, launch of {name}"
         verdict = self._once("POST", "/instance-operations/launch", body, where, kind="launch")
         if verdict.error is not None and verdict.undone:
             raise verdict.error
@@ -395,11 +392,11 @@ class Client:
         Raises NotFound if one of them is not there, of several perhaps before any is ended: give one at a time. Right
         after a launch that is no proof that there is nothing to end.
         """
-        return self._operate("terminate", ids, _WireTerminated).terminated_instances_plain()
+        return self._operate("terminate", ids, _WireTerminated).plain()
 
     def restart(self, ids: Iterable[str]) -> list[Instance]:
         """Start instances anew; their address may change. Not repeated where it may have happened."""
-        return self._operate("restart", ids, _WireRestarted).restarted_instances_plain()
+        return self._operate("restart", ids, _WireRestarted).plain()
 
     def ssh_keys(self) -> list[SshKey]:
         return [item.plain() for item in self._get("/ssh-keys", list[_WireSshKey])]
@@ -410,7 +407,7 @@ class Client:
         public_key = public_key.strip()
         if not _PUBLIC_KEY.fullmatch(public_key):  # and without one, Lambda would make a key pair of its own
             raise InputError(f"What should be registered as {name} is no public ssh key. Give the line of a .pub file.")
-        where = f"ssh key {name}"
+        where = f"Lambda, ssh key {name}"
         try:
             data = self._call("POST", "/ssh-keys", {"name": name, "public_key": public_key}, where)
         except ApiError as error:
@@ -436,7 +433,7 @@ class Client:
         return [item.plain() for item in self._get("/file-systems", list[_WireFileSystem])]
 
     def create_file_system(self, name: str, region: str) -> FileSystem:
-        where = f"file system {name}"
+        where = f"Lambda, file system {name}"
         try:
             data = self._call("POST", "/filesystems", {"name": name, "region": region}, where)
         except ApiError as error:
@@ -456,14 +453,14 @@ class Client:
                 raise
 
     def _get(self, path: str, kind: type[T]) -> T:
-        return _convert(self._call("GET", path), kind, f"GET {path}")
+        return _convert(self._call("GET", path), kind, f"Lambda, GET {path}")
 
     def _operate(self, what: Literal["terminate", "restart"], ids: Iterable[str], kind: type[T]) -> T:
         ids = [_segment(id) for id in ids]
         if not ids:
             raise InputError(f"No instance to {what}. Name at least one.")
         path = f"/instance-operations/{what}"
-        where = f"{what} {' '.join(ids)}"
+        where = f"Lambda, {what} {' '.join(ids)}"
         if what == "terminate":
             return _convert(self._call("POST", path, {"instance_ids": ids}, where), kind, where)
         verdict = self._once("POST", path, {"instance_ids": ids}, where)
@@ -473,7 +470,7 @@ class Client:
 
     def _call(self, method: str, path: str, body: object = None, where: str | None = None) -> Any:
         """The answer's data, of a request that may be made more than once."""
-        verdict = self._repeat(method, path, body, where or f"{method} {path}", lambda verdict: True)
+        verdict = self._repeat(method, path, body, where or f"Lambda, {method} {path}", lambda verdict: True)
         if verdict.error is not None:
             raise verdict.error
         return verdict.data
@@ -520,24 +517,30 @@ class Client:
     def _try(self, method: str, path: str, body: object) -> _Reply | _Trouble:
         """One request. Exceptions of requests hold the request, and so the key: none gets out of here."""
         deadline = time.monotonic() + CONNECT_TIMEOUT_S + 2 * self._timeout_s
+        headers = {"Accept": "application/json", "User-Agent": "fractal", "Connection": "close"}
+        data = None
+        if body is not None:
+            data = msgspec.json.encode(body)
+            headers["Content-Type"] = "application/json"
         try:
-            with self._session.request(
-                method,
-                self.url + path,
-                data=None if body is None else msgspec.json.encode(body),
-                headers=None if body is None else {"Content-Type": "application/json"},
-                timeout=(min(CONNECT_TIMEOUT_S, self._timeout_s), self._timeout_s),
-                allow_redirects=False,
-                stream=True,
-            ) as reply:
-                content = b"".join(_pieces(reply, deadline))
-                return _Reply(reply.status_code, dict(reply.headers), content)
+            # A session for each, for a connection of its own: a kept one may be dead by now, and a launch on it looks
+            # lost. The header alone does not help, urllib3 keeps the connection unless the server says `close` as well.
+            with requests.Session() as session:
+                session.trust_env = self._trust_env
+                with session.request(
+                    method,
+                    self.url + path,
+                    data=data,
+                    headers=headers,
+                    auth=_Bearer(self._key),
+                    timeout=(min(CONNECT_TIMEOUT_S, self._timeout_s), self._timeout_s),
+                    allow_redirects=False,
+                    stream=True,
+                ) as reply:
+                    content = b"".join(_pieces(reply, deadline))
+                    return _Reply(reply.status_code, dict(reply.headers), content)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             return _explain(error, urlsplit(self.url).netloc)
-        finally:
-            # A kept connection may be dead when the next request goes out, and looks like a lost launch then. The
-            # header alone does not help: urllib3 keeps the connection unless the server says `close` as well.
-            self._session.close()
 
 
 def from_env(folder: Path, *, say: Say | None = None) -> Client:
@@ -695,7 +698,7 @@ def _classify(status: int, code: str, explained: bool) -> tuple[type[CloudError]
         return AuthError, f"Check LAMBDA_API_KEY, or make a new key at {KEYS}."
     if status == 403:
         return AuthError, "" if explained else f"Check LAMBDA_API_KEY, or make a new key at {KEYS}."
-    if not explained:
+    if not explained or status < 400:
         return CloudError, _elsewhere(status)
     if code.endswith("/insufficient-capacity"):
         return CapacityError, "Try another region or type, or wait for capacity."
@@ -864,14 +867,14 @@ def _launched_ids(data: object) -> list[str]:
 class _WireTerminated(msgspec.Struct):
     terminated_instances: list[_WireInstance]
 
-    def terminated_instances_plain(self) -> list[Instance]:
+    def plain(self) -> list[Instance]:
         return [item.plain() for item in self.terminated_instances]
 
 
 class _WireRestarted(msgspec.Struct):
     restarted_instances: list[_WireInstance]
 
-    def restarted_instances_plain(self) -> list[Instance]:
+    def plain(self) -> list[Instance]:
         return [item.plain() for item in self.restarted_instances]
 
 

@@ -1,6 +1,5 @@
 """A strict fake of the Lambda Cloud API over real HTTP, with faults on demand. Written from Lambda's documentation
-(its OpenAPI description 1.6, plus tags, preempted and file_system rules as the project's notes have them), not from
-our client.
+(its OpenAPI description 1.6, and what is newer: tags, the status preempted), not from our client.
 
     with FakeLambda(rate=False) as cloud:
         cloud.add_ssh_key("mine", PUBLIC_KEY)
@@ -632,7 +631,7 @@ class FakeLambda:
                 one.status = "active" if self._machines is None or one.machine is not None else "unhealthy"
             elif one.status == "terminating" and one.gone is not None and now >= one.gone and not working:
                 one.status = "terminated"
-                one.ended = now if working or self._machines else one.gone
+                one.ended = one.gone if self._machines is None else now
                 self._give_back(one)
 
     def _end(self, id: str, status: Literal["terminated", "preempted"]) -> None:
