@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fractal.cloud import guard
@@ -19,7 +20,7 @@ from fractal.cloud.life import Waits
 from tests.fake_lambda.server import FakeLambda
 
 QUICK = Waits(
-    look_s=0.03, settle_s=0.5, send_s=0.3, grace_s=0.6, resend_s=0.4, end_s=3.0, unhealthy_s=0.2, capacity_s=0.1
+    look_s=0.03, settle_s=0.35, send_s=0.3, grace_s=0.5, resend_s=0.4, end_s=3.0, unhealthy_s=0.2, capacity_s=0.1
 )
 SETTINGS = guard.Settings(tick_s=0.05, poll_s=0.3, retry_s=0.1, linger_s=0.4, request_s=0.0, waits=QUICK)
 TYPE = "gpu_1x_a10"
@@ -51,8 +52,8 @@ class Renting:
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def launch(self, wish: Wish = WISH, **options: object) -> Entry:
-        return launch(self.client(), self.ledger, wish, self.key, self.say, settings=SETTINGS, **options)  # type: ignore[arg-type]
+    def launch(self, wish: Wish = WISH, settings: guard.Settings = SETTINGS, **options: object) -> Entry:
+        return launch(self.client(), self.ledger, wish, self.key, self.say, settings=settings, **options)  # type: ignore[arg-type]
 
     def names(self) -> set[str]:
         return {one["name"] for one in self.cloud.living()}
@@ -87,7 +88,17 @@ def end_guards(folder: Path) -> None:
     for pid in guard_pids(folder):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    until(lambda: not guard_pids(folder))
+    until(lambda: not guards(folder) and not guard_pids(folder))
+
+
+def guards(folder: Path) -> list[int]:
+    """All processes, also one that let its lock go."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "fractal.cloud.guard" in process.cmdline() and process.environ().get("FRACTAL_STATE") == str(folder):
+                found.append(process.pid)
+    return found
 
 
 def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:

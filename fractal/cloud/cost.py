@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from fractal.cloud.ledger import Ledger, State
 
@@ -71,7 +72,7 @@ def table(cost: Cost) -> Table:
             f"{row.usd_per_hour:.2f}",
             f"{row.usd:.2f}",
             "" if row.left_usd is None else f"{row.left_usd:.2f}",
-            now,
+            Text(now),  # a reason may hold [brackets]
             style="bold" if row.state != "ended" else "",
         )
     found.add_section()

@@ -17,19 +17,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from fractal.cloud import life
-from fractal.cloud.lambda_api import INSTANCES, REQUEST_INTERVAL_S, Client, CloudError, Pace
+from fractal.cloud.lambda_api import REQUEST_INTERVAL_S, AuthError, Client, CloudError, Pace
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.records import InputError, OutsideError, parse
 
 START_TIMEOUT_S = 60.0
 RETRY_MAX_S = 60.0
-T = TypeVar("T")
+REFUSED_MAX = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,8 @@ class Status:
 
 def start(ledger: Ledger, name: str, settings: Settings = SETTINGS) -> None:
     """Return when a guard watches over the entry, which may be one that did already. Raises CloudError."""
+    if alive(ledger, name):
+        return
     log = log_file(ledger, name)
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "FRACTAL_STATE": str(ledger.folder)}
@@ -151,15 +152,18 @@ def _steady() -> float:
 class Guard:
     """Watches over one entry until that has ended."""
 
-    def __init__(self, client: Client, ledger: Ledger, name: str, settings: Settings) -> None:
+    def __init__(self, client: Client, ledger: Ledger, name: str, settings: Settings, lock: BaseFileLock) -> None:
         self._client = client
         self._ledger = ledger
         self._name = name
         self._settings = settings
+        self._lock = lock
+        self._refused = 0  # looks in a row that our key was not good enough for
         self._clock = Clock()
         self._entry: Entry | None = None  # as last read: a ledger that breaks later stops no guard
         self._polled = time.monotonic()
         self._retry_s = settings.retry_s
+        self._ending: str | None = None  # why, once that is decided
         self._rescue: subprocess.Popen[bytes] | None = None
         self._rescue_until = 0.0
 
@@ -186,10 +190,11 @@ class Guard:
                 self._settle(entry)
             return True
         end_in_s = self._left(entry)
-        if end_in_s is not None and self._due(entry, end_in_s):
-            self._end(entry, "limit reached: " + _limits(entry))
-        else:
-            self._look()
+        if self._ending is None and end_in_s is not None and self._due(entry, end_in_s):
+            self._ending = "limit reached: " + _limits(entry)
+        if self._ending is not None:
+            return not self._end(entry, self._ending)
+        self._look()
         return True
 
     def _read(self) -> Entry | None:
@@ -237,19 +242,26 @@ class Guard:
             os.killpg(self._rescue.pid, signal.SIGKILL)
         self._rescue.wait()
 
-    def _end(self, entry: Entry, reason: str) -> None:
+    def _end(self, entry: Entry, reason: str) -> bool:
+        """Whether it is over. The ledger need not be readable for that."""
         self._stop_rescue()
-        log(f"ending {entry.name} ({entry.id}): {reason}")
-        self._try(
-            lambda: life.terminate(self._client, self._ledger, entry, log, reason, self._settings.waits),
-            f"It is still billed: end it at {INSTANCES} if this goes on.",
-        )
+        what = f"{entry.name} ({entry.type_name}, {entry.id})"
+        log(f"ending {what}: {reason}")
+        waits, from_then = self._settings.waits, life.visible_from(entry, self._settings.waits)
+        if not self._try(lambda: life.end(self._client, str(entry.id), what, log, from_then, waits)):
+            return False  # told there; the next tick tries again, unless another has ended it
+        log(f"{what} is ended")
+        until = time.monotonic() + self._settings.linger_s
+        while not self._try(lambda: self._ledger.end(entry.name, reason)) and time.monotonic() < until:
+            pass  # told there; in the end the next command finds it out
+        return True
 
     def _settle(self, entry: Entry) -> None:
         """The client is dead, or gave up without knowing."""
-        settled = self._try(lambda: life.settle(self._client, self._ledger, entry, log, self._settings.waits))
+        self._try(lambda: life.settle(self._client, self._ledger, entry, log, self._settings.waits))
+        settled = self._read()
         if settled is not None and settled.state == "launched" and settled.terminate_after:
-            self._end(settled, "its client died before it knew of it")
+            self._ending = "its client died before it knew of it"
 
     def _look(self) -> None:
         """Bring the ledger up to date, now and then. No failure may hold up the limits: no waiting here."""
@@ -257,21 +269,28 @@ class Guard:
             return
         try:
             life.look(self._client, self._ledger, log, self._settings.waits)
+            self._refused = 0
+        except AuthError as error:
+            self._refused += 1
+            if self._refused == REFUSED_MAX:
+                log("a guard with another key may take over; this one keeps trying")
+                self._lock.release()
+            log(str(error))
         except (InputError, OutsideError) as error:
             log(str(error))
         self._polled = time.monotonic()
 
-    def _try(self, work: Callable[[], T], remedy: str = "") -> T | None:
+    def _try(self, work: Callable[[], object]) -> bool:
         """Do it; a failure is told and slept over, a longer time each time."""
         try:
-            done = work()
+            work()
         except (InputError, OutsideError) as error:
-            log(f"{error} Trying again in {self._retry_s:.0f} s. {remedy}".rstrip())
+            log(f"{error} Trying again in {self._retry_s:.0f} s.")
             time.sleep(self._retry_s)
             self._retry_s = min(RETRY_MAX_S, 2 * self._retry_s)
-            return None
+            return False
         self._retry_s = self._settings.retry_s
-        return done
+        return True
 
 
 def _limits(entry: Entry) -> str:
@@ -308,6 +327,8 @@ def main(words: list[str]) -> int:
         os.close(writer)
         return 0 if os.read(reader, 1) == b"+" else 1
     os.close(reader)
+    for number in (signal.SIGHUP, signal.SIGINT):  # a handler, not SIG_IGN: the rescue must not inherit it
+        signal.signal(number, lambda *_: None)
     lock = FileLock(lock_file(ledger, name), timeout=2.0, poll_interval=0.05, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -323,12 +344,13 @@ def main(words: list[str]) -> int:
     os.close(writer)
     while True:
         try:
-            Guard(client, ledger, name, settings).watch()
+            Guard(client, ledger, name, settings, lock).watch()
         except Exception as error:  # whatever it is, an instance is billed
             log(f"{type(error).__name__}: {error}. Starting over")
             time.sleep(settings.retry_s)
         else:
-            lock_file(ledger, name).unlink(missing_ok=True)  # the lock is ours until we are gone
+            if lock.is_locked:
+                lock_file(ledger, name).unlink(missing_ok=True)
             return 0
 
 

@@ -68,11 +68,11 @@ def launch(
             if entry.state == "intended" and life.ours(client, entry):  # of a client that is no more: the lock is ours
                 life.settle(client, ledger, entry, say, waits)
         reconcile(client, ledger, say, settings)
-        living = [entry for entry in ledger.open() if life.ours(client, entry)]
-        for entry in living:
-            if _status(client, entry) == "terminating":
+        for entry in [entry for entry in ledger.open() if life.ours(client, entry)]:
+            found = life.ask(client, entry)
+            if found is not None and found.status == "terminating":
                 terminate(client, ledger, entry, say, "was being ended", waits)
-            else:
+            elif life.note(ledger, entry, found, say, waits).state == "launched":
                 return _reuse(client, ledger, entry, wish, say, terminate_after, settings)
         return _hunt(client, ledger, wish, offers, key, say, terminate_after, settings)
 
@@ -83,8 +83,10 @@ def reconcile(client: Client, ledger: Ledger, say: Say, settings: Settings = SET
     Returns all instances of the account.
     """
     listed = life.look(client, ledger, say, settings.waits)
+    ending = {one.id for one in listed if one.status == "terminating"}
     for entry in ledger.open():
-        if life.ours(client, entry) and entry.state == "launched" and not guard.alive(ledger, entry.name):
+        guarded = entry.state == "intended" or entry.id in ending or guard.alive(ledger, entry.name)
+        if life.ours(client, entry) and not guarded:
             try:
                 guard.start(ledger, entry.name, settings)
                 say(f"{entry.name}: its guard was gone; a new one is on watch.")
@@ -393,7 +395,7 @@ def _launched(client: Client, ledger: Ledger, entry: Entry, id: str, begin: floa
     try:
         entry = ledger.change(entry.name, state="launched", id=id, launched_at=now, ended_at=None, end_reason=None)
         ledger.event(entry.name, "launch", entry.asked_at, time.monotonic() - begin)
-    except OutsideError as error:
+    except (InputError, OutsideError) as error:
         what = f"{entry.name} ({entry.type_name}, {id})"
         say(f"{what} was launched, but {error} Ending it.")
         life.end(client, id, what, say, now + waits.grace_s, waits)
@@ -430,16 +432,6 @@ def _check_price(client: Client, ledger: Ledger, entry: Entry, say: Say, waits: 
         f"{what}, more than the {entry.max_price_usd:.2f} you allow, and is ended again. Raise --max-price, or name "
         "another type."
     )
-
-
-def _status(client: Client, entry: Entry) -> str | None:
-    """What the API says of it; None if it does not show it."""
-    if entry.id is None:
-        return None
-    try:
-        return client.instance(entry.id).status
-    except NotFound:
-        return None
 
 
 def _limits(entry: Entry) -> str:

@@ -63,10 +63,19 @@ def look(client: Client, ledger: Ledger, say: Say, waits: Waits = WAITS) -> list
             elif found is None and not _in_hand(entry) and _overdue(entry, waits):
                 ledger.end(entry.name, NEVER, expected=entry)
         elif entry.state == "launched":
-            note(ledger, entry, found or _ask(client, entry), say, waits)
+            note(ledger, entry, found or ask(client, entry), say, waits)  # a list may lag
         elif found is not None and found.status not in (*ENDED, "terminating") and given_up(entry):
             adopt(ledger, entry, found, say)
     return listed
+
+
+def ask(client: Client, entry: Entry) -> Instance | None:
+    """The instance of a launched entry; None if the API does not show it."""
+    assert entry.id is not None
+    try:
+        return client.instance(entry.id)
+    except NotFound:
+        return None
 
 
 def note(ledger: Ledger, entry: Entry, found: Instance | None, say: Say, waits: Waits = WAITS) -> Entry:
@@ -210,15 +219,6 @@ def visible_from(entry: Entry, waits: Waits = WAITS) -> float:
 def _by_name(listed: list[Instance]) -> dict[str, Instance]:
     """The living one, where a name stands twice."""
     return {one.name: one for one in sorted(listed, key=lambda one: one.status not in ENDED)}
-
-
-def _ask(client: Client, entry: Entry) -> Instance | None:
-    """A list may lag: None only if the API denies it by id as well."""
-    assert entry.id is not None
-    try:
-        return client.instance(entry.id)
-    except NotFound:
-        return None
 
 
 def _in_hand(entry: Entry) -> bool:
