@@ -15,12 +15,12 @@ import pytest
 from fractal.cloud import guard, life
 from fractal.cloud.instance import check, current, find_key, launch, reap, reconcile, terminate, wait_active
 from fractal.cloud.lambda_api import AuthError, CloudError, ConnectionLost, InstanceType, QuotaError, Region, from_env
-from fractal.cloud.ledger import Entry, Process
+from fractal.cloud.ledger import Entry, Process, _started
 from fractal.cloud.offers import Place, Wish, places
 from fractal.records import InputError, OutsideError
 from tests.conftest import ROOT
 from tests.fake_lambda.server import Fault, cut, delay, garbage, lose_answer, ok, status, tear
-from tests.renting import QUICK, SETTINGS, TYPE, WISH, Renting, end_guards, key_pair, renting, until
+from tests.renting import QUICK, SETTINGS, TYPE, WISH, Renting, end_guards, guards, key_pair, renting, until
 
 LAUNCH = "POST /instance-operations/launch"
 A100 = "gpu_1x_a100_sxm4"
@@ -479,7 +479,9 @@ def test_an_address_while_booting_is_no_readiness(rented: Renting) -> None:
 def test_unhealthy_and_endless_booting_are_named_with_the_remedy(rented: Renting) -> None:
     rented.cloud.boot_s = 3600
     entry = rented.launch()
-    with pytest.raises(CloudError, match=r"still 'booting' after 0 s\. It is billed: end it with `invoke terminate`"):
+    with pytest.raises(
+        CloudError, match=r"not ready after 0 s: booting\. It is billed: end it with `invoke terminate`"
+    ):
         wait_active(rented.client(), rented.ledger, entry, rented.say, timeout_s=0.2, waits=QUICK)
     rented.cloud.unhealthy(str(entry.id))
     with pytest.raises(CloudError, match=r"unhealthy.*billed.*invoke terminate"):
@@ -488,6 +490,18 @@ def test_unhealthy_and_endless_booting_are_named_with_the_remedy(rented: Renting
     rented.client().terminate([str(entry.id)])
     with pytest.raises(CloudError, match="being ended, not by this client"):
         wait_active(rented.client(), rented.ledger, entry, rented.say, waits=QUICK)
+    end_all(rented)
+
+
+@pytest.mark.usefixtures("no_guard")
+def test_a_network_that_is_gone_for_a_while_is_waited_out(rented: Renting) -> None:
+    entry = rented.launch()
+    rented.cloud.script("GET /instances/*", *[cut()] * 6)
+    wait_active(rented.client(patience_s=0.05), rented.ledger, entry, rented.say, waits=QUICK)
+    rented.cloud.key = "another"
+    with pytest.raises(AuthError):
+        wait_active(rented.client(), rented.ledger, entry, rented.say, waits=QUICK)
+    rented.cloud.key = "secret-key"
     end_all(rented)
 
 
@@ -629,19 +643,20 @@ def test_a_clock_that_jumped_neither_loses_nor_doubles(rented: Renting, hours: f
 # --- reconcile and reap
 
 
-@pytest.mark.usefixtures("no_guard")
 def test_an_intent_in_hand_is_left_alone(rented: Renting) -> None:
     """Another client is launching: whoever looks must not decide for it."""
     entry = rented.launch()
+    end_guards(rented.ledger.folder)
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        from fractal.cloud.ledger import _started
-
         owner = Process(other.pid, _started(other.pid) or 0.0)
-        rented.ledger.change(entry.name, state="intended", id=None, launched_at=None, owner=owner, asked_at=1.0)
+        rented.ledger.change(
+            entry.name, state="intended", id=None, launched_at=None, owner=owner, asked_at=time.time() - 100
+        )
         reconcile(rented.client(), rented.ledger, rented.say, SETTINGS)
         (now,) = rented.ledger.open()
         assert now.state == "intended"
+        assert reap(rented.client(), rented.ledger, rented.say, yes=True, others=True, waits=QUICK) == []
         with pytest.raises(InputError, match=f"being launched by process {other.pid}"):
             terminate(rented.client(), rented.ledger, now, rented.say, waits=QUICK)
     finally:
@@ -711,6 +726,14 @@ def test_reap_goes_on_after_one_that_does_not_end(rented: Renting) -> None:
         reap(rented.client(), rented.ledger, rented.say, yes=True, waits=QUICK)
     assert len(rented.cloud.living()) == 1
     assert len(reap(rented.client(), rented.ledger, rented.say, yes=True, waits=QUICK)) == 1
+
+
+def test_reap_believes_the_api_not_the_ledger(rented: Renting) -> None:
+    entry = rented.launch()
+    rented.ledger.end(entry.name, "invoke terminate")
+    until(lambda: not guards(rented.ledger.folder))
+    assert reap(rented.client(), rented.ledger, rented.say, yes=True, waits=QUICK) == [entry.name]
+    assert rented.cloud.living() == []
 
 
 @pytest.mark.usefixtures("no_guard")

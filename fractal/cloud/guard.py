@@ -23,7 +23,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from fractal.cloud import life
 from fractal.cloud.lambda_api import REQUEST_INTERVAL_S, AuthError, Client, CloudError, Pace
-from fractal.cloud.ledger import Entry, Ledger
+from fractal.cloud.ledger import Entry, Ledger, state_dir
 from fractal.records import InputError, OutsideError, parse
 
 START_TIMEOUT_S = 60.0
@@ -308,9 +308,9 @@ def log(text: str) -> None:
 
 def main(words: list[str]) -> int:
     """Check everything, then go on in a child of its own; 0 when that is on watch."""
-    ledger = Ledger(Path(os.environ["FRACTAL_STATE"]))
+    ledger = Ledger(state_dir())
     try:
-        name = words[0]
+        name = words[0] if words else ""
         settings: Settings = parse(words[1].encode(), Settings) if words[1:] else SETTINGS
         entry = ledger.find(name)
         if entry is None:

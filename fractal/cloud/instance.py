@@ -26,6 +26,7 @@ from fractal.cloud.guard import SETTINGS, Settings
 from fractal.cloud.keys import Key as Key
 from fractal.cloud.keys import find_key as find_key
 from fractal.cloud.lambda_api import (
+    AuthError,
     CapacityError,
     Client,
     CloudError,
@@ -96,7 +97,7 @@ def reconcile(client: Client, ledger: Ledger, say: Say, settings: Settings = SET
 
 
 def current(client: Client, ledger: Ledger, say: Say = lambda text: None, settings: Settings = SETTINGS) -> Entry:
-    """The living instance, with its present address. Raises CloudError that says what to do if there is none."""
+    """The living instance as the API shows it now; it may still boot. Raises CloudError with what to do without one."""
     reconcile(client, ledger, say, settings)
     mine = [entry for entry in ledger.entries() if life.ours(client, entry)]
     living = [entry for entry in mine if entry.state == "launched"]
@@ -127,14 +128,18 @@ def wait_active(
     what = f"{entry.name} ({entry.type_name}, {entry.id})"
     bill = "It is billed: end it with `invoke terminate`"
     while True:
+        found, trouble = None, ""
         try:
-            found: Instance | None = client.instance(entry.id)
-        except NotFound:
-            found = None
-        entry = life.note(ledger, entry, found, say, waits)
+            found = life.ask(client, entry)
+        except AuthError:
+            raise
+        except CloudError as error:  # a network that is gone for a while
+            trouble = str(error)
+        if not trouble:
+            entry = life.note(ledger, entry, found, say, waits)
         if entry.state == "ended":
             raise CloudError(f"{what} has ended: {entry.end_reason}. Start another: invoke launch.")
-        state = found.status if found else "not shown yet"
+        state = found.status if found else trouble or "not shown yet"
         if found is not None:
             _check_price(client, ledger, entry, say, waits)
         if state == "active" and entry.ip is not None and found is not None and found.ip is not None:
@@ -147,9 +152,9 @@ def wait_active(
         if unhealthy_since is not None and time.monotonic() - unhealthy_since >= waits.unhealthy_s:
             raise CloudError(f"{what} is unhealthy: Lambda cannot reach it. {bill}, and launch again.")
         if time.monotonic() - begin > timeout_s:
-            raise CloudError(f"{what} is still {state!r} after {timeout_s:.0f} s. {bill}.")
+            raise CloudError(f"{what} is not ready after {timeout_s:.0f} s: {state.rstrip('.')}. {bill}.")
         if state != said or time.monotonic() - told_at >= TOLD_S:
-            say(f"{what} is {state}, {time.time() - entry.asked_at:.0f} s after the launch.")
+            say(f"{what}, {time.time() - entry.asked_at:.0f} s after the launch: {state}")
             said, told_at = state, time.monotonic()
         time.sleep(waits.look_s)
 
@@ -174,17 +179,17 @@ def reap(
             life.settle(client, ledger, entry, say, waits)
     listed = life.look(client, ledger, say, waits)
     operator = ledger.operator()
-    by_id = {entry.id: entry for entry in ledger.entries() if entry.id is not None}
+    entries = ledger.entries()  # read after the list: what was launched in between has its intent here
     ended, failed = [], []
     for one in listed:
         match = NAME.fullmatch(one.name)
-        entry_or_none = by_id.get(one.id)
-        if one.status in (*life.ENDED, "terminating") or (match is None and entry_or_none is None):
+        known = next((e for e in entries if e.id == one.id or (e.id is None and e.name == one.name)), None)
+        if one.status in (*life.ENDED, "terminating") or (match is None and known is None):
             continue
-        if entry_or_none is not None and owned(ledger, entry_or_none):
+        if known is not None and owned(ledger, known):
             continue
-        foreign = entry_or_none is None and match is not None and match[1] != operator
-        whose = "of another operator" if foreign else "ours" if entry_or_none else "ours, but not in the ledger"
+        foreign = known is None and match is not None and match[1] != operator
+        whose = "of another operator" if foreign else "ours" if known else "ours, but not in the ledger"
         what = f"{one.name} ({one.type_name} in {one.region}, {one.price_cents_per_hour / 100:.2f} USD/h, {one.id})"
         if foreign and not others:
             say(f"{what} is {whose}: left alone without --others.")
@@ -193,13 +198,13 @@ def reap(
             say(f"{what} stays, and is billed.")
             continue
         try:
-            if entry_or_none is not None:
-                terminate(client, ledger, entry_or_none, say, "invoke reap", waits)
+            if known is not None and known.state != "ended":
+                terminate(client, ledger, known, say, "invoke reap", waits)
             else:
                 life.end(client, one.id, what, say, 0.0, waits)
                 say(f"{what} is ended.")
             ended.append(one.name)
-        except OutsideError as error:  # the others shall end all the same
+        except (InputError, OutsideError) as error:  # the others shall end all the same
             failed.append(str(error))
     if failed:
         raise CloudError(" ".join(failed))

@@ -50,13 +50,13 @@ def find_key(
             f"{found[0].upper()}{found[1:]}. Let fractal register {which}: invoke launch --register-key; or add yours "
             "at https://cloud.lambda.ai/ssh-keys, or name its private half in FRACTAL_SSH_KEY."
         )
-    file = Path(given).expanduser() if given else _make(ledger)
+    file = Path(given).expanduser().absolute() if given else _make(ledger)
     return _register(client, ledger, registered, file)
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
     if given := os.environ.get("FRACTAL_SSH_KEY"):
-        file = Path(given).expanduser()
+        file = Path(given).expanduser().absolute()
         if not file.is_file():
             raise InputError(f"FRACTAL_SSH_KEY: {file}: no such file. Name a private ssh key, or unset it.")
         if _public(file) is None:

@@ -87,7 +87,7 @@ class Entry:
     end_reason: str | None = None
     owner: Process | None = None  # the client that works with it now
     terminate_after: bool = False  # its client ends it when the work is done
-    rescue: tuple[str, ...] = ()  # a command that the guard runs before it ends the instance at a limit
+    rescue: tuple[str, ...] = ()  # what the guard runs, in the state folder, before it ends the instance at a limit
     rescue_s: float = 300.0  # its deadline
     timeline: tuple[Event, ...] = ()
 

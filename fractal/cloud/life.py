@@ -10,7 +10,7 @@ from typing import Any
 
 from fractal.cloud.lambda_api import INSTANCES, AuthError, Client, CloudError, Instance, NotFound
 from fractal.cloud.ledger import Entry, Ledger, Process
-from fractal.records import InputError
+from fractal.records import InputError, OutsideError
 
 Say = Callable[[str], None]
 ENDED = ("terminated", "preempted")
@@ -102,13 +102,10 @@ def note(ledger: Ledger, entry: Entry, found: Instance | None, say: Say, waits: 
 
 def adopt(ledger: Ledger, entry: Entry, found: Instance, say: Say) -> Entry:
     """The machine of an intent was found by its name."""
-    say(
-        f"{entry.name}: found running as {found.id} ({found.type_name} in {found.region}, "
-        f"{found.price_cents_per_hour / 100:.2f} USD/h); its launch had no answer here."
-    )
+    before = entry
     entry = ledger.change(
         entry.name,
-        expected=entry,
+        expected=before,
         state="launched",
         id=found.id,
         ip=found.ip,
@@ -119,7 +116,13 @@ def adopt(ledger: Ledger, entry: Entry, found: Instance, say: Say) -> Entry:
         ended_at=None,
         end_reason=None,
     )
-    return note(ledger, entry, found, say) if found.status in ENDED and entry.id == found.id else entry
+    if entry == before or entry.id != found.id:  # another was quicker
+        return entry
+    say(
+        f"{entry.name}: found as {found.id} ({found.type_name} in {found.region}, "
+        f"{found.price_cents_per_hour / 100:.2f} USD/h, {found.status}); its launch had no answer here."
+    )
+    return note(ledger, entry, found, say) if found.status in ENDED else entry
 
 
 def settle(client: Client, ledger: Ledger, entry: Entry, say: Say, waits: Waits = WAITS) -> Entry:
@@ -170,7 +173,10 @@ def terminate(
     if entry.state == "launched":
         assert entry.id is not None
         end(client, entry.id, f"{entry.name} ({entry.type_name}, {entry.id})", say, visible_from(entry, waits), waits)
-        ledger.end(entry.name, reason)
+        try:
+            ledger.end(entry.name, reason)
+        except (InputError, OutsideError) as error:
+            raise type(error)(f"{entry.name} is ended, it costs no more; but {error}") from error
         now = ledger.find(entry.name) or entry
         say(f"{entry.name} is ended ({reason}): {now.hours(time.time()):.2f} h, {now.dollars(time.time()):.2f} USD.")
 
