@@ -1,0 +1,139 @@
+"""The ssh key that a new instance shall let in: one whose private half is here, and whose public half Lambda knows."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fractal.cloud.lambda_api import Client, SshKey
+from fractal.cloud.ledger import Ledger
+from fractal.records import InputError, OutsideError
+
+NOT_KEYS = (".pub", ".cert", "-cert")
+
+
+class Key(NamedTuple):
+    """One pair."""
+
+    name: str  # at Lambda
+    file: Path  # the private half, here
+
+
+def find_key(
+    client: Client, ledger: Ledger, *, register: bool = False, ask: Callable[[str], bool] | None = None
+) -> Key:
+    """A key to launch with; FRACTAL_SSH_KEY comes first, then our own, then those in ~/.ssh.
+
+    If none is registered, our own (or FRACTAL_SSH_KEY's) is, with `register` or if `ask` is answered with yes.
+    Raises InputError where that is refused, OutsideError without OpenSSH.
+    """
+    if shutil.which("ssh-keygen") is None:
+        raise OutsideError("There is no ssh-keygen here. On Debian or Ubuntu run: apt-get install openssh-client.")
+    registered = client.ssh_keys()
+    by_blob = {_blob(key.public_key): key for key in registered}
+    locked = []
+    for file in _candidates(ledger.folder):
+        public = _public(file)
+        if public is None or (known := by_blob.get(_blob(public))) is None:
+            continue
+        if _usable(file, public):
+            return Key(known.name, file)
+        locked.append(f"{file} (registered as {known.name}) has a passphrase: unlock it with ssh-add {file}")
+    given = os.environ.get("FRACTAL_SSH_KEY")
+    which = f"FRACTAL_SSH_KEY ({given})" if given else "a new key, without passphrase, for fractal alone"
+    found = f"no ssh key here is among the {len(registered)} that Lambda knows" if not locked else "; ".join(locked)
+    if not register and not (ask is not None and ask(f"{found}. Register {which}?")):
+        raise InputError(
+            f"{found[0].upper()}{found[1:]}. Let fractal register {which}: invoke launch --register-key; or add yours "
+            "at https://cloud.lambda.ai/ssh-keys, or name its private half in FRACTAL_SSH_KEY."
+        )
+    file = Path(given).expanduser().absolute() if given else _make(ledger)
+    return _register(client, ledger, registered, file)
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    if given := os.environ.get("FRACTAL_SSH_KEY"):
+        file = Path(given).expanduser().absolute()
+        if not file.is_file():
+            raise InputError(f"FRACTAL_SSH_KEY: {file}: no such file. Name a private ssh key, or unset it.")
+        if _public(file) is None:
+            raise InputError(f"FRACTAL_SSH_KEY: {file}: no private ssh key, or one with a passphrase and no .pub file.")
+        yield file
+        return
+    own = folder / "ssh" / "id_ed25519"
+    if own.is_file():
+        yield own
+    with contextlib.suppress(OSError):
+        yield from sorted(
+            file for file in (Path.home() / ".ssh").glob("id_*") if file.is_file() and not file.name.endswith(NOT_KEYS)
+        )
+
+
+def _public(file: Path) -> str | None:
+    """The public half, from the private one where it opens without a passphrase."""
+    if (made := _keygen("-y", "-P", "", "-f", str(file))) is not None:
+        return made
+    try:
+        return Path(f"{file}.pub").read_text("utf-8", "replace")
+    except OSError:
+        return None
+
+
+def _usable(file: Path, public: str) -> bool:
+    """Whether ssh can use it without asking for a passphrase."""
+    if _keygen("-y", "-P", "", "-f", str(file)) is not None:
+        return True
+    try:
+        agent = subprocess.run(["ssh-add", "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return _blob(public) in {_blob(line) for line in agent.stdout.splitlines()}
+
+
+def _blob(public: str) -> str:
+    """What makes the key, without the comment."""
+    return " ".join(public.split()[:2])
+
+
+def _keygen(*words: str) -> str | None:
+    """Its output; None if it refuses."""
+    command = ["ssh-keygen", *words]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _make(ledger: Ledger) -> Path:
+    """Our own key; a killed maker leaves none, or a whole one."""
+    file = ledger.folder / "ssh" / "id_ed25519"
+    if file.exists() and _public(file) is not None:
+        return file
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for old in file.parent.glob(f".{file.name}.*"):
+            old.unlink()
+        if _keygen("-q", "-t", "ed25519", "-N", "", "-C", f"fractal-{ledger.operator()}", "-f", str(draft)) is None:
+            raise OutsideError(f"{file}: ssh-keygen makes no key there. Check owner and disk.")
+        Path(f"{draft}.pub").replace(f"{file}.pub")
+        draft.replace(file)
+    except OSError as error:
+        raise OutsideError(f"{file}: cannot be made: {error.strerror}. Check owner and disk.") from error
+    return file
+
+
+def _register(client: Client, ledger: Ledger, registered: list[SshKey], file: Path) -> Key:
+    public = _public(file)
+    assert public is not None
+    for key in registered:
+        if _blob(key.public_key) == _blob(public):
+            return Key(key.name, file)
+    taken = {key.name for key in registered}
+    base = f"fractal-{ledger.operator()}"
+    name = next(name for name in (base, *(f"{base}-{n}" for n in range(2, 1000))) if name not in taken)
+    return Key(client.add_ssh_key(name, " ".join(public.split()[:2])).name, file)

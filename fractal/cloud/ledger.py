@@ -1,0 +1,311 @@
+"""The ledger: every instance that we asked for, from the intent to its end, in one file that outlives any client.
+
+What stands in it was written whole, under a lock, before the next step was taken: a kill at any instruction leaves the
+last state, and the intent to launch is there before the request is. A file that cannot be read is never written over.
+It asks no API.
+
+    ledger = Ledger(state_dir())
+    for entry in ledger.open():
+        print(entry.name, entry.state, entry.id)
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import msgspec
+import platformdirs
+import psutil
+from filelock import FileLock, Timeout
+
+from fractal.records import MALFORMED, NO_SPACE, InputError, OutsideError, parse, write_whole
+
+VERSION = 1
+LOCK_TIMEOUT_S = 30.0  # a change takes milliseconds
+PREFIX = "fractal"
+NAME = re.compile(rf"{PREFIX}-([0-9a-f]{{6}})-[0-9a-f]{{8}}")  # the operator is the group
+State = Literal["intended", "launched", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One step of an instance's life that took time: launch, boot, build, push, generate..."""
+
+    what: str
+    at: float  # unix seconds when it began
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process of this machine; its pid alone would come back in another."""
+
+    pid: int
+    started: float  # seconds, by a clock that the user cannot set where there is one
+
+    @classmethod
+    def here(cls) -> Self:
+        started = _started(os.getpid())
+        assert started is not None
+        return cls(os.getpid(), started)
+
+    def alive(self) -> bool:
+        started = _started(self.pid)
+        return started is not None and abs(started - self.started) < 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One instance, from the intent to its end."""
+
+    name: str  # unique: fractal-<operator>-<8 hex digits>
+    url: str  # of the API, and
+    account: str  # the key's digest: where it was launched
+    type_name: str
+    region: str
+    price_cents_per_hour: int
+    ssh_key: str  # its name at Lambda
+    key_file: str  # the private key here
+    asked_at: float  # unix seconds: limits and cost count from here
+    max_hours: float | None
+    max_dollars: float | None
+    max_price_usd: float | None  # per hour
+    state: State = "intended"
+    id: str | None = None
+    ip: str | None = None  # as last seen
+    launched_at: float | None = None  # when we knew its id
+    ready_at: float | None = None
+    ended_at: float | None = None
+    end_reason: str | None = None
+    owner: Process | None = None  # the client that works with it now
+    terminate_after: bool = False  # its client ends it when the work is done
+    rescue: tuple[str, ...] = ()  # what the guard runs, in the state folder, before it ends the instance at a limit
+    rescue_s: float = 300.0  # its deadline
+    timeline: tuple[Event, ...] = ()
+
+    def ends_at(self) -> float | None:
+        """When its limits are reached, in unix seconds."""
+        ends = []
+        if self.max_hours is not None:
+            ends.append(self.asked_at + self.max_hours * 3600)
+        if self.max_dollars is not None and self.price_cents_per_hour > 0:
+            ends.append(self.asked_at + self.max_dollars * 100 / self.price_cents_per_hour * 3600)
+        return min(ends, default=None)
+
+    def hours(self, now: float) -> float:
+        """How long it was billed, at most."""
+        end = self.ended_at if self.ended_at is not None else now
+        return max(0.0, end - self.asked_at) / 3600 if self.id is not None or self.state != "ended" else 0.0
+
+    def dollars(self, now: float) -> float:
+        return self.hours(now) * self.price_cents_per_hour / 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    version: int
+    entries: list[Entry]
+
+
+def state_dir() -> Path:
+    """Where the ledger, the locks, the logs of the guards and our ssh files are."""
+    given = os.environ.get("FRACTAL_STATE")
+    return Path(given).expanduser().absolute() if given else platformdirs.user_state_path("fractal")
+
+
+class Ledger:
+    """The entries of one state folder, in the order in which they were asked for.
+
+    Reading needs no lock and writes nothing. Raises InputError for a file that is no ledger of ours, OutsideError where
+    the folder cannot be read or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "ledger.json"
+
+    def entries(self) -> list[Entry]:
+        try:
+            data = self.file.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._outside("read", error) from error
+        return self._parse(data)
+
+    def open(self) -> list[Entry]:
+        """What is not known to have ended: it may be billed."""
+        return [entry for entry in self.entries() if entry.state != "ended"]
+
+    def find(self, name: str) -> Entry | None:
+        return next((entry for entry in self.entries() if entry.name == name), None)
+
+    def add(self, entry: Entry) -> None:
+        def edit(entries: list[Entry]) -> None:
+            if any(one.name == entry.name for one in entries):
+                raise ValueError(f"{entry.name} stands in the ledger")
+            entries.append(entry)
+
+        self._edit(edit)
+
+    def drop(self, name: str) -> None:
+        """Forget an intent that certainly came to nothing."""
+
+        def edit(entries: list[Entry]) -> None:
+            entries[:] = [one for one in entries if one.name != name or one.state != "intended"]
+
+        self._edit(edit)
+
+    def change(self, name: str, *, expected: Entry | None = None, **fields: Any) -> Entry:
+        """Set fields; with `expected`, only if the entry is still that. Returns the entry as it is now."""
+        now: list[Entry] = []
+
+        def edit(entries: list[Entry]) -> None:
+            index = self._index(entries, name)
+            if expected is None or entries[index] == expected:
+                entries[index] = replace(entries[index], **fields)
+            now.append(entries[index])
+
+        self._edit(edit)
+        return now[0]
+
+    def end(self, name: str, reason: str, *, expected: Entry | None = None) -> bool:
+        """It is over. The first reason stays; returns whether it was this one."""
+        ended: list[bool] = []
+
+        def edit(entries: list[Entry]) -> None:
+            index = self._index(entries, name)
+            entry = entries[index]
+            ended.append(entry.state != "ended" and expected in (None, entry))
+            if ended[0]:
+                over = {"state": "ended", "ended_at": time.time(), "end_reason": reason, "owner": None}
+                entries[index] = replace(entry, **over)  # type: ignore[arg-type]
+
+        self._edit(edit)
+        return ended[0]
+
+    def event(self, name: str, what: str, at: float, seconds: float) -> None:
+        def edit(entries: list[Entry]) -> None:
+            index = self._index(entries, name)
+            timeline = (*entries[index].timeline, Event(what, at, seconds))
+            entries[index] = replace(entries[index], timeline=timeline)
+
+        self._edit(edit)
+
+    def operator(self) -> str:
+        """Six hex digits that stand for this state folder, made once. They outlive a ledger that broke."""
+        file = self.folder / "operator"
+        with self._locked():
+            try:
+                known = file.read_text("ascii", "replace").strip()
+            except FileNotFoundError:
+                known = secrets.token_hex(3)
+                self._write(file, known.encode() + b"\n")
+            except OSError as error:
+                raise self._outside("read", error) from error
+        if not re.fullmatch("[0-9a-f]{6}", known):
+            raise InputError(
+                f"{file}: expected six hex digits, our part of the names of instances. Take them from the last name in "
+                f"{self.file.name}, or delete the file."
+            )
+        return known
+
+    def new_name(self) -> str:
+        return f"{PREFIX}-{self.operator()}-{secrets.token_hex(4)}"
+
+    def _index(self, entries: list[Entry], name: str) -> int:
+        for index, entry in enumerate(entries):
+            if entry.name == name:
+                return index
+        raise InputError(f"{self.file}: has no instance {name}. Look at `invoke ps`.")
+
+    def _parse(self, data: bytes) -> list[Entry]:
+        try:
+            version = parse(data, _Version).version
+            if version > VERSION:
+                raise InputError(
+                    f"{self.file}: was written by a newer fractal (version {version}, this one knows {VERSION}). "
+                    "Update this fractal."
+                )
+            entries = list(parse(data, _File).entries)
+            if len({entry.name for entry in entries}) < len(entries):
+                raise ValueError("a name stands twice")
+        except (*MALFORMED, ValueError) as error:
+            raise InputError(
+                f"{self.file}: is broken: {error}. It may name machines that are billed, so it stays as it is. Restore "
+                f"it; or move it away (mv {self.file} {self.file}.broken) and find what is alive with `invoke reap`."
+            ) from error
+        return entries
+
+    def _edit(self, edit: Callable[[list[Entry]], None]) -> None:
+        with self._locked():
+            entries = self.entries()
+            edit(entries)
+            data = msgspec.json.format(msgspec.json.encode(_File(VERSION, entries)), indent=1) + b"\n"
+            if self._parse(data) != entries:  # a nan, say
+                raise ValueError(f"not a ledger: {entries}")
+            self._write(self.file, data)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = FileLock(self.folder / "ledger.lock", timeout=LOCK_TIMEOUT_S, poll_interval=0.01, fallback_to_soft=False)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise OutsideError(
+                f"{self.folder}: another process holds the ledger since {LOCK_TIMEOUT_S:.0f} s. End what hangs there."
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            raise self._outside("written", error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _write(self, file: Path, data: bytes) -> None:
+        for draft in self.folder.glob(f".{file.name}.*"):  # of a killed writer: the lock is ours
+            with contextlib.suppress(OSError):
+                draft.unlink()
+        try:
+            write_whole(file, data)
+            folder = os.open(self.folder, os.O_RDONLY)  # the rename itself must outlive a power cut
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise self._outside("written", error) from error
+
+    def _outside(self, what: str, error: Exception) -> OutsideError:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        remedy = "Make room" if isinstance(error, OSError) and error.errno in NO_SPACE else "Check owner and disk"
+        return OutsideError(
+            f"{self.folder}: the ledger cannot be {what}: {why}. {remedy}, or name another folder in FRACTAL_STATE "
+            "(it would not know these instances)."
+        )
+
+
+def _started(pid: int) -> float | None:
+    """When the process began; None if there is none."""
+    try:
+        if sys.platform == "linux":  # seconds since boot: no jump of the wall clock changes them
+            words = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+            return None if words[0] in "ZX" else int(words[19]) / os.sysconf("SC_CLK_TCK")
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except (OSError, IndexError, ValueError, psutil.Error):
+        return None

@@ -1,0 +1,277 @@
+"""The guard: a real detached process that ends a real (fake) instance, whatever happened to its client."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fractal.cloud import guard
+from fractal.cloud.instance import current, reconcile, terminate
+from fractal.cloud.lambda_api import CloudError
+from fractal.cloud.ledger import Entry
+from fractal.cloud.offers import Wish
+from fractal.records import InputError
+from tests.fake_lambda.server import cut, garbage, status
+from tests.renting import QUICK, SETTINGS, TYPE, Renting, end_guards, guard_pids, key_pair, renting, until
+
+HOUR = 3600.0
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return key_pair(tmp_path_factory.mktemp("ssh"))
+
+
+@pytest.fixture
+def rented(tmp_path: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Renting]:
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+    with renting(tmp_path / "state", key_file) as one:
+        yield one
+        one.check()
+
+
+def log(one: Renting, entry: Entry) -> str:
+    return guard.log_file(one.ledger, entry.name).read_text()
+
+
+def age(one: Renting, entry: Entry, hours: float) -> None:
+    """The laptop slept that long: the wall clock went on, and nobody watched."""
+    one.ledger.change(entry.name, asked_at=time.time() - hours * HOUR)
+
+
+def gone(one: Renting) -> None:
+    until(lambda: one.ledger.open() == [])
+    assert one.cloud.living() == []
+    until(lambda: guard_pids(one.ledger.folder) == [])
+
+
+def test_it_ends_the_instance_at_max_hours_and_goes(rented: Renting) -> None:
+    entry = rented.launch(Wish(types=(TYPE,), max_hours=0.6 / HOUR))
+    gone(rented)
+    ended = rented.ledger.find(entry.name)
+    assert ended is not None
+    assert (ended.end_reason or "").startswith("limit reached")
+    assert rented.cloud.billed_seconds(rented.cloud.launched[0]) < 3
+
+
+def test_it_ends_the_instance_at_max_dollars(rented: Renting) -> None:
+    entry = rented.launch(Wish(types=(TYPE,), max_hours=None, max_dollars=1.0))
+    age(rented, entry, 1.3)  # 0.98 USD
+    time.sleep(0.4)
+    assert rented.names() == {entry.name}
+    age(rented, entry, 1.34)
+    gone(rented)
+
+
+def test_waking_up_past_the_limit_it_acts_at_once(rented: Renting) -> None:
+    entry = rented.launch()
+    age(rented, entry, 9)
+    begin = time.monotonic()
+    gone(rented)
+    assert time.monotonic() - begin < 3
+
+
+def test_limits_may_change_while_it_watches(rented: Renting) -> None:
+    entry = rented.launch(Wish(types=(TYPE,), max_hours=0.8 / HOUR))
+    rented.ledger.change(entry.name, max_hours=None)
+    time.sleep(1.2)
+    assert rented.names() == {entry.name}
+    rented.ledger.change(entry.name, max_dollars=0.000001)
+    gone(rented)
+
+
+def test_it_is_detached_alone_and_keeps_the_key_to_itself(rented: Renting) -> None:
+    entry = rented.launch()
+    (pid,) = guard_pids(rented.ledger.folder)
+    process = psutil.Process(pid)
+    assert os.getsid(pid) != os.getsid(0)
+    assert process.terminal() is None
+    assert process.ppid() != os.getpid()
+    assert "secret-key" not in " ".join(process.cmdline())
+    for _ in range(3):
+        guard.start(rented.ledger, entry.name, SETTINGS)
+    assert guard_pids(rented.ledger.folder) == [pid]
+    assert "secret-key" not in log(rented, entry)
+    mode = rented.ledger.folder.stat().st_mode & 0o777
+    assert mode == 0o700
+
+
+def test_it_survives_hangup_and_interrupt_of_the_terminal(rented: Renting) -> None:
+    rented.launch()
+    (pid,) = guard_pids(rented.ledger.folder)
+    os.kill(pid, signal.SIGHUP)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert guard_pids(rented.ledger.folder) == [pid]
+
+
+def test_a_killed_guard_is_replaced_by_the_next_command(rented: Renting) -> None:
+    entry = rented.launch()
+    end_guards(rented.ledger.folder)
+    assert not guard.status(rented.ledger, entry.name).alive
+    reconcile(rented.client(), rented.ledger, rented.say, SETTINGS)
+    assert guard.status(rented.ledger, entry.name).alive
+    assert any("its guard was gone" in line for line in rented.said)
+    end_guards(rented.ledger.folder)
+    assert rented.launch().name == entry.name
+    assert guard.alive(rented.ledger, entry.name)
+
+
+def test_it_notices_that_the_instance_ended_from_outside(rented: Renting) -> None:
+    entry = rented.launch()
+    rented.cloud.preempt(rented.cloud.launched[0])
+    gone(rented)
+    ended = rented.ledger.find(entry.name)
+    assert ended is not None
+    assert "preempted" in (ended.end_reason or "")
+
+
+def test_it_keeps_trying_while_the_api_is_out(rented: Renting) -> None:
+    entry = rented.launch()
+    out = [cut(), status(503), garbage(), status(500, "global/internal-error"), status(401, "global/invalid-api-key")]
+    rented.cloud.script("* *", *out)
+    age(rented, entry, 9)
+    gone(rented)
+
+
+def test_a_broken_ledger_stops_no_guard(rented: Renting) -> None:
+    entry = rented.launch(Wish(types=(TYPE,), max_hours=2.0 / HOUR))
+    time.sleep(0.3)
+    content = rented.ledger.file.read_bytes()
+    rented.ledger.file.write_bytes(b"broken")
+    until(lambda: rented.cloud.living() == [])
+    assert rented.ledger.file.read_bytes() == b"broken"
+    assert "Going on with what was last known" in log(rented, entry)
+    rented.ledger.file.write_bytes(content)
+    gone(rented)
+
+
+def test_a_lost_ledger_stops_no_guard(rented: Renting) -> None:
+    rented.launch(Wish(types=(TYPE,), max_hours=1.5 / HOUR))
+    time.sleep(0.3)
+    rented.ledger.file.unlink()
+    until(lambda: rented.cloud.living() == [])
+    until(lambda: guard_pids(rented.ledger.folder) == [])
+
+
+def test_it_goes_when_the_instance_is_ended_by_hand(rented: Renting) -> None:
+    entry = rented.launch()
+    terminate(rented.client(), rented.ledger, entry, rented.say, waits=QUICK)
+    gone(rented)
+    assert not guard.lock_file(rented.ledger, entry.name).exists()
+
+
+@pytest.mark.parametrize("slept", [False, True], ids=["awake", "slept through the limit"])
+def test_the_rescue_runs_before_the_end(rented: Renting, tmp_path: Path, slept: bool) -> None:
+    """It sees the instance alive, and its success ends the waiting."""
+    entry = rented.launch(Wish(types=(TYPE,), max_hours=3.0))
+    saved = tmp_path / "saved"
+    code = f"import pathlib, time; time.sleep(0.5); pathlib.Path({str(saved)!r}).write_text('results')"
+    rented.ledger.change(entry.name, rescue=(sys.executable, "-c", code), rescue_s=60.0)
+    time.sleep(0.3)
+    assert not saved.exists()
+    age(rented, entry, 9 if slept else 3 - 30 / HOUR)
+    time.sleep(0.3)
+    assert rented.names() == {entry.name}
+    gone(rented)
+    assert saved.read_text() == "results"
+
+
+def test_a_rescue_without_end_is_killed_with_its_children(rented: Renting, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    entry = rented.launch(Wish(types=(TYPE,), max_hours=3.0))
+    script = f"sleep 100 & echo $! $$ > {pids}; wait"
+    rented.ledger.change(entry.name, rescue=("sh", "-c", script), rescue_s=1.0)
+    age(rented, entry, 3 - 0.9 / HOUR)
+    gone(rented)
+    until(lambda: not any(_lives(int(pid)) for pid in pids.read_text().split()))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("command", [("false",), ("/no/such/command",)])
+def test_a_rescue_that_fails_does_not_stop_the_end(rented: Renting, command: tuple[str, ...]) -> None:
+    entry = rented.launch(Wish(types=(TYPE,), max_hours=3.0))
+    rented.ledger.change(entry.name, rescue=command, rescue_s=1.0)
+    age(rented, entry, 3 - 0.9 / HOUR)
+    gone(rented)
+
+
+@pytest.mark.parametrize("key", ["", "another-key"])
+def test_without_its_key_there_is_no_guard_and_so_no_launch(rented: Renting, monkeypatch: pytest.MonkeyPatch, key: str) -> None:  # fmt: skip
+    monkeypatch.setenv("LAMBDA_API_KEY", key)
+    with pytest.raises(CloudError, match=r"guard .* does not start: .*LAMBDA_API_KEY.* Nothing was launched"):
+        rented.launch()
+    assert rented.cloud.launches == 0
+    assert rented.ledger.entries() == []
+
+
+def test_a_new_key_takes_over_from_one_that_was_revoked(rented: Renting, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = rented.launch()
+    rented.cloud.key = "new-key"
+    until(lambda: not guard.alive(rented.ledger, entry.name))
+    monkeypatch.setenv("LAMBDA_API_KEY", "new-key")
+    reconcile(rented.client("new-key"), rented.ledger, rented.say, SETTINGS)
+    assert guard.alive(rented.ledger, entry.name)
+    age(rented, entry, 9)
+    gone(rented)
+
+
+def test_what_status_says(rented: Renting) -> None:
+    entry = rented.launch(Wish(types=(TYPE,), max_hours=2.0, max_dollars=3.0))
+    rented.ledger.change(entry.name, asked_at=time.time() - HOUR)
+    found = guard.status(rented.ledger, entry.name)
+    assert found.alive
+    assert found.hours_left == pytest.approx(1.0, abs=0.01)
+    assert found.dollars_left == pytest.approx(2.25, abs=0.01)
+    with pytest.raises(InputError, match="no instance"):
+        guard.status(rented.ledger, "fractal-0a1b2c-ffffffff")
+    assert not guard.alive(rented.ledger, "fractal-0a1b2c-ffffffff")
+
+
+def test_a_late_machine_of_a_launch_that_was_given_up_is_taken_back(rented: Renting) -> None:
+    """Hidden for longer than anyone looked for it: the guard lingers, and finds it."""
+    rented.cloud.hidden_s = 1.5
+    entry = rented.launch(settings=replace(SETTINGS, linger_s=3.0))
+    rented.ledger.change(entry.name, state="intended", id=None, launched_at=None, owner=None)
+    until(lambda: rented.ledger.open() == [])
+    until(lambda: rented.open_names() == {entry.name})
+    assert current(rented.client(), rented.ledger, rented.say, SETTINGS).id == rented.cloud.launched[0]
+
+
+def test_no_jump_of_the_clock_makes_an_instance_younger(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, steady = [1e9], [50.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(guard, "_steady", lambda: steady[0])
+    clock = guard.Clock()
+    assert clock.age(1e9 - 100) == 100
+    now[0] -= 86400
+    steady[0] += 60
+    assert clock.age(1e9 - 100) == 160
+    now[0] += 2 * 86400  # asleep, on a machine whose steady clock sleeps as well
+    assert clock.age(1e9 - 100) == pytest.approx(86500)
+    assert clock.age(now[0] + 500) == 0  # asked for in the future
+    steady[0] += 10
+    assert clock.age(now[0] + 500) == 10
+
+
+def test_a_guard_that_cannot_lock_says_so(rented: Renting) -> None:
+    entry = rented.launch()
+    end_guards(rented.ledger.folder)
+    lock = guard.lock_file(rented.ledger, entry.name)
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    with pytest.raises(CloudError, match="cannot be locked"):
+        guard.start(rented.ledger, entry.name, SETTINGS)
+    lock.rmdir()

@@ -1,0 +1,204 @@
+"""The client is killed at each of its steps: before and after each request, rename and start of a process.
+
+After each: no instance is alive that the ledger does not name, the next `launch` rents no second one, nothing is billed
+twice, and `terminate`, `reap` or the guard alone bring the fake's own count of living instances to 0.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fractal.cloud.instance import reap, terminate
+from tests.conftest import ROOT
+from tests.fake_lambda.server import lose_answer
+from tests.renting import QUICK, Renting, end_guards, guard_pids, key_pair, renting, until
+from tests.test_ledger import entry as an_entry
+
+Prepare = Callable[[Renting], None]
+
+
+class Clients:
+    """The warm process that forks them."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "LAMBDA_API_KEY": "secret-key", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.killed_client"]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def run(self, one: Renting, verb: str, kill_at: int = -1, **job: object) -> tuple[int, list[str]]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job |= {"verb": verb, "kill_at": kill_at, "url": one.cloud.url, "folder": str(one.ledger.folder)}
+        print(json.dumps({**job, "key_file": str(one.key.file)}), file=self._process.stdin, flush=True)
+        answer = json.loads(self._process.stdout.readline())
+        return answer["code"], answer["steps"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def clients() -> Iterator[Clients]:
+    one = Clients()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return key_pair(tmp_path_factory.mktemp("ssh"))
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+
+
+def each_step(clients: Clients, tmp_path: Path, key_file: Path, verb: str, prepare: Prepare, **job: Any) -> Iterator[tuple[Renting, str]]:  # fmt: skip
+    """A world in which the client was killed at its first step, at its second, and so on to the last."""
+    cloud = {key: job.pop(key) for key in ("hidden_s", "terminate_s", "boot_s") if key in job}
+    kill_at = 0
+    while True:
+        folder = tmp_path / f"{verb}-{kill_at}"
+        with renting(folder, key_file, **cloud) as one:
+            prepare(one)
+            code, steps = clients.run(one, verb, kill_at, **job)
+            if code == 0:
+                assert kill_at >= 4, steps
+                return
+            assert code == -signal.SIGKILL
+            where = f"{verb}, killed {steps[-1]}"
+            print(where)
+            one.check()
+            yield one, where
+            assert one.cloud.living() == [], where
+            one.check()
+        shutil.rmtree(folder, ignore_errors=True)
+        kill_at += 1
+
+
+def billed_once(one: Renting) -> None:
+    """Each machine that ever was is one entry."""
+    ids = [entry.id for entry in one.ledger.entries() if entry.id is not None]
+    assert sorted(ids) == sorted(one.cloud.launched)
+
+
+def end_all(one: Renting) -> None:
+    for entry in one.ledger.open():
+        terminate(one.client(), one.ledger, entry, one.say, waits=QUICK)
+
+
+def lose(one: Renting) -> None:
+    one.cloud.script("POST /instance-operations/launch", lose_answer())
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["answered", "answer lost"])
+def test_launch_killed_at_each_step_never_rents_two(lost: bool, clients: Clients, tmp_path: Path, key_file: Path) -> None:  # fmt: skip
+    count = 0
+    prepare = lose if lost else lambda one: None
+    for one, where in each_step(clients, tmp_path, key_file, "launch", prepare, hidden_s=0.15):
+        one.cloud.unscript()
+        now = one.launch()
+        assert one.names() == {now.name}, where
+        assert one.cloud.launches == 1, where
+        assert one.open_names() == {now.name}
+        billed_once(one)
+        end_all(one)
+        assert one.open_names() == set()
+        count += 1
+    assert count >= 16
+
+
+def test_launch_killed_and_reap_finds_it(clients: Clients, tmp_path: Path, key_file: Path) -> None:
+    """The next command is no launch, and the guards died as well: a reboot."""
+    for number, (one, where) in enumerate(each_step(clients, tmp_path, key_file, "launch", lambda one: None)):
+        end_guards(one.ledger.folder)
+        if number % 2 and one.cloud.launches:  # and the ledger is lost
+            one.ledger.file.unlink()
+        ended = reap(one.client(), one.ledger, one.say, yes=True, waits=QUICK)
+        assert len(ended) == one.cloud.launches, where
+        assert one.open_names() == set(), where
+
+
+def test_launch_killed_and_nobody_comes_back(clients: Clients, tmp_path: Path, key_file: Path) -> None:
+    """The guard alone ends it at its limit, which it learnt before the request went out; then it goes."""
+    limit_h = 0.8 / 3600
+    for one, where in each_step(clients, tmp_path, key_file, "launch", lambda one: None, hidden_s=0.1, max_hours=limit_h):  # fmt: skip
+        until(lambda one=one: not guard_pids(one.ledger.folder))
+        assert one.cloud.living() == [], where
+        assert one.open_names() <= {entry.name for entry in one.ledger.entries() if entry.id is None}
+        for id in one.cloud.launched:
+            assert one.cloud.billed_seconds(id) < 4.0, where
+
+
+def test_a_client_that_would_have_ended_it_is_dead(clients: Clients, tmp_path: Path, key_file: Path) -> None:
+    """Killed before it knew the answer, with terminate_after: the guard ends it without waiting for a limit."""
+    with renting(tmp_path / "whole", key_file) as one:
+        code, steps = clients.run(one, "launch")
+        assert code == 0
+    with renting(tmp_path / "killed", key_file) as one:
+        clients.run(one, "launch", steps.index("after POST /api/v1/instance-operations/launch"), terminate_after=True)
+        assert one.cloud.launches == 1
+        until(lambda: one.open_names() == set())
+        assert one.cloud.living() == []
+
+
+def rent(one: Renting) -> None:
+    """A machine whose client and guard are gone."""
+    asked_at = time.time()
+    name = one.ledger.new_name()
+    intent = an_entry(name, url=one.cloud.url, account=one.client().account, asked_at=asked_at)
+    one.ledger.add(intent)
+    id = one.client().launch(region=intent.region, type_name=intent.type_name, ssh_key="mine", name=name)
+    one.ledger.change(name, state="launched", id=id, launched_at=asked_at)
+
+
+def test_terminate_killed_at_each_step(clients: Clients, tmp_path: Path, key_file: Path) -> None:
+    for one, where in each_step(clients, tmp_path, key_file, "terminate", rent, terminate_s=0.05):
+        end_all(one)
+        assert one.open_names() == set(), where
+        billed_once(one)
+
+
+def test_a_second_launch_after_a_killed_terminate(clients: Clients, tmp_path: Path, key_file: Path) -> None:
+    """Never two at once: what is being ended is waited for, what lives on is used."""
+    for one, where in each_step(clients, tmp_path, key_file, "terminate", rent, terminate_s=0.05):
+        now = one.launch()
+        assert [each["name"] for each in one.cloud.living()] == [now.name], where
+        billed_once(one)
+        end_all(one)
+
+
+def orphan(one: Renting) -> None:
+    """The same, and the answer was lost."""
+    rent(one)
+    one.ledger.change(one.ledger.entries()[0].name, state="intended", id=None, launched_at=None)
+
+
+def test_reconcile_killed_at_each_step(clients: Clients, tmp_path: Path, key_file: Path) -> None:
+    for one, where in each_step(clients, tmp_path, key_file, "reconcile", orphan):
+        now = one.launch()
+        assert one.cloud.launches == 1, where
+        assert one.names() == {now.name}
+        billed_once(one)
+        end_all(one)
+
+
+def test_reap_killed_at_each_step(clients: Clients, tmp_path: Path, key_file: Path) -> None:
+    for one, where in each_step(clients, tmp_path, key_file, "reap", orphan, terminate_s=0.05):
+        time.sleep(0.06)
+        reap(one.client(), one.ledger, one.say, yes=True, waits=QUICK)
+        assert one.open_names() == set(), where
