@@ -4,6 +4,10 @@
         machine.ssh("sudo docker ps")                      # as user ubuntu, who is not in group docker
         machine.sh("iptables -L")                          # as root, without ssh
         subprocess.run(["ssh", "-F", machine.ssh_config, machine.alias])
+    with Machine(condition=Condition(toolkit="absent", cloud_init="error")) as machine: ...
+
+The programs that a container cannot have (nvidia-smi, NVIDIA's toolkit, cloud-init, systemctl) are stand-ins, the scripts
+in tests/stand_ins/; sshd, sudo, Docker, rsync and apt are real. `docker run --gpus all` works there.
 
 Its image is made once from Debian's packages (a minute) and kept as fractal-test-machine:<hash>. Needs mmdebstrap, or root
 on Debian to install it, and a Docker engine that grants SYS_ADMIN and NET_ADMIN; else `Unavailable` says why.
@@ -18,11 +22,12 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import docker
 import docker.errors
@@ -32,21 +37,37 @@ from fractal import apt
 from fractal.images import debian
 
 USER = "ubuntu"
-PACKAGES = ("ca-certificates", "docker.io", "iproute2", "iptables", "openssh-server", "procps", "sudo")
-# In a container /sys/fs/cgroup and /proc/sys are read-only mounts; the inner engine has to write there.
-START = """\
-#!/bin/sh
-for place in $(awk '$3 ~ /^cgroup/ {print $2}' /proc/mounts); do mount -o remount,bind,rw,nosuid,nodev,noexec $place; done
-mount -o remount,bind,rw /proc/sys
-mkdir -p /run/sshd
-if [ ! -e /etc/no-engine ]; then dockerd > /var/log/dockerd.log 2>&1 & fi
-exec /usr/sbin/sshd -D -e
-"""
+PACKAGES = (
+    "ca-certificates",
+    "docker.io",
+    "e2fsprogs",
+    "iproute2",
+    "iptables",
+    "openssh-server",
+    "procps",
+    "rsync",
+    "sudo",
+)
+STAND_INS = Path(__file__).with_name("stand_ins")
+START = "/usr/lib/machine/start"
+LABEL = "fractal.test"  # its value is "machine"
+FOLDER = "fractal.folder"  # a label as well: the machine's keys, on the host
+# Debian's rsync stays there as a package source of the machine's own: apt-get works without a network.
 HOOK = f"""\
 chroot "$1" useradd --create-home --shell /bin/bash {USER}
 echo '{USER} ALL=(ALL) NOPASSWD:ALL' > "$1/etc/sudoers.d/{USER}"
-rm -f "$1"/etc/ssh/ssh_host_* "$1"/var/cache/apt/archives/*.deb
-install -m 755 /dev/stdin "$1/start"
+mkdir "$1/opt/packages" "$1/usr/lib/machine"
+cp "$1"/var/cache/apt/archives/rsync_*.deb "$1/opt/packages/rsync.deb"
+{{
+  chroot "$1" dpkg-deb -f /opt/packages/rsync.deb
+  echo "Filename: ./rsync.deb"
+  echo "Size: $(stat -c %s "$1/opt/packages/rsync.deb")"
+  echo "SHA256: $(sha256sum "$1/opt/packages/rsync.deb" | cut -d ' ' -f 1)"
+}} > "$1/opt/packages/Packages"
+rm -f "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d/* "$1"/etc/ssh/ssh_host_* "$1"/var/cache/apt/archives/*.deb
+rm -f "$1"/var/lib/apt/lists/*_*
+echo 'deb [trusted=yes] file:/opt/packages ./' > "$1/etc/apt/sources.list"
+install -m 755 STAND_INS/* "$1/usr/lib/machine/"
 """
 OPTIONS = {
     "cap_add": ["SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE"],  # --privileged is refused where the host lacks a capability
@@ -58,12 +79,55 @@ OPTIONS = {
 START_TIMEOUT_S = 60
 
 
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """In what condition a machine boots. As it stands: a GPU instance of Lambda's own image on a good day."""
+
+    gpus: int = 1
+    gpu: str = "NVIDIA A100-SXM4-80GB"
+    driver: str = "580.95.05"
+    toolkit: Literal[
+        "works",
+        "late",  # installed after the engine had started: --gpus works once the engine starts again
+        "absent",
+        "broken",  # driver and its library differ, as after an upgrade without a reboot
+    ] = "works"
+    docker: Literal["runs", "stopped", "absent"] = "runs"
+    docker_group: bool = False  # whether ubuntu may call docker without sudo
+    rsync: bool = True
+    cloud_init: Literal["done", "degraded", "error", "absent"] = "done"
+    cloud_init_s: float = 0.0  # until it is done; a user-data script runs after that
+    ssh_after_s: float = 0.0  # sshd does not listen before
+    disk_mib: int = 0  # for the engine's images and /home together; 0: as large as the host's
+
+    def settings(self) -> str:
+        """/etc/machine.conf, which the stand-ins read."""
+        values = {
+            "gpus": self.gpus,
+            "gpu": shlex.quote(self.gpu),
+            "driver": shlex.quote(self.driver),
+            "toolkit": self.toolkit,
+            "docker": self.docker,
+            "docker_group": "yes" if self.docker_group else "no",
+            "rsync": "yes" if self.rsync else "no",
+            "cloud_init": self.cloud_init,
+            "cloud_init_s": self.cloud_init_s,
+            "ssh_after_s": self.ssh_after_s,
+            "disk_mib": self.disk_mib,
+        }
+        return "".join(f"{name}={value}\n" for name, value in values.items())
+
+
+GOOD = Condition()
+
+
 class Unavailable(Exception):
     """No such machine can be had here: the reason."""
 
 
 def image_name() -> str:
-    recipe = repr((debian.SUITE, PACKAGES, START, HOOK))
+    stand_ins = [(file.name, file.read_bytes()) for file in sorted(STAND_INS.iterdir())]
+    recipe = repr((debian.SUITE, PACKAGES, HOOK, stand_ins))
     return f"fractal-test-machine:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
@@ -96,9 +160,8 @@ def need(program: str, *packages: str, log: Path) -> None:
 def make_image(client: docker.DockerClient, name: str, log: Path) -> None:
     need("mmdebstrap", "mmdebstrap", "debian-archive-keyring", log=log)
     with tempfile.TemporaryDirectory() as folder:
-        tar, start = Path(folder, "machine.tar"), Path(folder, "start")
-        start.write_text(START)
-        hook = HOOK.replace("/dev/stdin", shlex.quote(str(start)))
+        tar = Path(folder, "machine.tar")
+        hook = HOOK.replace("STAND_INS", shlex.quote(str(STAND_INS)))
         argv = ["mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", f"--customize-hook={hook}"]
         argv += ["--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"]
         argv += [*debian.network_options(), debian.SUITE, str(tar), *debian.mirror_arguments(os.environ)]
@@ -110,63 +173,114 @@ def make_image(client: docker.DockerClient, name: str, log: Path) -> None:
 class Machine:
     """Started on entering, gone on leaving, with its disk. `alias` stands in `ssh_config` with key and known host."""
 
-    def __init__(self, *, alias: str = "lambda", engine: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        alias: str = "lambda",
+        engine: bool = True,
+        condition: Condition = GOOD,
+        public_key: str | None = None,
+        user_data: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        wait: bool = True,
+    ) -> None:
+        """`public_key`: who is let in, instead of a key made for this machine (`folder`/key).
+
+        `engine=False`: Docker is installed and not started. `wait=False`: back as soon as it has an address, while it
+        boots. A `user_data` script runs as root at the first boot; other user data is only kept.
+        """
         self.alias = alias
-        self._engine = engine
+        self.condition = condition if engine else replace(condition, docker="stopped")
+        self._public_key = public_key
+        self._user_data = user_data
+        self._labels = {LABEL: "machine", **(labels or {})}
+        self._wait = wait
 
     def __enter__(self) -> Self:
-        self.client = docker.from_env()
-        self.folder = Path(tempfile.mkdtemp(prefix="fractal-machine-"))
-        self.container = None
-        try:
-            need("ssh-keygen", "openssh-client", log=self.folder / "log")
-            self._start()
-        except BaseException:
-            self.stop()
-            raise
+        self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
+    def start(self) -> None:
+        """Raises Unavailable."""
+        self.client = docker.from_env()
+        self.folder = Path(tempfile.mkdtemp(prefix="fractal-machine-"))
+        self.known_hosts = self.folder / "known_hosts"
+        self.container = None
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
     def _start(self) -> None:
-        for name in ("key", "host_key"):
-            words = [
-                "ssh-keygen",
-                "-q",
-                "-t",
-                "ed25519",
-                "-N",
-                "",
-                "-C",
-                f"fractal-test-{name}",
-                "-f",
-                self.folder / name,
-            ]
+        key = self._public_key
+        if key is None:
+            need("ssh-keygen", "openssh-client", log=self.folder / "log")
+            words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "fractal-test-key", "-f", self.folder / "key"]
             subprocess.run(words, check=True)
-        labels = {"fractal.test": "machine"}
+            key = (self.folder / "key.pub").read_text()
         try:
             self.container = self.client.containers.create(
-                ensure_image(self.client), ["/start"], labels=labels, **OPTIONS
+                ensure_image(self.client), [START], labels=self._labels | {FOLDER: str(self.folder)}, **OPTIONS
             )
-            self.put("/etc/ssh/ssh_host_ed25519_key", (self.folder / "host_key").read_bytes(), 0o600)
-            self.put(f"/home/{USER}/.ssh/authorized_keys", (self.folder / "key.pub").read_bytes(), 0o644)
-            if not self._engine:
-                self.put("/etc/no-engine", b"", 0o644)
+            self.put(f"/home/{USER}/.ssh/authorized_keys", f"{key.strip()}\n".encode(), 0o644)
+            self.put("/etc/machine.conf", self.condition.settings().encode(), 0o644)
+            if self._user_data is not None:
+                self.put("/var/lib/cloud/instance/user-data.txt", self._user_data.encode(), 0o600)
             self.container.start()
         except docker.errors.APIError as error:
             raise Unavailable(f"the engine does not run a machine with its own engine: {error.explanation}") from error
+        self._begun()
+
+    def _begun(self) -> None:
+        """It boots: learn its address, and wait if that is wanted."""
         self.container.reload()
         self.ip = str(self.container.attrs["NetworkSettings"]["IPAddress"])
-        self.known_hosts = self.folder / "known_hosts"
-        self.trust((self.folder / "host_key.pub").read_text())
         self.ssh_config = self.config("config")
-        self._until("ssh", "pgrep -x sshd")
-        if self._engine:
-            self._until("docker", "docker version")
+        if self._wait:
+            self._until("ssh", "pgrep -x sshd")
+            self.trust(self.host_key())
+            if self.condition.docker == "runs":
+                self._until("docker", "docker version")
+
+    def restart(self, *, new_ip: bool = False, new_host_key: bool = False) -> str:
+        """Cut its power and boot it again; the disk stays. Its address, which on demand is not the one before."""
+        before = self.ip
+        if new_host_key:
+            self.sh("rm /etc/ssh/ssh_host_*")
+        self.container.kill()
+        self.container.wait(timeout=START_TIMEOUT_S)
+        takers = []
+        try:
+            while True:
+                if new_ip:  # engines give the lowest address that is free: let somebody have it meanwhile
+                    taker = self.client.containers.create(
+                        ensure_image(self.client), ["sleep", "60"], labels=self._labels
+                    )
+                    takers.append(taker)
+                    taker.start()
+                self.container.start()
+                self.container.reload()
+                if not new_ip or self.container.attrs["NetworkSettings"]["IPAddress"] != before:
+                    break
+                self.container.kill()
+                self.container.wait(timeout=START_TIMEOUT_S)
+        finally:
+            for taker in takers:
+                taker.remove(force=True, v=True)
+        self._begun()
+        return self.ip
+
+    def host_key(self) -> str:
+        """The public key of its sshd, which it makes at its first boot."""
+        self._until("host key", "[ -s /etc/ssh/ssh_host_ed25519_key.pub ]")
+        return self.sh("cat /etc/ssh/ssh_host_ed25519_key.pub")
 
     def _until(self, what: str, test: str) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + START_TIMEOUT_S + self.condition.ssh_after_s
         while self.container.exec_run(["sh", "-c", test])[0]:
             self.container.reload()
             if time.monotonic() > deadline or self.container.status != "running":
@@ -227,6 +341,16 @@ class Machine:
             yield
         finally:
             self.sh(f"rm {place}; pkill -HUP -f '[s]shd -D'; sleep 0.3")
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Nothing that is sent to its sshd arrives meanwhile, as when a network is gone."""
+        rule = "INPUT -p tcp --dport 22 -j DROP"
+        self.sh(f"iptables -I {rule}")
+        try:
+            yield
+        finally:
+            self.sh(f"iptables -D {rule}")
 
     def ssh(self, command: str) -> subprocess.CompletedProcess[str]:
         """Run a command as the machine's user, through ssh."""
