@@ -5,12 +5,31 @@ import shlex
 import sys
 from pathlib import Path
 
-from invoke import Exit, task
+from invoke import Executor, Exit, task
+from invoke.main import program
 
 ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
 BENCHES = {"verify": "benchmarks/verify.py", "images": "benchmarks/images.py"}
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
+RENTS = {"launch", "up", "run"}  # tasks that make a chain one that may cost money
+
+
+class Chain(Executor):
+    """With a rented machine in it, a chain's options are all checked first, and what was rented to be ended is ended."""
+
+    def execute(self, *tasks):
+        if not RENTS & {one.name for one in tasks}:
+            return super().execute(*tasks)
+        from fractal import chain
+
+        execute = super().execute
+        asked = [(one.name, one.as_kwargs) for one in tasks]
+        _do(lambda: chain.conduct(lambda: execute(*tasks) and None, asked, self.config.run.dry), "lambda")
+        return {}
+
+
+program.executor_class = Chain
 
 
 def _fractal(c, *arguments):
@@ -32,7 +51,7 @@ def _options(**values):
     return [word for name, value in values.items() if value for word in (f"--{name.replace('_', '-')}", value)]
 
 
-BUILD_HELP = {"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all",
+BUILD_HELP = {"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all; default: sandbox, before a push what it sends",
               "json": "a JSON object for each image: image, digest, seconds, layers_built, bytes",
               "base": "build on this image instead of the recipe's base",
               "ca": "your network's certificates (PEM file): a secret of the build, never in a layer",
@@ -40,16 +59,17 @@ BUILD_HELP = {"image": "sandbox, pipeline-cpu, pipeline, several with commas, or
 
 
 @task(positional=[], help=BUILD_HELP)
-def build(c, image="sandbox", json=False, base="", ca="", wheels="", cache=True):
+def build(c, image="", json=False, base="", ca="", wheels="", cache=True):
     """Build an image if the engine does not have it.
 
     Examples: invoke build; invoke build --image=pipeline-cpu; invoke build --image=all --json
     Settings of pip and apt, SSL_CERT_FILE, FRACTAL_BASE_IMAGE, FRACTAL_WHEELS and FRACTAL_DEBIAN_MIRROR are heard.
     """
-    from fractal.images import build as images
+    from fractal import chain
+    from fractal.images.build import Options
 
-    options = images.Options(base or None, Path(ca) if ca else None, Path(wheels) if wheels else None, not cache)
-    _do(lambda: images.build_all(image, options, as_json=json, dry=c.config.run.dry))
+    options = Options(base or None, Path(ca) if ca else None, Path(wheels) if wheels else None, not cache)
+    _do(lambda: chain.build(image, options, as_json=json, dry=c.config.run.dry))
 
 
 @task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all",
@@ -62,10 +82,10 @@ def push(c, image="pipeline,sandbox", to="", host="", json=False):
     Examples: invoke push --to=registry.example/team; invoke push --image=pipeline-cpu,sandbox --host=lambda
     Credentials are Docker's (docker login) or ssh's. Interrupted and repeated, it goes on where it stopped.
     """
-    from fractal.images import push as images
+    from fractal import chain
 
     to = to or ("" if host else os.environ.get("FRACTAL_REGISTRY", ""))
-    _do(lambda: images.push_all(image, to, host or "lambda", as_json=json, dry=c.config.run.dry), "push")
+    _do(lambda: chain.send_images(image, to, host or "lambda", as_json=json, dry=c.config.run.dry), "push")
 
 
 @task(positional=[], help={"json": "a JSON object for each image",
@@ -114,6 +134,18 @@ def demo(c, image=""):
     _fractal(c, "run", "--run", "runs/demo", *words)
 
 
+@task(
+    name="demo-cloud",
+    positional=[],
+    help={"run": "the run folder", "n": "samples per problem", "limit": "problems of each split"},
+)
+def demo_cloud(c, run="", n="", limit=""):
+    """The whole chain on this machine: a fake of Lambda's API, a simulated instance, the real images; nothing is billed."""
+    _become(
+        c, sys.executable, "-m", "tests.fake_lambda.demo", *_options(run=run, limit=limit), *(["-n", n] if n else [])
+    )
+
+
 def _contained(c, image, run, words, gpus=False):
     """`fractal run` in one of our images; its exit code is ours."""
     from fractal.images import containers
@@ -132,13 +164,38 @@ def _do(work, what="image"):
         raise Exit(code=code)
 
 
-@task(positional=[], help={**RUN_HELP, "problems": "starter, mbpp, mbpp-sanitized or a file", "model": "folder or hub id",
-                           "n": "samples per problem", "split": "as train,validation", "limit": "problems of each split",
-                           "image": "run in this image beside a sandbox container, as pipeline-cpu; default: right here",
-                           "gpus": "with --image: all of the machine's GPUs; default: if there are any"})  # fmt: skip
-def run(c, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", image="", gpus=False):
-    """Run the stages on this machine; what is done is not repeated."""
-    given = _options(problems=problems, model=model, n=n, split=split, limit=limit)
+WORK_HELP = {**RUN_HELP, "problems": "starter, mbpp, mbpp-sanitized or a file", "model": "folder or hub id",
+             "n": "samples per problem", "split": "as train,validation", "limit": "problems of each split",
+             "more": "further options of fractal run, as --more='--seed 1 --temperature 0.6'"}  # fmt: skip
+
+
+@task(positional=[], help={**WORK_HELP,
+                           "image": "there: pipeline (default) or pipeline-cpu; here: run in this image beside a sandbox container",
+                           "gpus": "here, with --image: all of the machine's GPUs; default: if there are any",
+                           "where": "lambda, here, or auto: the rented machine if one is rented",
+                           "terminate": "end the instance after the run, on every way out"})  # fmt: skip
+def run(c, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", more="", image="", gpus=False,
+        where="auto", terminate=False):  # fmt: skip
+    """Run the stages, on the rented machine if one is rented, else here; what is done is not repeated.
+
+    Examples: invoke launch build push run --stage=all --terminate; invoke run --problems=mbpp -n 50; invoke run --where=here
+    Over there the job goes on if this command ends; the same command, or invoke logs --follow, goes on following it.
+    """
+    from fractal import chain
+
+    options = dict(run=run, stage=stage, problems=problems, model=model, n=n, split=split, limit=limit, more=more,
+                   image=image, terminate=terminate, where=where)  # fmt: skip
+    if chain.goes_there(where):
+        if c.config.run.dry:
+            print(
+                f"run: on the rented machine, {image or 'pipeline'}: fractal run --run {run} {' '.join(chain.work(options).words)}"
+            )
+            return
+        from fractal import rented
+
+        _do(lambda: rented.run(options), "run")
+        return
+    given = [*_options(problems=problems, model=model, n=n, split=split, limit=limit), *shlex.split(more)]
     if image:
         _contained(c, image, run, ["--stage", stage, *given], gpus)
         return
@@ -199,3 +256,145 @@ def test(c, fast=False, keyword="", image=""):
 def doctor(c):
     """Say what this machine can do, each line with its remedy."""
     _fractal(c, "doctor")
+
+
+# --- the rented machine ------------------------------------------------------------------------------------------------
+
+LAUNCH_HELP = {"type": "instance types, the best first, as gpu_1x_a100_sxm4,gpu_1x_a10",
+               "region": "regions, the best first; default: any with capacity", "max_price": "dollars an hour at most",
+               "wait_for_capacity": "look for capacity for so many hours", "max_hours": "end it after so many hours; default 4",
+               "max_dollars": "end it when it has cost so much", "family": "the image family of the instance, as lambda-stack-24-04",
+               "file_system": "names of file systems to attach", "register_key": "make an SSH key and register it, without asking"}  # fmt: skip
+
+
+@task(positional=[], help=LAUNCH_HELP)
+def launch(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4", max_dollars="", family="",
+           file_system="", register_key=False):  # fmt: skip
+    """Rent an instance and wait until it is ready. It costs money until `invoke terminate`.
+
+    Examples: invoke launch; invoke launch --type=gpu_1x_a10 --max-price=1 --wait-for-capacity=6; invoke launch build push run
+    LAMBDA_API_KEY holds the key. A living instance is used again. A guard ends it at the limits, also without this command.
+    """
+    from fractal import chain
+
+    options = dict(type=type, region=region, max_price=max_price, wait_for_capacity=wait_for_capacity, max_hours=max_hours,
+                   max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key)  # fmt: skip
+    if c.config.run.dry:
+        print(f"launch: would rent {chain.describe(chain.wish(options))}")
+        return
+    _do(lambda: chain.launch(options), "launch")
+
+
+@task(positional=[], help={**LAUNCH_HELP, **WORK_HELP, "image": "pipeline (default) or pipeline-cpu",
+                           "to": "push by way of this registry; default: FRACTAL_REGISTRY, else over ssh"})  # fmt: skip
+def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4", max_dollars="", family="", file_system="",
+       register_key=False, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", more="",
+       image="", to=""):  # fmt: skip
+    """launch, build, push and run in one; the instance is ended on every way out.
+
+    Example: invoke up --problems=mbpp-sanitized --split=train,validation --model=Qwen/Qwen2.5-Coder-1.5B-Instruct -n 50 --max-dollars=5
+    """
+    from fractal import chain
+
+    options = dict(type=type, region=region, max_price=max_price, wait_for_capacity=wait_for_capacity, max_hours=max_hours,
+                   max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key, run=run,
+                   stage=stage, problems=problems, model=model, n=n, split=split, limit=limit, more=more, image=image,
+                   to=to or os.environ.get("FRACTAL_REGISTRY", ""), terminate=True)  # fmt: skip
+    if c.config.run.dry:
+        print(f"up: would rent {chain.describe(chain.wish(options))}")
+        build(c, image=f"{image or 'pipeline'},sandbox")
+        push(c, image=f"{image or 'pipeline'},sandbox", to=to)
+        print(f"up: fractal run --run {run} {' '.join(chain.work(options).words)}; then the instance would be ended")
+        return
+    _do(lambda: chain.up(options), "up")
+
+
+def _rented(c, what, *values, **options):
+    """One call about the rented machine."""
+    if c.config.run.dry:
+        print(f"{what}: would ask the rented machine")
+        return
+    from fractal import chain, rented
+
+    _do(lambda: (getattr(chain, what, None) or getattr(rented, what))(*values, **options), what)
+
+
+@task
+def wait(c):
+    """Climb the ladder: active, port, host key, ssh, cloud-init, Docker, GPU in a container; repair what can be repaired."""
+    _rented(c, "wait")
+
+
+@task(name="setup-ssh")
+def setup_ssh(c):
+    """Let `ssh lambda` lead to the instance: an included file, and once one line in ~/.ssh/config."""
+    _rented(c, "setup_ssh")
+
+
+@task(positional=[], help={"dir": "a folder of this project"})
+def sync(c, dir="."):
+    """Copy a folder to ~/fractal/src on the instance, without what git ignores. Example: invoke sync --dir=benchmarks"""
+    _rented(c, "sync", dir)
+
+
+@task(positional=[], help={"command": "one command instead of a shell"})
+def ssh(c, command=""):
+    """A shell on the instance. Example: invoke ssh --command='df -h'"""
+    _rented(c, "shell", command)
+
+
+@task
+def ps(c):
+    """What is rented, what guards it and what it cost so far; jobs and processes there."""
+    _rented(c, "ps")
+
+
+@task
+def gpu(c):
+    """nvidia-smi of the instance."""
+    _rented(c, "gpu")
+
+
+@task(
+    positional=[],
+    help={"run": "of this run; default: the last job", "job": "as invoke ps names it", "follow": "until it ends"},
+)
+def logs(c, run="", job="", follow=False):
+    """What a job on the instance says. Example: invoke logs -f"""
+    _rented(c, "logs", run, job, follow)
+
+
+@task(positional=[], help={"run": "a run folder; default: all runs that the instance has"})
+def fetch(c, run=""):
+    """Bring results home, proven by digest; repeated, it brings what is new."""
+    _rented(c, "fetch", run)
+
+
+@task
+def stop(c):
+    """End the job on the instance; what it finished comes home."""
+    _rented(c, "stop")
+
+
+@task
+def cost(c):
+    """What every instance cost, or costs."""
+    _rented(c, "cost")
+
+
+@task(positional=[], help={"name": "only this one, as invoke ps names it"})
+def terminate(c, name=""):
+    """End the rented instances."""
+    _rented(c, "terminate", name)
+
+
+@task(
+    positional=[],
+    help={
+        "yes": "without asking",
+        "others": "also instances that another operator of this account rented with Fractal",
+    },
+)
+def reap(c, yes=False, others=False):
+    """Find and end instances that nobody owns: of the ledger, or by the name that Fractal gives."""
+    _rented(c, "reap", yes=yes, others=others)

@@ -314,7 +314,7 @@ def _follow(client: docker.DockerClient, name: str, command: list[str], wanted: 
 
 def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool = False) -> int:
     """`fractal run` in an image; the run's folder is this machine's. Returns the exit code."""
-    recipe = _pipeline(key)
+    recipe = pipeline(key)
     folder = prepare_run(run_folder)
     command = ["run", "--run", f"{WORK}/runs/{folder.name}", *map(str, words)]
     client = connect()
@@ -328,7 +328,7 @@ def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool =
 
 def run_tests(key: str, words: Iterable[str]) -> int:
     """The test suite in an image, without network. Returns pytest's exit code."""
-    recipe = _pipeline(key)
+    recipe = pipeline(key)
     client = connect()
     try:
         return run(client, recipe, words, suite_setup, note)
@@ -336,7 +336,8 @@ def run_tests(key: str, words: Iterable[str]) -> int:
         client.close()
 
 
-def _pipeline(key: str) -> Recipe:
+def pipeline(key: str) -> Recipe:
+    """The recipe of an image that holds the pipeline. Raises InputError."""
     found = recipes.choose(key)
     if len(found) != 1 or not found[0].key.startswith("pipeline"):
         raise InputError(f"--image={key}: holds no pipeline. There are: pipeline-cpu, pipeline.")

@@ -411,7 +411,9 @@ def describe(pushed: Pushed, where: str) -> str:
     return f"{pushed.name} is {where}, {pushed.digest}, {count}, {pushed.seconds:.1f} s"
 
 
-def push_all(keys: str, registry: str, host: str, *, as_json: bool = False, dry: bool = False) -> None:
+def push_all(
+    keys: str, registry: str, host: str, *, as_json: bool = False, dry: bool = False, ssh_config: Path | None = None
+) -> None:
     """Push our own images, built where they are missing: to the registry, or, without one, to the host."""
     wanted = recipes.choose(keys)
     if dry:
@@ -420,7 +422,7 @@ def push_all(keys: str, registry: str, host: str, *, as_json: bool = False, dry:
         return
     with closing(connect()) as client:
         for recipe in wanted:
-            push(client, ensure(client, recipe, note).name, registry, host, as_json=as_json)
+            push(client, ensure(client, recipe, note).name, registry, host, as_json=as_json, ssh_config=ssh_config)
 
 
 def push(
