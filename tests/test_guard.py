@@ -160,6 +160,17 @@ def test_a_lost_ledger_stops_no_guard(rented: Renting) -> None:
     until(lambda: guard_pids(rented.ledger.folder) == [])
 
 
+@pytest.mark.parametrize("forget", [False, True])
+def test_without_a_ledger_it_goes_when_the_instance_has_ended(rented: Renting, forget: bool) -> None:
+    rented.launch()
+    time.sleep(0.3)
+    rented.ledger.file.unlink()
+    time.sleep(0.5)
+    rented.cloud.keep_terminated_s = 0.0 if forget else 3600.0
+    rented.cloud.end_from_outside(rented.cloud.launched[0], forget=forget)
+    until(lambda: guard_pids(rented.ledger.folder) == [])
+
+
 def test_it_goes_when_the_instance_is_ended_by_hand(rented: Renting) -> None:
     entry = rented.launch()
     terminate(rented.client(), rented.ledger, entry, rented.say, waits=QUICK)

@@ -253,6 +253,24 @@ def test_a_lost_answer_is_settled_by_name_before_anything_else(rented: Renting, 
 
 
 @pytest.mark.usefixtures("no_guard")
+def test_asleep_in_the_request_it_is_looked_for_as_long(rented: Renting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The intent is hours old when the lost answer is noticed, and the machine not shown yet."""
+    rented.cloud.hidden_s = 0.2
+    rented.cloud.script(LAUNCH, lose_answer())
+    client = rented.client()
+    real = client.launch
+
+    def asleep(**options: object) -> str:
+        rented.ledger.change(str(options["name"]), asked_at=time.time() - 3 * 3600)
+        return real(**options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client, "launch", asleep)
+    launch(client, rented.ledger, WISH, rented.key, rented.say, settings=SETTINGS)
+    assert rented.cloud.launches == 1
+    end_all(rented)
+
+
+@pytest.mark.usefixtures("no_guard")
 def test_lost_answers_do_not_go_on_forever(rented: Renting) -> None:
     rented.cloud.script(LAUNCH, *[cut()] * 9)
     with pytest.raises(CloudError, match="2 launches had no answer"):

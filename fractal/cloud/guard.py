@@ -161,6 +161,7 @@ class Guard:
         self._refused = 0  # looks in a row that our key was not good enough for
         self._clock = Clock()
         self._entry: Entry | None = None  # as last read: a ledger that breaks later stops no guard
+        self._lost = False  # it is not in the ledger any more
         self._polled = time.monotonic()
         self._retry_s = settings.retry_s
         self._ending: str | None = None  # why, once that is decided
@@ -194,8 +195,7 @@ class Guard:
             self._ending = "limit reached: " + _limits(entry)
         if self._ending is not None:
             return not self._end(entry, self._ending)
-        self._look()
-        return True
+        return not self._look()
 
     def _read(self) -> Entry | None:
         try:
@@ -204,7 +204,8 @@ class Guard:
             log(f"{error} Going on with what was last known.")
             time.sleep(self._settings.retry_s)
             return self._entry
-        if now is None and self._entry is not None and self._entry.state == "launched":
+        self._lost = now is None and self._entry is not None and self._entry.state == "launched"
+        if self._lost:
             return self._entry  # the ledger was moved away: the instance was not
         self._entry = now
         return now
@@ -263,12 +264,22 @@ class Guard:
         if settled is not None and settled.state == "launched" and settled.terminate_after:
             self._ending = "its client died before it knew of it"
 
-    def _look(self) -> None:
-        """Bring the ledger up to date, now and then. No failure may hold up the limits: no waiting here."""
+    def _look(self) -> bool:
+        """Bring the ledger up to date, now and then. No failure may hold up the limits: no waiting here.
+
+        Whether the instance has ended, where no ledger could say so.
+        """
         if time.monotonic() - self._polled < self._settings.poll_s:
-            return
+            return False
         try:
-            life.look(self._client, self._ledger, log, self._settings.waits)
+            if self._lost and self._entry is not None:
+                found = life.ask(self._client, self._entry)
+                hidden = time.time() < life.visible_from(self._entry, self._settings.waits)
+                if found.status in life.ENDED if found else not hidden:
+                    log("the instance has ended, and the ledger is lost")
+                    return True
+            else:
+                life.look(self._client, self._ledger, log, self._settings.waits)
             self._refused = 0
         except AuthError as error:
             self._refused += 1
@@ -279,6 +290,7 @@ class Guard:
         except (InputError, OutsideError) as error:
             log(str(error))
         self._polled = time.monotonic()
+        return False
 
     def _try(self, work: Callable[[], object]) -> bool:
         """Do it; a failure is told and slept over, a longer time each time."""

@@ -23,7 +23,7 @@ class Waits:
 
     look_s: float = 5.0  # between two looks
     settle_s: float = 90.0  # a launch without answer shows its machine within this, or did not happen
-    send_s: float = 180.0  # a launch request leaves us within this: the client's patience and pace
+    send_s: float = 240.0  # from intent to request, at most: the guard's start, the client's pace and patience
     grace_s: float = 180.0  # a new instance may not be found
     resend_s: float = 60.0  # terminate is asked for again
     end_s: float = 900.0  # until an instance is terminated
@@ -128,24 +128,21 @@ def adopt(ledger: Ledger, entry: Entry, found: Instance, say: Say) -> Entry:
 def settle(client: Client, ledger: Ledger, entry: Entry, say: Say, waits: Waits = WAITS) -> Entry:
     """Find out whether a launch without answer happened; takes up to `settle_s`. The entry is then launched or ended.
 
-    No client may be launching it.
+    No client may be launching it. How old the intent is says nothing: the machine may have slept within the request.
     """
     begin = time.monotonic()
     say(f"{entry.name}: its launch had no answer here. Looking for a machine of that name, for {waits.settle_s:.0f} s.")
-    looks = 0
     while True:
         now = ledger.find(entry.name)
         if now is None or now.state != "intended":
             return now or entry
+        last = time.monotonic() - begin >= waits.settle_s
         if found := _by_name(client.instances()).get(entry.name):
             adopt(ledger, now, found, say)
-            continue
-        looks += 1
-        if looks >= 2 and (_overdue(now, waits) or time.monotonic() - begin >= waits.settle_s):
-            if ledger.end(now.name, NEVER, expected=now):
-                say(f"{now.name}: {NEVER}.")
-            continue
-        time.sleep(waits.look_s)
+        elif not last:
+            time.sleep(waits.look_s)
+        elif ledger.end(now.name, NEVER, expected=now):
+            say(f"{now.name}: {NEVER}.")
 
 
 def terminate(
