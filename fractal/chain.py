@@ -52,6 +52,7 @@ class Plan:
 
 
 _plan = Plan(())  # of this process; set by `conduct`
+_sent: dict[str, str] = {}  # images that this process has pushed, by the recipes' keys
 _armed: set[str] = set()  # names of the instances that this process has to end
 
 
@@ -87,6 +88,12 @@ def check(plan: Plan) -> None:
                 push.target("fractal:check", options["to"])
         if name == "up" or (name == "run" and goes_there(options["where"])):
             work(options)
+
+
+def image_name(key: str) -> str:
+    """Of the image that this chain has pushed, though its sources were edited since; else of the present sources."""
+    (recipe,) = recipes.choose(key)
+    return _sent.get(key, recipe.name)
 
 
 def plan() -> Plan:
@@ -195,7 +202,7 @@ def work(options: Mapping[str, Any]) -> Work:
                 models.check_folder(path)
     image = options["image"] or "pipeline"
     containers.pipeline(image)
-    return Work(Path(options["run"]), image, tuple(words), bool(options["terminate"]))
+    return Work(Path(options["run"]), image, tuple(words), bool(options.get("terminate", True)))
 
 
 def _parse(words: list[str]) -> None:
@@ -276,6 +283,7 @@ def launch(options: Mapping[str, Any], *, wait: bool = True) -> None:
     with cloud() as (client, book):
         asker = ask if sys.stdin.isatty() else None
         wanted = preferred(client, book, wish(options))
+        instance.check(client, wanted)  # before a key is asked for
         key = instance.find_key(client, book, register=options["register_key"], ask=asker)
         entry = instance.launch(client, book, wanted, key, say, terminate_after=ends)
         book.change(entry.name, rescue=RESCUE)
@@ -358,7 +366,7 @@ def send_images(image: str, registry: str, host: str, *, as_json: bool, dry: boo
             make_ready(client, book)
         config = book.folder / "ssh/config"
     with timed("push") if not dry else contextlib.nullcontext():
-        push.push_all(image, registry, host, as_json=as_json, dry=dry, ssh_config=config)
+        _sent.update(push.push_all(image, registry, host, as_json=as_json, dry=dry, ssh_config=config))
 
 
 def up(options: Mapping[str, Any]) -> int:

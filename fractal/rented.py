@@ -15,7 +15,6 @@ from typing import Any
 
 import docker
 import docker.errors
-from rich.table import Table
 
 from fractal import chain, console
 from fractal.chain import Work, cloud, machine, phase, say, work
@@ -113,7 +112,8 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
     for option in ("--problems", "--model"):
         if path := chain.local(words, option):
             words[words.index(option) + 1] = f"{INPUTS}/{results.send_input(remote, path, say)}"
-    (recipe,), (sandbox,) = recipes.choose(wanted.image), recipes.choose("sandbox")
+    (recipe,) = recipes.choose(wanted.image)
+    pipeline, sandbox = chain.image_name(wanted.image), chain.image_name("sandbox")
     pushed = chain.plan().options("push")
     registry = (pushed["to"] if pushed else "") or os.environ.get("FRACTAL_REGISTRY", "")
     job = jobs.new_id(words[1])
@@ -131,9 +131,9 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
         )
 
     with remote.engine() as engine:
-        need_images(engine, (recipe.name, sandbox.name), wanted.image, registry)
+        need_images(engine, (pipeline, sandbox), wanted.image, registry)
         containers.start(
-            engine, recipe, recipe.name, sandbox.name, ["run", "--run", f"{recipes.WORK}/runs/{name}", *words], setup,
+            engine, recipe, pipeline, sandbox, ["run", "--run", f"{recipes.WORK}/runs/{name}", *words], setup,
             job=job, labels=jobs.labels(job, name, wanted.words), size=containers.terminal(),
         )  # fmt: skip
     return job
@@ -244,37 +244,36 @@ def ps() -> None:
     """Instances with their guard, jobs, and the processes over there."""
     with cloud() as (client, book):
         living = {one.id: one for one in instance.reconcile(client, book, say)}
-        table = Table("instance", "type", "region", "status", "address", "hours", "dollars", "guard")
-        for entry in book.open():
-            now = time.time()
+        found, now = book.open(), time.time()
+        for entry in found:
             status = living[entry.id].status if entry.id in living else entry.state
-            table.add_row(
-                entry.name, entry.type_name, entry.region, status, entry.ip or "", f"{entry.hours(now):.2f}",
-                f"{entry.dollars(now):.2f}",
-                _guard(book, entry),
-            )  # fmt: skip
-        if not table.row_count:
+            console.say(
+                f"{entry.name}: {entry.type_name} in {entry.region}, {status} at {entry.ip or 'no address yet'}; "
+                f"{entry.hours(now):.2f} h, {entry.dollars(now):.2f} $ so far; {_guard(book, entry)}"
+            )
+        if not found:
             say("no instance is rented. To rent one: invoke launch")
             return
-        console.say(table)
         if not instance.current(client, book).ready_at:
             say("it is not ready yet: invoke wait")
             return
         with machine(client, book) as (remote, _):
-            listed = Table("job", "run", "state", "since", "asked for")
-            for job in jobs.jobs(remote):
+            listed = jobs.jobs(remote)
+            for job in listed:
                 state = job.state if not job.ended else f"ended with {job.exit_code}"
-                listed.add_row(job.id, job.run, state, job.started[:19], " ".join(job.words))
-            console.say(listed if listed.row_count else "no job is there")
+                words = " ".join(job.words)
+                console.say(f"job {job.id}: runs/{job.run}, {state}, since {job.started[:19]}Z: fractal run {words}")
+            if not listed:
+                console.say("no job is there")
             console.say(remote.must("list processes", PROCESSES).rstrip())
 
 
 def _guard(book: Ledger, entry: Entry) -> str:
     found = guard.status(book, entry.name)
     if found.until is None:
-        return "on watch, no limit" if found.alive else "NONE, and no limit"
+        return "a guard is on watch, without a limit" if found.alive else "NO GUARD, and no limit"
     ends = f"ends it at {time.strftime('%H:%M', time.localtime(found.until))}"
-    return f"on watch, {ends}" if found.alive else f"NONE; its limit {ends}: invoke terminate"
+    return f"a guard is on watch and {ends}" if found.alive else f"NO GUARD {ends}: invoke terminate"
 
 
 def gpu() -> None:

@@ -10,7 +10,6 @@ import re
 import select
 import shlex
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -184,16 +183,6 @@ class Link:
             line = byte if line.endswith(b"\n") else line + byte
         return process
 
-    def plug(self, command: str, connection: socket.socket) -> subprocess.Popen[bytes]:
-        """A command on the far side whose standard input and output are this socket; it ends with the socket."""
-        return subprocess.Popen(
-            [*self._client(), "--", self.host, f"exec {command}"],
-            stdin=connection.fileno(),
-            stdout=connection.fileno(),
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
     @property
     def shell(self) -> str:
         """This connection as rsync's --rsh."""
@@ -201,8 +190,14 @@ class Link:
 
     def forward(self, here: int, there: int) -> bool:
         """Whether our loopback's port `here` now leads to the far loopback's `there`; no if it is taken."""
-        ports = f"127.0.0.1:{here}:127.0.0.1:{there}"
-        argv = [*self._client(), "-O", "forward", "-L", ports, "--", self.host]
+        return self._forward(f"127.0.0.1:{here}:127.0.0.1:{there}")
+
+    def forward_socket(self, here: Path, there: str) -> bool:
+        """Whether the Unix socket `here`, made now, leads to `there`, which the far user has to be allowed to open."""
+        return self._forward(f"{here}:{there}")
+
+    def _forward(self, ways: str) -> bool:
+        argv = [*self._client(), "-O", "forward", "-L", ways, "--", self.host]
         try:
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=RUN_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:

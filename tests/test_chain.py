@@ -59,7 +59,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int, *says: str) -> N
     ("words", "says"),
     [
         (("run", "--stage=everything"), "everything"),
-        (("run", "-n", "many"), "many"),
+        (("run", "-n", "many"), "valid integer"),
         (("run", "--problems=no/such/file.jsonl"), "no such file"),
         (("run", "--model=./no-such-model"), "no such file or folder"),
         (("run", "--run=runs/a b"), "cannot be a run's name"),
@@ -141,7 +141,7 @@ def test_a_machine_that_never_answers_is_named_and_still_known(
     one_line(done, 3, "22")
     assert len(fake.living()) == 1
     assert [entry.id for entry in Ledger(tmp_path / "state").open()] == [fake.living()[0]["id"]]
-    one_line(invoke("ps"), 0, "gpu_1x_a10", "on watch")
+    one_line(invoke("ps"), 0, "gpu_1x_a10", "on watch and ends it at")
     one_line(invoke("cost"), 0, "BILLED NOW")
     one_line(invoke("terminate"), 0, "is ended")
     assert fake.living() == []

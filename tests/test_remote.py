@@ -20,7 +20,7 @@ from fractal.cloud import jobs, results
 from fractal.cloud.remote import Remote, RemoteError
 from fractal.records import InputError, OutsideError
 from tests.conftest import ROOT
-from tests.machine import Machine, Unavailable
+from tests.machine import Condition, Machine, Unavailable
 
 pytestmark = [pytest.mark.docker, pytest.mark.cloud]
 TINY = """\
@@ -34,7 +34,7 @@ tar -ch $files 2> /dev/null | sudo docker import -c 'ENV PATH=/usr/bin:/bin' - t
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     try:
-        with Machine() as one:
+        with Machine(condition=Condition(docker_group=True)) as one:
             done = one.ssh(TINY)
             assert done.returncode == 0, done.stderr
             yield one
@@ -85,12 +85,20 @@ def cut(remote: Remote) -> None:
 
 
 def test_the_sdk_speaks_with_the_engine_over_there(remote: Remote, machine: Machine) -> None:
-    assert remote.docker_words == "sudo -n docker"
+    assert remote.docker_words == "docker"
     with remote.engine() as client:
         assert client.info()["Name"] == machine.sh("hostname").strip()
         done = client.containers.run("tiny", ["seq", "3"], remove=True, network_mode="none")
         assert done == b"1\n2\n3\n"
         assert client.images.get("tiny").id
+
+
+def test_many_calls_at_once_are_no_trouble(remote: Remote) -> None:
+    job = begin(remote, "sleep 60")
+    with remote.engine() as client:
+        container = client.containers.get(f"fractal-job-{job}")
+        assert [container.exec_run(["seq", "1"]).exit_code for _ in range(30)] == [0] * 30
+    jobs.end(remote, job)
 
 
 def test_an_engine_that_breaks_off_is_one_line(remote: Remote) -> None:

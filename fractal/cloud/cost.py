@@ -60,6 +60,8 @@ def cost(ledger: Ledger, now: float) -> Cost:
 def table(cost: Cost) -> Table:
     """For the terminal; what is billed now is marked."""
     found = Table("instance", "type", "region", "hours", "USD/h", "USD", "left", "now", box=None)
+    for column in found.columns:
+        column.overflow = "fold"
     for column in found.columns[3:7]:
         column.justify = "right"
     for row in cost.rows:

@@ -103,7 +103,7 @@ def current(client: Client, ledger: Ledger, say: Say = lambda text: None, settin
     living = [entry for entry in mine if entry.state == "launched"]
     if len(living) > 1:
         names = ", ".join(f"{entry.name} ({entry.type_name})" for entry in living)
-        raise CloudError(f"{len(living)} instances are billed: {names}. End what is not needed: invoke terminate NAME.")
+        raise CloudError(f"{len(living)} instances are billed: {names}. End one: invoke terminate --name=NAME.")
     if living:
         return living[0]
     if any(entry.state == "intended" for entry in mine):
@@ -338,7 +338,7 @@ def _hunt(
                 f"No capacity for {', '.join(wish.types)} in {', '.join(wish.regions) or 'any region'}"
                 + (f" at {wish.max_price_usd:.2f} USD/h or less" if wish.max_price_usd is not None else "")
                 + (f" within {wish.wait_s:.0f} s" if wish.wait_s else "")
-                + ". Name other types or regions, or wait for it: --wait-for-capacity=SECONDS."
+                + ". Name other types or regions, or wait for it: --wait-for-capacity=HOURS."
             )
         if time.monotonic() - told_at >= TOLD_S:
             say(

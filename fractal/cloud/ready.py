@@ -41,6 +41,7 @@ for i in 1 2 3 4 5; do try; systemctl is-active docker 2> /dev/null | grep -q ac
 sudo -n systemctl start docker 2>&1 && echo repaired && try
 for docker in docker 'sudo -n docker'; do $docker version 2>&1 < /dev/null | tail -n 1; done
 """
+GROUP = 'sudo -n usermod -aG docker "$(id -un)" 2>&1'
 RSYNC = """\
 command -v rsync > /dev/null && { echo there; exit 0; }
 { sudo -n apt-get update && sudo -n apt-get install -y rsync; } > /tmp/fractal-apt 2>&1 < /dev/null
@@ -104,7 +105,8 @@ def wait(folder: Path, entry: Entry, say: Say, *, gpus: bool = True) -> Ready:
 
     rung("port open", lambda: _port(ip, 22, say, bill))
     rung("host key pinned", lambda: _pin(folder, ip, id, say, bill))
-    with _login(folder, found, rung, say, bill) as link:
+    rung("ssh lets us in", lambda: _login(folder, bill).close())
+    with _login(folder, bill) as link:
         rung("cloud-init done", lambda: _cloud_init(link, say, bill))
         rung("docker answers", lambda: _docker(link, found, bill))
         rung("rsync there", lambda: _rsync(link, found, bill))
@@ -112,6 +114,8 @@ def wait(folder: Path, entry: Entry, say: Say, *, gpus: bool = True) -> Ready:
             rung("a container has the GPU", lambda: _gpu(link, found, say, bill))
         else:
             say("this type has no GPU: none is looked for")
+    if found.docker != "docker":
+        rung("docker without sudo", lambda: _group(folder, found, say, bill))
     return found
 
 
@@ -155,27 +159,32 @@ def _pin(folder: Path, ip: str, instance_id: str, say: Say, bill: str) -> None:
     say(f"the host key of {instance_id} is pinned, as seen at its first contact")
 
 
-def _login(
-    folder: Path, found: Ready, rung: Callable[[str, Callable[[], None]], None], say: Say, bill: str
-) -> ssh.Link:
-    links: list[ssh.Link] = []
+def _login(folder: Path, bill: str) -> ssh.Link:
+    deadline = time.time() + LOGIN_TIMEOUT_S
+    while True:
+        try:
+            link = ssh.Link(alias.ALIAS, ssh.BEATS, alias.config_file(folder))
+            link.tell()
+            return link
+        except ssh.SshError as error:
+            if time.time() > deadline or "is not the one in your known_hosts" in str(error):  # waiting changes nothing
+                raise CloudError(f"{error} {bill}.") from error
+            time.sleep(LOOK_S)
 
-    def climb() -> None:
-        deadline = time.time() + LOGIN_TIMEOUT_S
-        while not links:
-            try:
-                links.append(ssh.Link(alias.ALIAS, ssh.BEATS, alias.config_file(folder)))
-                links[0].tell()
-            except ssh.SshError as error:
-                late = time.time() > deadline
-                if "host key" in str(error) and "IDENTIFICATION" not in str(error) and "is not the one" in str(error):
-                    late = True  # waiting changes nothing
-                if late:
-                    raise CloudError(f"{error} {bill}.") from error
-                time.sleep(LOOK_S)
 
-    rung("ssh lets us in", climb)
-    return links[0]
+def _group(folder: Path, found: Ready, say: Say, bill: str) -> None:
+    """Its user may call sudo, so this opens nothing; a new connection has the new group."""
+    with _login(folder, bill) as link:
+        done = link.run(GROUP)
+    with _login(folder, bill) as link:
+        answer = link.run(DOCKER, timeout_s=REPAIR_TIMEOUT_S).stdout
+    if "answers docker\n" in answer:
+        found.docker = "docker"
+        found.repaired.append("its user was added to the group docker")
+    else:
+        say(
+            f"its user needs sudo for docker, and cannot be added to the group: {done.stdout.strip()[:200] or answer[:200]}"
+        )
 
 
 def _cloud_init(link: ssh.Link, say: Say, bill: str) -> None:

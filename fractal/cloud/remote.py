@@ -10,7 +10,6 @@ Knows ssh and nothing of the cloud's API: `refresh` brings the alias to the mach
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -33,6 +32,7 @@ ALIAS = "lambda"
 ROOT = "fractal"  # our folder in the home over there
 PATIENCE_S = 600.0  # without a connection, before a command gives up; the job over there goes on
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # the last one again and again
+ENGINE = "/var/run/docker.sock"
 ENGINE_TIMEOUT_S = 120
 PROBE = """\
 for docker in docker 'sudo -n docker'; do
@@ -134,35 +134,20 @@ class Remote:
 
     @contextmanager
     def engine(self) -> Iterator[docker.DockerClient]:
-        """The Docker SDK against the engine over there: each connection is one `docker system dial-stdio` through ssh.
+        """The Docker SDK against the engine over there: its socket, forwarded.
 
-        The SDK's own ssh:// cannot do this where the user needs sudo, and wants paramiko.
+        Each connection of `docker system dial-stdio` would be a session, of which sshd allows ten. The user has to be
+        in the group docker: ready.py sees to it.
         """
-        command = f"{self.docker_words} system dial-stdio"
         folder = Path(tempfile.mkdtemp(prefix="fractal-engine-", dir="/tmp"))  # a socket's name has 104 bytes at most
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        plugs: list[subprocess.Popen[bytes]] = []
-
-        def accept() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:  # closed
-                    return
-                with connection:
-                    try:
-                        plugs.append(self.link.plug(command, connection))
-                    except (OutsideError, OSError):
-                        pass  # the SDK sees a closed connection
-
         try:
-            listener.bind(str(folder / "docker.sock"))
-            listener.listen(16)
-            thread = threading.Thread(target=accept, name="engine", daemon=True)
-            thread.start()
-            client = docker.DockerClient(
-                base_url=f"unix://{folder}/docker.sock", timeout=ENGINE_TIMEOUT_S, version="auto"
-            )
+            link = self.link
+            if self.docker_words != "docker" or not link.forward_socket(folder / "docker.sock", ENGINE):
+                raise RemoteError(
+                    f"The Docker engine of {self.host} is not open to its user. Run: invoke wait, which repairs that; "
+                    "sshd there has to allow forwarding (AllowStreamLocalForwarding)."
+                )
+            client = docker.DockerClient(base_url=f"unix://{folder}/docker.sock", timeout=ENGINE_TIMEOUT_S)
             try:
                 yield client
             finally:
@@ -170,12 +155,6 @@ class Remote:
         except (docker.errors.DockerException, requests.RequestException) as error:
             raise RemoteError(f"The Docker engine of {self.host} broke off: {error}. Run the command again.") from error
         finally:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-            for plug in plugs:
-                plug.terminate()
-                plug.wait()
             shutil.rmtree(folder, ignore_errors=True)
 
     def rsync(self, *words: str, timeout_s: float | None = None) -> str:

@@ -413,16 +413,22 @@ def describe(pushed: Pushed, where: str) -> str:
 
 def push_all(
     keys: str, registry: str, host: str, *, as_json: bool = False, dry: bool = False, ssh_config: Path | None = None
-) -> None:
-    """Push our own images, built where they are missing: to the registry, or, without one, to the host."""
+) -> dict[str, str]:
+    """Push our own images, built where they are missing: to the registry, or, without one, to the host.
+
+    Returns the names of what was pushed, by the recipes' keys.
+    """
     wanted = recipes.choose(keys)
     if dry:
         for recipe in wanted:
             print(f"push: would send {recipe.name} to {registry or host}, as far as it is not there")
-        return
+        return {}
+    names = {}
     with closing(connect()) as client:
         for recipe in wanted:
-            push(client, ensure(client, recipe, note).name, registry, host, as_json=as_json, ssh_config=ssh_config)
+            names[recipe.key] = ensure(client, recipe, note).name
+            push(client, names[recipe.key], registry, host, as_json=as_json, ssh_config=ssh_config)
+    return names
 
 
 def push(
