@@ -272,10 +272,6 @@ def phase(book: Ledger, name: str, what: str) -> Iterator[None]:
         book.event(name, what, began, time.time() - began)
 
 
-# What the guard runs before it ends an instance at a limit.
-RESCUE = (sys.executable, "-m", "invoke", "--search-root", str(recipes.ROOT), "fetch")
-
-
 def launch(options: Mapping[str, Any], *, wait: bool = True) -> None:
     """Rent an instance, or find that one is rented; wait until it is ready, unless the chain goes on with a build."""
     later = _plan.options("run")
@@ -286,7 +282,6 @@ def launch(options: Mapping[str, Any], *, wait: bool = True) -> None:
         instance.check(client, wanted)  # before a key is asked for
         key = instance.find_key(client, book, register=options["register_key"], ask=asker)
         entry = instance.launch(client, book, wanted, key, say, terminate_after=ends)
-        book.change(entry.name, rescue=RESCUE)
         if ends:
             arm(entry.name)
         if wait and not _plan.comes_after("launch", "build", "push", "run"):

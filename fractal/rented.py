@@ -16,7 +16,7 @@ from typing import Any
 import docker
 import docker.errors
 
-from fractal import chain, console
+from fractal import chain, console, models
 from fractal.chain import Work, cloud, machine, phase, say, work
 from fractal.cloud import cost as costs
 from fractal.cloud import guard, instance, jobs, ledger, results
@@ -57,7 +57,17 @@ def run(options: Mapping[str, Any]) -> int:
         if wanted.terminate:
             book.change(entry.name, terminate_after=True)
             chain.arm(entry.name)
-        book.change(entry.name, owner=ledger.Process.here())
+        # What the guard runs before it ends the instance at a limit; in a folder of its own.
+        rescue = (
+            sys.executable,
+            "-m",
+            "invoke",
+            "--search-root",
+            str(recipes.ROOT),
+            "fetch",
+            f"--run={wanted.run.absolute()}",
+        )
+        book.change(entry.name, owner=ledger.Process.here(), rescue=rescue)
         with machine(client, book) as (remote, entry):
             code = _run(remote, book, entry, wanted)
         if entry.name not in chain.armed():
@@ -112,6 +122,8 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
     for option in ("--problems", "--model"):
         if path := chain.local(words, option):
             words[words.index(option) + 1] = f"{INPUTS}/{results.send_input(remote, path, say)}"
+    if "--model" not in words and _model(wanted.run) in (None, models.EMBEDDED):
+        results.send_model(remote, models.resolve(models.EMBEDDED).path, say)  # images hold no weights
     (recipe,) = recipes.choose(wanted.image)
     pipeline, sandbox = chain.image_name(wanted.image), chain.image_name("sandbox")
     pushed = chain.plan().options("push")
@@ -126,8 +138,12 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
             binds=(
                 f"{place.home}/{ROOT}/runs/{name}:{recipes.WORK}/runs/{name}",
                 f"{place.home}/{ROOT}/inputs:{INPUTS}:ro",
+                f"{place.home}/{ROOT}/models:{containers.MODELS}:ro",
             ),
-            environment={"FRACTAL_PRICE_USD_PER_HOUR": f"{entry.price_cents_per_hour / 100:.4f}"},
+            environment={
+                "FRACTAL_MODELS": containers.MODELS,
+                "FRACTAL_PRICE_USD_PER_HOUR": f"{entry.price_cents_per_hour / 100:.4f}",
+            },
         )
 
     with remote.engine() as engine:
@@ -137,6 +153,14 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
             job=job, labels=jobs.labels(job, name, wanted.words), size=containers.terminal(),
         )  # fmt: skip
     return job
+
+
+def _model(folder: Path) -> str | None:
+    """The model that a run was made with."""
+    try:
+        return str(json.loads((folder / "manifest.json").read_bytes())["config"]["generate"]["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _screen(data: bytes) -> None:

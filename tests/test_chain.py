@@ -27,7 +27,7 @@ def fake() -> Iterator[FakeLambda]:
 
 
 @pytest.fixture
-def environment(fake: FakeLambda, tmp_path: Path) -> dict[str, str]:
+def environment(fake: FakeLambda, tmp_path: Path) -> Iterator[dict[str, str]]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FRACTAL_", "LAMBDA_"))}
     kept |= {"FRACTAL_LAMBDA_URL": fake.url, "LAMBDA_API_KEY": KEY, "FRACTAL_STATE": str(tmp_path / "state")}
     return kept | {
@@ -113,7 +113,7 @@ def test_no_key_and_a_wrong_key(invoke: Invoke, fake: FakeLambda) -> None:
 
 
 def test_an_unknown_type_or_region_shows_what_there_is(invoke: Invoke, fake: FakeLambda) -> None:
-    one_line(invoke("launch", "--type=gpu_9x"), 2, "gpu_9x", "gpu_1x_a10", "USD/h")
+    one_line(invoke("launch", "--type=gpu_9x"), 2, "gpu_9x", "gpu_1x_a10", "USD/H")
     one_line(invoke("launch", "--type=gpu_1x_a10", "--region=mars-1", "--register-key"), 2, "mars-1", "us-west-1")
     assert fake.living() == []
 

@@ -182,9 +182,8 @@ def _group(folder: Path, found: Ready, say: Say, bill: str) -> None:
         found.docker = "docker"
         found.repaired.append("its user was added to the group docker")
     else:
-        say(
-            f"its user needs sudo for docker, and cannot be added to the group: {done.stdout.strip()[:200] or answer[:200]}"
-        )
+        why = (done.stdout.strip() or answer.strip())[:200]
+        say(f"its user needs sudo for docker, and cannot be added to the group: {why}")
 
 
 def _cloud_init(link: ssh.Link, say: Say, bill: str) -> None:

@@ -224,10 +224,18 @@ def send_input(remote: Remote, path: Path, say: Say) -> str:
     """A problems file or a model's folder from here; its path below ~/fractal/inputs. Sent once."""
     place = input_place(path)
     remote.must("make a folder", f'mkdir -p "{ROOT}/inputs/$1"', place.split("/")[0])
-    source = [f"{path}/", f"{remote.host}:{ROOT}/inputs/{place}/"] if path.is_dir() else [
-        str(path), f"{remote.host}:{ROOT}/inputs/{place}"
-    ]  # fmt: skip
-    said = remote.rsync("--stats", "--copy-links", *source)
-    if not said or not sent(said).startswith("0 files"):
-        say(f"{path} is over there: {sent(said)}")
+    _copy(remote, path, f"inputs/{place}", say)
     return place
+
+
+def send_model(remote: Remote, folder: Path, say: Say) -> None:
+    """A model that was prepared here, to ~/fractal/models, where FRACTAL_MODELS looks."""
+    _copy(remote, folder, f"models/{folder.name}", say)
+
+
+def _copy(remote: Remote, path: Path, place: str, say: Say) -> None:
+    ends = "/" if path.is_dir() else ""
+    words = ["--stats", "--copy-links", "--chmod=Da+rx,Fa+r"]  # whoever the container's user is
+    said = sent(remote.rsync(*words, f"{path}{ends}", f"{remote.host}:{ROOT}/{place}{ends}"))
+    if not said.startswith("0 files"):
+        say(f"{path.name} is over there: {said}")

@@ -10,8 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+from fractal.cloud import guard
+from fractal.cloud.ledger import Ledger
 from tests.fake_lambda.machines import Machines
 from tests.fake_lambda.server import FakeLambda
 
@@ -56,6 +59,9 @@ def main(words: list[str] | None = None) -> int:
             except KeyboardInterrupt:  # it has got the same one, and ends the instance
                 continue
         living = fake.living()
+        book, deadline = Ledger(Path(state)), time.monotonic() + 20
+        while any(guard.alive(book, entry.name) for entry in book.entries()) and time.monotonic() < deadline:
+            time.sleep(0.2)  # it notices that its instance has ended, and goes
         print(
             f"demo-cloud: exit code {code}; {fake.launches} launched, {len(living)} still alive as the cloud sees it",
             file=sys.stderr, flush=True,
