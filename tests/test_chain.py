@@ -14,6 +14,7 @@ from fractal import engine
 from fractal.cloud.ledger import Ledger
 from tests.conftest import ROOT
 from tests.fake_lambda.server import FakeLambda, lose_answer, status
+from tests.renting import end_guards
 
 KEY = "secret-key-of-the-chain"
 Invoke = Callable[..., subprocess.CompletedProcess[str]]
@@ -30,10 +31,12 @@ def fake() -> Iterator[FakeLambda]:
 def environment(fake: FakeLambda, tmp_path: Path) -> Iterator[dict[str, str]]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FRACTAL_", "LAMBDA_"))}
     kept |= {"FRACTAL_LAMBDA_URL": fake.url, "LAMBDA_API_KEY": KEY, "FRACTAL_STATE": str(tmp_path / "state")}
-    return kept | {
-        "HOME": str(tmp_path / "home"),
-        "FRACTAL_CACHE": os.environ.get("FRACTAL_CACHE", str(tmp_path / "cache")),
-    }
+    yield kept | {"HOME": str(tmp_path / "home")}
+    left, book = fake.living(), Ledger(tmp_path / "state")
+    for one in left:
+        fake.end_from_outside(str(one["id"]))
+    end_guards(book.folder)
+    assert left == []
 
 
 @pytest.fixture

@@ -1,0 +1,410 @@
+"""A run on a rented instance and everything that can happen to it. After each: nothing lost, doubled or left alive.
+
+A real simulated machine with the real sandbox image; the pipeline's image has a stand-in, so that a run takes seconds.
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from fractal.cloud import alias, guard, instance, ready
+from fractal.cloud.lambda_api import Client, Pace
+from fractal.cloud.ledger import Entry, Ledger
+from fractal.cloud.remote import Remote
+from fractal.images import push
+from fractal.images.build import ensure_sandbox_image
+from tests.conftest import ROOT
+from tests.fake_lambda.machines import Machines, Running
+from tests.fake_lambda.server import FakeLambda, status
+from tests.machine import Unavailable
+from tests.rented_client import STAND_IN
+from tests.renting import end_guards, key_pair
+
+pytestmark = [pytest.mark.docker, pytest.mark.cloud]
+KEY = "secret-key"
+
+
+class World:
+    """A fake cloud with one rented, ready machine that has the images."""
+
+    def __init__(self, folder: Path, fake: FakeLambda) -> None:
+        self.folder, self.fake = folder, fake
+        self.ledger = Ledger(folder / "state")
+        self.model = folder / "model"
+        self.environment = {
+            **os.environ, "FRACTAL_LAMBDA_URL": fake.url, "LAMBDA_API_KEY": KEY, "FRACTAL_STATE": str(self.ledger.folder),
+        }  # fmt: skip
+
+    def client(self) -> Client:
+        return Client(KEY, self.fake.url, pace=Pace(request_s=0, launch_s=0), patience_s=5)
+
+    def rent(self) -> Entry:
+        """Launch, ready, images."""
+        client, said = self.client(), print
+        key = key_pair(self.folder)
+        self.fake.add_ssh_key(f"mine{time.time_ns()}", Path(f"{key}.pub").read_text().strip())
+        os.environ |= {"FRACTAL_SSH_KEY": str(key), "LAMBDA_API_KEY": KEY}
+        entry = instance.launch(
+            client, self.ledger, instance.Wish(types=("gpu_1x_a10",)), instance.find_key(client, self.ledger), said
+        )
+        entry = instance.wait_active(client, self.ledger, entry, said)
+        self.point(entry)
+        ready.wait(self.ledger.folder, entry, said)
+        entry = self.ledger.change(entry.name, ready_at=time.time(), owner=None)
+        config = alias.config_file(self.ledger.folder)
+        here = docker.from_env()
+        sandbox = ensure_sandbox_image(here, lambda text: None).name
+        push.to_host(here, sandbox, "lambda", say=lambda text: None, ssh_config=config)
+        here.close()
+        with Remote(config, lambda: None, print) as remote, remote.engine() as engine:
+            container = engine.containers.create(sandbox)
+            packed = io.BytesIO()
+            with tarfile.open(fileobj=packed, mode="w") as tar:
+                tar.add(ROOT / "tests/rented_stage.py", "stage.py")
+            container.put_archive("/", packed.getvalue())
+            container.commit(*STAND_IN.split(":"), changes='ENTRYPOINT ["python3", "-u", "/stage.py"]')
+            container.remove()
+        return entry
+
+    def point(self, entry: Entry) -> None:
+        assert entry.ip is not None
+        assert entry.id is not None
+        alias.write(self.ledger.folder, ip=entry.ip, key_file=Path(entry.key_file), instance_id=entry.id)
+
+    @property
+    def entry(self) -> Entry:
+        (one,) = self.ledger.open()
+        return one
+
+    @property
+    def machine(self) -> Running:
+        return self.fake.machine(str(self.entry.id))  # type: ignore[return-value]
+
+    def begin(self, run: Path, n: int = 60, **job: Any) -> subprocess.Popen[str]:
+        job |= {"run": str(run), "n": n, "model": str(self.model)}
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.rented_client", json.dumps(job)], cwd=ROOT, env=self.environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def finish(self, process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str, str]:
+        out, err = process.communicate(timeout=timeout_s)
+        assert "Traceback" not in err, err
+        return process.returncode, out, err
+
+    def call(self, run: Path, n: int = 60, **job: Any) -> tuple[int, str, str]:
+        return self.finish(self.begin(run, n, **job))
+
+    def invoke(self, *words: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "invoke", "--search-root", str(ROOT), *words], cwd=self.folder, env=self.environment,
+            text=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=180,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        assert KEY not in done.stdout + done.stderr
+        return done
+
+    def containers(self) -> list[str]:
+        """What is left of jobs over there."""
+        return self.machine.machine.sh(
+            "docker ps -a --format '{{.Names}}' | grep -E 'fractal-(job|sandbox)' || true"
+        ).split()
+
+    def whole(self, run: Path, n: int = 60) -> None:
+        """All samples once, the log without a lost or doubled line, nothing left over there."""
+        lines = (run / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["sample_id"] for line in lines] == list(range(n))
+        assert (run / "critic/epoch-1/head.safetensors").stat().st_size == 256 * 64
+        said = "".join(path.read_text() for path in sorted((run / "logs").glob("all-*.log")))
+        shown = [int(line.split()[1]) for line in said.splitlines() if line.startswith("sample ")]
+        assert shown == list(range(n))
+        assert self.containers() == []
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("rented")
+    kept = dict(os.environ)
+    try:
+        with Machines() as machines, FakeLambda(key=KEY, machines=machines, rate=False) as fake:
+            one = World(folder, fake)
+            one.model.mkdir()
+            (one.model / "config.json").write_text("{}")
+            (one.model / "model.safetensors").write_text("x")
+            (one.model / "tokenizer.json").write_text("{}")
+            (one.model / "chat_template.jinja").write_text("x")
+            yield one
+            for entry in one.ledger.open():
+                instance.terminate(one.client(), one.ledger, entry, print)
+            end_guards(one.ledger.folder)
+            assert fake.living() == []
+            assert fake.troubles == []
+    except Unavailable as error:
+        pytest.skip(str(error))
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+@pytest.fixture
+def rented(world: World) -> Iterator[World]:
+    """The one of the module; another where a test has ended it. Afterwards, nothing is alive that the ledger does not name."""
+    if not world.ledger.open() or not world.fake.living():
+        for entry in world.ledger.open():
+            world.ledger.end(entry.name, "the test before")
+        world.rent()
+    yield world
+    assert {one["name"] for one in world.fake.living()} <= {entry.name for entry in world.ledger.open()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / f"run{time.time_ns()}"
+
+
+def until(what: Callable[[], object], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, "too late"
+        time.sleep(0.05)
+
+
+def seen(run: Path, count: int) -> Callable[[], bool]:
+    """So many samples are in a log here."""
+    return lambda: sum(path.read_text().count("sample ") for path in run.glob("logs/all-*.log")) >= count
+
+
+def test_a_run_comes_home_whole(rented: World, run: Path) -> None:
+    code, out, err = rented.call(run)
+    assert (code, out.count("sample ")) == (0, 60)
+    assert "begin 1000 0.7500 True" in out  # the owner of the files, the price, the sidecar's socket
+    assert "digests equal" in err
+    assert "goes on and costs" in err
+    rented.whole(run)
+    code, _, _ = rented.call(run)  # again: nothing is repeated
+    assert code == 0
+    rented.whole(run)
+    assert (
+        sum(
+            name == "POST /instance-operations/launch"
+            for name in [f"{c.method} {c.path}" for c in rented.fake.requests]
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_follower_that_ends_leaves_the_job_and_the_next_goes_on(rented: World, run: Path, number: int) -> None:
+    process = rented.begin(run)
+    until(seen(run, 10))
+    process.send_signal(number)
+    _, _, err = rented.finish(process)
+    if number != signal.SIGKILL:
+        assert "the job goes on over there" in err
+    assert len(rented.fake.living()) == 1
+    code, _, err = rented.call(run)
+    assert code == 0
+    rented.whole(run)
+
+
+@pytest.mark.parametrize("kill_at", range(0, 60, 3))
+def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, kill_at: int) -> None:
+    process = rented.begin(run, n=12, kill_at=kill_at)
+    process.communicate(timeout=120)
+    assert process.returncode in (-signal.SIGKILL, 0)
+    code, _, err = rented.call(run, n=12)
+    assert code == 0, err
+    rented.whole(run, n=12)
+
+
+def test_the_network_is_gone_for_a_while(rented: World, run: Path) -> None:
+    process = rented.begin(run, n=100)
+    until(seen(run, 5))
+    rented.machine.machine.sh("pkill -f 'sshd: ubuntu' || true")
+    code, _, err = rented.finish(process)
+    assert code == 0
+    assert "connected again" in err
+    rented.whole(run, n=100)
+
+
+def test_a_laptop_that_slept_goes_on(rented: World, run: Path) -> None:
+    process = rented.begin(run, n=100)
+    until(seen(run, 5))
+    os.kill(process.pid, signal.SIGSTOP)
+    rented.machine.machine.sh("pkill -f 'sshd: ubuntu' || true")
+    time.sleep(3)
+    os.kill(process.pid, signal.SIGCONT)
+    code, _, _ = rented.finish(process)
+    assert code == 0
+    rented.whole(run, n=100)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "says"), [(1, 1, "CUDA out of memory"), (2, 137, "process died"), (3, 1, "lacks the package vllm")]
+)
+def test_a_stage_that_fails_is_named_and_its_results_are_home(
+    rented: World, run: Path, how: int, code: int, says: str
+) -> None:
+    got, _, err = rented.call(run, more=f"--seed {how}")
+    assert got == code
+    assert says in err
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 31
+    assert rented.containers() == []
+    assert rented.call(run)[0] == 0
+    rented.whole(run)
+
+
+def test_the_sandbox_dies_the_run_is_done_again(rented: World, run: Path) -> None:
+    process = rented.begin(run)
+    until(seen(run, 5))
+    rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-sandbox)")
+    assert rented.finish(process)[0] == 0
+    rented.whole(run)
+
+
+def test_the_engine_over_there_is_restarted(rented: World, run: Path) -> None:
+    process = rented.begin(run)
+    until(seen(run, 5))
+    rented.machine.machine.sh("systemctl restart docker")
+    code, _, err = rented.finish(process)
+    assert code != 0
+    assert err
+    assert rented.call(run)[0] == 0
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample_id"] for line in lines] == list(range(60))
+
+
+def test_a_job_that_is_removed_over_there_is_said(rented: World, run: Path) -> None:
+    process = rented.begin(run)
+    until(seen(run, 5))
+    rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-job)")
+    code, _, err = rented.finish(process)
+    assert code == 3
+    assert "not on lambda any more" in err
+    assert rented.call(run)[0] == 0
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample_id"] for line in lines] == list(range(60))
+
+
+def test_another_job_is_refused_and_stop_ends_the_one(rented: World, run: Path, tmp_path: Path) -> None:
+    process = rented.begin(run, n=2000)
+    until(seen(run, 5))
+    code, _, err = rented.call(tmp_path / "other")
+    assert code == 2
+    assert "invoke stop" in err
+    assert "job all-" in rented.invoke("ps").stdout
+    assert "sample " in rented.invoke("logs").stdout
+    assert "A100" in rented.invoke("gpu").stdout
+    assert rented.invoke("ssh", "--command=exit 7").returncode == 7
+    done = rented.invoke("stop")
+    assert done.returncode == 0, done.stderr
+    code, _, _ = rented.finish(process)
+    assert code != 0
+    assert rented.containers() == []
+
+
+def test_an_image_that_is_not_there_is_said(rented: World, run: Path) -> None:
+    rented.machine.machine.sh(f"docker tag {STAND_IN} kept:1 && docker rmi {STAND_IN}")
+    try:
+        code, _, err = rented.call(run)
+    finally:
+        rented.machine.machine.sh(f"docker tag kept:1 {STAND_IN}")
+    assert code == 3
+    assert "invoke push --image=pipeline-cpu,sandbox" in err
+    assert rented.containers() == []
+
+
+def test_a_full_disk_here_keeps_the_job_and_says_so(rented: World, run: Path, tiny_disk: Path) -> None:
+    folder = tiny_disk / run.name
+    process = rented.begin(folder, n=400)
+    code, _, err = rented.finish(process)
+    if code == 0:
+        pytest.skip("it fits")
+    assert code == 3
+    assert "full" in err or "space" in err
+    assert len(rented.fake.living()) == 1
+
+
+def test_the_api_is_away_while_a_job_runs(rented: World, run: Path) -> None:
+    process = rented.begin(run, n=100)
+    until(seen(run, 5))
+    rented.fake.script("* *", *[status(503)] * 8)
+    rented.machine.machine.sh("pkill -f 'sshd: ubuntu' || true")
+    assert rented.finish(process)[0] == 0
+    rented.fake.unscript()
+    rented.whole(run, n=100)
+
+
+def test_the_address_moves(rented: World, run: Path) -> None:
+    process = rented.begin(run, n=200)
+    until(seen(run, 5))
+    rented.fake.move(str(rented.entry.id))
+    code, _, err = rented.finish(process, 180)
+    assert code != 0  # its power was cut: the job died
+    assert "died" in err or "any more" in err or "not" in err
+    code, _, err = rented.call(run, n=200)
+    assert code == 0, err
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample_id"] for line in lines] == list(range(200))
+
+
+@pytest.mark.parametrize("how", ["preempt", "end_from_outside"])
+def test_an_instance_that_is_taken_away_is_said_and_the_next_has_what_came_home(
+    rented: World, run: Path, how: str
+) -> None:
+    process = rented.begin(run, n=2000)
+    until(seen(run, 30))
+    until(lambda: (run / "samples.jsonl").exists())
+    getattr(rented.fake, how)(str(rented.entry.id))
+    code, _, err = rented.finish(process, 180)
+    assert code == 3
+    assert "invoke launch" in err
+    assert rented.fake.living() == []
+    before = len((run / "samples.jsonl").read_text().splitlines())
+    assert before > 0
+    rented.rent()
+    code, _, err = rented.call(run, n=before + 10)
+    assert code == 0, err
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample_id"] for line in lines] == list(range(before + 10))
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM, signal.SIGINT])
+def test_terminate_ends_the_instance_on_every_way_out(rented: World, run: Path, number: int) -> None:
+    process = rented.begin(run, n=30 if not number else 2000, terminate=True)
+    until(seen(run, 10))
+    if number:
+        process.send_signal(number)
+    code, _, err = rented.finish(process)
+    assert (code == 0) == (not number)
+    assert rented.fake.living() == []
+    assert rented.ledger.open() == []
+    assert "is ended" in err
+    assert (run / "samples.jsonl").exists()
+
+
+def test_a_budget_that_is_reached_ends_the_instance_after_a_last_fetch(rented: World, run: Path) -> None:
+    process = rented.begin(run, n=4000)
+    until(seen(run, 10))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    entry = rented.entry
+    rented.ledger.change(entry.name, max_hours=(time.time() + 25 - entry.asked_at) / 3600)
+    assert guard.alive(rented.ledger, entry.name)
+    until(lambda: rented.fake.living() == [], 120)
+    until(lambda: rented.ledger.open() == [])
+    assert len((run / "samples.jsonl").read_text().splitlines()) > 50
+    assert "limit" in (rented.ledger.entries()[-1].end_reason or "") or "max" in (
+        rented.ledger.entries()[-1].end_reason or ""
+    )
