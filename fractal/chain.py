@@ -68,11 +68,13 @@ def conduct(work: Callable[[], Any], tasks: list[tuple[str, Mapping[str, Any]]],
     if {"launch", "up"} & names and {"build", "push", "up"} & names and (trouble := engine.problem()):
         raise OutsideError(trouble)  # before money is spent
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda got, _: sys.exit(128 + got))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, lambda got, _: sys.exit(128 + got))
     try:
         return work()
     finally:
-        _end_armed()
+        if any(options.get("terminate", name == "up") for name, options in _plan.tasks):
+            _end_armed()
 
 
 def check(plan: Plan) -> None:
@@ -110,14 +112,18 @@ def arm(name: str) -> None:
 
 
 def _end_armed() -> None:
-    if not _armed:
+    """Also what was asked for and interrupted before it was known here."""
+    book = Ledger(ledger.state_dir())
+    here = ledger.Process.here()
+    mine = {one.name for one in book.open() if one.terminate_after and one.owner == here}
+    if not _armed | mine:
         return
     before = {
         number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         with cloud() as (client, book):
-            for entry in [one for one in book.open() if one.name in _armed]:
+            for entry in [one for one in book.open() if one.name in _armed | mine]:
                 instance.terminate(client, book, entry, say, "its command has ended")
                 show_bill(book, entry.name)
         _armed.clear()

@@ -18,6 +18,28 @@ def test_a_stage_with_nothing_to_do_imports_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["fractal.chain", "fractal.rented", "fractal.cloud.guard"])
+def test_the_operators_laptop_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+STAGES = {"generate", "verify", "train", "score", "selection", "report", "critic"}
+
+
+@pytest.mark.parametrize(("room", "others"), [("cloud", {"images", *STAGES}), ("images", {"cloud", *STAGES})])
+def test_rooms_do_not_import_each_other(room: str, others: set[str]) -> None:
+    for path in (ROOT / "fractal" / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                found += [f"{node.module}.{a.name}" for a in node.names]
+            assert (
+                not {word for name in found if name.startswith("fractal.") for word in name.split(".")[1:2]} & others
+            ), path
+
+
 def test_what_runs_in_the_sandbox_imports_the_standard_library_and_its_own_folder() -> None:
     from fractal.sandbox import source
 
