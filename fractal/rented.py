@@ -84,6 +84,7 @@ def _run(remote: Remote, book: Ledger, entry: Entry, wanted: Work) -> int:
     job = _running(remote, wanted)
     if job is None:
         collect(remote, folder.parent)
+        jobs.sweep(remote)
         results.exchange(remote, folder, say)
         job = _start(remote, entry, wanted, place)
     else:

@@ -37,6 +37,15 @@ $docker rm -fv "fractal-job-$2" "fractal-sandbox-$2" > /dev/null 2>&1
 for i in 1 2 3 4 5 6 7 8 9 10; do $docker volume rm -f "fractal-sandbox-$2" > /dev/null 2>&1 && break; sleep 0.2; done
 ! $docker inspect "fractal-job-$2" > /dev/null 2>&1
 """
+SWEEP = """\
+docker=$1
+{ $docker ps -a --filter name=fractal-sandbox- --format '{{.Names}}'; $docker volume ls -q --filter name=fractal-sandbox-; } |
+  sort -u | while read -r name; do
+    $docker inspect "fractal-job-${name#fractal-sandbox-}" > /dev/null 2>&1 && continue
+    $docker rm -fv "$name" > /dev/null 2>&1 < /dev/null
+    $docker volume rm -f "$name" > /dev/null 2>&1 < /dev/null
+  done
+"""
 TAIL = 20_000  # bytes of the output that a diagnosis looks at
 
 
@@ -194,6 +203,11 @@ def follow(
 def end(remote: Remote, job: str) -> None:
     """Remove a job with its sidecar, running or not."""
     remote.must(f"remove the job {job}", END, remote.docker_words, job)
+
+
+def sweep(remote: Remote) -> None:
+    """Remove sandboxes without a job: a client was killed while it started one. No other may be starting one now."""
+    remote.must("remove old sandboxes", SWEEP, remote.docker_words)
 
 
 def diagnose(job: Job, tail: str) -> str | None:
