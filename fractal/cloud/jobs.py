@@ -39,7 +39,8 @@ for i in 1 2 3 4 5 6 7 8 9 10; do $docker volume rm -f "fractal-sandbox-$2" > /d
 """
 SWEEP = """\
 docker=$1
-{ $docker ps -a --filter name=fractal-sandbox- --format '{{.Names}}'; $docker volume ls -q --filter name=fractal-sandbox-; } |
+volumes() { $docker volume ls -q --filter name=fractal-sandbox-; }
+{ $docker ps -a --filter name=fractal-sandbox- --format '{{.Names}}'; volumes; } |
   sort -u | while read -r name; do
     $docker inspect "fractal-job-${name#fractal-sandbox-}" > /dev/null 2>&1 && continue
     $docker rm -fv "$name" > /dev/null 2>&1 < /dev/null
