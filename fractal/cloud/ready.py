@@ -240,7 +240,7 @@ def _gpu(link: ssh.Link, found: Ready, say: Say, bill: str) -> None:
                 "Docker there has no NVIDIA container toolkit: --gpus all is refused. Install it there: sudo apt-get "
                 f"install nvidia-container-toolkit, then `invoke wait`. {bill}."
             )
-    last = (words.splitlines() or ["no reason given"])[-1][:200]
+    last = "; ".join(line.strip() for line in words.splitlines() if line.strip())[-250:] or "no reason given"
     if done.returncode and any(word in words for word in ("loading shared libraries", "not found", "no such file")):
         # The hook has run: the probe lacks something that NVIDIA's programs want, and the pipeline's image has.
         say(f"Docker takes --gpus all; the probe itself does not run ({last}), the pipeline will tell")
