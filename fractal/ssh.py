@@ -241,7 +241,11 @@ class Link:
             raise self._lost() from error
 
     def _lost(self) -> SshError:
-        return explain(self.host, (self._folder / "log").read_text(errors="replace"))
+        try:
+            words = (self._folder / "log").read_text(errors="replace")
+        except FileNotFoundError:  # closed meanwhile, by a thread that makes another connection
+            words = "closed"
+        return explain(self.host, words)
 
 
 def remote(script: str, *words: str) -> str:

@@ -15,7 +15,7 @@ from fractal.records import InputError
 def line(status: str = "exited", code: int = 0, oom: bool = False, **labels: str) -> str:
     label = {jobs.JOB: "all-1", jobs.RUN: "demo", jobs.WORDS: '["--stage", "all"]'} | labels
     state = {"Status": status, "ExitCode": code, "OOMKilled": oom, "StartedAt": "2026-11-25T10:00:00.1Z"}
-    return json.dumps([label, state, False])
+    return json.dumps([label, state])
 
 
 def test_the_engines_words_become_jobs() -> None:

@@ -54,7 +54,7 @@ class World:
         client, said = self.client(), print
         key = key_pair(self.folder)
         self.fake.add_ssh_key(f"mine{time.time_ns()}", Path(f"{key}.pub").read_text().strip())
-        os.environ |= {"FRACTAL_SSH_KEY": str(key), "LAMBDA_API_KEY": KEY}
+        os.environ |= {**self.environment, "FRACTAL_SSH_KEY": str(key)}  # the guard's
         entry = instance.launch(
             client, self.ledger, instance.Wish(types=("gpu_1x_a10",)), instance.find_key(client, self.ledger), said
         )
@@ -218,7 +218,7 @@ def test_a_follower_that_ends_leaves_the_job_and_the_next_goes_on(rented: World,
     rented.whole(run)
 
 
-@pytest.mark.parametrize("kill_at", range(0, 60, 3))
+@pytest.mark.parametrize("kill_at", range(1, 60, 6))
 def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, kill_at: int) -> None:
     process = rented.begin(run, n=12, kill_at=kill_at)
     process.communicate(timeout=120)
@@ -231,7 +231,7 @@ def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, k
 def test_the_network_is_gone_for_a_while(rented: World, run: Path) -> None:
     process = rented.begin(run, n=100)
     until(seen(run, 5))
-    rented.machine.machine.sh("pkill -f 'sshd: ubuntu' || true")
+    rented.machine.machine.sh("pkill -f '[s]shd: ubuntu' || true")
     code, _, err = rented.finish(process)
     assert code == 0
     assert "connected again" in err
@@ -242,7 +242,7 @@ def test_a_laptop_that_slept_goes_on(rented: World, run: Path) -> None:
     process = rented.begin(run, n=100)
     until(seen(run, 5))
     os.kill(process.pid, signal.SIGSTOP)
-    rented.machine.machine.sh("pkill -f 'sshd: ubuntu' || true")
+    rented.machine.machine.sh("pkill -f '[s]shd: ubuntu' || true")
     time.sleep(3)
     os.kill(process.pid, signal.SIGCONT)
     code, _, _ = rented.finish(process)
@@ -286,19 +286,19 @@ def test_the_engine_over_there_is_restarted(rented: World, run: Path) -> None:
 
 
 def test_a_job_that_is_removed_over_there_is_said(rented: World, run: Path) -> None:
-    process = rented.begin(run)
+    process = rented.begin(run, n=400)
     until(seen(run, 5))
     rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-job)")
     code, _, err = rented.finish(process)
     assert code == 3
     assert "not on lambda any more" in err
-    assert rented.call(run)[0] == 0
+    assert rented.call(run, n=100)[0] == 0
     lines = (run / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["sample_id"] for line in lines] == list(range(60))
+    assert [json.loads(line)["sample_id"] for line in lines] == list(range(100))
 
 
 def test_another_job_is_refused_and_stop_ends_the_one(rented: World, run: Path, tmp_path: Path) -> None:
-    process = rented.begin(run, n=2000)
+    process = rented.begin(run, n=6000)
     until(seen(run, 5))
     code, _, err = rented.call(tmp_path / "other")
     assert code == 2
@@ -340,7 +340,7 @@ def test_the_api_is_away_while_a_job_runs(rented: World, run: Path) -> None:
     process = rented.begin(run, n=100)
     until(seen(run, 5))
     rented.fake.script("* *", *[status(503)] * 8)
-    rented.machine.machine.sh("pkill -f 'sshd: ubuntu' || true")
+    rented.machine.machine.sh("pkill -f '[s]shd: ubuntu' || true")
     assert rented.finish(process)[0] == 0
     rented.fake.unscript()
     rented.whole(run, n=100)
@@ -404,7 +404,9 @@ def test_a_budget_that_is_reached_ends_the_instance_after_a_last_fetch(rented: W
     assert guard.alive(rented.ledger, entry.name)
     until(lambda: rented.fake.living() == [], 120)
     until(lambda: rented.ledger.open() == [])
-    assert len((run / "samples.jsonl").read_text().splitlines()) > 50
+    said = guard.log_file(rented.ledger, entry.name).read_text()
+    assert (run / "samples.jsonl").exists(), said
+    assert len((run / "samples.jsonl").read_text().splitlines()) > 50, said
     assert "limit" in (rented.ledger.entries()[-1].end_reason or "") or "max" in (
         rented.ledger.entries()[-1].end_reason or ""
     )

@@ -27,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 LIST = """\
 docker=$1
 ids=$($docker ps -aq --filter label=fractal.job) || exit 1
-[ -z "$ids" ] || $docker inspect --format '[{{json .Config.Labels}},{{json .State}},{{json .Config.Tty}}]' $ids
+[ -z "$ids" ] || $docker inspect --format '[{{json .Config.Labels}},{{json .State}}]' $ids || :  # one may go meanwhile
 """
 FOLLOW = '$1 logs -f "$2" 2>&1 | tail -c +"$3"'
 REST = '$1 logs "$2" 2>&1 | tail -c +"$3"'
@@ -100,7 +100,7 @@ def parse(lines: str) -> list[Job]:
     found = []
     for line in lines.splitlines():
         try:
-            label, state, _ = json.loads(line)
+            label, state = json.loads(line)
             status = state["Status"]
             found.append(
                 Job(
@@ -185,11 +185,15 @@ def follow(
         while True:
             link = remote.link
             try:
-                if not once:
-                    take(FOLLOW)
+                if once:
+                    state = find(remote, job)
+                    take(REST)
+                    link.check()
+                    return state
+                take(FOLLOW)
                 link.check()
                 state = find(remote, job)
-                if state.ended or once:
+                if state.ended:
                     before = offset
                     take(REST)  # what the engine had not written out when it closed the stream
                     link.check()
