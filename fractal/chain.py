@@ -6,6 +6,7 @@ the ledger, on the machine and in the run's folder: any call may be the sequel o
 
 import contextlib
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -67,6 +68,10 @@ def conduct(work: Callable[[], Any], tasks: list[tuple[str, Mapping[str, Any]]],
         return work()
     if {"launch", "up"} & names and {"build", "push", "up"} & names and (trouble := engine.problem()):
         raise OutsideError(trouble)  # before money is spent
+    if {"launch", "up"} & names:
+        for program, package in (("ssh", "openssh-client"), ("rsync", "rsync")):
+            if shutil.which(program) is None:
+                raise OutsideError(f"There is no {program} here. On Debian or Ubuntu run: apt-get install {package}.")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
             signal.signal(number, lambda got, _: sys.exit(128 + got))

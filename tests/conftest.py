@@ -69,6 +69,18 @@ def small_model() -> Path:
     return models.resolve(models.EMBEDDED).path
 
 
+@pytest.fixture(scope="session")
+def openssh(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """OpenSSH's programs and rsync, installed if root may; a bare machine has neither."""
+    from tests.machine import Unavailable, need
+
+    try:
+        for program, package in (("ssh-keygen", "openssh-client"), ("rsync", "rsync")):
+            need(program, package, log=tmp_path_factory.mktemp("apt") / "log")
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""

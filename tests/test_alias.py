@@ -9,6 +9,8 @@ import pytest
 from fractal.cloud import alias
 from fractal.records import OutsideError
 
+pytestmark = pytest.mark.usefixtures("openssh")
+
 
 def asked(config: Path) -> dict[str, str]:
     """What ssh makes of it."""

@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 from tests.fake_lambda.server import FakeLambda, lose_answer, status
 from tests.renting import end_guards
 
+pytestmark = pytest.mark.usefixtures("openssh")
+
 KEY = "secret-key-of-the-chain"
 Invoke = Callable[..., subprocess.CompletedProcess[str]]
 

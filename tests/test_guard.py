@@ -20,6 +20,8 @@ from fractal.records import InputError
 from tests.fake_lambda.server import cut, garbage, status
 from tests.renting import QUICK, SETTINGS, TYPE, Renting, end_guards, guard_pids, key_pair, renting, until
 
+pytestmark = pytest.mark.usefixtures("openssh")
+
 HOUR = 3600.0
 
 

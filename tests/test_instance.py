@@ -22,6 +22,7 @@ from tests.conftest import ROOT
 from tests.fake_lambda.server import Fault, cut, delay, garbage, lose_answer, ok, status, tear
 from tests.renting import QUICK, SETTINGS, TYPE, WISH, Renting, end_guards, guards, key_pair, renting, until
 
+pytestmark = pytest.mark.usefixtures("openssh")
 LAUNCH = "POST /instance-operations/launch"
 A100 = "gpu_1x_a100_sxm4"
 

@@ -23,6 +23,8 @@ from tests.fake_lambda.server import lose_answer
 from tests.renting import QUICK, Renting, end_guards, guard_pids, key_pair, renting, until
 from tests.test_ledger import entry as an_entry
 
+pytestmark = pytest.mark.usefixtures("openssh")
+
 Prepare = Callable[[Renting], None]
 
 

@@ -17,7 +17,7 @@ from tests.fake_lambda import machines as factory
 from tests.fake_lambda.machines import Machines
 from tests.machine import Condition, Machine, Unavailable
 
-pytestmark = [pytest.mark.docker, pytest.mark.cloud]
+pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
 
 PROBE = """\
 tar --hard-dereference -chC / bin/sh bin/ls \

@@ -11,7 +11,7 @@ from fractal.cloud.lambda_api import CloudError
 from fractal.cloud.ledger import Entry
 from tests.machine import GOOD, Condition, Machine, Unavailable
 
-pytestmark = [pytest.mark.docker, pytest.mark.cloud]
+pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
 
 
 def entry(machine: Machine, ip: str = "") -> Entry:

@@ -22,7 +22,7 @@ from fractal.records import InputError, OutsideError
 from tests.conftest import ROOT
 from tests.machine import Condition, Machine, Unavailable
 
-pytestmark = [pytest.mark.docker, pytest.mark.cloud]
+pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
 TINY = """\
 set -e
 sudo docker image inspect tiny > /dev/null 2>&1 && exit

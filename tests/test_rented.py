@@ -31,7 +31,7 @@ from tests.machine import Unavailable
 from tests.rented_client import STAND_IN
 from tests.renting import end_guards, key_pair
 
-pytestmark = [pytest.mark.docker, pytest.mark.cloud]
+pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
 KEY = "secret-key"
 
 

@@ -29,8 +29,9 @@ docker=$1
 ids=$($docker ps -aq --filter label=fractal.job) || exit 1
 [ -z "$ids" ] || $docker inspect --format '[{{json .Config.Labels}},{{json .State}}]' $ids || :  # one may go meanwhile
 """
-FOLLOW = '$1 logs -f "$2" 2>&1 | tail -c +"$3"'
-REST = '$1 logs "$2" 2>&1 | tail -c +"$3"'
+HAVE = '$1 inspect "$2" > /dev/null 2>&1 || exit 1\n'  # else docker's own words would look like the job's
+FOLLOW = HAVE + '$1 logs -f "$2" 2>&1 | tail -c +"$3"'
+REST = HAVE + '$1 logs "$2" 2>&1 | tail -c +"$3"'
 END = """\
 docker=$1
 $docker rm -fv "fractal-job-$2" "fractal-sandbox-$2" > /dev/null 2>&1

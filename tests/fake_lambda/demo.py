@@ -17,6 +17,7 @@ from fractal.cloud import guard
 from fractal.cloud.ledger import Ledger
 from tests.fake_lambda.machines import Machines
 from tests.fake_lambda.server import FakeLambda
+from tests.machine import Unavailable, need
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-of-the-demo"
@@ -33,6 +34,13 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--limit", default="", help="problems of each split; default: all 24")
     parser.add_argument("-n", default="8", help="samples per problem")
     given = parser.parse_args(words)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            need("ssh-keygen", "openssh-client", log=Path(folder) / "log")
+            need("rsync", "rsync", log=Path(folder) / "log")
+        except Unavailable as error:
+            print(f"demo-cloud: {error}", file=sys.stderr)
+            return 3
     with (
         tempfile.TemporaryDirectory(prefix="fractal-demo-cloud-") as state,
         Machines() as machines,
