@@ -242,7 +242,9 @@ class Machine:
         self.ssh_config = self.config("config")
         if self._wait:
             self._until("ssh", "pgrep -x sshd")
-            self.trust(self.host_key())
+            key = self.host_key()
+            (self.folder / "host_key.pub").write_text(key)
+            self.trust(key)
             if self.condition.docker == "runs":
                 self._until("docker", "docker version")
 
