@@ -4,14 +4,23 @@ The host key is pinned under the instance's id: another address of the same mach
 address is not.
 """
 
+import contextlib
+import fnmatch
+import hashlib
 import os
 import re
+import stat
+import tempfile
 from pathlib import Path
 
-from fractal.records import OutsideError, write_whole
+from fractal.records import InputError, OutsideError
 
 ALIAS = "lambda"
 USER = "ubuntu"
+SHORT = Path("/tmp")  # where the user's folder for sockets is made if the state folder's name is too long
+SOCKET_BYTES = (
+    103 - 17
+)  # a socket's name has 104 bytes on macOS, the zero included; ssh first appends a dot and 16 letters
 
 
 def config_file(folder: Path) -> Path:
@@ -25,18 +34,24 @@ def known_hosts(folder: Path) -> Path:
 def write(
     folder: Path, *, ip: str, key_file: Path, instance_id: str, alias: str = ALIAS, port: int = 22, user: str = USER
 ) -> Path:
-    """Let the alias lead there; the config file. Raises OutsideError."""
+    """Let the alias lead there; the config file. Raises InputError, OutsideError."""
     place = config_file(folder)
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     text = render(folder, ip=ip, key_file=key_file, instance_id=instance_id, alias=alias, port=port, user=user)
-    if not place.exists() or place.read_text() != text:
-        write_whole(place, text.encode())
-        place.chmod(0o600)
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place.parent.chmod(0o700)  # the socket's protection
+        if not place.exists() or place.read_bytes() != text.encode():
+            replace(place, text.encode(), 0o600)
+    except OSError as error:
+        raise OutsideError(
+            f"{place}: cannot be written: {error.strerror or error}. Mend that and try again."
+        ) from error
     return place
 
 
 def render(folder: Path, *, ip: str, key_file: Path, instance_id: str, alias: str, port: int, user: str) -> str:
     """ssh_config(5). The shared connection is for a person's own ssh; our commands share one of their own."""
+    socket = control_path(folder, f"{instance_id} {user}@{ip}:{port}")
     settings = {
         "HostName": ip,
         "Port": port,
@@ -46,8 +61,8 @@ def render(folder: Path, *, ip: str, key_file: Path, instance_id: str, alias: st
         "HostKeyAlias": instance_id,
         "UserKnownHostsFile": quoted(known_hosts(folder)),
         "StrictHostKeyChecking": "yes",
-        "ControlMaster": "auto",
-        "ControlPath": "/tmp/fractal-%C",  # a socket's name has 104 bytes at most
+        "ControlMaster": "auto" if socket else "no",
+        "ControlPath": quoted(socket) if socket else "none",
         "ControlPersist": "60",
         "ServerAliveInterval": "15",
         "ServerAliveCountMax": "4",
@@ -56,37 +71,89 @@ def render(folder: Path, *, ip: str, key_file: Path, instance_id: str, alias: st
     return "\n".join(["# Written by fractal; changes are lost.", f"Host {alias}", *lines, ""])
 
 
+def control_path(folder: Path, machine: str) -> Path | None:
+    """The shared connection's socket, whose name is short and new with each machine and address; None: do not share.
+
+    In a folder that is ours alone: ssh hands its terminal to whoever listens there.
+    """
+    name = f"c-{hashlib.sha256(machine.encode()).hexdigest()[:8]}"
+    if len(os.fsencode(folder / "ssh" / name)) <= SOCKET_BYTES:
+        return folder / "ssh" / name
+    place = SHORT / f"fractal-{os.getuid()}"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        found = place.lstat()
+    except OSError:
+        return None
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return place / name if ours else None
+
+
 def quoted(path: Path) -> str:
-    """A path in ssh_config: quoted, and a % is no token."""
-    return '"' + str(path).replace("%", "%%") + '"'
+    """A path as one word of ssh_config. Raises InputError for one that OpenSSH's versions do not all read alike."""
+    text = str(path)
+    if found := re.search(r'["\\%$*?\[\]\n\r]', text):
+        raise InputError(
+            f"{text!r}: ssh's configuration cannot hold a path with {found[0]!r}. Use another folder for Fractal's "
+            "state (FRACTAL_STATE), or another name for the key."
+        )
+    return f'"{text}"'
 
 
 def include(home: Path, folder: Path) -> bool:
-    """Put the one Include line first into ~/.ssh/config, unless it is there; whether it was added. Raises OutsideError.
+    """Put the one Include line first into ~/.ssh/config, unless it is there; whether it was put.
 
     First, since an Include below a Host line belongs to that host. Everything else stays as it is, byte for byte.
+    Raises InputError, OutsideError.
     """
-    place = Path(os.path.realpath(home / ".ssh" / "config"))
-    line = f'Include "{config_file(folder)}"'
+    line = f"Include {quoted(config_file(folder))}"
+    by_hand = f"Put this line first by hand: {line}"
+    place = Path(os.path.realpath(home / ".ssh" / "config"))  # what a link points to, not the link
     try:
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        before = place.read_bytes() if place.exists() else b""
-        if line.encode() in before.splitlines():
+        (home / ".ssh").mkdir(mode=0o700, parents=True, exist_ok=True)
+        before, mode = b"", 0o600
+        if place.exists():
+            before, mode = place.read_bytes(), stat.S_IMODE(place.stat().st_mode)
+            if not mode & stat.S_IWUSR or not os.access(place, os.W_OK):
+                raise OutsideError(f"{place} is read-only, and stays as it is. {by_hand}")
+        lines = before.splitlines(keepends=True)
+        if next((one.strip() for one in lines if one.strip() and not one.startswith(b"#")), b"") == line.encode():
             return False
-        mode = place.stat().st_mode & 0o777 if place.exists() else 0o600
-        write_whole(place, line.encode() + b"\n" + before)
-        place.chmod(mode)
-    except (OSError, OutsideError) as error:
-        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise OutsideError(f"{place}: cannot be changed: {why}. Put this line first by hand: {line}") from error
+        others = b"".join(one for one in lines if one.strip() != line.encode())  # one that came to stand further down
+        replace(place, line.encode() + b"\n" + others, mode)
+    except OSError as error:
+        raise OutsideError(f"{place}: cannot be changed: {error.strerror or error}. {by_hand}") from error
     return True
 
 
 def own_alias(home: Path, alias: str = ALIAS) -> bool:
-    """Whether the user's config has a host of that name; ours comes first and wins."""
-    place = home / ".ssh" / "config"
+    """Whether the user's config has a host of that name, "*" aside. Ours comes first and wins.
+
+    Files that it includes are not read.
+    """
     try:
-        text = place.read_text(errors="replace")
+        text = (home / ".ssh" / "config").read_text(errors="replace")
     except OSError:
         return False
-    return bool(re.search(rf"(?im)^\s*Host\s+(?:.*\s)?{re.escape(alias)}(?:\s|$)", text))
+    for match in re.finditer(r"(?im)^[ \t]*Host(?:[ \t]*=[ \t]*|[ \t]+)(.*)$", text):
+        patterns = match[1].split("#")[0].replace('"', " ").split()
+        named = any(fnmatch.fnmatchcase(alias, one) for one in patterns if set(one) != {"*"})
+        if named and f"!{alias}" not in patterns:
+            return True
+    return False
+
+
+def replace(path: Path, data: bytes, mode: int) -> None:
+    """Write a file by one rename; it never has another mode, which ssh would refuse. Raises OSError."""
+    number, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(number, "wb") as out:
+            os.fchmod(out.fileno(), mode)
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
