@@ -315,7 +315,8 @@ def make_ready(client: lambda_api.Client, book: Ledger, *, anew: bool = False) -
     point(book, entry)
     with phase(book, entry.name, "ready"):
         kind = client.instance_types().get(entry.type_name)
-        found = ready.wait(book.folder, entry, say, gpus=kind is None or kind.gpus > 0)
+        gpus = kind is None or kind.gpus > 0
+        found = ready.wait(book.folder, entry, say, gpus=gpus, refresh=lambda: present(client, book, entry))
     entry = book.change(entry.name, ready_at=time.time())
     say(f"{ALIAS} is ready: {found}")
     return entry
@@ -328,16 +329,24 @@ def point(book: Ledger, entry: Entry) -> None:
     alias.write(book.folder, ip=entry.ip, key_file=Path(entry.key_file), instance_id=entry.id)
 
 
+def present(client: lambda_api.Client, book: Ledger, entry: Entry) -> str:
+    """The instance's address now, to which the alias leads from then on. Raises CloudError if it is gone."""
+    with contextlib.suppress(
+        lambda_api.ConnectionLost
+    ):  # the API is as far away as the machine: its old address will do
+        found = instance.current(client, book)
+        entry = found if found.ip else entry
+    point(book, entry)
+    return str(entry.ip)
+
+
 @contextmanager
 def machine(client: lambda_api.Client, book: Ledger, *, patience_s: float = 600.0) -> Iterator[tuple[Remote, Entry]]:
     """The ready instance, reached by ssh; wherever its address moves to."""
     entry = make_ready(client, book)
 
     def refresh() -> None:
-        try:
-            point(book, instance.current(client, book))
-        except lambda_api.ConnectionLost:  # the API is as far away as the machine: its old address will do
-            pass
+        present(client, book, entry)
 
     with Remote(book.folder / "ssh/config", refresh, say, patience_s=patience_s) as remote:
         yield remote, entry

@@ -48,6 +48,10 @@ class SshError(OutsideError):
     """The far side cannot be reached by ssh, or not as we need it: one line with the remedy."""
 
 
+class SshKeyChanged(SshError):
+    """Another host key than the one that is known."""
+
+
 class SshLost(SshError):
     """It cannot be reached now, or no longer; a moment later it may be."""
 
@@ -259,7 +263,7 @@ def explain(host: str, words: str) -> SshError:
     last = re.sub(r"\s+", " ", lines[-1])[:200].rstrip(".") if lines else "ssh ended without a word"
     by_hand = f"ssh {host} true"
     if "IDENTIFICATION HAS CHANGED" in words:
-        return SshError(
+        return SshKeyChanged(
             f"The host key of {host} is not the one in your known_hosts: another machine has this address, or someone "
             f"is in between. If you replaced the machine, remove the old key (ssh-keygen -R ADDRESS); try: {by_hand}"
         )
