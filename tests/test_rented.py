@@ -290,8 +290,8 @@ def test_a_job_that_is_removed_over_there_is_said(rented: World, run: Path) -> N
     until(seen(run, 5))
     rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-job)")
     code, _, err = rented.finish(process)
-    assert code == 3
-    assert "not on lambda any more" in err
+    assert code in (3, 137)  # gone, or killed on its way there
+    assert "not on lambda any more" in err or "The process died" in err
     assert rented.call(run, n=100)[0] == 0
     lines = (run / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample_id"] for line in lines] == list(range(max(100, len(lines))))
