@@ -305,21 +305,20 @@ def ask(question: str) -> bool:
     return Confirm.ask(question, console=console.err, default=False)
 
 
-def make_ready(client: lambda_api.Client, book: Ledger, *, anew: bool = False) -> Entry:
-    """Climb the ladder, unless this instance was seen at its top already."""
-    entry = instance.current(client, book)
-    if entry.ready_at and not anew:
-        point(book, entry)
-        return entry
-    entry = instance.wait_active(client, book, entry, say)
-    point(book, entry)
-    with phase(book, entry.name, "ready"):
-        kind = client.instance_types().get(entry.type_name)
+def make_ready(client: lambda_api.Client, book: Ledger, *, anew: bool = False, entry: Entry | None = None) -> Entry:
+    """Climb the ladder, unless this instance was seen at its top already. `entry`: as the API showed it just now."""
+    known = entry or instance.current(client, book)
+    if known.ready_at and not anew:
+        point(book, known)
+        return known
+    active = instance.wait_active(client, book, known, say)
+    point(book, active)
+    with phase(book, active.name, "ready"):
+        kind = client.instance_types().get(active.type_name)
         gpus = kind is None or kind.gpus > 0
-        found = ready.wait(book.folder, entry, say, gpus=gpus, refresh=lambda: present(client, book, entry))
-    entry = book.change(entry.name, ready_at=time.time())
+        found = ready.wait(book.folder, active, say, gpus=gpus, refresh=lambda: present(client, book, active))
     say(f"{ALIAS} is ready: {found}")
-    return entry
+    return book.change(active.name, ready_at=time.time())
 
 
 def point(book: Ledger, entry: Entry) -> None:
@@ -341,15 +340,11 @@ def present(client: lambda_api.Client, book: Ledger, entry: Entry) -> str:
 
 
 @contextmanager
-def machine(client: lambda_api.Client, book: Ledger, *, patience_s: float = 600.0) -> Iterator[tuple[Remote, Entry]]:
-    """The ready instance, reached by ssh; wherever its address moves to."""
-    entry = make_ready(client, book)
-
-    def refresh() -> None:
-        present(client, book, entry)
-
-    with Remote(book.folder / "ssh/config", refresh, say, patience_s=patience_s) as remote:
-        yield remote, entry
+def machine(client: lambda_api.Client, book: Ledger, entry: Entry | None = None) -> Iterator[tuple[Remote, Entry]]:
+    """The ready instance, reached by ssh; wherever its address moves to. `entry`: as the API showed it just now."""
+    found = make_ready(client, book, entry=entry)
+    with Remote(alias.config_file(book.folder), lambda: present(client, book, found), say) as remote:
+        yield remote, found
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -379,7 +374,7 @@ def send_images(image: str, registry: str, host: str, *, as_json: bool, dry: boo
     if not registry and host == ALIAS and book.open() and not dry:
         with cloud() as (client, _):
             make_ready(client, book)
-        config = book.folder / "ssh/config"
+        config = alias.config_file(book.folder)
     with timed("push") if not dry else contextlib.nullcontext():
         _sent.update(push.push_all(image, registry, host, as_json=as_json, dry=dry, ssh_config=config))
 

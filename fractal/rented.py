@@ -68,7 +68,7 @@ def run(options: Mapping[str, Any]) -> int:
             f"--run={wanted.run.absolute()}",
         )
         book.change(entry.name, owner=ledger.Process.here(), rescue=rescue)
-        with machine(client, book) as (remote, entry):
+        with machine(client, book, entry) as (remote, entry):
             code = _run(remote, book, entry, wanted)
         if entry.name not in chain.armed():
             say(
@@ -98,8 +98,7 @@ def _run(remote: Remote, book: Ledger, entry: Entry, wanted: Work) -> int:
         _leave(remote, entry, folder)
         raise
     _settle(remote, folder, patient=entry.name in chain.armed())
-    if remedy := jobs.diagnose(ended, log.read_bytes()[-jobs.TAIL :].decode(errors="replace")):
-        say(f"{name} ended with exit code {ended.exit_code}. {remedy}")
+    _explain(ended, log)
     jobs.end(remote, job)
     show_run(book, entry.name, folder)
     return ended.exit_code
@@ -159,9 +158,14 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
 def _model(folder: Path) -> str | None:
     """The model that a run was made with."""
     try:
-        return str(json.loads((folder / "manifest.json").read_bytes())["config"]["generate"]["model"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(_manifest(folder)["config"]["generate"]["model"])
+    except (KeyError, TypeError):
         return None
+
+
+def _explain(job: jobs.Job, log: Path) -> None:
+    if remedy := jobs.diagnose(job, log.read_bytes()[-jobs.TAIL :].decode(errors="replace")):
+        say(f"{job.run} ended with exit code {job.exit_code}. {remedy}")
 
 
 def _screen(data: bytes) -> None:
@@ -208,9 +212,10 @@ def collect(remote: Remote, runs: Path) -> None:
 def fetch(run: str) -> None:
     """Bring a run home, or all that the machine has; proven by digest unless a job still writes."""
     with cloud() as (client, book):
-        if not instance.current(client, book).ready_at:
+        entry = instance.current(client, book)
+        if not entry.ready_at:
             raise InputError("The instance was never ready: there is nothing on it to fetch. Run: invoke wait")
-        with machine(client, book) as (remote, _):
+        with machine(client, book, entry) as (remote, _):
             found = results.names(remote)
             if run and Path(run).name not in found:
                 raise InputError(f"--run={run}: not on the machine. There: {', '.join(found) or 'no run'}.")
@@ -244,8 +249,7 @@ def logs(run: str, job: str, follow: bool) -> int:
             raise
         if not state.ended:
             return 0
-        if remedy := jobs.diagnose(state, log.read_bytes()[-jobs.TAIL :].decode(errors="replace")):
-            say(f"{one.run} ended with exit code {state.exit_code}. {remedy}")
+        _explain(state, log)
         return state.exit_code if follow else 0
 
 
@@ -279,10 +283,11 @@ def ps() -> None:
         if not found:
             say("no instance is rented. To rent one: invoke launch")
             return
-        if not instance.current(client, book).ready_at:
+        entry = instance.current(client, book)
+        if not entry.ready_at:
             say("it is not ready yet: invoke wait")
             return
-        with machine(client, book) as (remote, _):
+        with machine(client, book, entry) as (remote, _):
             listed = jobs.jobs(remote)
             for job in listed:
                 state = job.state if not job.ended else f"ended with {job.exit_code}"
@@ -331,7 +336,14 @@ def show_run(book: Ledger, name: str, folder: Path) -> None:
 
 def _stages(folder: Path) -> list[tuple[str, float]]:
     try:
-        found = json.loads((folder / "manifest.json").read_bytes())["stages"]
-        return [(name, float(stage["seconds"])) for name, stage in found.items()]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [(name, float(stage["seconds"])) for name, stage in _manifest(folder)["stages"].items()]
+    except (ValueError, KeyError, TypeError):
         return []
+
+
+def _manifest(folder: Path) -> Any:
+    """The run's, as it is here; nothing where there is none, or no JSON."""
+    try:
+        return json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return {}

@@ -81,6 +81,25 @@ def openssh(tmp_path_factory: pytest.TempPathFactory) -> None:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def key_file(openssh: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private ssh key."""
+    from tests.renting import key_pair
+
+    return key_pair(tmp_path_factory.mktemp("ssh"))
+
+
+@pytest.fixture
+def rented(tmp_path: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An account at the fake cloud, with a state folder (tests/renting.py); what must hold is checked at the end."""
+    from tests.renting import renting
+
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+    with renting(tmp_path / "state", key_file) as one:
+        yield one
+        one.check()
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,24 +17,11 @@ from fractal.cloud.ledger import Entry
 from fractal.cloud.offers import Wish
 from fractal.records import InputError
 from tests.fake_lambda.server import cut, garbage, status
-from tests.renting import QUICK, SETTINGS, TYPE, Renting, end_guards, guard_pids, key_pair, renting, until
+from tests.renting import QUICK, SETTINGS, TYPE, Renting, end_guards, guard_pids, until
 
 pytestmark = pytest.mark.usefixtures("openssh")
 
 HOUR = 3600.0
-
-
-@pytest.fixture(scope="module")
-def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return key_pair(tmp_path_factory.mktemp("ssh"))
-
-
-@pytest.fixture
-def rented(tmp_path: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Renting]:
-    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
-    with renting(tmp_path / "state", key_file) as one:
-        yield one
-        one.check()
 
 
 def log(one: Renting, entry: Entry) -> str:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,24 +20,11 @@ from fractal.cloud.offers import Place, Wish, places
 from fractal.records import InputError, OutsideError
 from tests.conftest import ROOT
 from tests.fake_lambda.server import Fault, cut, delay, garbage, lose_answer, ok, status, tear
-from tests.renting import QUICK, SETTINGS, TYPE, WISH, Renting, end_guards, guards, key_pair, renting, until
+from tests.renting import QUICK, SETTINGS, TYPE, WISH, Renting, end_guards, guards, renting, until
 
 pytestmark = pytest.mark.usefixtures("openssh")
 LAUNCH = "POST /instance-operations/launch"
 A100 = "gpu_1x_a100_sxm4"
-
-
-@pytest.fixture(scope="module")
-def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return key_pair(tmp_path_factory.mktemp("ssh"))
-
-
-@pytest.fixture
-def rented(tmp_path: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Renting]:
-    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
-    with renting(tmp_path / "state", key_file) as one:
-        yield one
-        one.check()
 
 
 @pytest.fixture

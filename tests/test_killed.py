@@ -20,7 +20,7 @@ import pytest
 from fractal.cloud.instance import reap, terminate
 from tests.conftest import ROOT
 from tests.fake_lambda.server import lose_answer
-from tests.renting import QUICK, Renting, end_guards, guard_pids, key_pair, renting, until
+from tests.renting import QUICK, Renting, end_guards, guard_pids, renting, until
 from tests.test_ledger import entry as an_entry
 
 pytestmark = pytest.mark.usefixtures("openssh")
@@ -57,11 +57,6 @@ def clients() -> Iterator[Clients]:
     one = Clients()
     yield one
     one.close()
-
-
-@pytest.fixture(scope="module")
-def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return key_pair(tmp_path_factory.mktemp("ssh"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@
 Knows ssh and nothing of the cloud's API: `refresh` brings the alias to the machine's present address, or raises.
 """
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -25,10 +24,10 @@ import docker.errors
 import requests
 
 from fractal import ssh
+from fractal.cloud.alias import ALIAS as ALIAS
 from fractal.records import InputError, OutsideError
 
 Say = Callable[[str], None]
-ALIAS = "lambda"
 ROOT = "fractal"  # our folder in the home over there
 PATIENCE_S = 600.0  # without a connection, before a command gives up; the job over there goes on
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # the last one again and again
@@ -51,7 +50,13 @@ class Remote:
     """A context manager; threads may share it. Raises SshError, SshLost, RemoteError, and what `refresh` raises."""
 
     def __init__(
-        self, config: Path, refresh: Callable[[], None], say: Say, *, host: str = ALIAS, patience_s: float = PATIENCE_S
+        self,
+        config: Path,
+        refresh: Callable[[], object],  # called when a connection was lost, before each further attempt
+        say: Say,
+        *,
+        host: str = ALIAS,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.config, self.host, self.patience_s = config, host, patience_s
         self._refresh, self._say = refresh, say
@@ -86,7 +91,8 @@ class Remote:
     def _connect(self, lost: ssh.SshLost | None) -> ssh.Link:
         deadline, began = time.time() + self.patience_s, time.time()  # the wall's clock: a laptop may have slept
         for attempt in range(10_000):
-            self._refresh()
+            if lost is not None:  # at first the alias leads to where the machine was seen a moment ago
+                self._refresh()
             try:
                 self._link = ssh.Link(self.host, ssh.BEATS, self.config)
                 self._link.tell()
@@ -104,15 +110,12 @@ class Remote:
             self._say(f"{self.host} is connected again after {time.time() - began:.0f} s")
         return self._link
 
-    def run(
-        self, script: str, *words: str, send: Path | None = None, timeout_s: float = ssh.RUN_TIMEOUT_S
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, *words: str, timeout_s: float = ssh.RUN_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
         """A POSIX sh script over there that may run twice: after a lost connection it does."""
         while True:
             link = self.link
             try:
-                with send.open("rb") if send else contextlib.nullcontext() as stdin:
-                    return link.run(script, *words, stdin=stdin, timeout_s=timeout_s)
+                return link.run(script, *words, timeout_s=timeout_s)
             except ssh.SshLost as error:
                 self.again(error, link)
 
@@ -157,7 +160,7 @@ class Remote:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def rsync(self, *words: str, timeout_s: float | None = None) -> str:
+    def rsync(self, *words: str) -> str:
         """rsync over this connection; a word that begins with `HOST:` is a place there. Its output.
 
         A lost connection is made again and rsync repeated: it goes on where it was. Raises RemoteError.
@@ -166,10 +169,8 @@ class Remote:
             raise RemoteError("There is no rsync here. Install it: apt-get install rsync, or brew install rsync.")
         while True:
             link = self.link
-            done = _rsync([*RSYNC, "--rsh", link.shell, *words], timeout_s)
-            if done.returncode == 0:
-                return done.stdout
-            if done.returncode in (24,):  # a file vanished meanwhile
+            done = _rsync([*RSYNC, "--rsh", link.shell, *words])
+            if done.returncode in (0, 24):  # 24: a file vanished meanwhile
                 return done.stdout
             if done.returncode in (10, 12, 30, 35, 255, -9, -15):  # of the transport
                 try:
@@ -182,7 +183,7 @@ class Remote:
 
     def _rsync_failed(self, words: str) -> RemoteError:
         if "No space left on device" in words or "Disk quota exceeded" in words:
-            where = self.host if "[receiver" not in words and "receiver" not in words else "the receiving side"
+            where = "the receiving side" if "receiver" in words else self.host
             return RemoteError(f"rsync: the disk of {where} is full. Make room and run the command again, it goes on.")
         if "command not found" in words or "rsync: not found" in words:
             return RemoteError(f"There is no rsync on {self.host}. Run: invoke wait, which installs it.")
@@ -211,17 +212,13 @@ class Remote:
         return ["ssh", "-F", str(self.config), *terminal, "--", self.host, *([command] if command else [])]
 
 
-def _rsync(argv: list[str], timeout_s: float | None) -> subprocess.CompletedProcess[str]:
+def _rsync(argv: list[str]) -> subprocess.CompletedProcess[str]:
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
         start_new_session=True,
     )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
         out, err = process.communicate()
-        err += f"\nno end after {timeout_s} s"
     except BaseException:  # Ctrl-C: a partial file stays and is gone on with
         process.terminate()
         process.wait()

@@ -21,7 +21,8 @@ from fractal.records import InputError, OutsideError
 EVERY_S = 20.0
 LOCK_TIMEOUT_S = 30.0
 RECORDS = ("samples.jsonl", "labels.jsonl", "scores.jsonl", "selection.jsonl")
-NEVER = (".lock", ".rsync-partial", ".*.lock", ".manifest.json.*")  # the process's own
+NEVER = (".lock", ".rsync-partial", ".*.lock", ".manifest.json.*")  # a process's own, on either side
+EXCLUDES = tuple(f"--exclude={name}" for name in NEVER)
 PREPARE = f"""\
 cd && mkdir -p "{ROOT}/runs/$1" {ROOT}/inputs {ROOT}/models || exit 1
 echo "$(id -u):$(id -g)"; pwd
@@ -34,7 +35,7 @@ for name in {" ".join(RECORDS)}; do [ -e $name ] && echo "$(wc -c < $name) $name
 """
 DIGESTS = f"""\
 cd "{ROOT}/runs/$1" || exit 1
-find . -type f ! -name .lock ! -path '*/.rsync-partial/*' -exec sha256sum {{}} +
+find . \\( {" -o ".join(f"-name '{name}'" for name in NEVER)} \\) -prune -o -type f -exec sha256sum {{}} +
 """
 RUNS = f'cd {ROOT}/runs 2> /dev/null && find . -mindepth 2 -maxdepth 2 -name manifest.json | sed "s#^./##; s#/.*##"'
 
@@ -122,18 +123,23 @@ def exchange(remote: Remote, folder: Path, say: Say) -> None:
 
 def send(remote: Remote, folder: Path, say: Say) -> None:
     """The run as it is here, to a machine that has less of it."""
-    words = [f"--exclude={name}" for name in NEVER]
-    said = remote.rsync("--stats", *words, f"{folder}/", f"{remote.host}:{ROOT}/runs/{folder.name}/")
+    said = remote.rsync("--stats", *EXCLUDES, f"{folder}/", _place(remote, folder))
     say(f"{folder} goes on over there: sent {sent(said)}")
 
 
-def fetch(remote: Remote, folder: Path) -> str:
-    """What is new of the run comes home; what, in few words. A file is replaced whole, never half."""
+def fetch(remote: Remote, folder: Path, *how: str) -> str:
+    """What is new of the run comes home; what, in few words. A file is replaced whole, never half.
+
+    `how`: further options of rsync.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    words = [f"--exclude={name}" for name in NEVER]
     with _held(folder):
-        said = remote.rsync("--stats", *words, f"{remote.host}:{ROOT}/runs/{folder.name}/", f"{folder}/")
-    return sent(said)
+        return sent(remote.rsync("--stats", *how, *EXCLUDES, _place(remote, folder), f"{folder}/"))
+
+
+def _place(remote: Remote, folder: Path) -> str:
+    """The run's folder over there, as rsync names it."""
+    return f"{remote.host}:{ROOT}/runs/{folder.name}/"
 
 
 @contextmanager
@@ -158,11 +164,7 @@ def settle(remote: Remote, folder: Path) -> str:
             size = sum((folder / name).stat().st_size for name in expected)
             return f"{len(expected)} files, {size / 1e6:.1f} MB, digests equal; new now: {total}"
         if attempt < 2:  # a job still writes, or the disk here lies: by content this time
-            words = [f"--exclude={name}" for name in NEVER]
-            with _held(folder):
-                remote.rsync(
-                    "--checksum", *words, f"{remote.host}:{ROOT}/runs/{folder.name}/", f"{folder}/"
-                )  # fmt: skip
+            fetch(remote, folder, "--checksum")
     raise RemoteError(
         f"{len(wrong)} files of {folder} are not as on {remote.host}, {wrong[0]} first. Does something write them? "
         f"Run: invoke fetch --run={folder}"
