@@ -126,7 +126,7 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
         results.send_model(remote, models.resolve(models.EMBEDDED).path, say)  # images hold no weights
     (recipe,) = recipes.choose(wanted.image)
     pipeline, sandbox = chain.image_name(wanted.image), chain.image_name("sandbox")
-    pushed = chain.plan().options("push")
+    pushed = chain.plan().options("push") or chain.plan().options("up")
     registry = (pushed["to"] if pushed else "") or os.environ.get("FRACTAL_REGISTRY", "")
     job = jobs.new_id(words[1])
 
