@@ -206,16 +206,16 @@ def test_a_run_comes_home_whole(rented: World, run: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_follower_that_ends_leaves_the_job_and_the_next_goes_on(rented: World, run: Path, number: int) -> None:
-    process = rented.begin(run)
+    process = rented.begin(run, n=200)
     until(seen(run, 10))
     process.send_signal(number)
     _, _, err = rented.finish(process)
     if number != signal.SIGKILL:
         assert "the job goes on over there" in err
     assert len(rented.fake.living()) == 1
-    code, _, err = rented.call(run)
+    code, _, err = rented.call(run, n=200)
     assert code == 0
-    rented.whole(run)
+    rented.whole(run, n=200)
 
 
 @pytest.mark.parametrize("kill_at", range(1, 60, 6))
@@ -229,13 +229,13 @@ def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, k
 
 
 def test_the_network_is_gone_for_a_while(rented: World, run: Path) -> None:
-    process = rented.begin(run, n=100)
+    process = rented.begin(run, n=300)
     until(seen(run, 5))
     rented.machine.machine.sh("pkill -f '[s]shd: ubuntu' || true")
     code, _, err = rented.finish(process)
     assert code == 0
     assert "connected again" in err
-    rented.whole(run, n=100)
+    rented.whole(run, n=300)
 
 
 def test_a_laptop_that_slept_goes_on(rented: World, run: Path) -> None:
@@ -266,23 +266,23 @@ def test_a_stage_that_fails_is_named_and_its_results_are_home(
 
 
 def test_the_sandbox_dies_the_run_is_done_again(rented: World, run: Path) -> None:
-    process = rented.begin(run)
+    process = rented.begin(run, n=200)
     until(seen(run, 5))
     rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-sandbox)")
     assert rented.finish(process)[0] == 0
-    rented.whole(run)
+    rented.whole(run, n=200)
 
 
 def test_the_engine_over_there_is_restarted(rented: World, run: Path) -> None:
-    process = rented.begin(run)
+    process = rented.begin(run, n=600)
     until(seen(run, 5))
     rented.machine.machine.sh("systemctl restart docker")
     code, _, err = rented.finish(process)
     assert code != 0
     assert err
-    assert rented.call(run)[0] == 0
+    assert rented.call(run, n=600)[0] == 0
     lines = (run / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["sample_id"] for line in lines] == list(range(60))
+    assert [json.loads(line)["sample_id"] for line in lines] == list(range(600))
 
 
 def test_a_job_that_is_removed_over_there_is_said(rented: World, run: Path) -> None:
@@ -347,16 +347,16 @@ def test_the_api_is_away_while_a_job_runs(rented: World, run: Path) -> None:
 
 
 def test_the_address_moves(rented: World, run: Path) -> None:
-    process = rented.begin(run, n=200)
+    process = rented.begin(run, n=600)
     until(seen(run, 5))
     rented.fake.move(str(rented.entry.id))
     code, _, err = rented.finish(process, 180)
     assert code != 0  # its power was cut: the job died
     assert "died" in err or "any more" in err or "not" in err
-    code, _, err = rented.call(run, n=200)
+    code, _, err = rented.call(run, n=600)
     assert code == 0, err
     lines = (run / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["sample_id"] for line in lines] == list(range(200))
+    assert [json.loads(line)["sample_id"] for line in lines] == list(range(600))
 
 
 @pytest.mark.parametrize("how", ["preempt", "end_from_outside"])
