@@ -195,7 +195,7 @@ def run(c, run="runs/default", stage="all", problems="", model="", n="", split="
 
         _do(lambda: rented.run(options), "run")
         return
-    given = [*_options(problems=problems, model=model, n=n, split=split, limit=limit), *shlex.split(more)]
+    given = [*_options(problems=problems, model=model, n=n, split=split, limit=limit), *chain.more_words(more)]
     if image:
         _contained(c, image, run, ["--stage", stage, *given], gpus)
         return

@@ -93,6 +93,8 @@ def check(plan: Plan) -> None:
             recipes.choose(options["image"])
             if options["to"]:
                 push.target("fractal:check", options["to"])
+        if name in ("run", "up"):
+            more_words(options["more"])
         if name == "up" or (name == "run" and goes_there(options["where"])):
             work(options)
 
@@ -200,7 +202,7 @@ def work(options: Mapping[str, Any]) -> Work:
     for name in ("problems", "model", "n", "split", "limit"):
         if options[name]:
             words += [f"--{name}", str(options[name])]
-    words += shlex.split(options["more"])
+    words += more_words(options["more"])
     jobs.check_name(Path(options["run"]))
     _parse(["--run", options["run"], *words])
     for option in ("--problems", "--model"):
@@ -214,6 +216,14 @@ def work(options: Mapping[str, Any]) -> Work:
     image = options["image"] or "pipeline"
     containers.pipeline(image)
     return Work(Path(options["run"]), image, tuple(words), bool(options.get("terminate", True)))
+
+
+def more_words(text: str) -> list[str]:
+    """The further options of `fractal run`. Raises InputError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"--more={text}: {error}. Quote as for a shell: --more='--seed 1'.") from error
 
 
 def _parse(words: list[str]) -> None:

@@ -70,6 +70,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int, *says: str) -> N
         (("run", "--run=runs/a b"), "cannot be a run's name"),
         (("run", "--image=sandbox"), "holds no pipeline"),
         (("run", "--more=--frobnicate 3"), "frobnicate"),
+        (("run", "--more=--temperature 'x"), "No closing quotation"),
         (("run", "--where=there"), "expected auto, lambda or here"),
         (("push", "--image=pipelin"), "pipelin"),
         (("push", "--to=https://x"), "no registry"),
