@@ -198,6 +198,15 @@ def test_one_look_does_not_wait_for_the_end(remote: Remote, tmp_path: Path) -> N
         jobs.follow(remote, job, tmp_path / "log", lambda _: None)
 
 
+def test_a_container_that_goes_while_it_is_listed_is_no_trouble(remote: Remote) -> None:
+    """What the engine prints for one that is gone is no state of a container."""
+    job = begin(remote, "sleep 60")
+    script = jobs.LIST.replace("label=fractal.job)", "label=fractal.job; echo gone)")
+    assert script != jobs.LIST
+    assert job in [one.id for one in jobs.parse(remote.must("list", script, remote.docker_words))]
+    jobs.end(remote, job)
+
+
 def test_a_job_killed_from_outside_says_so(remote: Remote, tmp_path: Path) -> None:
     job = begin(remote, "echo begun; sleep 60")
     remote.must("kill", '$1 kill "fractal-job-$2"', remote.docker_words, job)

@@ -27,7 +27,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 LIST = """\
 docker=$1
 ids=$($docker ps -aq --filter label=fractal.job) || exit 1
-[ -z "$ids" ] || $docker inspect --format '[{{json .Config.Labels}},{{json .State}}]' $ids || :  # one may go meanwhile
+[ -z "$ids" ] && exit
+# One may go meanwhile: docker then prints an empty line for it, and fails.
+$docker inspect --format '[{{json .Config.Labels}},{{json .State}}]' $ids | grep . || :
 """
 HAVE = '$1 inspect "$2" > /dev/null 2>&1 || exit 1\n'  # else docker's own words would look like the job's
 FOLLOW = HAVE + '$1 logs -f "$2" 2>&1 | tail -c +"$3"'
