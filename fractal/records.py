@@ -79,6 +79,10 @@ class Sample:
     sum_logprob: float | None  # natural log, at temperature 1, over the sampled tokens; None if the source gave none
     seed: int | None
     model: str
+    temperature: float | None = None  # this and the rest: None if the source did not say
+    top_p: float | None = None
+    max_tokens: int | None = None
+    prompt_sha256: str | None = None  # of the text that the model continued
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,17 @@ class Score:
     sample_id: int
     score: float  # logit of "passes"
     probability: float  # calibrated, 0..1
+    zero_shot: float | None = None  # logit of Yes minus logit of No, before any training
+    combined: float | None = None  # critic and mean log-probability, weights fitted on train problems
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one Sample's program returns on the inputs of the test that its prompt shows; no expected value is used."""
+
+    task_id: int
+    sample_id: int
+    output: str | None  # equal texts are equal outputs; None if there is none: it raised, timed out, does not compile
 
 
 @dataclass(frozen=True, slots=True)

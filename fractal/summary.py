@@ -26,6 +26,8 @@ class Epoch:
     epoch: int
     train_loss: float | None
     val_acc: float | None  # 0..1, over validation samples
+    val_within_auc: float | None = None  # AUC within a problem, over validation samples
+    dev_within_auc: float | None = None  # the same over train problems held out of training: decides when to stop
     chosen: bool = False  # the checkpoint that scored
 
 
@@ -83,6 +85,70 @@ class Curves:
 
     problems: int  # with at least len usable samples
     by_strategy: dict[str, list[float]]
+    bands: dict[str, list[Interval]] = field(default_factory=dict)  # the same means with 95 % over problems
+
+
+@dataclass(frozen=True, slots=True)
+class FunnelStep:
+    """A stage of the data: how many are left, and what went on the way here."""
+
+    name: str  # "problems", "samples drawn", ...
+    count: int
+    lost: str  # in words with numbers, "" if nothing was lost
+
+
+@dataclass(frozen=True, slots=True)
+class RocCurve:
+    """Points from (0, 0) to (1, 1), by falling score; at most a few hundred."""
+
+    name: str  # "pooled" or "within problem"
+    false_positive_rate: list[float]
+    true_positive_rate: list[float]
+    area: float
+
+
+@dataclass(frozen=True, slots=True)
+class SelectiveCurve:
+    """Answering only the problems where a strategy is surest: pass rate against the share of problems answered."""
+
+    strategy: str
+    coverage: list[float]  # 1/P, 2/P .. 1
+    pass_rate: list[Interval]  # of the answered ones
+    threshold: list[float]  # the confidence from which on it answers
+    area: float  # mean pass rate over all coverages: higher is better
+
+
+@dataclass(frozen=True, slots=True)
+class DifficultyRow:
+    """Problems of like difficulty, by the share of their samples that pass, and what strategies reach there."""
+
+    low: float  # the share is in (low, high]; low == high: exactly that
+    high: float
+    problems: int
+    pass_rates: dict[str, float]  # strategy -> mean
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """The critic's pick against another strategy's, problem by problem."""
+
+    strategy: str  # the other
+    wins: int  # problems where the critic's pick passes and the other fails (for random: is above the expectation)
+    losses: int
+    ties: int
+    gain: Interval  # critic minus the other, paired
+    p_value: float | None  # exact sign test on wins and losses, two-sided; None without either
+
+
+@dataclass(frozen=True, slots=True)
+class SplitAccuracy:
+    """A critic under one way to split the same train samples (critic/splits.json, stage 3)."""
+
+    by: str  # "sample": those of one problem lie on both sides; "problem": the honest one
+    accuracy: float
+    auc: float | None
+    within_auc: float | None
+    lookup_accuracy: float  # the majority label of the same problem on the training side; majority class if it has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +197,13 @@ class Summary:
     by_problem: list[ProblemRow]
     reasons: dict[str, str]  # of what is None or empty above: field -> why
     warnings: list[str]
+    funnel: list[FunnelStep] = field(default_factory=list)
+    roc: list[RocCurve] = field(default_factory=list)
+    selective: list[SelectiveCurve] = field(default_factory=list)
+    difficulty: list[DifficultyRow] = field(default_factory=list)
+    duels: list[Duel] = field(default_factory=list)
+    gap_closed: Interval | None = None  # share of the way from random to the oracle that the critic goes
+    split_accuracies: list[SplitAccuracy] = field(default_factory=list)
 
 
 def build(
