@@ -77,7 +77,23 @@ Socket = Annotated[
     ),
 ]
 Base = Annotated[str | None, typer.Option(help="Model whose features the critic reads. Default: the generator.")]
-Mode = Annotated[str, typer.Option(help="probe: a linear head on frozen features.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="probe: a linear head on frozen features, minutes; lora, full: train the model itself, on a GPU."
+    ),
+]
+Epochs = Annotated[int | None, typer.Option(help="lora, full: epochs at most; it stops early. [default: 4]")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="lora, full: highest learning rate. [default: 1e-4 lora, 1e-5 full]")
+]
+BatchTokens = Annotated[
+    int | None, typer.Option(help="lora, full: padded tokens in one forward pass; halved once. [default: 4096]")
+]
+Rank = Annotated[int | None, typer.Option(help="lora: rank of its matrices. [default: 16]")]
+ScoreBackend = Annotated[
+    str, typer.Option(help="auto, transformers or vllm (pooling); auto takes vLLM on a GPU, where it is installed.")
+]
 Critic = Annotated[Path | None, typer.Option(help="A critic's folder. Default: the run's critic/best.")]
 
 
@@ -264,22 +280,43 @@ def convert(
         raise InputError("give either --to FORM --samples S [--labels L], or --from FORM --results R [--samples S].")
 
 
-@app.command()
-def train(run: Run, base: Base = None, mode: Mode = "probe") -> None:
-    """Train the critic on the train problems' labels (critic/)."""
+@app.command(
+    epilog="Examples: fractal train --run runs/mbpp; fractal train --run runs/mbpp --mode lora --epochs 3. Killed at any "
+    "moment, the same command goes on after the last whole epoch."
+)
+def train(
+    run: Run,
+    base: Base = None,
+    mode: Mode = "probe",
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_tokens: BatchTokens = None,
+    rank: Rank = None,
+) -> None:
+    """Train the critic on the train problems' labels (critic/).
+
+    Epoch 0 is the model asked "does it pass?" without any training; held-out train problems choose the best epoch.
+    """
     from fractal import train as stage
 
     with RunDir(run) as folder:
-        stage.run(folder, base, mode)
+        stage.run(folder, base, mode, epochs=epochs, learning_rate=learning_rate, batch_tokens=batch_tokens, rank=rank)
 
 
 @app.command()
-def score(run: Run, critic: Critic = None) -> None:
+def score(
+    run: Run,
+    critic: Critic = None,
+    backend: ScoreBackend = "auto",
+    base: Annotated[
+        str | None, typer.Option(help="Where the critic's base model is, for a critic from elsewhere.")
+    ] = None,
+) -> None:
     """Score every sample by the critic, without running it (scores.jsonl)."""
     from fractal import score as stage
 
     with RunDir(run) as folder:
-        stage.run(folder, critic)
+        stage.run(folder, critic, backend, base)
 
 
 @app.command()
@@ -326,8 +363,14 @@ def run_stages(
     socket: Socket = None,
     base: Base = None,
     mode: Mode = "probe",
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_tokens: BatchTokens = None,
+    rank: Rank = None,
+    score_backend: ScoreBackend = "auto",
 ) -> None:
     """Run all stages, or one; what is done is not repeated."""
+    recipe = {"epochs": epochs, "learning_rate": learning_rate, "batch_tokens": batch_tokens, "rank": rank}
     sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     sandbox = _sandbox(slots, image, runtime, cache, isolate, allow, socket)
     limits = _limits(cpu, wall, memory)
@@ -343,7 +386,7 @@ def run_stages(
 
             _failed_labels(verify_stage.run(folder, limits, **sandbox).errors)
         if stage in (Stage.all, Stage.train, Stage.score):
-            _critic(folder, stage, base, mode)
+            _critic(folder, stage, base, mode, score_backend, **recipe)
         if stage in (Stage.all, Stage.select):
             from fractal import selection
 
@@ -361,20 +404,22 @@ def _check_sandbox(image: str | None, socket: Path | None) -> None:
     Sandbox(image=image, socket=socket).check()
 
 
-def _critic(folder: RunDir, stage: Stage, base: str | None, mode: str) -> None:
+def _critic(folder: RunDir, stage: Stage, base: str | None, mode: str, backend: str, **recipe: Any) -> None:
     from fractal import score as score_stage
     from fractal import train as train_stage
 
     if stage in (Stage.all, Stage.train):
         try:
-            train_stage.run(folder, base, mode)
+            train_stage.run(folder, base, mode, **recipe)
         except train_stage.TrainError as error:
             if stage is Stage.train:
                 raise
-            console.warn(f"train: {error} The report has no critic.")
-            return
+            console.warn(f"train: {error}")
+            if not folder.file("critic/best").exists():
+                console.warn("train: The report has no critic.")
+                return
     if stage in (Stage.all, Stage.score):
-        score_stage.run(folder)
+        score_stage.run(folder, backend=backend)
 
 
 @app.command(

@@ -1,199 +1,153 @@
-"""The soft verifier: a language model's frozen features and a scalar head that gives the logit of "passes".
+"""The soft verifier: a language model asked whether a program passes, with a scalar head on the last token's state.
 
-Features are the hidden states at the last token of a question about problem and program; the head is linear. The
-head's loss is binary cross-entropy plus a pairwise term within each problem. Layer and ridge are chosen by
-cross-validation grouped by problem, inside the train problems only.
+    logit = rms_norm(state of the last token after `depth` layers) @ weight + bias
+
+`depth` is the whole model's for a critic that was fine-tuned, and a layer that cross-validation chose for a probe. Such
+a critic is what transformers and vLLM call a sequence classification model (`export`). The head starts as the row of
+"Yes" minus the row of "No" of the model's own output layer: the zero-shot judge. What trains it is in probe.py (frozen
+features) and tune.py (LoRA and full); this module holds what they share, and the files.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize_scalar
-from sklearn.model_selection import GroupKFold
 from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
-from fractal import console, metrics
-from fractal.models import context_length, preferred_dtype
-from fractal.records import Problem, Sample
+from fractal.models import ModelFiles, context_length
+from fractal.records import InputError, Problem
 
 PROMPT_VERSION = 1
-SHARD = 64  # sequences whose features are written together
-BATCH_TOKENS = 4096  # padded tokens in one forward pass
-LAYERS = 8  # layers kept, evenly spaced from a third of the depth to the last
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # weight of the squared norm of the head
-EPOCHS = 5  # rounds of L-BFGS; the loss is convex, so more only polish
-FOLDS = 5
+ANSWERS = ("Yes", "No")
 
 Array = NDArray[np.float32]
+Half = NDArray[np.float16]
+Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Groups = NDArray[np.int64]
+
+
+class BrokenCritic(InputError):
+    """A critic's folder that cannot be used: what is wrong with which file, and what to do."""
+
+
+# --- what it is asked -------------------------------------------------------------------------------------------------
 
 
 def question(problem: Problem, code: str) -> str:
-    """What the critic is asked. It sees what the generator saw (the first test) and the program."""
+    """What the critic is asked. It sees what the generator saw (the first test) and the program.
+
+    The problem comes first: its tokens are the same for all samples, so that their states are computed once.
+    """
     return (
         f"Task:\n{problem.prompt}\n\nIt should pass this test and others that are not shown:\n{problem.tests[0]}\n\n"
         f"Program:\n```python\n{code.strip()}\n```\n\nDoes the program pass all tests? Answer Yes or No."
     )
 
 
-# --- features ---------------------------------------------------------------------------------------------------------
+class Asker:
+    """Turns questions into token ids by the chat template of one model."""
+
+    def __init__(self, model: Path) -> None:
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        self._limit = context_length(model)
+        self.pad = int(
+            next(i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0) if i is not None)
+        )
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a question; a program too long for the context loses its middle."""
+        messages = [{"role": "user", "content": text}]
+        prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return ids if len(ids) <= self._limit else ids[: self._limit // 2] + ids[-(self._limit - self._limit // 2) :]
+
+    def answers(self) -> tuple[int, int]:
+        """The tokens with which a reply of "Yes" and one of "No" begin."""
+        yes, no = (int(self._tokenizer(word, add_special_tokens=False)["input_ids"][0]) for word in ANSWERS)
+        return yes, no
 
 
-class Features:
-    """Hidden states of texts, kept on disk by content: a second look costs seconds, and a kill loses one shard."""
+def answer_direction(model: Path) -> Array:
+    """(D,) row of "Yes" minus row of "No" of the output layer: its product with the last state is the zero-shot logit.
 
-    def __init__(self, model: Path, model_digest: str, cache: Path) -> None:
-        self._model = model
-        config = json.loads((model / "config.json").read_bytes())
-        depth = int(config["num_hidden_layers"])
-        self.layers = sorted({round(x) for x in np.linspace(depth / 3, depth, LAYERS)})
-        self._cache = cache
-        self._salt = f"{model_digest}/{PROMPT_VERSION}/{self.layers}"
-        self._known: dict[str, NDArray[np.float16]] = {}
-        for shard in sorted(cache.glob("*.npz")):
-            with np.load(shard) as data:
-                self._known |= dict(zip(data["keys"].tolist(), data["states"], strict=True))
-
-    def _key(self, text: str) -> str:
-        return hashlib.sha256(f"{self._salt}/{text}".encode("utf-8", "surrogatepass")).hexdigest()
-
-    def of(self, pairs: list[tuple[Problem, Sample]]) -> Array:
-        """Hidden states (N, layers, width) at the last token of each pair's question."""
-        texts = [question(problem, sample.code) for problem, sample in pairs]
-        keys = [self._key(text) for text in texts]
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
-        if missing:
-            self._compute(missing)
-        return np.stack([self._known[key] for key in keys]).astype(np.float32)
-
-    @torch.inference_mode()
-    def _compute(self, texts: dict[str, str]) -> None:
-        with console.quiet("loading the critic's model"):
-            tokenizer = AutoTokenizer.from_pretrained(self._model)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = AutoModel.from_pretrained(self._model, dtype=_dtype()).to(device).eval()
-        limit = context_length(self._model)
-        asked = {key: _ask(tokenizer, text, limit) for key, text in texts.items()}
-        order = sorted(asked, key=lambda key: len(asked[key]))
-        with console.bar("features", len(order)) as bar:
-            for start in range(0, len(order), SHARD):
-                shard = order[start : start + SHARD]
-                states: dict[str, NDArray[np.float16]] = {}
-                for batch in _batches(shard, asked):
-                    ids = [torch.tensor(asked[key]) for key in batch]
-                    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (B, T), right-padded
-                    last = torch.tensor([len(row) - 1 for row in ids])
-                    mask = (torch.arange(padded.shape[1])[None] <= last[:, None]).to(device)
-                    hidden = model(padded, attention_mask=mask, output_hidden_states=True).hidden_states
-                    rows = torch.arange(len(batch))
-                    kept = torch.stack([hidden[layer][rows, last] for layer in self.layers], dim=1)  # (B, layers, D)
-                    values = kept.float().cpu().numpy().astype(np.float16)
-                    states |= dict(zip(batch, values, strict=True))
-                    bar.advance(len(batch))
-                self._keep(states)
-
-    def _keep(self, states: dict[str, NDArray[np.float16]]) -> None:
-        self._cache.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256("".join(states).encode()).hexdigest()[:16]
-        draft = self._cache / f".{name}"
-        with draft.open("wb") as out:
-            np.savez(out, keys=np.array(list(states)), states=np.stack(list(states.values())))
-        draft.replace(self._cache / f"{name}.npz")
-        self._known |= states
+    With tied embeddings the output layer is the input embedding. Raises InputError if the model has neither.
+    """
+    yes, no = Asker(model).answers()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        for file in sorted(model.glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                names: list[str] = list(tensors.keys())
+                if name in names:
+                    rows = tensors.get_slice(name)
+                    found = rows[yes : yes + 1].float() - rows[no : no + 1].float()
+                    return np.asarray(found[0].numpy(), dtype=np.float32)
+    raise InputError(f"--base {model}: has no output layer (lm_head or tied embeddings) in *.safetensors.")
 
 
-def _ask(tokenizer: Any, text: str, limit: int) -> list[int]:
-    """Token ids of the question in the chat template; a program too long for the context loses its middle."""
-    messages = [{"role": "user", "content": text}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return ids if len(ids) <= limit else ids[: limit // 2] + ids[-(limit - limit // 2) :]
-
-
-def _batches(keys: list[str], asked: dict[str, list[int]]) -> list[list[str]]:
-    """Neighbours in length together, at most BATCH_TOKENS padded tokens a batch."""
-    batches: list[list[str]] = [[]]
-    for key in keys:
-        if batches[-1] and len(asked[key]) * (len(batches[-1]) + 1) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(key)
-    return batches
-
-
-def _dtype() -> torch.dtype:
-    """bfloat16 where the hardware computes in it (twice as fast here on AVX-512 BF16, see docs/log.md)."""
-    return getattr(torch, preferred_dtype())  # type: ignore[no-any-return]
+def tokenizer_digest(model: Path) -> str:
+    """sha256 of what turns text into tokens: another tokenizer, another critic."""
+    total = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"):
+        if (model / name).exists():
+            total.update(name.encode() + (model / name).read_bytes())
+    return total.hexdigest()
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Head:
-    """logit = ((x - mean) / scale) @ weight + bias, x being one layer's state; see `temperature` for probabilities."""
+    """logit = state @ weight + bias, of normalised last states."""
 
-    layer: int  # place in Features.layers
-    ridge: float
     weight: Array  # (D,)
     bias: float
-    mean: Array  # (D,)
-    scale: Array  # (D,)
-    temperature: float = 1.0  # probability = sigmoid(logit / temperature)
 
-    def logits(self, states: Array) -> NDArray[np.float64]:
-        """states (N, layers, D) -> (N,)."""
-        x = (states[:, self.layer] - self.mean) / self.scale
-        return np.asarray(x @ self.weight + self.bias, dtype=np.float64)
-
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {
-            "weight": self.weight,
-            "mean": self.mean,
-            "scale": self.scale,
-            "bias": np.array([self.bias], dtype=np.float32),
-        }
-        save_file(arrays, folder / "head.safetensors")
-        fields = {"layer": self.layer, "ridge": self.ridge, "temperature": self.temperature, **about}
-        (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
-
-    @staticmethod
-    def load(folder: Path) -> "Head":
-        arrays, fields = load_file(folder / "head.safetensors"), json.loads((folder / "config.json").read_bytes())
-        return Head(
-            layer=fields["layer"],
-            ridge=fields["ridge"],
-            weight=arrays["weight"],
-            bias=float(arrays["bias"][0]),
-            mean=arrays["mean"],
-            scale=arrays["scale"],
-            temperature=fields["temperature"],
-        )
+    def logits(self, states: NDArray[Any]) -> Floats:
+        """states (N, D) -> (N,)."""
+        return np.asarray(states.astype(np.float32) @ self.weight + self.bias, dtype=np.float64)
 
 
-def loss(logits: torch.Tensor, passed: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """logit of critic and log-probability together: the weights are fitted on train problems held out of training."""
+
+    critic: float
+    mean_logprob: float
+    bias: float
+
+    def logit(self, logit: float, mean_logprob: float | None) -> float | None:
+        return None if mean_logprob is None else self.critic * logit + self.mean_logprob * mean_logprob + self.bias
+
+
+def loss(logits: torch.Tensor, passed: torch.Tensor, pairs: torch.Tensor, share: float | None = None) -> torch.Tensor:
     """Binary cross-entropy with both classes weighing the same, plus the mean of -log sigmoid(better - worse).
 
-    logits (N,), passed (N,) of 0 and 1, pairs (P, 2): a passing and a failing sample of one problem. The pairwise term
-    is RankNet's: Burges et al. 2005, "Learning to rank using gradient descent", section 3.
+    logits (N,), passed (N,) of 0 and 1, pairs (P, 2): a passing and a failing sample of one problem. `share` of the
+    training samples that pass; of these ones if not given. The pairwise term is RankNet's: Burges et al. 2005,
+    "Learning to rank using gradient descent", section 3.
     """
-    share = passed.mean().clamp(1e-6, 1 - 1e-6)
-    weights = passed * 0.5 / share + (1 - passed) * 0.5 / (1 - share)
+    p = float(passed.mean()) if share is None else share
+    p = min(max(p, 1e-6), 1 - 1e-6)
+    weights = passed * 0.5 / p + (1 - passed) * 0.5 / (1 - p)
     total = functional.binary_cross_entropy_with_logits(logits, passed, weight=weights)
     if len(pairs):
         total = total + functional.softplus(logits[pairs[:, 1]] - logits[pairs[:, 0]]).mean()
     return total
 
 
-def problem_pairs(passed: Flags, groups: NDArray[np.int64], most: int = 64) -> NDArray[np.int64]:
+def problem_pairs(passed: Flags, groups: Groups, most: int = 64) -> Groups:
     """(P, 2) places of a passing and a failing sample of the same problem, at most `most` of each problem."""
     rng = np.random.default_rng(0)
     found = []
@@ -206,99 +160,18 @@ def problem_pairs(passed: Flags, groups: NDArray[np.int64], most: int = 64) -> N
     return np.concatenate(found) if found else np.zeros((0, 2), dtype=np.int64)
 
 
-class HeadFit:
-    """The convex problem of one layer and ridge, solved by L-BFGS in rounds (`epoch`), from zero: no random start."""
+def prior_shift(passed: Flags) -> float:
+    """What to add to a logit trained with both classes weighing the same, so that it means the share that passes.
 
-    def __init__(self, states: Array, passed: Flags, groups: NDArray[np.int64], layer: int, ridge: float) -> None:
-        self.layer, self.ridge = layer, ridge
-        x = states[:, layer]
-        self.mean, self.scale = x.mean(axis=0), x.std(axis=0) + 1e-4
-        self._x = torch.tensor((x - self.mean) / self.scale, dtype=torch.float64)
-        self._y = torch.tensor(passed, dtype=torch.float64)
-        # The loss weighs both classes the same; the head's logits are to mean the share that really passes. King and
-        # Zeng 2001, "Logistic regression in rare events data", section 4.1 (prior correction). Rankings do not change.
-        self._prior = float(np.log(passed.mean() / (1 - passed.mean())))
-        self._pairs = torch.tensor(problem_pairs(passed, groups))
-        self._w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-        self._b = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        self._steps = torch.optim.LBFGS([self._w, self._b], max_iter=20, line_search_fn="strong_wolfe")
-
-    def epoch(self) -> float:
-        """One round of steps; returns the loss before the penalty."""
-
-        def closure() -> torch.Tensor:
-            self._steps.zero_grad()
-            value = self._loss() + self.ridge * self._w.square().sum()
-            value.backward()  # type: ignore[no-untyped-call]
-            return value
-
-        self._steps.step(closure)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            return float(self._loss())
-
-    def _loss(self) -> torch.Tensor:
-        return loss(self._x @ self._w + self._b, self._y, self._pairs)
-
-    def head(self, temperature: float = 1.0) -> Head:
-        weight = self._w.detach().numpy().astype(np.float32)
-        return Head(
-            self.layer, self.ridge, weight, float(self._b.detach()) + self._prior, self.mean, self.scale, temperature
-        )
+    King and Zeng 2001, "Logistic regression in rare events data", section 4.1 (prior correction).
+    """
+    return float(np.log(passed.mean() / (1 - passed.mean())))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Layer, ridge and temperature, as grouped cross-validation within the train problems chose them."""
-
-    layer: int
-    ridge: float
-    temperature: float
-    within_auc: float | None  # of the held-out folds, over pairs of one problem
-    pooled_auc: float | None
-    table: list[dict[str, Any]]  # every combination with its figures
+# --- calibration, and the company of the log-probability --------------------------------------------------------------
 
 
-def cross_validate(states: Array, passed: Flags, groups: NDArray[np.int64], layers: list[int]) -> Choice:
-    """Try every layer and ridge on folds of whole problems. Needs at least two problems and both classes."""
-    folds = list(GroupKFold(n_splits=min(FOLDS, len(np.unique(groups)))).split(states, passed, groups))
-    table: list[dict[str, Any]] = []
-    held_out: list[NDArray[np.float64]] = []
-    with console.bar("cross-validation", len(layers) * len(RIDGES)) as bar:
-        for place, layer in enumerate(layers):
-            for ridge in RIDGES:
-                logits = np.zeros(len(passed))
-                for train, test in folds:
-                    if passed[train].all() or not passed[train].any():
-                        continue  # one class only: nothing to fit, the logit stays 0
-                    fit = HeadFit(states[train], passed[train], groups[train], place, ridge)
-                    fit.epoch()
-                    logits[test] = fit.head().logits(states[test])
-                within, pooled = (
-                    metrics.within_problem_auc(logits, passed, groups.tolist()).auc,
-                    metrics.auc(logits, passed),
-                )
-                table.append({"layer": layer, "ridge": ridge, "within_auc": within, "pooled_auc": pooled})
-                held_out.append(logits)
-                bar.advance()
-    best = max(
-        range(len(table)),
-        key=lambda i: (_known(table[i]["within_auc"]), _known(table[i]["pooled_auc"]), table[i]["ridge"]),
-    )
-    return Choice(
-        layer=best // len(RIDGES),
-        ridge=table[best]["ridge"],
-        temperature=temperature_of(held_out[best], passed),
-        within_auc=table[best]["within_auc"],
-        pooled_auc=table[best]["pooled_auc"],
-        table=table,
-    )
-
-
-def _known(value: float | None) -> float:
-    return 0.5 if value is None else value
-
-
-def temperature_of(logits: NDArray[np.float64], passed: Flags) -> float:
+def temperature_of(logits: Floats, passed: Flags) -> float:
     """The T that makes sigmoid(logit / T) likeliest on held-out samples.
 
     Temperature scaling: Guo et al. 2017, arXiv:1706.04599, section 4.2.
@@ -311,7 +184,152 @@ def temperature_of(logits: NDArray[np.float64], passed: Flags) -> float:
     return float(np.exp(minimize_scalar(unlikeliness, bounds=(-4, 6), method="bounded").x))
 
 
-def about(choice: Choice) -> dict[str, Any]:
-    fields = asdict(choice)
-    del fields["table"]
-    return fields
+def combine(logits: Floats, mean_logprobs: Floats, passed: Flags, groups: Groups) -> Combination | None:
+    """Weights of critic and mean log-probability that minimise `loss` on held-out samples; None if they allow none.
+
+    logits, mean_logprobs (N,), NaN where there is no log-probability: such samples are left out.
+    """
+    known = np.isfinite(mean_logprobs)
+    x = np.stack([logits[known], mean_logprobs[known]], axis=1)
+    y = passed[known]
+    if len(x) < 10 or y.all() or not y.any():
+        return None
+    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-9
+    inputs = torch.tensor((x - mean) / scale)
+    truth, pairs = torch.tensor(y, dtype=torch.float64), torch.tensor(problem_pairs(y, groups[known]))
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    steps = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        steps.zero_grad()
+        value = loss(inputs @ w[:2] + w[2], truth, pairs) + 1e-4 * w.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    steps.step(closure)  # type: ignore[no-untyped-call]
+    fitted = w.detach().numpy()
+    a, b = fitted[:2] / scale
+    return Combination(float(a), float(b), float(fitted[2] - (fitted[:2] * mean / scale).sum()))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a critic's folder says of itself (config.json); what scoring needs to use it rightly."""
+
+    mode: str  # probe, lora or full
+    base: str  # model's name
+    weights_sha256: str  # of the base model
+    tokenizer_sha256: str
+    depth: int  # layers that are run
+    inputs: dict[str, Any]  # what it was made from: another input, another critic
+    temperature: float = 1.0  # probability = sigmoid(logit / temperature)
+    combination: Combination | None = None
+    prompt_version: int = PROMPT_VERSION
+    epoch: int = 0
+    figures: dict[str, Any] = field(default_factory=dict)  # of held-out train problems
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of each other file: a copy cut short is found out
+
+
+def save(folder: Path, head: Head, about: About) -> None:
+    """Write head and config.json into a folder that may hold weights already; config.json comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {"weight": head.weight, "bias": np.array([head.bias], dtype=np.float32)}
+    save_file(arrays, folder / "head.safetensors")
+    files = {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != "config.json"}
+    fields = asdict(about) | {"files": files}
+    draft = folder / ".config.json"
+    draft.write_text(json.dumps(fields, indent=1) + "\n")
+    draft.replace(folder / "config.json")
+
+
+def load(folder: Path) -> tuple[Head, About]:
+    """Read a critic. Raises BrokenCritic if a file is missing, cut short or of another version."""
+    remedy = "Train it again (`fractal train`), or give another --critic."
+    try:
+        fields = json.loads((folder / "config.json").read_bytes())
+        both = fields.pop("combination")
+        about = About(**fields, combination=Combination(**both) if both else None)
+    except FileNotFoundError:
+        raise BrokenCritic(f"{folder}: holds no critic (config.json is missing). {remedy}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BrokenCritic(f"{folder}/config.json: not a critic's: {error}. {remedy}") from error
+    for name, digest in about.files.items():
+        if not (folder / name).is_file():
+            raise BrokenCritic(f"{folder}/{name}: is missing. {remedy}")
+        if _sha256(folder / name) != digest:
+            raise BrokenCritic(f"{folder}/{name}: is damaged or was cut short: its sha256 differs. {remedy}")
+    if about.prompt_version != PROMPT_VERSION:
+        raise BrokenCritic(
+            f"{folder}: was made for version {about.prompt_version} of the critic's question, this is version "
+            f"{PROMPT_VERSION}. {remedy}"
+        )
+    try:
+        arrays = load_file(folder / "head.safetensors")
+        head = Head(arrays["weight"], float(arrays["bias"][0]))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise BrokenCritic(f"{folder}/head.safetensors: cannot be read: {error}. {remedy}") from error
+    return head, about
+
+
+def check_base(folder: Path, about: About, files: ModelFiles) -> None:
+    """Raise BrokenCritic unless the model is the one, with the tokenizer, that the critic was made from."""
+    if tokenizer_digest(files.path) != about.tokenizer_sha256:
+        raise BrokenCritic(
+            f"{folder}: was made with another tokenizer or chat template than {files.name} has now. Give the model "
+            "that it was trained on, or train it again."
+        )
+    if files.digest != about.weights_sha256:
+        raise BrokenCritic(
+            f"{folder}: was trained on another version of {about.base}: its weights differ now. Give that version, or "
+            "train it again."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def export(base: Path, head: Head, depth: int, target: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the critic as a sequence classification model that transformers and vLLM load; `target` is made anew.
+
+    `weights`: the model's own, fine-tuned, by the names of the base's files; else those of the base. Layers from
+    `depth` on are left out, which saves their time, too.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    kept = {name: tensor for name, tensor in (weights or _weights(base)).items() if _layer_of(name) < depth}
+    kept = {name: tensor.contiguous() for name, tensor in kept.items() if not name.startswith("lm_head.")}
+    kept["score.weight"] = torch.tensor(head.weight)[None]
+    kept["score.bias"] = torch.tensor([head.bias])
+    from safetensors.torch import save_file as save_tensors
+
+    save_tensors(kept, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_bytes())
+    kind = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    config |= {"architectures": [kind], "num_hidden_layers": depth, "num_labels": 1, "id2label": {"0": "passes"}}
+    config |= {
+        "label2id": {"passes": 0},
+        "problem_type": "multi_label_classification",
+    }  # one label alone means regression
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = config["layer_types"][:depth]
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    for file in base.iterdir():
+        if file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "chat_template")):
+            shutil.copy(file, target / file.name)
+
+
+def _weights(base: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file as load_tensors
+
+    return {name: tensor for file in sorted(base.glob("*.safetensors")) for name, tensor in load_tensors(file).items()}
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a weight belongs to, -1 for the others: model.layers.7.mlp.up_proj.weight."""
+    parts = name.split(".")
+    return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1

@@ -1,49 +1,172 @@
-"""Stage 4, the soft verifier: samples and a critic -> scores.jsonl. Runs no program."""
+"""Stage 4, the soft verifier: samples and a critic -> scores.jsonl. Runs no program.
+
+transformers reads each problem's tokens once for all of its samples; vLLM's pooling runner does so with its prefix
+cache, and is the faster one on a GPU. Both rank alike (tests/test_score.py).
+"""
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fractal import console, models, train
-from fractal.records import InputError, Sample, Score, read_jsonl, unique, write_jsonl
+from fractal import console, generate, models
+from fractal.records import InputError, Problem, Sample, Score, read_jsonl, unique, write_jsonl
 from fractal.run import RunDir
+from fractal.train import path_of
+
+BACKENDS = ("auto", "transformers", "vllm")
+
+Pairs = list[tuple[Problem, Sample]]
+Logits = NDArray[np.float64]
 
 
-def run(folder: RunDir, critic_dir: Path | None = None) -> None:
+def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", base: str | None = None) -> None:
     """Score every sample of the run, unless this critic has done so. Raises InputError."""
+    from fractal import critic
+
+    chosen = choose_backend(backend)
     where = critic_dir or folder.file("critic/best")
-    if not (where / "head.safetensors").exists() or not (where / "config.json").exists():
+    if not where.is_dir():
         raise InputError(f"{where}: holds no critic. Run `fractal train --run {folder.path}` first, or give --critic.")
+    head, about = critic.load(where)
     path = folder.file("samples.jsonl")
     samples = unique(read_jsonl(path, Sample), path)
+    if not samples:
+        raise InputError(f"{folder.path}: has no samples yet. Run `fractal generate --run {folder.path}` first.")
     problems = folder.problems()
-    digest = hashlib.sha256(
-        (where / "head.safetensors").read_bytes() + (where / "config.json").read_bytes()
-    ).hexdigest()
+    digest = hashlib.sha256((where / "config.json").read_bytes()).hexdigest()  # which holds the digests of the rest
+    known = folder.manifest["config"].get("score", {})
     done = unique(read_jsonl(folder.file("scores.jsonl"), Score), folder.file("scores.jsonl"))
-    if folder.manifest["config"].get("score") == {"critic_sha256": digest} and done.keys() == samples.keys():
+    if known.get("critic_sha256") == digest and done.keys() == samples.keys():
         console.say(f"score: {len(done)} scores are there, nothing to do")
         return
-    inputs = json.loads((where / "config.json").read_bytes())["inputs"]
-    files = models.resolve(train._path_of(folder, inputs["base"]))
-    if files.digest != inputs["weights_sha256"]:
-        raise InputError(f"{where}: was trained on another version of {inputs['base']}: its weights differ now.")
-    with folder.stage("score", "scores.jsonl"):
+    files = models.resolve(base or path_of(folder, about.base))
+    critic.check_base(where, about, files)
+    pairs = [(problems[s.task_id], s) for s in samples.values()]
+    with folder.stage("score", "scores.jsonl") as entry:
+        cache = folder.file("critic/features")
+        judge: Any = VllmJudge(where, files) if chosen == "vllm" else TransformersJudge(where, files, cache)
+        logits, zero_shot = judge.logits(pairs), judge.zero_shot(pairs)
+        if not np.isfinite(logits).all():
+            bad = [f"{s.task_id}/{s.sample_id}" for (_, s), x in zip(pairs, logits, strict=True) if not np.isfinite(x)]
+            raise InputError(f"{where}: gives no number for {len(bad)} samples ({', '.join(bad[:5])}). Train it again.")
+        write_jsonl(folder.file("scores.jsonl"), scores(pairs, logits, zero_shot, about))
+        entry["backend"] = chosen
+        console.say(f"score: {len(pairs)} samples scored by {where} ({about.mode} on {about.base}, {chosen})")
+    folder.manifest["config"]["score"] = {"critic_sha256": digest, "backend": chosen}
+    folder.save()
+
+
+def scores(pairs: Pairs, logits: Logits, zero_shot: Logits, about: Any) -> list[Score]:
+    """One Score for each pair; logits and zero_shot (N,)."""
+    chances = 1 / (1 + np.exp(-np.clip(logits / about.temperature, -500, 500)))
+    found = []
+    for (_, sample), logit, chance, zero in zip(pairs, logits, chances, zero_shot, strict=True):
+        mean = sample.sum_logprob / sample.tokens if sample.sum_logprob is not None and sample.tokens else None
+        both = about.combination.logit(float(logit), mean) if about.combination else None
+        found.append(Score(sample.task_id, sample.sample_id, float(logit), float(chance), float(zero), both))
+    return found
+
+
+def choose_backend(backend: str) -> str:
+    """vLLM on a GPU where it is installed; transformers on a CPU, where it uses the features that training kept."""
+    if backend not in BACKENDS:
+        raise InputError(f"--score-backend {backend}: unknown; known: {', '.join(BACKENDS)}.")
+    trouble = generate.vllm_trouble()
+    if backend == "vllm" and trouble:
+        raise InputError(f"--score-backend vllm: {trouble}. Or take transformers.")
+    if backend != "auto":
+        return backend
+    return "vllm" if models.has_gpu() and not trouble else "transformers"
+
+
+class TransformersJudge:
+    """A critic that reads with transformers; what it has read is kept in `cache`."""
+
+    def __init__(self, where: Path, files: models.ModelFiles, cache: Path, dtype: str | None = None) -> None:
+        from fractal import critic
+        from fractal.features import Features
+
+        self._where, self._files, self._cache, self._dtype = where, files, cache, dtype
+        self._head, self._about = critic.load(where)
+        self._base = Features(files.path, files.digest, cache, dtype=dtype)
+
+    def logits(self, pairs: Pairs) -> Logits:
+        """(N,) the critic's logits."""
+        if self._about.mode == "probe":
+            place = self._base.layers.index(self._about.depth)
+            return self._head.logits(self._base.of(pairs)[:, place])
+        from fractal.features import Features
+        from fractal.tune import tuned_model
+
+        digest = hashlib.sha256((self._where / "config.json").read_bytes()).hexdigest()
+        tuned = Features(
+            self._files.path,
+            digest,
+            self._cache,
+            layers=[self._about.depth],
+            load=lambda: tuned_model(self._where, self._about, self._files, self._dtype),
+            dtype=self._dtype,
+        )
+        return self._head.logits(tuned.of(pairs)[:, 0])
+
+    def zero_shot(self, pairs: Pairs) -> Logits:
+        """(N,) logit of Yes minus logit of No of the model before any training."""
         from fractal import critic
 
-        head = critic.Head.load(where)
-        pairs = [(problems[s.task_id], s) for s in samples.values()]
-        logits = head.logits(critic.Features(files.path, files.digest, folder.file("critic/features")).of(pairs))
-        chances = 1 / (1 + np.exp(-np.clip(logits / head.temperature, -500, 500)))
-        write_jsonl(
-            folder.file("scores.jsonl"),
-            (
-                Score(s.task_id, s.sample_id, float(logit), float(chance))
-                for (_, s), logit, chance in zip(pairs, logits, chances, strict=True)
-            ),
-        )
-        console.say(f"score: {len(pairs)} samples scored by {where}")
-    folder.manifest["config"]["score"] = {"critic_sha256": digest}
-    folder.save()
+        return critic.Head(critic.answer_direction(self._files.path), 0.0).logits(self._base.of(pairs)[:, -1])
+
+
+class VllmJudge:
+    """A critic, and the zero-shot judge, as sequence classification models in vLLM."""
+
+    def __init__(self, where: Path, files: models.ModelFiles, dtype: str | None = None) -> None:
+        from fractal import critic
+
+        self._where, self._files, self._dtype = where, files, dtype
+        self._head, self._about = critic.load(where)
+
+    def logits(self, pairs: Pairs) -> Logits:
+        """(N,) the critic's logits."""
+        weights = None
+        if self._about.mode != "probe":
+            from fractal.tune import tuned_model
+
+            with console.quiet("loading the critic's weights"):
+                model = tuned_model(self._where, self._about, self._files, self._dtype)
+            weights = {f"model.{name}": tensor.cpu() for name, tensor in model.state_dict().items()}
+        return self._classify(self._head, self._about.depth, pairs, weights)
+
+    def zero_shot(self, pairs: Pairs) -> Logits:
+        """(N,) logit of Yes minus logit of No of the model before any training."""
+        import json
+
+        from fractal import critic
+
+        depth = int(json.loads((self._files.path / "config.json").read_bytes())["num_hidden_layers"])
+        return self._classify(critic.Head(critic.answer_direction(self._files.path), 0.0), depth, pairs, None)
+
+    def _classify(self, head: Any, depth: int, pairs: Pairs, weights: dict[str, Any] | None) -> Logits:
+        import tempfile
+
+        from fractal import critic
+        from fractal.scorer_vllm import VllmScorer
+
+        asker = critic.Asker(self._files.path)
+        order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].task_id)  # neighbours share their prefix
+        asked = [asker.ids(critic.question(pairs[i][0], pairs[i][1].code)) for i in order]
+        with tempfile.TemporaryDirectory(prefix="fractal-critic-") as place:
+            with console.quiet("loading the critic into vLLM"):
+                critic.export(self._files.path, head, depth, Path(place) / "critic", weights)
+                scorer = VllmScorer(
+                    Path(place) / "critic", self._dtype or models.preferred_dtype(), max(map(len, asked))
+                )
+            found = np.zeros(len(pairs))
+            with console.bar("score", len(asked)) as bar:
+                for place_in_order, logit in scorer.logits(asked):
+                    found[order[place_in_order]] = logit
+                    bar.advance()
+            scorer.close()
+        return found

@@ -1,28 +1,34 @@
-"""Stage 3: the train problems' labels -> critic/. Fits the scalar head on frozen features (`--mode probe`).
+"""Stage 3: the train problems' labels -> critic/. Modes: probe (frozen features, probe.py), lora and full (tune.py).
 
-Problems, never samples, are split: the head, its layer, its ridge and its temperature see train problems only, so
-validation and test problems are both new to the critic.
+Problems, never samples, are split: everything that is fitted or chosen (head, layer, ridge, number of epochs, temperature,
+weights beside the log-probability) sees train problems only, so validation and test problems are all new to the critic.
+Validation problems are only watched.
 """
 
 import hashlib
 import json
 import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fractal import console, models
 from fractal.records import InputError, Label, Problem, Sample, encode, read_jsonl, unique, write_jsonl, write_whole
 from fractal.run import RunDir
 
-MODES = ("probe",)
+MODES = ("probe", "lora", "full")
+
+Row = tuple[Problem, Sample, Label]
 
 
 class TrainError(Exception):
-    """The labels do not allow training. Exit code 1."""
+    """The labels do not allow training, or it cannot go on. Exit code 1."""
 
 
-def labelled(folder: RunDir, splits: set[str]) -> list[tuple[Problem, Sample, Label]]:
+def labelled(folder: RunDir, splits: set[str]) -> list[Row]:
     """The run's samples of some splits with their labels, in order; `sandbox_error` is no label."""
     problems = folder.problems()
     samples = unique(read_jsonl(folder.file("samples.jsonl"), Sample), folder.file("samples.jsonl"))
@@ -34,10 +40,19 @@ def labelled(folder: RunDir, splits: set[str]) -> list[tuple[Problem, Sample, La
     ]
 
 
-def run(folder: RunDir, base: str | None = None, mode: str = "probe") -> None:
-    """Train the critic, unless it has been trained on the same labels. Raises TrainError, InputError."""
+def run(folder: RunDir, base: str | None = None, mode: str = "probe", **recipe: Any) -> None:
+    """Train the critic, unless it has been trained on the same labels in the same way. Raises TrainError, InputError.
+
+    `recipe`: fields of tune.Recipe for lora and full; None means the default.
+    """
     if mode not in MODES:
         raise InputError(f"--mode {mode}: unknown; known: {', '.join(MODES)}.")
+    given = {name: value for name, value in recipe.items() if value is not None}
+    if given and mode == "probe":
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            f"{options}: of no use with --mode probe, which is convex. Leave them out, or take --mode lora."
+        )
     rows = labelled(folder, {"train"})
     if not rows:
         raise TrainError(
@@ -45,11 +60,21 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe") -> None:
             "verify samples of the train split."
         )
     base = base or folder.manifest["config"]["generate"]["model"]
-    files = models.resolve(_path_of(folder, base))
-    inputs = hashlib.sha256(b"".join(encode((s.task_id, s.sample_id, s.code, v.passed)) for _, s, v in rows))
-    config = {"mode": mode, "base": files.name, "weights_sha256": files.digest, "labels_sha256": inputs.hexdigest()}
-    done = folder.file("critic/best/config.json")
-    if done.exists() and json.loads(done.read_bytes()).get("inputs") == config:
+    files = models.resolve(path_of(folder, base))
+    if files.name != base:
+        folder.manifest.setdefault("model_paths", {})[files.name] = str(files.path)
+    facts = b"".join(encode((s.task_id, s.sample_id, s.code, v.passed, s.sum_logprob, s.tokens)) for _, s, v in rows)
+    config: dict[str, Any] = {
+        "mode": mode,
+        "base": files.name,
+        "weights_sha256": files.digest,
+        "labels_sha256": hashlib.sha256(facts).hexdigest(),
+    }
+    if mode != "probe":
+        from fractal.tune import Recipe
+
+        config["recipe"] = asdict(Recipe(mode=mode, **given))  # type: ignore[arg-type]
+    if _known(folder.file("critic/best")) == config:
         console.say("train: the critic of these labels is there, nothing to do")
         return
     passed = np.array([v.passed for _, _, v in rows])
@@ -63,68 +88,286 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe") -> None:
         raise TrainError(f"{folder.path}: only one train problem: a critic needs several.")
     with folder.stage("train", "critic/metrics.jsonl") as entry:
         entry["config"] = config
-        _train(folder, rows, passed, groups, files, config)
+        console.say(
+            f"train: {len(rows)} samples of {len(np.unique(groups))} train problems, {passed.mean():.1%} pass, "
+            f"{files.name}, mode {mode}"
+        )
+        _Training(folder, rows, files, config).run()
     folder.manifest["config"]["train"] = config
     folder.save()
 
 
-def _path_of(folder: RunDir, base: str) -> str:
+def _known(critic_dir: Path) -> Any:
+    """What a critic was made from; None if there is none that is whole."""
+    from fractal import critic
+
+    if not (critic_dir / "config.json").exists():
+        return None
+    try:
+        return critic.load(critic_dir)[1].inputs
+    except critic.BrokenCritic as error:
+        console.warn(f"train: {error}")
+        return None
+
+
+def path_of(folder: RunDir, base: str) -> str:
     """A model given as a folder is recorded by its name; the path it had is in the manifest beside it."""
     paths: dict[str, str] = folder.manifest.get("model_paths", {})
     return paths.get(base, base)
 
 
-def _train(
-    folder: RunDir,
-    rows: list[tuple[Problem, Sample, Label]],
-    passed: Any,
-    groups: Any,
-    files: models.ModelFiles,
-    config: dict[str, Any],
-) -> None:
-    from fractal import critic, metrics  # torch and transformers: five seconds of import
+class _Training:
+    """One training: its rows, the rows that are watched, and what came of each epoch."""
 
-    console.say(
-        f"train: {len(rows)} samples of {len(np.unique(groups))} train problems, {passed.mean():.1%} pass, "
-        f"{files.name}, mode {config['mode']}"
-    )
-    target = folder.file("critic")
-    for old in (*target.glob("epoch-*"), target / "best"):
-        shutil.rmtree(old, ignore_errors=True)
-    features = critic.Features(files.path, files.digest, target / "features")
-    states = features.of([(p, s) for p, s, _ in rows])
-    held_out = labelled(folder, {"validation"})
-    seen = features.of([(p, s) for p, s, _ in held_out]) if held_out else None
-    truth = np.array([v.passed for _, _, v in held_out], dtype=bool)
-    problems = np.array([p.task_id for p, _, _ in held_out], dtype=np.int64)
-    choice = critic.cross_validate(states, passed, groups, features.layers)
-    write_whole(target / "cross_validation.json", json.dumps(choice.table, indent=1).encode())
-    console.say(
-        f"train: layer {features.layers[choice.layer]}, ridge {choice.ridge:g}: held-out train problems: "
-        f"AUC within a problem {_figure(choice.within_auc)}, pooled {_figure(choice.pooled_auc)}"
-    )
-    fit = critic.HeadFit(states, passed, groups, choice.layer, choice.ridge)
-    history: list[dict[str, Any]] = []
-    about = {"model_layer": features.layers[choice.layer], "cross_validation": critic.about(choice), "inputs": config}
-    for epoch in range(1, critic.EPOCHS + 1):
-        row: dict[str, Any] = {"epoch": epoch, "train_loss": fit.epoch(), "val_acc": None, "val_within_auc": None}
-        head = fit.head(choice.temperature)
-        if seen is not None:
-            logits = head.logits(seen)
-            row["val_acc"] = float(np.mean((logits > 0) == truth))
-            row["val_within_auc"] = metrics.within_problem_auc(logits, truth, problems.tolist()).auc
-        history.append(row)
-        head.save(target / f"epoch-{epoch}", about)
-        console.say(
-            f"Epoch {epoch}: Train Loss {row['train_loss']:.4f}, Val Acc {_figure(row['val_acc'])}, "
-            f"Val AUC within a problem {_figure(row['val_within_auc'])}"
+    def __init__(self, folder: RunDir, rows: list[Row], files: models.ModelFiles, config: dict[str, Any]) -> None:
+        from fractal import critic  # torch and transformers: five seconds of import
+        from fractal.features import Features
+
+        self.rows, self.files, self.config = rows, files, config
+        self.target = folder.file("critic")
+        self.watched = labelled(folder, {"validation"})
+        self.features = Features(files.path, files.digest, self.target / "features")
+        self.zero = critic.Head(critic.answer_direction(files.path), 0.0)
+        self.about = critic.About(
+            mode=config["mode"],
+            base=files.name,
+            weights_sha256=files.digest,
+            tokenizer_sha256=critic.tokenizer_digest(files.path),
+            depth=self.features.layers[-1],
+            inputs=config,
         )
-    write_jsonl(target / "metrics.jsonl", history)
-    draft = target / ".best"
-    shutil.rmtree(draft, ignore_errors=True)
-    head.save(draft, about)  # the last epoch: the loss is convex, nothing is chosen on the validation problems
-    draft.rename(target / "best")
+        self.history: list[dict[str, Any]] = []
+        # Whoever trains anew with other inputs starts with a clean folder; the same inputs go on.
+        known = [_known(one) for one in self.target.glob("epoch-*")]
+        if config["mode"] == "probe" or any(one not in (None, config) for one in known):
+            for old in self.target.glob("epoch-*"):
+                shutil.rmtree(old)
+            self.target.joinpath("metrics.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(self.target / "best", ignore_errors=True)
+        self.target.joinpath("splits.json").unlink(missing_ok=True)
+
+    def run(self) -> None:
+        self.probe() if self.config["mode"] == "probe" else self.tune()
+
+    # --- probe
+
+    def probe(self) -> None:
+        from fractal import critic
+        from fractal.probe import EPOCHS, HeadFit, compare_splits, cross_validate
+
+        passed, groups = _truth(self.rows)
+        states = self.features.of(_pairs(self.rows))
+        seen = self.features.of(_pairs(self.watched)) if self.watched else None
+        self.note(0, None, None if seen is None else self.zero.logits(seen[:, -1]))
+        chosen = cross_validate(states, passed, groups, self.features.layers)
+        write_whole(self.target / "cross_validation.json", json.dumps(chosen.table, indent=1).encode())
+        console.say(
+            f"train: layer {chosen.layer}, ridge {chosen.ridge:g}: held-out train problems: AUC within a problem "
+            f"{_figure(chosen.within_auc)}, pooled {_figure(chosen.pooled_auc)}"
+        )
+        place = chosen.place
+        splits = compare_splits(states[:, place], passed, groups, chosen.ridge)
+        write_whole(self.target / "splits.json", json.dumps(splits, indent=1).encode())
+        about = replace(
+            self.about,
+            depth=chosen.layer,
+            temperature=critic.temperature_of(chosen.logits, passed),
+            combination=critic.combine(chosen.logits, _mean_logprobs(self.rows), passed, groups),
+            figures={"within_auc": chosen.within_auc, "pooled_auc": chosen.pooled_auc, "ridge": chosen.ridge},
+        )
+        fit = HeadFit(states[:, place], passed, groups, chosen.ridge)
+        for epoch in range(1, EPOCHS + 1):
+            value = fit.epoch()
+            critic.save(self.target / f"epoch-{epoch}", fit.head(), replace(about, epoch=epoch))
+            self.note(epoch, value, None if seen is None else fit.head().logits(seen[:, place]))
+        self.finish(EPOCHS, about)  # the last: the loss is convex, nothing is chosen on the validation problems
+
+    # --- lora and full
+
+    def tune(self) -> None:
+        from fractal import metrics, tune
+        from fractal.critic import Asker, question
+        from fractal.features import Asked
+
+        recipe = tune.Recipe(**self.config["recipe"])
+        passed, groups = _truth(self.rows)
+        dev = tune.dev_problems(groups, recipe.seed)
+        if not tune.mixed_problems(passed[np.isin(groups, list(dev))], groups[np.isin(groups, list(dev))]):
+            console.warn(
+                "train: too few train problems to hold some out: it does not stop early, and is not calibrated."
+            )
+            dev = set()
+        asker = Asker(self.files.path)
+        texts = [(p.task_id, question(p, s.code), v.passed) for p, s, v in self.rows]
+        examples = tune.examples_of(asker, texts, lambda task: task not in dev)
+        if len({e.passed for e in examples}) < 2:
+            raise TrainError(
+                "without the problems held out, all train samples are of one kind. Draw more samples (--n)."
+            )
+        held = [row for row in self.rows if row[0].task_id in dev]
+        asked = {
+            name: [Asked(str(i), p.task_id, asker.ids(question(p, s.code))) for i, (p, s, _) in enumerate(rows)]
+            for name, rows in (("dev", held), ("watched", self.watched))
+        }
+        self.history = [
+            row
+            for row in _history(self.target / "metrics.jsonl")
+            if row["epoch"] <= tune.last_epoch(self.target, self.about)
+        ]
+
+        def evaluate(judge: tune.Judge, epoch: int, train_loss: float | None, seconds: float) -> bool:
+            auc = None
+            if held:
+                logits = judge.judge(asked["dev"], asker.pad)
+                np.save(self.target / f".dev-{epoch}.npy", logits)
+                truth, of = _truth(held)
+                auc = metrics.within_problem_auc(logits, truth, of.tolist()).auc
+            watched = judge.judge(asked["watched"], asker.pad) if self.watched else None
+            self.note(epoch, train_loss, watched, auc, seconds)
+            return not self.exhausted(recipe.patience)
+
+        try:
+            tune.fit(examples, self.files, recipe, self.target, self.about, evaluate)
+        except tune.TrainError as error:
+            if best := self.best_epoch():
+                self.conclude(best, held)
+                raise TrainError(f"{error} critic/best is epoch {best}'s.") from error
+            raise TrainError(str(error)) from error
+        self.conclude(self.best_epoch(), held)
+
+    def exhausted(self, patience: int) -> bool:
+        """Whether the last `patience` epochs brought nothing better on the dev problems."""
+        values = [row["dev_within_auc"] for row in self.history if row["epoch"]]
+        if len(values) <= patience or None in values:
+            return False
+        stop = bool(max(values[-patience:]) <= max(values[:-patience]))
+        if stop:
+            console.say(f"train: {patience} epochs without a better AUC on the dev problems: stopped early")
+        return stop
+
+    def best_epoch(self) -> int:
+        """The epoch with the best AUC on the dev problems; without these, the last one."""
+        rows = [
+            row for row in self.history if row["epoch"] and (self.target / f"epoch-{row['epoch']}/config.json").exists()
+        ]
+        return max(rows, key=lambda row: (row["dev_within_auc"] or 0.0, row["epoch"]))["epoch"] if rows else 0
+
+    def conclude(self, epoch: int, held: list[Row]) -> None:
+        """Calibrate the chosen epoch on the dev problems and make it critic/best."""
+        from fractal import critic
+
+        about = critic.load(self.target / f"epoch-{epoch}")[1]
+        kept = self.target / f".dev-{epoch}.npy"
+        if held and kept.exists():
+            passed, groups = _truth(held)
+            logits = np.load(kept)
+            about = replace(
+                about,
+                temperature=critic.temperature_of(logits, passed),
+                combination=critic.combine(logits, _mean_logprobs(held), passed, groups),
+                figures={
+                    row_name: row[row_name]
+                    for row in self.history
+                    if row["epoch"] == epoch
+                    for row_name in ("dev_within_auc",)
+                },
+            )
+        first = next((row for row in self.history if row["epoch"] == 0), None)
+        best = next(row for row in self.history if row["epoch"] == epoch)
+        if (
+            first
+            and None not in (first["dev_within_auc"], best["dev_within_auc"])
+            and first["dev_within_auc"] >= best["dev_within_auc"]
+        ):
+            console.warn(
+                f"train: no epoch is better on the dev problems than the zero-shot judge ({_figure(first['dev_within_auc'])}): "
+                "training has added nothing."
+            )
+        self.finish(epoch, about)
+        for old in self.target.glob(".dev-*.npy"):
+            old.unlink()
+
+    # --- both
+
+    def note(
+        self,
+        epoch: int,
+        train_loss: float | None,
+        watched: NDArray[np.float64] | None,
+        dev_within_auc: float | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Record an epoch and say it. `watched`: logits of the validation samples."""
+        from fractal import metrics
+
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "train_loss": train_loss,
+            "val_acc": None,
+            "val_within_auc": None,
+            "dev_within_auc": dev_within_auc,
+            "seconds": seconds,
+            "chosen": False,
+        }
+        if watched is not None:
+            truth, groups = _truth(self.watched)
+            row["val_acc"] = float(np.mean((watched > 0) == truth))
+            row["val_within_auc"] = metrics.within_problem_auc(watched, truth, groups.tolist()).auc
+        self.history.append(row)
+        write_jsonl(self.target / "metrics.jsonl", self.history)
+        held_out = "" if dev_within_auc is None else f", Dev AUC within a problem {_figure(dev_within_auc)}"
+        console.say(
+            f"Epoch {epoch}{' (zero-shot)' if not epoch else ''}: Train Loss {_figure(train_loss, 4)}, Val Acc "
+            f"{_figure(row['val_acc'])}, Val AUC within a problem {_figure(row['val_within_auc'])}{held_out}"
+        )
+
+    def finish(self, epoch: int, about: Any) -> None:
+        """Make a checkpoint critic/best, whole or not at all."""
+        from fractal import critic
+
+        head, _ = critic.load(self.target / f"epoch-{epoch}")
+        draft = self.target / ".best"
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(
+            self.target / f"epoch-{epoch}", draft, ignore=shutil.ignore_patterns("optimiser.pt"), copy_function=_link
+        )
+        (draft / "head.safetensors").unlink()  # written anew: not through the link
+        critic.save(draft, head, replace(about, epoch=epoch))
+        draft.rename(self.target / "best")
+        for row in self.history:
+            row["chosen"] = row["epoch"] == epoch
+        write_jsonl(self.target / "metrics.jsonl", self.history)
 
 
-def _figure(value: float | None) -> str:
-    return "\u2013" if value is None else f"{value:.3f}"
+def _link(source: str, target: str) -> None:
+    """A second name instead of a second copy of gigabytes, where the file system can."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _pairs(rows: list[Row]) -> list[tuple[Problem, Sample]]:
+    return [(problem, sample) for problem, sample, _ in rows]
+
+
+def _truth(rows: list[Row]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """(N,) verdicts and (N,) task ids."""
+    passed = np.array([label.passed for _, _, label in rows], dtype=bool)
+    return passed, np.array([problem.task_id for problem, _, _ in rows], dtype=np.int64)
+
+
+def _mean_logprobs(rows: list[Row]) -> NDArray[np.float64]:
+    """(N,) log-probability of a token; NaN where the source gave none."""
+    return np.array(
+        [s.sum_logprob / s.tokens if s.sum_logprob is not None and s.tokens else np.nan for _, s, _ in rows]
+    )
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"}")]
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "\u2013" if value is None else f"{value:.{digits}f}"

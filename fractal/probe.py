@@ -1,0 +1,140 @@
+"""`--mode probe`: a linear head on frozen states of one layer, chosen by cross-validation grouped by problem.
+
+Everything here is convex and starts from zero: no random start, no chosen epoch. It sees train problems only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import GroupKFold, KFold
+
+from fractal import console, metrics
+from fractal.critic import Array, Flags, Floats, Groups, Half, Head, loss, prior_shift, problem_pairs
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # weight of the squared norm of the head, on standardised states
+EPOCHS = 5  # rounds of L-BFGS; the loss is convex, so more only polish
+FOLDS = 5
+
+
+class HeadFit:
+    """The convex problem of one layer's states (N, D) and a ridge, solved by L-BFGS in rounds (`epoch`)."""
+
+    def __init__(self, states: Half | Array, passed: Flags, groups: Groups, ridge: float) -> None:
+        x = states.astype(np.float32)
+        self.ridge = ridge
+        self._mean, self._scale = x.mean(axis=0), x.std(axis=0) + 1e-4
+        self._x = torch.tensor((x - self._mean) / self._scale, dtype=torch.float64)
+        self._y = torch.tensor(passed, dtype=torch.float64)
+        self._prior = prior_shift(passed)
+        self._pairs = torch.tensor(problem_pairs(passed, groups))
+        self._w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+        self._b = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        self._steps = torch.optim.LBFGS([self._w, self._b], max_iter=20, line_search_fn="strong_wolfe")
+
+    def epoch(self) -> float:
+        """One round of steps; returns the loss before the penalty."""
+
+        def closure() -> torch.Tensor:
+            self._steps.zero_grad()
+            value = self._loss() + self.ridge * self._w.square().sum()
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        self._steps.step(closure)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            return float(self._loss())
+
+    def _loss(self) -> torch.Tensor:
+        return loss(self._x @ self._w + self._b, self._y, self._pairs)
+
+    def head(self) -> Head:
+        """For states as they come: the standardisation is folded into weight and bias."""
+        weight = self._w.detach().numpy() / self._scale
+        bias = float(self._b.detach()) + self._prior - float(weight @ self._mean)
+        return Head(weight.astype(np.float32), bias)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Layer and ridge, as grouped cross-validation within the train problems chose them."""
+
+    place: int  # of the layer in Features.layers
+    layer: int
+    ridge: float
+    within_auc: float | None  # of the held-out folds, over pairs of one problem
+    pooled_auc: float | None
+    logits: Floats  # (N,) of the held-out folds
+    table: list[dict[str, Any]]  # every combination with its figures
+
+
+def cross_validate(states: Half, passed: Flags, groups: Groups, layers: list[int]) -> Chosen:
+    """Try every layer and ridge on folds of whole problems. Needs at least two problems and both classes.
+
+    states (N, layers, D).
+    """
+    folds = list(GroupKFold(n_splits=min(FOLDS, len(np.unique(groups)))).split(passed, groups=groups))
+    table: list[dict[str, Any]] = []
+    held_out: list[Floats] = []
+    with console.bar("cross-validation", len(layers) * len(RIDGES)) as bar:
+        for place, layer in enumerate(layers):
+            for ridge in RIDGES:
+                logits = _held_out(states[:, place], passed, groups, ridge, folds)
+                within = metrics.within_problem_auc(logits, passed, groups.tolist()).auc
+                pooled = metrics.auc(logits, passed)
+                table.append({"layer": layer, "ridge": ridge, "within_auc": within, "pooled_auc": pooled})
+                held_out.append(logits)
+                bar.advance()
+    best = max(
+        range(len(table)),
+        key=lambda i: (_known(table[i]["within_auc"]), _known(table[i]["pooled_auc"]), table[i]["ridge"]),
+    )
+    row = table[best]
+    place = best // len(RIDGES)
+    return Chosen(place, layers[place], row["ridge"], row["within_auc"], row["pooled_auc"], held_out[best], table)
+
+
+def _held_out(states: Half, passed: Flags, groups: Groups, ridge: float, folds: list[tuple[Any, Any]]) -> Floats:
+    """Logits (N,) of samples that their fold's head has not seen; 0 where a fold has one class to learn from."""
+    logits = np.zeros(len(passed))
+    for train, test in folds:
+        if passed[train].all() or not passed[train].any():
+            continue
+        fit = HeadFit(states[train], passed[train], groups[train], ridge)
+        fit.epoch()
+        logits[test] = fit.head().logits(states[test])
+    return logits
+
+
+def _known(value: float | None) -> float:
+    return 0.5 if value is None else value
+
+
+def compare_splits(states: Half, passed: Flags, groups: Groups, ridge: float) -> list[dict[str, Any]]:
+    """The same critic judged under two ways to split the same samples: by sample, which leaks, and by problem.
+
+    states (N, D). `lookup_accuracy` needs no program: the majority label of the same problem on the training side,
+    and where the problem is not there the majority of all. Fields as summary.SplitAccuracy.
+    """
+    rows = []
+    for by in ("sample", "problem"):
+        count = min(FOLDS, len(np.unique(groups)))
+        splitter = KFold(count, shuffle=True, random_state=0) if by == "sample" else GroupKFold(n_splits=count)
+        folds = list(splitter.split(passed, groups=groups))
+        logits = _held_out(states, passed, groups, ridge, folds)
+        looked_up = np.zeros(len(passed), dtype=bool)
+        for train, test in folds:
+            for i in test:
+                same = passed[train][groups[train] == groups[i]]
+                looked_up[i] = (same if len(same) else passed[train]).mean() >= 0.5
+        rows.append(
+            {
+                "by": by,
+                "accuracy": float(np.mean((logits >= 0) == passed)),
+                "auc": metrics.auc(logits, passed),
+                "within_auc": metrics.within_problem_auc(logits, passed, groups.tolist()).auc,
+                "lookup_accuracy": float(np.mean(looked_up == passed)),
+            }
+        )
+    return rows
