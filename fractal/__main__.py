@@ -281,8 +281,8 @@ def convert(
 
 
 @app.command(
-    epilog="Examples: fractal train --run runs/mbpp; fractal train --run runs/mbpp --mode lora --epochs 3. Killed at any "
-    "moment, the same command goes on after the last whole epoch."
+    epilog="Examples: fractal train --run runs/mbpp; fractal train --run runs/mbpp --mode lora --epochs 3. Killed at "
+    "any moment, the same command goes on after the last whole epoch."
 )
 def train(
     run: Run,

@@ -29,6 +29,7 @@ from fractal.records import InputError, Problem
 
 PROMPT_VERSION = 1
 ANSWERS = ("Yes", "No")
+ABOUT = "critic.json"  # not config.json: a fully trained model has its own
 
 Array = NDArray[np.float32]
 Half = NDArray[np.float16]
@@ -217,7 +218,7 @@ def combine(logits: Floats, mean_logprobs: Floats, passed: Flags, groups: Groups
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a critic's folder says of itself (config.json); what scoring needs to use it rightly."""
+    """What a critic's folder says of itself (critic.json); what scoring needs to use it rightly."""
 
     mode: str  # probe, lora or full
     base: str  # model's name
@@ -234,28 +235,39 @@ class About:
 
 
 def save(folder: Path, head: Head, about: About) -> None:
-    """Write head and config.json into a folder that may hold weights already; config.json comes last."""
+    """Write head and critic.json into a folder that may hold weights already; critic.json comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"weight": head.weight, "bias": np.array([head.bias], dtype=np.float32)}
     save_file(arrays, folder / "head.safetensors")
-    files = {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != "config.json"}
-    fields = asdict(about) | {"files": files}
-    draft = folder / ".config.json"
+    files = {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != ABOUT}
+    _describe(folder, asdict(about) | {"files": files})
+
+
+def forget(folder: Path, name: str) -> None:
+    """Remove a file of a critic's folder, and from the list of those that it promises."""
+    fields = json.loads((folder / ABOUT).read_bytes())
+    fields["files"].pop(name, None)
+    _describe(folder, fields)
+    (folder / name).unlink()
+
+
+def _describe(folder: Path, fields: dict[str, Any]) -> None:
+    draft = folder / f".{ABOUT}"
     draft.write_text(json.dumps(fields, indent=1) + "\n")
-    draft.replace(folder / "config.json")
+    draft.replace(folder / ABOUT)
 
 
 def load(folder: Path) -> tuple[Head, About]:
     """Read a critic. Raises BrokenCritic if a file is missing, cut short or of another version."""
     remedy = "Train it again (`fractal train`), or give another --critic."
     try:
-        fields = json.loads((folder / "config.json").read_bytes())
+        fields = json.loads((folder / ABOUT).read_bytes())
         both = fields.pop("combination")
         about = About(**fields, combination=Combination(**both) if both else None)
     except FileNotFoundError:
-        raise BrokenCritic(f"{folder}: holds no critic (config.json is missing). {remedy}") from None
+        raise BrokenCritic(f"{folder}: holds no critic ({ABOUT} is missing). {remedy}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BrokenCritic(f"{folder}/config.json: not a critic's: {error}. {remedy}") from error
+        raise BrokenCritic(f"{folder}/{ABOUT}: not a critic's: {error}. {remedy}") from error
     for name, digest in about.files.items():
         if not (folder / name).is_file():
             raise BrokenCritic(f"{folder}/{name}: is missing. {remedy}")

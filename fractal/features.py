@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class Features:
             try:
                 with np.load(shard) as data:
                     self._known |= dict(zip(data["keys"].tolist(), data["states"], strict=True))
-            except (OSError, ValueError, KeyError, EOFError) as error:
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
                 console.warn(f"{shard}: left out, its features are computed again: {error}")
 
     def _key(self, text: str) -> str:

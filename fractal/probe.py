@@ -120,8 +120,10 @@ def compare_splits(states: Half, passed: Flags, groups: Groups, ridge: float) ->
     rows = []
     for by in ("sample", "problem"):
         count = min(FOLDS, len(np.unique(groups)))
-        splitter = KFold(count, shuffle=True, random_state=0) if by == "sample" else GroupKFold(n_splits=count)
-        folds = list(splitter.split(passed, groups=groups))
+        if by == "sample":
+            folds = list(KFold(count, shuffle=True, random_state=0).split(passed))
+        else:
+            folds = list(GroupKFold(n_splits=count).split(passed, groups=groups))
         logits = _held_out(states, passed, groups, ridge, folds)
         looked_up = np.zeros(len(passed), dtype=bool)
         for train, test in folds:

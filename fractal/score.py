@@ -30,13 +30,13 @@ def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", b
     where = critic_dir or folder.file("critic/best")
     if not where.is_dir():
         raise InputError(f"{where}: holds no critic. Run `fractal train --run {folder.path}` first, or give --critic.")
-    head, about = critic.load(where)
+    _, about = critic.load(where)
     path = folder.file("samples.jsonl")
     samples = unique(read_jsonl(path, Sample), path)
     if not samples:
         raise InputError(f"{folder.path}: has no samples yet. Run `fractal generate --run {folder.path}` first.")
     problems = folder.problems()
-    digest = hashlib.sha256((where / "config.json").read_bytes()).hexdigest()  # which holds the digests of the rest
+    digest = hashlib.sha256((where / "critic.json").read_bytes()).hexdigest()  # which holds the digests of the rest
     known = folder.manifest["config"].get("score", {})
     done = unique(read_jsonl(folder.file("scores.jsonl"), Score), folder.file("scores.jsonl"))
     if known.get("critic_sha256") == digest and done.keys() == samples.keys():
@@ -101,7 +101,7 @@ class TransformersJudge:
         from fractal.features import Features
         from fractal.tune import tuned_model
 
-        digest = hashlib.sha256((self._where / "config.json").read_bytes()).hexdigest()
+        digest = hashlib.sha256((self._where / "critic.json").read_bytes()).hexdigest()
         tuned = Features(
             self._files.path,
             digest,

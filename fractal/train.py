@@ -1,7 +1,7 @@
 """Stage 3: the train problems' labels -> critic/. Modes: probe (frozen features, probe.py), lora and full (tune.py).
 
-Problems, never samples, are split: everything that is fitted or chosen (head, layer, ridge, number of epochs, temperature,
-weights beside the log-probability) sees train problems only, so validation and test problems are all new to the critic.
+Problems, never samples, are split: everything that is fitted or chosen (head, layer, ridge, epoch, temperature, weights
+beside the log-probability) sees train problems only, so validation and test problems are all new to the critic.
 Validation problems are only watched.
 """
 
@@ -101,7 +101,7 @@ def _known(critic_dir: Path) -> Any:
     """What a critic was made from; None if there is none that is whole."""
     from fractal import critic
 
-    if not (critic_dir / "config.json").exists():
+    if not (critic_dir / "critic.json").exists():
         return None
     try:
         return critic.load(critic_dir)[1].inputs
@@ -125,6 +125,7 @@ class _Training:
 
         self.rows, self.files, self.config = rows, files, config
         self.target = folder.file("critic")
+        self.target.mkdir(exist_ok=True)
         self.watched = labelled(folder, {"validation"})
         self.features = Features(files.path, files.digest, self.target / "features")
         self.zero = critic.Head(critic.answer_direction(files.path), 0.0)
@@ -248,7 +249,7 @@ class _Training:
     def best_epoch(self) -> int:
         """The epoch with the best AUC on the dev problems; without these, the last one."""
         rows = [
-            row for row in self.history if row["epoch"] and (self.target / f"epoch-{row['epoch']}/config.json").exists()
+            row for row in self.history if row["epoch"] and (self.target / f"epoch-{row['epoch']}/critic.json").exists()
         ]
         return max(rows, key=lambda row: (row["dev_within_auc"] or 0.0, row["epoch"]))["epoch"] if rows else 0
 
@@ -280,8 +281,8 @@ class _Training:
             and first["dev_within_auc"] >= best["dev_within_auc"]
         ):
             console.warn(
-                f"train: no epoch is better on the dev problems than the zero-shot judge ({_figure(first['dev_within_auc'])}): "
-                "training has added nothing."
+                "train: on the dev problems no epoch is better than the zero-shot judge "
+                f"({_figure(first['dev_within_auc'])}): training has added nothing."
             )
         self.finish(epoch, about)
         for old in self.target.glob(".dev-*.npy"):

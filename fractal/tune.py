@@ -1,12 +1,11 @@
 """`--mode lora` and `--mode full`: the language model itself is trained to judge, from the zero-shot judge on.
 
-Loss: binary cross-entropy plus a pairwise term within each problem, so a micro-batch holds programs of one problem. Some
-of the train problems (the dev problems) are held out and say when to stop. Each epoch is a folder with weights and
+Loss: binary cross-entropy plus a pairwise term within each problem, so a micro-batch holds programs of one problem.
+Some of the train problems (the dev problems) are held out and say when to stop. Each epoch is a folder with weights and
 optimiser state: a killed training goes on from the last whole one and, on a CPU, comes to the same weights.
 """
 
 import hashlib
-import json
 import math
 import shutil
 import time
@@ -191,7 +190,9 @@ class Judge:
         """Write a checkpoint; it appears whole or not at all."""
         draft = folder.with_name(f".{folder.name}")
         shutil.rmtree(draft, ignore_errors=True)
-        self.backbone.save_pretrained(draft)
+        with console.quiet("writing the checkpoint"):
+            self.backbone.save_pretrained(draft)
+        (draft / "README.md").unlink(missing_ok=True)  # peft's empty form
         torch.save({"optimiser": self.optimiser.state_dict(), "bias": self.bias.detach()}, draft / OPTIMISER)
         critic.save(draft, self.head(), about)
         shutil.rmtree(folder, ignore_errors=True)
@@ -223,7 +224,7 @@ def tuned_model(folder: Path, about: About, files: ModelFiles, dtype: str | None
     """The backbone of a trained critic, for reading."""
     kind = getattr(torch, dtype or preferred_dtype())
     if about.mode == "full":
-        return AutoModel.from_pretrained(folder, config=str(files.path), dtype=kind).to(device()).eval()
+        return AutoModel.from_pretrained(folder, dtype=kind).to(device()).eval()
     from peft import PeftModel
 
     base = AutoModel.from_pretrained(files.path, dtype=kind)
@@ -271,7 +272,7 @@ def fit(
                 judge.save(target / f"epoch-{epoch}", replace(about, epoch=epoch))
                 for older in target.glob(f"epoch-*/{OPTIMISER}"):
                     if older.parent.name != f"epoch-{epoch}":
-                        _forget(older)
+                        critic.forget(older.parent, OPTIMISER)
                 if not evaluate(judge, epoch, loss, seconds):
                     return
             return
@@ -286,17 +287,6 @@ def fit(
             del judge
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _forget(file: Path) -> None:
-    """Remove an older optimiser state, and from the list of files that its checkpoint promises."""
-    config = file.parent / "config.json"
-    fields = json.loads(config.read_bytes())
-    fields["files"].pop(file.name, None)
-    draft = file.parent / ".config.json"
-    draft.write_text(json.dumps(fields, indent=1) + "\n")
-    draft.replace(config)
-    file.unlink()
 
 
 def last_epoch(target: Path, about: About) -> int:

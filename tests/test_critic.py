@@ -1,5 +1,7 @@
-"""The critic's head: its loss, its pairs, its cross-validation by problem, and what it must not see. No language model."""
+"""The critic's loss, pairs, calibration, combination and files. No language model."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from fractal import critic, metrics
+from fractal.records import Problem
 
 rows = st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=30)
+ABOUT = critic.About(
+    mode="probe", base="m", weights_sha256="w", tokenizer_sha256="t", depth=3, inputs={"labels_sha256": "x"}, temperature=1.7,
+    combination=critic.Combination(0.5, 2.0, -1.0),
+)  # fmt: skip
 
 
 @given(rows)
@@ -39,76 +45,6 @@ def test_the_loss_is_the_formula() -> None:
     assert float(found) == pytest.approx(np.mean(entropy) + pairwise, rel=1e-6)
 
 
-def made(problems: int, each: int, seed: int, signal: float) -> tuple[critic.Array, critic.Flags, NDArray[np.int64]]:
-    """States (N, 2, 6): layer 0 is noise, layer 1 holds `signal` times the label in its first place."""
-    rng = np.random.default_rng(seed)
-    groups = np.repeat(np.arange(problems), each)
-    passed = rng.random(problems * each) < 0.4
-    states = rng.normal(size=(problems * each, 2, 6)).astype(np.float32)
-    states[:, 1, 0] += signal * passed
-    return states, passed, groups
-
-
-def test_cross_validation_finds_the_layer_that_tells() -> None:
-    states, passed, groups = made(24, 6, 0, 3.0)
-    choice = critic.cross_validate(states, passed, groups, [7, 9])
-    assert choice.layer == 1
-    assert choice.within_auc is not None
-    assert choice.within_auc > 0.9
-
-
-def test_no_problem_leaks_from_train_to_held_out() -> None:
-    """Features that name the problem and nothing else: held out by problem, they are worth nothing.
-
-    With samples of one problem on both sides of a split the same features would look good (FACTS: 88.9 %).
-    """
-    rng = np.random.default_rng(1)
-    groups = np.repeat(np.arange(30), 8)
-    easy = rng.random(30) < 0.5
-    passed = np.where(rng.random(240) < 0.9, easy[groups], ~easy[groups])
-    name = rng.normal(size=(30, 64)).astype(np.float32)[groups]
-    states = np.repeat(name[:, None, :], 2, axis=1)
-    choice = critic.cross_validate(states, passed, groups, [1, 2])
-    assert choice.pooled_auc is not None
-    assert choice.pooled_auc < 0.75
-    leaky = critic.HeadFit(states[::2], passed[::2], groups[::2], 0, 1e-3)  # the other half has the same problems
-    leaky.epoch()
-    found = metrics.auc(leaky.head().logits(states[1::2]), passed[1::2])
-    assert found is not None
-    assert found > 0.85
-
-
-def test_the_head_learns_what_can_be_learned_and_its_loss_falls() -> None:
-    states, passed, groups = made(20, 6, 2, 2.5)
-    fit = critic.HeadFit(states, passed, groups, 1, 1e-3)
-    losses = [fit.epoch() for _ in range(3)]
-    assert losses[-1] <= losses[0] + 1e-9
-    new, truth, of = made(20, 6, 3, 2.5)
-    found = metrics.within_problem_auc(fit.head().logits(new), truth, of.tolist()).auc
-    assert found is not None
-    assert found > 0.85
-
-
-def test_the_same_data_give_the_same_head() -> None:
-    states, passed, groups = made(10, 4, 4, 1.0)
-    heads = []
-    for _ in range(2):
-        fit = critic.HeadFit(states, passed, groups, 0, 1e-2)
-        fit.epoch()
-        heads.append(fit.head())
-    assert np.array_equal(heads[0].weight, heads[1].weight)
-
-
-def test_probabilities_mean_the_share_that_passes() -> None:
-    """Rare passes: the balanced loss would put them at one half; the prior correction undoes that."""
-    rng = np.random.default_rng(5)
-    states = rng.normal(size=(2000, 1, 4)).astype(np.float32)
-    passed = rng.random(2000) < 0.1
-    fit = critic.HeadFit(states, passed, np.arange(2000), 0, 1e-1)
-    fit.epoch()
-    assert np.mean(1 / (1 + np.exp(-fit.head().logits(states)))) == pytest.approx(0.1, abs=0.02)
-
-
 @settings(deadline=None, max_examples=30)
 @given(st.floats(0.2, 5.0))
 def test_temperature_recovers_what_the_logits_were_multiplied_by(factor: float) -> None:
@@ -118,18 +54,106 @@ def test_temperature_recovers_what_the_logits_were_multiplied_by(factor: float) 
     assert critic.temperature_of(true * factor, passed) == pytest.approx(factor, rel=0.1)
 
 
-def test_a_saved_head_is_the_same_head(tmp_path: Path) -> None:
-    states, passed, groups = made(8, 4, 7, 1.0)
-    fit = critic.HeadFit(states, passed, groups, 1, 1e-2)
-    fit.epoch()
-    fit.head(1.7).save(tmp_path / "best", {"inputs": {}})
-    back = critic.Head.load(tmp_path / "best")
-    assert np.allclose(back.logits(states), fit.head().logits(states))
-    assert (back.layer, back.temperature) == (1, 1.7)
+def test_temperature_never_changes_a_ranking() -> None:
+    logits = np.random.default_rng(0).normal(size=50)
+    assert (np.argsort(logits / 3.7) == np.argsort(logits)).all()
 
 
-def test_batches_keep_order_and_bound() -> None:
-    asked = {str(n): [0] * n for n in (10, 20, 3000, 3000, 5000)}
-    batches = critic._batches(list(asked), asked)
-    assert [key for batch in batches for key in batch] == list(asked)
-    assert all(len(batch) == 1 or len(asked[batch[-1]]) * len(batch) <= critic.BATCH_TOKENS for batch in batches)
+def two_signals(seed: int) -> tuple[critic.Floats, critic.Floats, critic.Flags, critic.Groups]:
+    """Logits and log-probabilities that each tell a part: 40 problems of 8 samples."""
+    rng = np.random.default_rng(seed)
+    passed = rng.random(320) < 0.4
+    return (
+        passed * 1.0 + rng.normal(size=320),
+        0.1 * (passed * 1.0 + rng.normal(size=320)) - 0.5,
+        passed,
+        np.repeat(np.arange(40), 8),
+    )
+
+
+def test_the_combination_ranks_better_than_each_of_its_parts() -> None:
+    logits, means, passed, groups = two_signals(0)
+    both = critic.combine(logits, means, passed, groups)
+    assert both is not None
+    assert both.critic > 0
+    assert both.mean_logprob > 0
+    new_logits, new_means, truth, of = two_signals(1)
+    joined = [both.logit(a, b) for a, b in zip(new_logits, new_means, strict=True)]
+    found = [metrics.within_problem_auc(x, truth, of.tolist()).auc for x in (joined, new_logits, new_means)]
+    assert found[0] > max(found[1:])  # type: ignore[operator,type-var]
+
+
+def test_the_combination_leaves_out_samples_without_a_log_probability() -> None:
+    logits, means, passed, groups = two_signals(2)
+    some = means.copy()
+    some[::2] = np.nan
+    assert critic.combine(logits, some, passed, groups) == critic.combine(
+        logits[1::2], means[1::2], passed[1::2], groups[1::2]
+    )
+    assert critic.combine(logits, np.full(320, np.nan), passed, groups) is None
+    assert critic.combine(logits, means, np.ones(320, dtype=bool), groups) is None
+    assert critic.Combination(1.0, 1.0, 0.0).logit(0.3, None) is None
+
+
+def test_the_problem_comes_before_the_program_and_hidden_tests_are_not_shown() -> None:
+    problem = Problem(7, "Add two numbers.", "", ["assert add(1, 2) == 3", "assert add(5, 5) == 10"], "", "add", "test")
+    text = critic.question(problem, "def add(a, b):\n    return a + b")
+    assert text.index("Add two numbers.") < text.index("assert add(1, 2) == 3") < text.index("return a + b")
+    assert "add(5, 5)" not in text
+
+
+# --- files
+
+
+def saved(folder: Path) -> Path:
+    critic.save(folder, critic.Head(np.arange(4, dtype=np.float32), 0.5), ABOUT)
+    return folder
+
+
+def test_a_saved_critic_is_the_same_critic(tmp_path: Path) -> None:
+    head, about = critic.load(saved(tmp_path / "best"))
+    assert np.array_equal(head.weight, np.arange(4))
+    assert head.bias == 0.5
+    assert replace(about, files={}) == ABOUT
+    assert head.logits(np.ones((2, 4), dtype=np.float16)).tolist() == [6.5, 6.5]
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "head.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def other_version(folder: Path) -> None:
+    file = folder / critic.ABOUT
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prompt_version": 99}))
+
+
+BROKEN = {
+    "head cut short": (cut_short, "head.safetensors: is damaged or was cut short"),
+    "head missing": (lambda f: (f / "head.safetensors").unlink(), "head.safetensors: is missing"),
+    "description missing": (lambda f: (f / critic.ABOUT).unlink(), "holds no critic"),
+    "description cut short": (lambda f: (f / critic.ABOUT).write_text('{"mode": "pro'), "not a critic's"),
+    "description of something else": (lambda f: (f / critic.ABOUT).write_text('{"a": 1}'), "not a critic's"),
+    "description is a list": (lambda f: (f / critic.ABOUT).write_text("[]"), "not a critic's"),
+    "another question": (other_version, "version 99 of the critic's question"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_critic_is_named_with_its_file_and_the_remedy(name: str, tmp_path: Path) -> None:
+    breaks, words = BROKEN[name]
+    breaks(saved(tmp_path / "best"))
+    with pytest.raises(critic.BrokenCritic, match="rain it again") as error:
+        critic.load(tmp_path / "best")
+    assert words in str(error.value)
+    assert str(tmp_path / "best") in str(error.value)
+
+
+def test_a_file_that_is_forgotten_is_not_missed(tmp_path: Path) -> None:
+    folder = tmp_path / "epoch-1"
+    folder.mkdir()
+    (folder / "optimiser.pt").write_bytes(b"state")
+    saved(folder)
+    critic.forget(folder, "optimiser.pt")
+    assert not (folder / "optimiser.pt").exists()
+    critic.load(folder)

@@ -1,0 +1,150 @@
+"""States of questions: against a plain forward pass of each, the cache, and memory. A tiny real Qwen2."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+from fractal import console, critic, features
+from fractal.features import Asked, Features
+from fractal.records import OutsideError, Problem, Sample
+from tests.judged import DEPTH, WIDTH, tiny_qwen
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
+    return tiny_qwen(tmp_path_factory.mktemp("models") / "tiny", small_model)
+
+
+def pairs(count: int = 3) -> list[tuple[Problem, Sample]]:
+    found = []
+    for task in range(count):
+        problem = Problem(task, f"Task {task}: " + "do it " * task, "", ["assert f(1) == 1"], "", "f", "train")
+        for i in range(4):
+            code = "def f(x):\n" + f"    x += {i}\n" * (1 + 3 * i) + "    return x\n"
+            found.append((problem, Sample(task, i, "", code, "stop", 1, -1.0, 0, "m")))
+    return found
+
+
+def plain(qwen: Path, layers: list[int], pair: tuple[Problem, Sample]) -> np.ndarray:
+    """(layers, D) by one forward pass of this text alone."""
+    model = AutoModel.from_pretrained(qwen, dtype=torch.float32).eval()
+    ids = torch.tensor([critic.Asker(qwen).ids(critic.question(pair[0], pair[1].code))])
+    with torch.inference_mode():
+        hidden = model(ids, output_hidden_states=True).hidden_states
+        return torch.stack([hidden[n][0, -1] if n == DEPTH else model.norm(hidden[n][0, -1]) for n in layers]).numpy()
+
+
+def test_states_are_those_of_a_plain_forward_pass(qwen: Path, tmp_path: Path) -> None:
+    """Shared prefixes, padding and batches change nothing."""
+    some = Features(qwen, "d", tmp_path / "cache", dtype="float32")
+    assert some.layers[-1] == DEPTH
+    states = some.of(pairs())
+    assert states.shape == (12, len(some.layers), WIDTH)
+    for i in (0, 3, 5, 11):
+        assert np.allclose(states[i], plain(qwen, some.layers, pairs()[i]), atol=5e-3)
+
+
+def test_the_last_state_times_the_answer_direction_is_yes_minus_no(qwen: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pair = pairs()[2]
+    states = Features(qwen, "d", tmp_path / "cache", dtype="float32").of([pair])
+    asker = critic.Asker(qwen)
+    model = AutoModelForCausalLM.from_pretrained(qwen, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([asker.ids(critic.question(pair[0], pair[1].code))])).logits[0, -1]
+    yes, no = asker.answers()
+    found = critic.Head(critic.answer_direction(qwen), 0.0).logits(states[:, -1])[0]
+    assert found == pytest.approx(float(logits[yes] - logits[no]), abs=0.01)
+
+
+def test_a_second_look_runs_no_model(qwen: Path, tmp_path: Path) -> None:
+    first = Features(qwen, "d", tmp_path / "cache").of(pairs())
+
+    def refuse() -> None:
+        raise AssertionError("the model was loaded")
+
+    again = Features(qwen, "d", tmp_path / "cache", load=refuse)
+    assert np.array_equal(again.of(pairs()[::-1]), first[::-1])
+    other = Features(qwen, "another model", tmp_path / "cache", load=refuse)
+    with pytest.raises(AssertionError):
+        other.of(pairs())
+
+
+def test_a_torn_shard_costs_its_features_and_no_more(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(features, "SHARD", 4)
+    first = Features(qwen, "d", tmp_path / "cache").of(pairs())
+    shards = sorted((tmp_path / "cache").glob("*.npz"))
+    assert len(shards) == 3
+    shards[0].write_bytes(shards[0].read_bytes()[:200])
+    read: list[int] = []
+    original = features.read
+
+    def count(model: object, asked: list[Asked], *rest: object) -> object:
+        read.append(len(asked))
+        return original(model, asked, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(features, "read", count)
+    assert np.allclose(Features(qwen, "d", tmp_path / "cache").of(pairs()), first, atol=5e-3)
+    assert read == [4]
+
+
+def test_out_of_memory_halves_the_batches_once_and_then_says_what_to_do(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = features.load_model(qwen, "float32")
+    asker = critic.Asker(qwen)
+    asked = [Asked(str(i), p.task_id, asker.ids(critic.question(p, s.code))) for i, (p, s) in enumerate(pairs())]
+    calm = {
+        one.key: row
+        for batch, rows in features.read(model, asked, [DEPTH], asker.pad)
+        for one, row in zip(batch, rows, strict=True)
+    }
+    original = model.forward
+    warned: list[str] = []
+    monkeypatch.setattr(console, "warn", warned.append)
+
+    def small(*args: object, **kwargs: object) -> object:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids.numel() > limit[0]:  # type: ignore[union-attr]
+            raise torch.OutOfMemoryError
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", small)
+    monkeypatch.setattr(features, "BATCH_TOKENS", 400)
+    limit = [250]
+    found = {
+        one.key: row
+        for batch, rows in features.read(model, asked, [DEPTH], asker.pad, 400)
+        for one, row in zip(batch, rows, strict=True)
+    }
+    assert len(warned) == 1
+    assert found.keys() == calm.keys()
+    assert all(torch.allclose(found[key], calm[key], atol=1e-4) for key in calm)
+    limit = [0]
+    with pytest.raises(OutsideError, match=r"out of memory.*smaller --base"):
+        list(features.read(model, asked, [DEPTH], asker.pad, 400))
+
+
+def test_batches_keep_order_and_bound() -> None:
+    texts = [Asked(str(n), 0, [0] * n) for n in (10, 20, 3000, 3000, 5000)]
+    found = features.batches(texts, 4096)
+    assert [one for batch in found for one in batch] == texts
+    assert all(len(batch) == 1 or len(batch[-1].ids) * len(batch) <= 4096 for batch in found)
+
+
+def test_a_program_too_long_for_the_context_loses_its_middle(qwen: Path) -> None:
+    problem = pairs()[0][0]
+    asker = critic.Asker(qwen)
+    ids = asker.ids(critic.question(problem, "x = 1\n" * 3000))
+    short = asker.ids(critic.question(problem, "x = 1"))
+    assert len(ids) == 2048
+    assert ids[:20] == short[:20]
+    assert ids[-10:] == short[-10:]

@@ -1,0 +1,305 @@
+"""Training the model itself: plans, the loss in parts, checkpoints, resumption, and what goes wrong. A tiny real Qwen2."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fractal import console, critic, train, tune
+from fractal.records import InputError, Label, OutsideError, Sample, read_jsonl, write_jsonl
+from fractal.run import RunDir
+from fractal.tune import Example, Recipe
+from tests.judged import run_folder, tiny_qwen
+
+programs = st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=20)
+
+
+# --- plans
+
+
+@given(programs, st.integers(64, 400))
+def test_micro_batches_hold_every_program_once_within_the_bound(data: list[tuple[int, bool]], bound: int) -> None:
+    examples = [Example(1, [i] * length, passed, 1) for i, (length, passed) in enumerate(data)]
+    found = tune.micro_batches(examples, bound)
+    assert sorted(id(e) for batch in found for e in batch) == sorted(id(e) for e in examples)
+    assert all(len(b) == 1 or max(len(e.ids) for e in b) * len(b) <= bound for b in found)
+
+
+def test_a_problem_that_is_split_keeps_both_kinds_in_each_batch() -> None:
+    examples = [Example(1, [0] * 50, i % 2 == 0, 1) for i in range(16)]
+    found = tune.micro_batches(examples, 200)
+    assert len(found) == 4
+    assert all({e.passed for e in batch} == {True, False} for batch in found)
+
+
+def test_an_epoch_has_every_program_once_in_an_order_of_its_own() -> None:
+    examples = [Example(task, [task], i == 0, 1) for task in range(20) for i in range(3)]
+    recipe = Recipe("lora", problems=8)
+    first, again, second = (tune.steps_of_epoch(examples, recipe, epoch) for epoch in (1, 1, 2))
+    assert first == again != second
+    assert [len(step) for step in first] == [24, 24, 12]
+    assert sorted(e.task_id for step in first for e in step) == sorted(e.task_id for e in examples)
+    assert all(len({e.task_id for e in step}) * 3 == len(step) for step in first)
+
+
+@given(st.sets(st.integers(1, 974), max_size=60))
+def test_dev_problems_are_some_of_the_train_problems(tasks: set[int]) -> None:
+    dev = tune.dev_problems(np.array(sorted(tasks), dtype=np.int64))
+    assert dev <= tasks
+    assert len(dev) == (max(1, round(0.2 * len(tasks))) if len(tasks) >= 5 else 0)
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
+    rates = [tune.learning_rate(step, 100, 1e-3) for step in range(100)]
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates.index(max(rates)) == 9
+    assert 0 < rates[-1] < 2e-5
+    assert tune.learning_rate(0, 1, 1e-3) > 0
+
+
+def test_the_loss_of_a_step_is_the_sum_of_its_parts() -> None:
+    """Two problems in one step: entropy over all, pairs a mean within each problem."""
+    torch.manual_seed(0)
+    batches = [
+        [Example(t, [0], p, 1) for p in kinds] for t, kinds in ((1, [True, False, False]), (2, [True, True, False]))
+    ]
+    logits = [torch.randn(3), torch.randn(3)]
+    parts = sum(tune.batch_loss(x, b, 0.5, 6, 2) for x, b in zip(logits, batches, strict=True))
+    y = torch.tensor([1.0, 0, 0, 1, 1, 0])
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(torch.cat(logits), y)
+    pairs = [critic.loss(x, yy, torch.tensor(p), 0.5) - critic.loss(x, yy, torch.zeros(0, 2, dtype=torch.long), 0.5)
+             for x, yy, p in ((logits[0], y[:3], [[0, 1], [0, 2]]), (logits[1], y[3:], [[0, 2], [1, 2]]))]  # fmt: skip
+    assert float(parts) == pytest.approx(float(entropy + sum(pairs) / 2), rel=1e-5)
+
+
+def test_a_program_drawn_twice_counts_twice() -> None:
+    once = [Example(1, [0], True, 2), Example(1, [0], False, 1)]
+    twice = [Example(1, [0], True, 1), Example(1, [0], True, 1), Example(1, [0], False, 1)]
+    a = tune.batch_loss(torch.tensor([0.3, -0.2]), once, 2 / 3, 3, 1)
+    b = tune.batch_loss(torch.tensor([0.3, 0.3, -0.2]), twice, 2 / 3, 3, 1)
+    assert float(a) == pytest.approx(float(b), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"rank": 0}, {"batch_tokens": 1}, {"learning_rate": 0.0}, {"learning_rate": 2.0}]
+)
+def test_a_recipe_out_of_range_names_the_option(wrong: dict[str, Any]) -> None:
+    name = next(iter(wrong)).replace("_", "-")
+    with pytest.raises(InputError, match=f"--{name}"):
+        Recipe("lora", **wrong)
+
+
+# --- with a model
+
+RATE = {"lora": 1e-2, "full": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
+    return tiny_qwen(tmp_path_factory.mktemp("models") / "tiny", small_model)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained(run: Path, mode: str, **recipe: Any) -> list[dict[str, Any]]:
+    with RunDir(run) as folder:
+        train.run(folder, None, mode, **({"learning_rate": RATE[mode], "epochs": 2} | recipe))
+    return [json.loads(line) for line in (run / "critic/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_training_learns_and_leaves_a_checkpoint_of_each_epoch(mode: str, qwen: Path, tmp_path: Path) -> None:
+    rows = trained(run_folder(tmp_path / "run", qwen), mode, epochs=3)
+    assert [row["epoch"] for row in rows] == list(range(len(rows)))
+    assert rows[0]["train_loss"] is None
+    assert sum(row["chosen"] for row in rows) == 1
+    assert rows[-1]["train_loss"] < rows[1]["train_loss"]
+    weights = "adapter_model.safetensors" if mode == "lora" else "model.safetensors"
+    for row in rows[1:]:
+        folder = tmp_path / f"run/critic/epoch-{row['epoch']}"
+        assert {weights, "head.safetensors", critic.ABOUT} <= {p.name for p in folder.iterdir()}
+        assert (folder / tune.OPTIMISER).exists() == (row is rows[-1])
+    _, about = critic.load(tmp_path / "run/critic/best")
+    assert rows[about.epoch]["chosen"]
+    assert (tmp_path / "run/critic/best" / weights).exists()
+
+
+@pytest.mark.model
+def test_epoch_zero_is_the_zero_shot_judge(qwen: Path, tmp_path: Path) -> None:
+    """Both ways to it agree: frozen features times the answer direction, and the untrained judge of lora."""
+    run = run_folder(tmp_path / "run", qwen)
+    lora = trained(run, "lora", epochs=1)[0]
+    with RunDir(run) as folder:
+        train.run(folder, None, "probe")
+    probed = json.loads((run / "critic/metrics.jsonl").read_text().splitlines()[0])
+    assert lora["val_within_auc"] == pytest.approx(probed["val_within_auc"], abs=0.1)
+    assert lora["val_acc"] == pytest.approx(probed["val_acc"], abs=0.1)
+
+
+COMMAND = """
+import sys, torch
+from pathlib import Path
+from fractal import train
+from fractal.run import RunDir
+torch.set_num_threads(1)
+with RunDir(Path(sys.argv[1])) as folder:
+    train.run(folder, None, sys.argv[2], learning_rate=float(sys.argv[3]), epochs=3)
+"""
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_killed_and_resumed_it_comes_to_the_same_weights(mode: str, qwen: Path, tmp_path: Path) -> None:
+    runs = [run_folder(tmp_path / name, qwen) for name in ("straight", "killed")]
+    command = [[sys.executable, "-c", COMMAND, str(run), mode, str(RATE[mode])] for run in runs]
+    subprocess.run(command[0], check=True, timeout=300, capture_output=True)
+    child = subprocess.Popen(command[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while child.poll() is None and not (runs[1] / "critic/epoch-1").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (runs[1] / "critic/best").exists()
+    done = subprocess.run(command[1], check=True, timeout=300, capture_output=True, text=True)
+    assert "going on after epoch" in done.stdout
+    for name in ("head.safetensors", "adapter_model.safetensors" if mode == "lora" else "model.safetensors"):
+        assert (runs[0] / "critic/best" / name).read_bytes() == (runs[1] / "critic/best" / name).read_bytes(), name
+    rows = [[json.loads(line) for line in (run / "critic/metrics.jsonl").read_text().splitlines()] for run in runs]
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
+
+
+@pytest.mark.model
+def test_a_checkpoint_cut_short_costs_one_epoch(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_folder(tmp_path / "run", qwen)
+    trained(run, "lora", epochs=2)
+    warned: list[str] = []
+    monkeypatch.setattr(console, "warn", warned.append)
+    file = run / "critic/epoch-2/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    for best in (run / "critic/best").iterdir():  # hard links to the same files: the chosen one is damaged, too
+        best.unlink()
+    (run / "critic/best").rmdir()
+    trained(run, "lora", epochs=2)
+    assert any("epoch-2" in text and "cut short" in text for text in warned)
+    critic.load(run / "critic/epoch-2")
+    critic.load(run / "critic/best")
+
+
+@pytest.mark.model
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_folder(tmp_path / "run", qwen)
+    original = tune.batch_loss
+    calls = [0]
+
+    def late(*args: Any) -> torch.Tensor:
+        calls[0] += 1
+        return original(*args) * (float("nan") if calls[0] > 8 else 1.0)
+
+    monkeypatch.setattr(tune, "batch_loss", late)
+    with pytest.raises(train.TrainError, match=r"no number any more \(epoch 2.*--learning-rate.*epoch 1's"):
+        trained(run, "lora")
+    _, about = critic.load(run / "critic/best")
+    assert about.epoch == 1
+
+
+@pytest.mark.model
+def test_out_of_memory_halves_the_batch_once(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tune.Judge.logits
+    sizes: list[int] = []
+    limit = [2]
+
+    def small(self: tune.Judge, batch: list[Example], pad: int) -> torch.Tensor:
+        sizes.append(len(batch))
+        if len(batch) > limit[0]:
+            raise torch.OutOfMemoryError
+        return original(self, batch, pad)
+
+    monkeypatch.setattr(tune.Judge, "logits", small)
+    run = run_folder(tmp_path / "run", qwen)
+    longest = 4 * max(map(len, _questions(run, qwen)))
+    trained(run, "lora", epochs=1, batch_tokens=longest)
+    assert sizes[0] > 2
+    assert set(sizes[1:]) <= {1, 2}
+    limit[0] = 0
+    with pytest.raises(OutsideError, match=r"out of memory.*--batch-tokens"):
+        trained(run_folder(tmp_path / "other", qwen), "lora", epochs=1, batch_tokens=longest)
+
+
+def _questions(run: Path, qwen: Path) -> list[list[int]]:
+    asker = critic.Asker(qwen)
+    with RunDir(run) as folder:
+        problems = folder.problems()
+    return [asker.ids(critic.question(problems[s.task_id], s.code)) for s in read_jsonl(run / "samples.jsonl", Sample)]
+
+
+# --- what the labels do not allow
+
+
+def relabel(run: Path, passed: Any) -> None:
+    labels = read_jsonl(run / "labels.jsonl", Label)
+    from dataclasses import replace
+
+    write_jsonl(
+        run / "labels.jsonl",
+        [replace(v, passed=p, status="passed" if p else "failed") for v in labels for p in [passed(v)]],
+    )
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["probe", "lora"])
+def test_labels_of_one_class_train_nothing(mode: str, qwen: Path, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", qwen)
+    relabel(run, lambda v: False)
+    with RunDir(run) as folder, pytest.raises(train.TrainError, match="all 32 train samples fail"):
+        train.run(folder, None, mode)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["probe", "lora"])
+def test_few_problems_with_one_sample_each_and_nothing_held_out_still_train(
+    mode: str, qwen: Path, tmp_path: Path
+) -> None:
+    run = run_folder(tmp_path / "run", qwen, per_split=3, n=1)
+    relabel(run, lambda v: v.task_id % 2 == 0)
+    keep = {p: s for p, s in ((p.task_id, p.split) for p in _problems(run))}
+    write_jsonl(
+        run / "labels.jsonl", [v for v in read_jsonl(run / "labels.jsonl", Label) if keep[v.task_id] == "train"]
+    )
+    with RunDir(run) as folder:
+        train.run(folder, None, mode, **({} if mode == "probe" else {"epochs": 1}))
+    rows = [json.loads(line) for line in (run / "critic/metrics.jsonl").read_text().splitlines()]
+    assert all(row["val_acc"] is None for row in rows)
+    assert critic.load(run / "critic/best")[1].combination is None
+
+
+def _problems(run: Path) -> list[Any]:
+    with RunDir(run) as folder:
+        return list(folder.problems().values())
+
+
+def test_options_of_lora_with_a_probe_are_refused(tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run", create=True) as folder:
+        with pytest.raises(InputError, match=r"--batch-tokens, --rank: of no use with --mode probe"):
+            train.run(folder, None, "probe", batch_tokens=100, rank=4, epochs=None)
+        with pytest.raises(InputError, match=r"--mode best: unknown; known: probe, lora, full"):
+            train.run(folder, None, "best")
