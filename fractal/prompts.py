@@ -38,13 +38,14 @@ def render(problem: Problem, apply_chat_template: Callable[..., Any]) -> str:
     return str(apply_chat_template(messages, add_generation_prompt=True, tokenize=False)) + OPENING
 
 
-SELF_TEST = re.compile(r"^(?:assert\b|print\(|if __name__|# (?:Test|Example|Check))", re.MULTILINE)
+# Lines at which a program that breaks later may be cut: its own tests, what announces them, and definitions.
+CUT = re.compile(r"assert\b|print\(|if __name__|# (?:Test|Example|Check)|(?:async )?def |class |@")
 FENCE = re.compile(
     r"^(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)(?P<rest>[^\n`]*)$", re.MULTILINE
 )
 TILDES = re.compile(r"^~~~", re.MULTILINE)
 START = re.compile(r"^(?:def |class |import |from \w|@|async def |[A-Za-z_]\w* *=[^=])", re.MULTILINE)
-STARTS = 50  # places where a program may begin, tried at most
+TRIES = 50  # places where a program may begin, or be cut, tried at most
 
 
 def extract_code(text: str, entry_point: str) -> str:
@@ -59,30 +60,69 @@ def extract_code(text: str, entry_point: str) -> str:
 
 
 def without_self_tests(code: str, entry_point: str) -> str:
-    """The program without top-level asserts, prints, main blocks and calls of its own functions after the entry point.
+    """The program without what a model adds to test it; EvalPlus's sanitize drops that, too (arXiv:2305.01210).
 
-    EvalPlus's sanitize drops these, too (Liu et al. 2023, arXiv:2305.01210). Of a program that was cut off and does
-    not parse, what follows the first such line is dropped if the rest then parses. Otherwise nothing changes.
+    Top-level asserts, prints, main blocks and calls of its own functions go where they stand after the entry point
+    (after the first definition, if that is missing), with the comment lines right above them. Of a program that does
+    not parse, the last test or definition before the break goes with all behind it, until the rest parses; nothing
+    goes if the break is not behind the entry point.
     """
     try:
         program = tree(code)
     except ValueError:
-        begun = re.search(rf"^(?:async )?def {re.escape(entry_point)}\b", code, re.MULTILINE)
-        found = SELF_TEST.search(code, begun.end()) if begun else None
-        if found is None:
-            return code
-        head = code[: found.start()]
-        return head if parses(head) else code
-    own = {n.name for n in program.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
-    if entry_point not in own:
-        return code
-    place = max(i for i, n in enumerate(program.body) if getattr(n, "name", None) == entry_point)
-    drop = [n for n in program.body[place + 1 :] if _self_test(n, own)]
+        head = _before_the_break(code, entry_point)
+        return without_self_tests(head, entry_point) if head else code
+    own = {n.name for n in program.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)} | {entry_point}
+    places = [i for i, n in enumerate(program.body) if entry_point in _bound(n)]
+    places = places or [i for i, n in enumerate(program.body) if getattr(n, "name", None)]
+    drop = [n for n in program.body[places[0] + 1 :] if _self_test(n, own)] if places else []
     lines = code.split("\n")
     for node in reversed(drop):
-        del lines[node.lineno - 1 : node.end_lineno]
+        del lines[_with_comment(lines, node.lineno - 1) : node.end_lineno]
     rest = "\n".join(lines)
     return rest if parses(rest) else code  # statements joined by semicolons share a line
+
+
+def _before_the_break(code: str, entry_point: str) -> str:
+    """What stands before the test or definition in which a program breaks; "" if the entry point is not whole in it."""
+    begun = definition(entry_point).search(code)
+    if begun is None:
+        return ""
+    lines = code.split("\n")
+    first, end = code.count("\n", 0, begun.start()), len(lines)
+    for _ in range(TRIES):
+        try:
+            tree("\n".join(lines[:end]))
+        except ValueError as error:
+            if not isinstance(error.__cause__, SyntaxError):
+                return ""
+            broken = min(error.__cause__.lineno or end, end) - 1  # the line in which it breaks, from 0
+            end = next((i for i in range(broken, first, -1) if CUT.match(lines[i])), 0)
+            if not end:
+                return ""
+        else:
+            return "\n".join(lines[: _with_comment(lines, end)]) + "\n"
+    return ""
+
+
+def _with_comment(lines: list[str], start: int) -> int:
+    """Where the comment that stands right above a line begins; the line itself if there is none."""
+    while start and lines[start - 1].startswith("#"):
+        start -= 1
+    return start
+
+
+def definition(name: str) -> re.Pattern[str]:
+    """Where a program defines a name at its top level, whether it parses or not."""
+    name = re.escape(name)
+    return re.compile(rf"^(?:(?:async )?def|class) +{name}\b|^{name} *=(?!=)", re.MULTILINE)
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a definition or a plain assignment binds."""
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {str(getattr(node, "name", ""))}
 
 
 def _self_test(node: ast.stmt, own: set[str]) -> bool:
@@ -98,8 +138,7 @@ def _self_test(node: ast.stmt, own: set[str]) -> bool:
 def _program_in(text: str, entry_point: str) -> str:
     if parses(text) and not TILDES.search(text):  # ~~~python is an expression, too
         return text
-    name = re.escape(entry_point)
-    defines = re.compile(rf"^(?:(?:async )?def|class) +{name}\b|^{name} *=(?!=)", re.MULTILINE)
+    defines = definition(entry_point)
     fenced = fenced_blocks(text)
     blocks = [block for block in fenced if block[1].strip()]
     for code in chain((code for _, code in blocks), _loose_programs(text)):
@@ -152,7 +191,7 @@ def _content(opening: re.Match[str], text: str) -> str:
 
 def _loose_programs(text: str) -> Iterator[str]:
     """For each line that looks like the start of a program: the longest run of lines from there that is Python."""
-    for start in islice(START.finditer(text), STARTS):
+    for start in islice(START.finditer(text), TRIES):
         if program := _longest_program(text[start.start() :]):
             yield program
 

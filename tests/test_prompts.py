@@ -1,6 +1,7 @@
 """From a problem to a prompt, and from a chat reply to the program in it."""
 
 import ast
+import json
 import warnings
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import extraction
 from fractal import prompts
-from fractal.prompts import FENCE, _longest_program, extract_code, fenced_blocks, parses
+from fractal.prompts import FENCE, _longest_program, extract_code, fenced_blocks, parses, without_self_tests
 from fractal.records import Problem
 
 CODE = "def f(x):\n    return x * 2\n"
@@ -56,6 +58,45 @@ HEAD = "import sys\n\nsys.setrecursionlimit(5000)\n\n\ndef f(x):\n    return g(x
 def test_a_models_own_tests_are_left_out(tests: str) -> None:
     found = extract_code(f"```python\n{HEAD}\n{tests}```", "f")
     assert found.strip() == HEAD.strip()
+
+
+PAIRS = "def count_pairs(nums):\n    return len(nums) // 2\n"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        # replies of Qwen2.5-Coder-0.5B, shortened: task 142, cut; 65, its test does not parse; 103; 592; 781
+        "# Function to check the correctness\ndef check_function():\n    assert count_pairs([1,2,3,",
+        "# Checks it\ndef check():\n    assert count_pairs(([1, 2]) == 1\n\n# Running the check\ncheck()\n",
+        'def check_pairs():\n    assert count_pairs([3]) == 0, "Test case 1 failed"\n    print("',
+        "# Check function\nassert count_pairs([3]) == 0\n\n# Another one\n# of two lines\nassert count_pairs([]) == 0",
+        "# Test the function\nassert count_pairs([3]) == 0\n\n# Example usage:\nresult = count_pairs([1,",
+        "assert count_pairs([3]) == 0\nclass Test(TestCase):\n    @",
+    ],
+)
+def test_what_a_model_adds_to_test_its_program_does_not_break_it(rest: str) -> None:
+    for end in ("\n", "\n```"):
+        assert extract_code(f"```python\n{PAIRS}\n{rest}{end}", "count_pairs").strip() == PAIRS.strip()
+
+
+@pytest.mark.parametrize("code", ["class f:\n    pass\n", "f = lambda a: a\n", "def f_of(a):\n    return a\n"])
+def test_tests_are_left_out_whatever_the_entry_point_is(code: str) -> None:
+    assert extract_code(f"```python\n{code}# Check it\nassert f(1) == 1\n```", "f") == code
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(a):\n    return a))\n\nassert f(1) == 1\n",  # task 560
+        "def f(a):\n    return a\n)\n",
+        "def f(a):\n    x = [1,\ndef g():\n    pass\n",
+        "import\n\ndef f(a):\n    return a\n\nassert f(1) == 1\n",
+        "def g(a):\n    return (\n",
+    ],
+)
+def test_a_program_that_does_not_parse_is_not_repaired(code: str) -> None:
+    assert extract_code(f"```python\n{code}```", "f") == code
 
 
 def test_a_check_function_may_stay_but_is_not_called() -> None:
@@ -218,7 +259,7 @@ PROGRAMS = st.lists(LINES, min_size=1, max_size=12).map(lambda lines: "\n".join(
 @settings(deadline=None)
 @given(PROGRAMS | st.text(min_size=1), PROSE, PROSE, st.sampled_from(["```", "~~~", "`````"]))
 @example("def f(): 0\n", "", "", "```")
-def test_a_fenced_program_comes_back_unchanged(program, before, after, fence):
+def test_a_fenced_program_comes_back_without_its_tests(program, before, after, fence):
     code = program.replace("\r", "\n").rstrip("\n") + "\n"
     if FENCE.search(code) or not code.strip():
         return
@@ -226,7 +267,7 @@ def test_a_fenced_program_comes_back_unchanged(program, before, after, fence):
         reply = f"{before}\n{opening}\n{code}{fence}\n{after}"
         assert fenced_blocks(reply) == [(opening.strip("`~"), code)]
         if fence != "~~~" or not parses(reply):
-            assert extract_code(reply, "f") == code
+            assert extract_code(reply, "f") == without_self_tests(code, "f")
 
 
 @given(st.lists(LINES | FENCES, max_size=15).map("\n".join) | st.text())
@@ -239,6 +280,15 @@ def test_any_reply_gives_some_program(reply):
         if parses(code) and "~~~" not in code:
             assert extract_code(code, "f") == code, "a program is its own extraction"
     assert not seen, "a program's warnings are not the user's"
+
+
+@settings(deadline=None)
+@given(st.lists(LINES | st.sampled_from(["def g():", "f(1)", "assert f(", "# Test"]), max_size=12).map("\n".join))
+def test_lines_are_only_ever_left_out(code):
+    found = without_self_tests(code, "f")
+    rest = iter(code.split("\n"))
+    assert all(line in rest for line in found.rstrip("\n").split("\n")), "the lines that stay, in their order"
+    assert found == code or parses(found)
 
 
 def longest_by_trying_all(text):
@@ -263,3 +313,29 @@ def test_long_replies_are_no_burden():
     reply = "x = the\n" * 5_000 + F + "so it's\n" * 5_000
     assert isinstance(extract_code(reply, "f"), str)
     assert extract_code("Well:\n" + F + "so it's\n" * 5_000, "f") == F
+    endless = F + "@g\n" * 5_000  # each cut takes one line and breaks again
+    assert extract_code(f"```python\n{endless}```", "f") == endless
+
+
+def test_completions_are_drawn_by_problem_and_shown_beside_what_is_kept(tmp_path, capsys, monkeypatch):
+    problem = {"prompt": "Echo.", "reference": F, "tests": ["assert f(1) == 1"], "setup": "", "entry_point": "f"}
+    replies = {11: ["```python\n" + F + "assert f(2) == 2\n```", "I cannot.", "```python\nx\n```"], 12: [F]}
+    of_problem = [{"task_id": i, "split": "test", **problem} for i in replies]
+    samples = [{"task_id": i, "completion": text} for i, texts in replies.items() for text in texts]
+    for name, lines in (("problems", of_problem), ("samples", samples)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def shown(*options: str) -> str:
+        files = ["--problems", str(tmp_path / "problems"), "--samples", str(tmp_path / "samples")]
+        monkeypatch.setattr("sys.argv", ["extraction", *files, *options])
+        extraction.main()
+        return str(capsys.readouterr().out)
+
+    everything = shown()
+    assert "- ```python\n| def f(a):\n|     return a\n- assert f(2) == 2\n- ```\n" in everything
+    assert "4 drawn of 4: 2 defines the entry point, 1 missing, 1 no Python" in everything
+    assert shown() == everything
+    first, rest = shown("--count", "2"), shown("--start", "2")
+    heads = [line for line in everything.splitlines() if line.startswith("===")]
+    assert [line for line in (first + rest).splitlines() if line.startswith("===")] == heads
+    assert {head.split("/")[0] for head in heads[:2]} == {"=== 11", "=== 12"}, "each problem once before any twice"
