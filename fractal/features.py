@@ -130,22 +130,22 @@ def read(
     Texts of one problem go together: what their tokens have in common is run once. Out of memory, batches are halved
     once; then OutsideError.
     """
+    whole = batch_tokens
     for _, group in groupby(sorted(asked, key=lambda one: (one.task_id, len(one.ids))), key=lambda one: one.task_id):
         texts = list(group)
-        try:
-            done = 0
-            for batch, states in _problem(model, texts, layers, pad, batch_tokens):
-                done += len(batch)
-                yield batch, states
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if batch_tokens < BATCH_TOKENS:
-                raise OutsideError(
-                    f"out of memory while reading a program of {len(texts[done].ids)} tokens, also with batches of "
-                    f"{batch_tokens} tokens. Take a smaller --base, or a machine with more memory."
-                ) from error
-            batch_tokens //= 2
-            console.warn(f"out of memory: going on with batches of {batch_tokens} tokens")
-            yield from _problem(model, texts[done:], layers, pad, batch_tokens)
+        while texts:
+            try:
+                for batch, states in _problem(model, texts, layers, pad, batch_tokens):
+                    texts = texts[len(batch) :]
+                    yield batch, states
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                if batch_tokens < whole:
+                    raise OutsideError(
+                        f"out of memory while reading a program of {len(texts[0].ids)} tokens, also with batches of "
+                        f"{batch_tokens} tokens. Take a smaller --base, or a machine with more memory."
+                    ) from error
+                batch_tokens = whole // 2
+                console.warn(f"out of memory: going on with batches of {batch_tokens} tokens")
 
 
 def _problem(

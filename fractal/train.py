@@ -210,11 +210,8 @@ class _Training:
             name: [Asked(str(i), p.task_id, asker.ids(question(p, s.code))) for i, (p, s, _) in enumerate(rows)]
             for name, rows in (("dev", held), ("watched", self.watched))
         }
-        self.history = [
-            row
-            for row in _history(self.target / "metrics.jsonl")
-            if row["epoch"] <= tune.last_epoch(self.target, self.about)
-        ]
+        done = tune.last_epoch(self.target, self.about)
+        self.history = [row for row in _history(self.target / "metrics.jsonl") if row["epoch"] <= done]
 
         def evaluate(judge: tune.Judge, epoch: int, train_loss: float | None, seconds: float) -> bool:
             auc = None
@@ -228,7 +225,9 @@ class _Training:
             return not self.exhausted(recipe.patience)
 
         try:
-            tune.fit(examples, self.files, recipe, self.target, self.about, evaluate)
+            if not self.exhausted(recipe.patience):
+                known = {row["epoch"] for row in self.history}
+                tune.fit(examples, self.files, recipe, self.target, self.about, known, evaluate)
         except tune.TrainError as error:
             if best := self.best_epoch():
                 self.conclude(best, held)

@@ -244,12 +244,13 @@ def fit(
     recipe: Recipe,
     target: Path,
     about: About,
-    evaluate: Callable[[Judge, int, float | None, float], bool],
+    known: set[int],
+    evaluate: Callable[[Judge, int, float | None, float | None], bool],
 ) -> None:
     """Train to the end of the recipe, from the last whole checkpoint in `target` on.
 
-    `evaluate(judge, epoch, train_loss, seconds)` is told of each epoch that this call does (0 is the untrained judge)
-    and says whether to go on. Raises TrainError if the loss is no number; the checkpoints before it stay.
+    `evaluate(judge, epoch, train_loss, seconds)` is told of each epoch that is not in `known` (0 is the untrained
+    judge) and says whether to go on. Raises TrainError if the loss is no number; the checkpoints before it stay.
     """
     pad = Asker(files.path).pad
     shift = critic.prior_shift(np.repeat([e.passed for e in examples], [e.weight for e in examples]))
@@ -262,18 +263,24 @@ def fit(
             judge.restore(target / f"epoch-{done}")
             console.say(f"train: going on after epoch {done}")
         try:
-            if not done and not evaluate(judge, 0, None, 0.0):
+            if not done and 0 not in known and not evaluate(judge, 0, None, None):
                 return
             judge.shift = shift
+            if done and done not in known:  # killed between a checkpoint and its evaluation
+                figures = critic.load(target / f"epoch-{done}")[1].figures
+                if not evaluate(judge, done, figures["train_loss"], figures["seconds"]):
+                    return
             for epoch in range(done + 1, recipe.epochs + 1):
                 begin = time.monotonic()
                 loss = _epoch(judge, examples, epoch, batch_tokens, pad)
                 seconds = time.monotonic() - begin
-                judge.save(target / f"epoch-{epoch}", replace(about, epoch=epoch))
+                figures = {"train_loss": loss, "seconds": round(seconds, 3)}
+                judge.save(target / f"epoch-{epoch}", replace(about, epoch=epoch, figures=figures))
                 for older in target.glob(f"epoch-*/{OPTIMISER}"):
                     if older.parent.name != f"epoch-{epoch}":
                         critic.forget(older.parent, OPTIMISER)
-                if not evaluate(judge, epoch, loss, seconds):
+                known |= {epoch}
+                if not evaluate(judge, epoch, loss, round(seconds, 3)):
                     return
             return
         except _Smaller as error:

@@ -118,7 +118,6 @@ def test_out_of_memory_halves_the_batches_once_and_then_says_what_to_do(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", small)
-    monkeypatch.setattr(features, "BATCH_TOKENS", 400)
     limit = [250]
     found = {
         one.key: row

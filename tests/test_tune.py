@@ -101,7 +101,7 @@ def test_a_recipe_out_of_range_names_the_option(wrong: dict[str, Any]) -> None:
 
 # --- with a model
 
-RATE = {"lora": 1e-2, "full": 1e-3}
+RATE = {"lora": 2e-3, "full": 1e-3}
 
 
 @pytest.fixture(scope="module")
