@@ -205,6 +205,25 @@ def generate(
 
 
 @app.command(
+    epilog="Example: fractal adopt --run runs/mine --problems mbpp-sanitized --samples samples.jsonl.gz --model "
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct. Then: fractal verify, train, score, select, report --run runs/mine."
+)
+def adopt(
+    run: Run,
+    samples: Annotated[Path, typer.Option(help="Samples, ours or of HumanEval and EvalPlus.")],
+    model: Annotated[str, typer.Option(help="The model that drew them, a folder or a hub id.")],
+    problems: Problems = None,
+    split: Splits = None,
+    limit: Limit = None,
+) -> None:
+    """Begin a run with samples that were drawn elsewhere (samples.jsonl)."""
+    from fractal import adopt as stage
+
+    with RunDir(run, create=True) as folder:
+        stage.run(folder, _problem_set(folder, problems, split, limit), samples, model)
+
+
+@app.command(
     epilog="Example: fractal verify --problems problems.jsonl --samples samples.jsonl.gz --out labels.jsonl --cpu 2. "
     "Stopped at any moment, the same command goes on; it ends with 1 if a sample could not be judged."
 )

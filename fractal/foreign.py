@@ -112,8 +112,11 @@ def _foreign(line: Line, value: dict[str, Any], problems: Mapping[int, Problem],
         finish_reason=str(value.get("finish_reason", "unknown")),
         tokens=value["tokens"] if type(value.get("tokens")) is int else 0,
         sum_logprob=_float(value.get("sum_logprob")),
-        seed=None,
+        seed=_int(value.get("seed")),
         model=str(value.get("model", "unknown")),
+        temperature=_float(value.get("temperature")),
+        top_p=_float(value.get("top_p")),
+        max_tokens=_int(value.get("max_tokens")),
     )
     return Found(sample, "" if whole else problems[task_id].entry_point)
 
@@ -123,6 +126,10 @@ def _float(value: Any) -> float | None:
         return float(value) if isinstance(value, int | float) else None
     except OverflowError:  # an integer beyond any float
         return None
+
+
+def _int(value: Any) -> int | None:
+    return value if type(value) is int else None
 
 
 def _task_id(line: Line, value: dict[str, Any]) -> int:

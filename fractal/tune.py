@@ -329,7 +329,7 @@ def _epoch(judge: Judge, examples: list[Example], epoch: int, batch_tokens: int,
             for group in judge.optimiser.param_groups:
                 group["lr"] = learning_rate((epoch - 1) * len(steps) + number, recipe.epochs * len(steps), recipe.rate)
             value = 0.0
-            for batch, part in _parts(judge, step, share, batch_tokens, pad):
+            for batch, part in parts(judge, step, share, batch_tokens, pad):
                 value += part
                 seen += len(batch)
                 bar.advance(len(batch), f"loss {value:.3f}, {seen / (time.monotonic() - begin):.1f} samples/s")
@@ -346,7 +346,7 @@ def _epoch(judge: Judge, examples: list[Example], epoch: int, batch_tokens: int,
     return float(np.mean(losses))
 
 
-def _parts(
+def parts(
     judge: Judge, step: list[Example], share: float, batch_tokens: int, pad: int
 ) -> Iterator[tuple[list[Example], float]]:
     """Run a step's micro-batches and add up their gradients; yields each with its part of the step's loss."""

@@ -1,0 +1,276 @@
+"""The critic's speed, as ratios in one run: `invoke bench --what=critic`, or `python benchmarks/critic.py --help`.
+
+Scoring the same programs by transformers (each problem's tokens read once), by transformers as others do (every text
+from its start), and by vLLM's pooling runner; a probe's features again from the cache; and training steps of LoRA and
+of the whole model, with model FLOP utilisation. Each turn is a process of its own; loading is not counted. Ratios are
+taken within a round, and their median is told.
+
+Exit codes: 0 done; 1 a contestant failed; 2 bad input or usage; 3 something outside is missing; 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
+
+from benchmarks.verify import BenchError, machine, order, outcome, show
+from fractal import console, generate, models
+from fractal.problems import load
+from fractal.records import InputError, Problem, Sample
+
+TITLES = {
+    "shared": "transformers, problem read once",
+    "plain": "transformers, each text alone",
+    "vllm": "vLLM, pooling with prefix cache",
+    "cached": "features from the cache",
+    "lora": "training step, LoRA",
+    "full": "training step, whole model",
+}
+RATIOS = [("ours to plain", "shared", "plain"), ("vLLM to ours", "vllm", "shared"), ("vLLM to plain", "vllm", "plain")]
+# FLOPs of a step for each parameter and token: forward 2, gradients of states 2, gradients of weights 2 (Kaplan et al.
+# 2020, arXiv:2001.08361, section 2.1); LoRA's own matrices are under 2 % and left out, and so is attention.
+FLOPS = {"lora": 4, "full": 6}
+# Dense bfloat16 peak in TFLOP/s, from the makers' data sheets.
+PEAKS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "A10": 125.0, "L4": 121.0, "L40S": 362.0, "A6000": 155.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for."""
+
+    contestants: list[str]
+    model: str
+    problems: str
+    limit: int = 4
+    n: int = 6
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One contestant, once."""
+
+    round: int
+    contestant: str
+    samples: int
+    tokens: int
+    seconds: float
+    flops: float = 0.0  # of the model, in training steps
+
+    @property
+    def rate(self) -> float:
+        return self.samples / self.seconds
+
+
+def programs(plan: Plan) -> list[tuple[Problem, Sample]]:
+    """Different programs for each problem: the reference with its lines repeated in comments, longer and longer."""
+    found = []
+    for problem in load(plan.problems, None, plan.limit).problems:
+        lines = problem.reference.strip().splitlines()
+        for i in range(plan.n):
+            code = "\n".join([*lines, *(f"# {line}" for line in lines[: 2 * i]), f"# {i}"])
+            found.append((problem, Sample(problem.task_id, i, "", code, "stop", 1, -1.0, None, "bench")))
+    return found
+
+
+# --- one turn, in a process of its own --------------------------------------------------------------------------------
+
+
+def turn(plan: Plan, contestant: str) -> Turn:
+    """Load, then measure."""
+    from fractal import critic
+    from fractal.features import Asked, Features, load_model, read
+
+    files = models.resolve(plan.model)
+    pairs = programs(plan)
+    asker = critic.Asker(files.path)
+    asked = [Asked(str(i), p.task_id, asker.ids(critic.question(p, s.code))) for i, (p, s) in enumerate(pairs)]
+    tokens = sum(len(one.ids) for one in asked)
+    depth = int(json.loads((files.path / "config.json").read_bytes())["num_hidden_layers"])
+    if contestant in ("shared", "plain"):
+        model = load_model(files.path)
+        texts = asked if contestant == "shared" else [Asked(a.key, i, a.ids) for i, a in enumerate(asked)]
+        list(read(model, texts[:1], [depth], asker.pad))  # the first pass sets things up
+        begin = time.perf_counter()
+        done = sum(len(batch) for batch, states in read(model, texts, [depth], asker.pad) if states.isfinite().all())
+        return Turn(0, contestant, done, tokens, time.perf_counter() - begin)
+    if contestant == "vllm":
+        from fractal.scorer_vllm import VllmScorer
+
+        with tempfile.TemporaryDirectory() as folder:
+            critic.export(files.path, critic.Head(critic.answer_direction(files.path), 0.0), depth, Path(folder) / "c")
+            scorer = VllmScorer(Path(folder) / "c", models.preferred_dtype(), max(len(a.ids) for a in asked))
+            list(scorer.logits([asked[0].ids[:-1]]))
+            begin = time.perf_counter()
+            done = len(list(scorer.logits([a.ids for a in asked])))
+            return Turn(0, contestant, done, tokens, time.perf_counter() - begin)
+    if contestant == "cached":
+        with tempfile.TemporaryDirectory() as folder:
+            Features(files.path, files.digest, Path(folder)).of(pairs)
+            begin = time.perf_counter()
+            Features(files.path, files.digest, Path(folder)).of(pairs)
+            return Turn(0, contestant, len(pairs), tokens, time.perf_counter() - begin)
+    return _training(plan, contestant, [(a.task_id, a.ids) for a in asked], tokens, asker.pad)
+
+
+def _training(plan: Plan, mode: Any, texts: list[tuple[int, list[int]]], tokens: int, pad: int) -> Turn:
+    from fractal import tune
+
+    recipe = tune.Recipe(mode)
+    judge = tune.Judge(models.resolve(plan.model), recipe)
+    examples = [tune.Example(task, ids, i % 2 == 0, 1) for i, (task, ids) in enumerate(texts)]
+    judge.backbone.train()
+    size = sum(p.numel() for n, p in judge.backbone.named_parameters() if "lora_" not in n and "embed" not in n)
+
+    def step(some: list[tune.Example]) -> None:
+        for _ in tune.parts(judge, some, 0.5, recipe.batch_tokens, pad):
+            pass
+        judge.optimiser.step()
+        judge.optimiser.zero_grad(set_to_none=True)
+
+    step(examples[:2])
+    begin = time.perf_counter()
+    for some in tune.steps_of_epoch(examples, recipe, 1):
+        step(some)
+    return Turn(0, mode, len(examples), tokens, time.perf_counter() - begin, FLOPS[mode] * size * tokens)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def measure(plan: Plan) -> list[Turn]:
+    turns = []
+    with console.bar("bench", plan.rounds * len(plan.contestants)) as bar:
+        for number in range(1, plan.rounds + 1):
+            for contestant in order(plan.contestants, number, 0):
+                command = [sys.executable, __file__, "--worker", contestant, "--plan", json.dumps(asdict(plan))]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise BenchError(f"{contestant}: {(done.stderr.strip().splitlines() or ['no word'])[-1][:300]}")
+                found = Turn(**json.loads(done.stdout.splitlines()[-1]) | {"round": number})
+                turns.append(found)
+                bar.advance(1, f"{contestant} {found.rate:.1f} a second")
+    return turns
+
+
+def summary(turns: list[Turn]) -> dict[str, Any]:
+    """Medians by contestant, and medians of the ratios within a round, with the smallest and the largest."""
+    rates: dict[str, dict[int, float]] = {}
+    for one in turns:
+        rates.setdefault(one.contestant, {})[one.round] = one.rate
+    ratios = {}
+    for name, above, below in RATIOS:
+        if both := [rates[above][n] / rates[below][n] for n in rates.get(above, {}) if n in rates.get(below, {})]:
+            ratios[name] = {"median": statistics.median(both), "low": min(both), "high": max(both)}
+    return {
+        "rates": {c: statistics.median(by.values()) for c, by in rates.items()},
+        "flops_per_s": {
+            c: statistics.median(t.flops / t.seconds for t in turns if t.contestant == c) for c in rates if c in FLOPS
+        },
+        "ratios": ratios,
+    }
+
+
+def peak_flops() -> float | None:
+    """Of the GPU here, FLOP/s dense in bfloat16; None where there is none, or an unknown one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((1e12 * tera for known, tera in PEAKS.items() if known in name.replace("-", " ").split()), None)
+
+
+def tables(found: dict[str, Any], peak: float | None) -> list[Table]:
+    rates = Table(box=box.SIMPLE, title="The critic", title_justify="left")
+    for name in ("", "samples/s", "GFLOP/s", "MFU"):
+        rates.add_column(name, justify="left" if not name else "right")
+    for contestant, rate in found["rates"].items():
+        flops = found["flops_per_s"].get(contestant)
+        used = f"{flops / peak:.1%}" if flops and peak else ""
+        rates.add_row(TITLES[contestant], f"{rate:,.2f}", f"{flops / 1e9:,.0f}" if flops else "", used)
+    ratios = Table(box=box.SIMPLE, title="Ratios within a round", title_justify="left")
+    for name in ("", "median", "low", "high"):
+        ratios.add_column(name, justify="left" if not name else "right")
+    for name, one in found["ratios"].items():
+        ratios.add_row(name, *(f"{one[key]:.2f}" for key in ("median", "low", "high")))
+    return [rates, ratios]
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="benchmarks/critic.py", description=(__doc__ or "").partition("\n")[0])
+    add = found.add_argument
+    add("--model", default=models.EMBEDDED, help=f"a folder or a hub id [{models.EMBEDDED}]")
+    add("--problems", default="starter", help="as for fractal generate [starter]")
+    add("--limit", type=int, default=4, help="problems of each split [4]")
+    add("--n", type=int, default=6, help="programs a problem [6]")
+    add("--rounds", type=int, default=3, help="turns of each contestant [3]")
+    add("--only", help=f"some of: {','.join(TITLES)}")
+    add("--quick", action="store_true", help="a smoke run: 2 problems a split, 2 programs, one round")
+    add("--out", type=Path, default=Path("runs/bench"), help="folder of the JSON files [runs/bench]")
+    add("--worker", help=argparse.SUPPRESS)
+    add("--plan", help=argparse.SUPPRESS)
+    return found
+
+
+def plan_of(given: argparse.Namespace) -> Plan:
+    """The options, checked. Raises InputError."""
+    contestants = given.only.split(",") if given.only else list(TITLES)
+    if unknown := [c for c in contestants if c not in TITLES]:
+        raise InputError(f"--only: unknown {', '.join(map(repr, unknown))}; known: {', '.join(TITLES)}.")
+    if min(given.limit, given.n, given.rounds) < 1:
+        raise InputError("--limit, --n and --rounds must be positive.")
+    if "vllm" in contestants and (trouble := generate.vllm_trouble()):
+        console.warn(f"bench: left out vllm: {trouble}")
+        contestants.remove("vllm")
+    size = (
+        {"limit": 2, "n": 2, "rounds": 1}
+        if given.quick
+        else {"limit": given.limit, "n": given.n, "rounds": given.rounds}
+    )
+    return Plan(contestants, given.model, given.problems, **size)
+
+
+def run(given: argparse.Namespace) -> Path:
+    """Measure, print, and return the path of the figures."""
+    plan = plan_of(given)
+    load(plan.problems, None, plan.limit)
+    models.resolve(plan.model)
+    facts = machine()
+    turns = measure(plan)
+    found = summary(turns)
+    for one in tables(found, peak_flops()):
+        show(one)
+    given.out.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC)
+    path: Path = given.out / f"critic-{now:%Y%m%d-%H%M%S}.json"
+    values = {"date": f"{now:%Y-%m-%dT%H:%M:%SZ}", "plan": asdict(plan), "machine": facts, **found,
+              "turns": [asdict(t) for t in turns]}  # fmt: skip
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    return path
+
+
+def main() -> int:
+    given = parser().parse_args()
+    if given.worker:
+        found = turn(Plan(**json.loads(given.plan)), given.worker)
+        print(json.dumps(asdict(found)), flush=True)
+        os._exit(0)  # vLLM's threads would delay a normal exit
+    return outcome(lambda: run(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The critic's benchmark: its arithmetic, its options, and a smoke run with a tiny real model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import critic as bench
+from benchmarks.critic import Turn
+from tests.judged import tiny_qwen
+
+SCRIPT = Path(bench.__file__)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """The machine is half as fast in round 2: the ratio stays."""
+    turns = [
+        Turn(1, "shared", 100, 1000, 1.0), Turn(1, "plain", 100, 1000, 2.0),
+        Turn(2, "shared", 100, 1000, 2.0), Turn(2, "plain", 100, 1000, 4.0),
+        Turn(2, "lora", 10, 100, 2.0, 6e9),
+    ]  # fmt: skip
+    found = bench.summary(turns)
+    assert found["ratios"] == {"ours to plain": {"median": 2.0, "low": 2.0, "high": 2.0}}
+    assert found["rates"]["shared"] == 75.0
+    assert found["flops_per_s"] == {"lora": 3e9}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--only", "shared,best"], "unknown 'best'; known: shared"), (["--rounds", "0"], "must be positive")],
+)
+def test_wrong_options_are_one_line(options: list[str], words: str) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_smoke_run_measures_every_contestant(tmp_path: Path, small_model: Path) -> None:
+    model = tiny_qwen(tmp_path / "tiny", small_model)
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--quick",
+        "--model",
+        model,
+        "--out",
+        tmp_path,
+        "--only",
+        "shared,plain,cached,lora,full",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(Path(done.stdout.splitlines()[-1]).read_bytes())
+    assert set(found["rates"]) == {"shared", "plain", "cached", "lora", "full"}
+    assert all(rate > 0 for rate in found["rates"].values())
+    assert found["ratios"].keys() == {"ours to plain"}
+    assert "Ratios within a round" in done.stdout
