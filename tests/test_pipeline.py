@@ -85,11 +85,12 @@ def test_the_critic_saw_train_problems_only(finished: Path) -> None:
     samples = {(s.task_id, s.sample_id): s for s in read_jsonl(finished / "samples.jsonl", Sample)}
     labels = sorted(read_jsonl(finished / "labels.jsonl", Label), key=lambda v: (v.task_id, v.sample_id))
     seen = b"".join(
-        encode((v.task_id, v.sample_id, samples[v.task_id, v.sample_id].code, v.passed))
+        encode((v.task_id, v.sample_id, s.code, v.passed, s.sum_logprob, s.tokens))
         for v in labels
+        for s in [samples[v.task_id, v.sample_id]]
         if split[v.task_id] == "train"
     )
-    inputs = json.loads((finished / "critic/best/config.json").read_bytes())["inputs"]
+    inputs = json.loads((finished / "critic/best/critic.json").read_bytes())["inputs"]
     assert inputs["labels_sha256"] == hashlib.sha256(seen).hexdigest()
 
 
