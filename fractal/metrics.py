@@ -7,6 +7,7 @@ class) is None; an input that makes no sense is a ValueError.
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -363,7 +364,7 @@ def sign_test(wins: int, losses: int) -> float | None:
     if not n:
         return None
     tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, float(Fraction(2 * tail, 2**n)))
 
 
 def picks_test(passes: int, chances: Sequence[float]) -> float | None:
