@@ -5,7 +5,7 @@ class) is None; an input that makes no sense is a ValueError.
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -20,7 +20,7 @@ BINS = 15  # Guo et al. 2017, section 4.1
 RESAMPLES = 10_000
 ROC_POINTS = 300  # kept of a curve
 _CHUNK = 1 << 20  # resampled values held at a time: 8 MiB
-_GRID = 2.0**36  # values are rounded to multiples of 1 / _GRID where sums must not depend on their order
+_KEPT = 1 << 22  # of drawn counts, kept for the next interval over as many problems: 8 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +122,8 @@ def best_of_k_curve(scores: ArrayLike, passed: ArrayLike) -> Floats:
     ends = np.r_[starts[1:], len(s)]
     missed = _all_below(len(s))
     rates = np.add.reduceat(p, starts) / (ends - starts)
-    curve: Floats = ((missed[starts] - missed[ends]) * rates[:, None]).sum(axis=0)
-    return curve
+    curve = ((missed[starts] - missed[ends]) * rates[:, None]).sum(axis=0)
+    return np.clip(curve, 0, 1)  # rounding can leave it just outside
 
 
 @lru_cache(maxsize=64)
@@ -141,13 +141,8 @@ def auc(scores: ArrayLike, passed: ArrayLike) -> float | None:
 
     Pooled AUC also rewards knowing which problems are easy; see `within_problem_auc` for what selection needs.
     """
-    s, p = _finite("scores", scores), _flags(passed)
-    _same_length(s, p)
-    if p.all() or not p.any():
-        return None
-    from sklearn.metrics import roc_auc_score  # takes 2 s: selection does without
-
-    return float(roc_auc_score(p, s))
+    curve = roc(scores, passed)
+    return None if curve is None else curve.area
 
 
 def within_problem_auc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Hashable]) -> WithinProblemAuc:
@@ -175,15 +170,12 @@ def _pairs(scores: Floats, passed: Floats) -> ProblemPairs:
 
 
 def roc(scores: ArrayLike, passed: ArrayLike) -> Roc | None:
-    """The ROC curve of all samples pooled (sklearn's roc_curve, every threshold); None if they are of one class."""
+    """The ROC curve of all samples pooled, with a point for every threshold; None if they are all of one class."""
     s, p = _finite("scores", scores), _flags(passed)
     _same_length(s, p)
     if p.all() or not p.any():
         return None
-    from sklearn.metrics import roc_curve  # takes 2 s: selection does without
-
-    false_positive, true_positive, _ = roc_curve(p, s, drop_intermediate=False)
-    return _roc(false_positive, true_positive)
+    return _roc(*_steps(s, p))
 
 
 def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Hashable]) -> Roc | None:
@@ -218,13 +210,18 @@ def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Ha
     return _roc(np.repeat(rates, 2), np.ravel(np.column_stack([lower, upper])))
 
 
-def _corners(scores: Floats, passed: Floats) -> tuple[Floats, Floats, Floats]:
-    """One problem's ROC curve: its false positive rates, and the lowest and highest true positive rate at each."""
+def _steps(scores: Floats, passed: Floats) -> tuple[Floats, Floats]:
+    """False and true positive rates from (0, 0) on, a step for each group of equal scores: a tie is a slope."""
     order = np.argsort(-scores, kind="stable")
     scores, passed = scores[order], passed[order]
-    last = np.r_[np.flatnonzero(scores[1:] != scores[:-1]), len(scores) - 1]  # of each group of equal scores
-    right = np.r_[0.0, np.cumsum(passed)[last]] / passed.sum()
-    wrong = np.r_[0.0, np.cumsum(1 - passed)[last]] / (1 - passed).sum()
+    last = np.r_[np.flatnonzero(scores[1:] != scores[:-1]), len(scores) - 1]  # of each group
+    right, wrong = np.cumsum(passed)[last], np.cumsum(1 - passed)[last]
+    return np.r_[0.0, wrong / wrong[-1]], np.r_[0.0, right / right[-1]]
+
+
+def _corners(scores: Floats, passed: Floats) -> tuple[Floats, Floats, Floats]:
+    """A ROC curve's false positive rates, and the lowest and highest true positive rate at each."""
+    wrong, right = _steps(scores, passed)
     rates, first = np.unique(wrong, return_index=True)
     return rates, right[first], right[np.r_[first[1:], len(wrong)] - 1]
 
@@ -339,11 +336,11 @@ def selective(
     before = np.r_[0.0, np.cumsum(p)][starts][group]
     means = (before + (count - starts[group]) * expected) / count
     rates = np.empty((resamples, len(c)))
-    value, rng, done = _on_grid(p), np.random.default_rng((seed, 1)), 0
+    rng, done = np.random.default_rng((seed, 1)), 0
     for rows in _resampled(len(c), resamples, seed):
         rank = group[rows] + rng.random(rows.shape)
         ranked = np.take_along_axis(rows, np.argsort(rank, axis=1), axis=1)
-        rates[done : done + len(rows)] = np.cumsum(value[ranked], axis=1) / count / _GRID
+        rates[done : done + len(rows)] = np.cumsum(p[ranked], axis=1) / count
         done += len(rows)
     bands = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2], axis=0)
     found = [_around(*one) for one in zip(means.tolist(), *bands.tolist(), strict=True)]
@@ -415,12 +412,11 @@ def bootstrap_interval(
     if (v == v[0]).all():
         return Interval(float(v[0]), float(v[0]), float(v[0]))
     mean = math.fsum(v * w) / math.fsum(w)
-    means = np.empty(resamples)
-    done = 0
-    for rows in _resampled(len(v), resamples, seed):
-        total = len(v) if weights is None else w[rows].sum(axis=1)
-        means[done : done + len(rows)] = (v * w)[rows].sum(axis=1) / total
-        done += len(rows)
+    if weights is None:
+        means = _resampled_sums(v[:, None], resamples, seed)[:, 0] / len(v)
+    else:
+        sums = _resampled_sums(np.column_stack([v * w, w]), resamples, seed)
+        means = sums[:, 0] / sums[:, 1]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return _around(mean, float(low), float(high))
 
@@ -438,19 +434,35 @@ def _resampled(problems: int, resamples: int, seed: int) -> Iterator[NDArray[np.
         yield rng.integers(0, problems, size=(min(step, resamples - start), problems), dtype=np.int32)
 
 
-def _times_drawn(problems: int, resamples: int, seed: int) -> Iterator[Floats]:
+def _times_drawn(problems: int, resamples: int, seed: int) -> Iterable[NDArray[np.int16]]:
     """The same resamples as counts: (some, problems), how often each problem is in each of them."""
-    for rows in _resampled(problems, resamples, seed):
-        flat = rows + problems * np.arange(len(rows))[:, None]
-        yield np.bincount(flat.ravel(), minlength=rows.size).reshape(rows.shape).astype(np.float64)
+    if problems * resamples <= _KEPT:
+        return (_all_drawn(problems, resamples, seed),)
+    return map(_counted, _resampled(problems, resamples, seed))
 
 
-def _on_grid(values: Floats) -> Floats:
-    """Values up to 2**16 in units of 1 / _GRID, rounded: whole numbers, whose sums up to 2**53 are exact.
+@lru_cache(maxsize=8)
+def _all_drawn(problems: int, resamples: int, seed: int) -> NDArray[np.int16]:
+    return np.concatenate([_counted(rows) for rows in _resampled(problems, resamples, seed)])
 
-    A matrix product then gives the same bits on every machine, whatever order its threads add in.
+
+def _counted(rows: NDArray[np.int32]) -> NDArray[np.int16]:
+    number, problems = rows.shape
+    flat = rows + problems * np.arange(number)[:, None]
+    return np.bincount(flat.ravel(), minlength=rows.size).reshape(rows.shape).astype(np.int16)
+
+
+def _resampled_sums(values: Floats, resamples: int, seed: int) -> Floats:
+    """(resamples, K) sums of each column of (problems, K) values over each resample; the same bits on every machine.
+
+    A column's values are rounded to a grid on which any sum of as many is below 2**53 steps, and so exact, whatever
+    order a matrix product's threads add in. That costs at most 1e-15 of the largest value for each problem.
     """
-    return np.rint(values * _GRID)
+    largest = np.abs(values).max(axis=0) * len(values)
+    exponent = 52 - np.ceil(np.log2(np.where(largest > 0, largest, 1)))
+    grid = np.ldexp(1.0, np.minimum(exponent, 1000).astype(int))  # (K,)
+    whole = np.rint(values * grid)
+    return np.concatenate([drawn @ whole for drawn in _times_drawn(len(values), resamples, seed)]) / grid
 
 
 def bootstrap_bands(
@@ -458,17 +470,13 @@ def bootstrap_bands(
 ) -> list[Interval]:
     """`bootstrap_interval` of each column of (problems, K) values in -1..1, all columns on the same resamples.
 
-    One matrix product instead of K bootstraps; equal to them but for rounding at 1e-11. Pointwise: 95 % holds for
+    One matrix product instead of K bootstraps; the same numbers. Pointwise: 95 % holds for
     each column, not for all at once. Raises ValueError as `bootstrap_interval` does.
     """
     v = np.asarray(values, dtype=np.float64)
     if v.ndim != 2 or not v.size or not (np.abs(v) <= 1).all():
         raise ValueError(f"bands: expected (problems, K) values in -1..1, got shape {v.shape}")
-    means = np.empty((resamples, v.shape[1]))
-    whole, done = _on_grid(v), 0
-    for drawn in _times_drawn(len(v), resamples, seed):
-        means[done : done + len(drawn)] = drawn @ whole / _GRID / len(v)
-        done += len(drawn)
+    means = _resampled_sums(v, resamples, seed) / len(v)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     found = []
     for k, column in enumerate(v.T):
@@ -498,15 +506,13 @@ def gap_closed(
     """
     c, r, o = _finite("critic", critic), _finite("random", random), _finite("oracle", oracle)
     _same_length(c, r, o)
-    gain, room = _on_grid(c - r), _on_grid(o - r)
-    if not room.sum() > 0:
+    room = math.fsum(o - r)
+    if not room > 0:
         return None
-    shares = []
-    for drawn in _times_drawn(len(c), resamples, seed):
-        above, below = drawn @ gain, drawn @ room
-        shares.append(above[below > 0] / below[below > 0])
-    low, high = np.quantile(np.concatenate(shares), [(1 - level) / 2, (1 + level) / 2])
-    return _around(float(gain.sum() / room.sum()), float(low), float(high))
+    above, below = _resampled_sums(np.column_stack([c - r, o - r]), resamples, seed).T
+    shares = above[below > 0] / below[below > 0]
+    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
+    return _around(math.fsum(c - r) / room, float(low), float(high))
 
 
 def bootstrap_difference(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from fractal import metrics
 
@@ -462,3 +463,17 @@ def test_gap_closed_is_zero_for_random_and_one_for_the_oracle():
     random, oracle = [0.25, 0.5, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]
     assert metrics.gap_closed(random, random, oracle) == metrics.Interval(0, 0, 0)
     assert metrics.gap_closed(oracle, random, oracle) == metrics.Interval(1, 1, 1)
+
+
+@settings(max_examples=30)
+@given(ROWS)
+def test_the_pooled_curve_and_its_area_are_scikit_learn_s(rows):
+    scores, passed = columns(rows)
+    found = metrics.roc(scores, passed)
+    if found is None:
+        assert len(set(passed)) == 1
+        return
+    x, y, _ = roc_curve(passed, scores, drop_intermediate=False)
+    assert found.false_positive_rate == pytest.approx(x)
+    assert found.true_positive_rate == pytest.approx(y)
+    assert found.area == pytest.approx(roc_auc_score(passed, scores))
