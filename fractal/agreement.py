@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from fractal import console
-from fractal.records import Appender, KeySet, Label, Output, Problem, Sample, decode, iter_lines, read_jsonl
+from fractal.records import Appender, KeySet, Label, Output, Problem, Sample, decode, iter_lines
 from fractal.run import RunDir
 from fractal.sandbox.container import Limits, Sandbox
 
@@ -64,7 +64,8 @@ def run(folder: RunDir, limits: Limits, **options: Any) -> None:
     """
     path = folder.file("outputs.jsonl")
     done, silent, judged = KeySet(), KeySet(), KeySet()
-    for one in read_jsonl(path, Output):
+    for line in iter_lines(path, own=True):
+        one = decode(line, Output)
         done.add(one.task_id, one.sample_id)
     for line in iter_lines(folder.file("labels.jsonl"), own=True):
         label = decode(line, Label)
@@ -89,13 +90,13 @@ def run(folder: RunDir, limits: Limits, **options: Any) -> None:
         return sample.task_id in askable and (sample.task_id, sample.sample_id) not in silent
 
     with folder.stage("verify", "outputs.jsonl"), Appender(path) as file:
-        file.write(Output(one.task_id, one.sample_id, None) for one in todo() if not asked(one))
+        file.write(Output(sample.task_id, sample.sample_id, None) for sample in todo() if not asked(sample))
         count = sum(map(asked, todo()))
         if not count:
             return
         begin = time.monotonic()
         with Sandbox(limits=limits, **options) as sandbox, console.bar("outputs", count) as bar:
-            labels = sandbox.verify((one for one in todo() if asked(one)), askable)
+            labels = sandbox.verify(filter(asked, todo()), askable)
             _write(labels, file, bar)
         console.say(f"verify: outputs of {count:,} samples on the visible inputs, {time.monotonic() - begin:.1f} s")
 

@@ -122,8 +122,8 @@ def best_of_k_curve(scores: ArrayLike, passed: ArrayLike) -> Floats:
     ends = np.r_[starts[1:], len(s)]
     missed = _all_below(len(s))
     rates = np.add.reduceat(p, starts) / (ends - starts)
-    curve = ((missed[starts] - missed[ends]) * rates[:, None]).sum(axis=0)
-    return np.clip(curve, 0, 1)  # rounding can leave it just outside
+    curve: Floats = ((missed[starts] - missed[ends]) * rates[:, None]).sum(axis=0)
+    return curve.clip(0, 1)  # rounding can leave it just outside
 
 
 @lru_cache(maxsize=64)
@@ -462,7 +462,8 @@ def _resampled_sums(values: Floats, resamples: int, seed: int) -> Floats:
     exponent = 52 - np.ceil(np.log2(np.where(largest > 0, largest, 1)))
     grid = np.ldexp(1.0, np.minimum(exponent, 1000).astype(int))  # (K,)
     whole = np.rint(values * grid)
-    return np.concatenate([drawn @ whole for drawn in _times_drawn(len(values), resamples, seed)]) / grid
+    sums: Floats = np.concatenate([drawn @ whole for drawn in _times_drawn(len(values), resamples, seed)]) / grid
+    return sums
 
 
 def bootstrap_bands(
