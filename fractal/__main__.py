@@ -94,6 +94,14 @@ Rank = Annotated[int | None, typer.Option(help="lora: rank of its matrices. [def
 ScoreBackend = Annotated[
     str, typer.Option(help="auto, transformers or vllm (pooling); auto takes vLLM on a GPU, where it is installed.")
 ]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        help="Splits to measure on, as test,validation. Default: the run's own, else test, else validation.",
+        show_default=False,
+    ),
+]
 Critic = Annotated[Path | None, typer.Option(help="A critic's folder. Default: the run's critic/best.")]
 
 
@@ -339,12 +347,12 @@ def score(
 
 
 @app.command()
-def select(run: Run) -> None:
-    """Let each strategy choose one sample for each problem of the evaluation split (selection.jsonl)."""
+def select(run: Run, on: On = None) -> None:
+    """Let each strategy choose one sample for each problem of the measured splits (selection.jsonl)."""
     from fractal import selection
 
     with RunDir(run) as folder:
-        selection.run(folder)
+        selection.run(folder, on)
 
 
 @app.command()
@@ -387,6 +395,7 @@ def run_stages(
     batch_tokens: BatchTokens = None,
     rank: Rank = None,
     score_backend: ScoreBackend = "auto",
+    on: On = None,
 ) -> None:
     """Run all stages, or one; what is done is not repeated."""
     recipe = {"epochs": epochs, "learning_rate": learning_rate, "batch_tokens": batch_tokens, "rank": rank}
@@ -409,7 +418,7 @@ def run_stages(
         if stage in (Stage.all, Stage.select):
             from fractal import selection
 
-            selection.run(folder)
+            selection.run(folder, on)
         if stage in (Stage.all, Stage.report):
             from fractal import report as report_stage
 

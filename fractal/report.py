@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fractal import charts, console
 from fractal.metrics import Interval
-from fractal.outcomes import BASELINE, StrategyResult, evaluation_split
+from fractal.outcomes import BASELINE, StrategyResult, recorded_splits
 from fractal.records import Choice, InputError, Label, Sample, Score, encode, read_jsonl, write_whole
 from fractal.run import RunDir
 from fractal.summary import Epoch, Facts, Summary, build
@@ -50,10 +50,10 @@ def run(folder: RunDir) -> None:
         console.say("report: is there, nothing to do")
         console.out.file.write(table_file.read_text(encoding="utf-8"))
     else:
-        split = evaluation_split(problems, labels)
+        splits = recorded_splits(folder.manifest["config"], problems, labels)
         facts = facts_of(folder)
         with folder.stage("report", "report/index.html"):
-            found = build(facts, problems, samples, labels, scores, choices, split=split)
+            found = build(facts, problems, samples, labels, scores, choices, splits=splits)
             write(folder.path, found)
             shown = table(found)
             with table_file.open("w", encoding="utf-8") as file:

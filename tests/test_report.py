@@ -71,7 +71,7 @@ def run(tests=12, n=8, seed=1):
 def build(problems, samples, labels, scores=(), *, facts=FACTS, split="test"):
     tasks = {one.task_id for one in problems if one.split == split}
     columns = ([one for one in rows if one.task_id in tasks] for rows in (samples, labels, scores))
-    return summary.build(facts, problems, samples, labels, scores, selection.choose(*columns), split=split)
+    return summary.build(facts, problems, samples, labels, scores, selection.choose(*columns), splits=(split,))
 
 
 def plain(text):
