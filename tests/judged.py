@@ -11,7 +11,7 @@ from fractal import problems
 from fractal.records import Label, Sample, code_sha256, write_jsonl
 from fractal.run import RunDir
 
-DEPTH, WIDTH = 4, 32
+DEPTH, WIDTH = 4, 64  # two heads of 32: vLLM on a CPU knows no smaller ones
 
 
 def tiny_qwen(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
@@ -19,8 +19,8 @@ def tiny_qwen(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
     words = json.loads((tokenizer / "config.json").read_bytes())["vocab_size"]
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=words, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=DEPTH, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, use_cache=True,
+        vocab_size=words, hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=DEPTH, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=False, use_cache=True,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():  # so that states tell texts apart

@@ -86,7 +86,7 @@ def test_every_sample_has_its_own_score(run: Path) -> None:
             run / "critic/best", models.resolve(str(folder.manifest["model_paths"].popitem()[1])), run / "fresh"
         )
         assert alone.logits([(problems[samples[7].task_id], samples[7])])[0] == pytest.approx(scores[7].score, abs=0.3)
-    assert head.weight.shape == (32,)
+    assert head.weight.shape == (64,)
 
 
 def test_combined_is_the_weighted_sum_with_the_log_probability(run: Path) -> None:
