@@ -79,6 +79,15 @@ Socket = Annotated[
 Base = Annotated[str | None, typer.Option(help="Model whose features the critic reads. Default: the generator.")]
 Mode = Annotated[str, typer.Option(help="probe: a linear head on frozen features.")]
 Critic = Annotated[Path | None, typer.Option(help="A critic's folder. Default: the run's critic/best.")]
+Criteria = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--criterion",
+        help="What the run is to reach, as 'critic_gain_low > 0' or 'val_accuracy >= 80 %'; may stand several times. "
+        "Noted before anything is drawn, judged in the report. Names: fractal report --help.",
+    ),
+]
+Plan = Annotated[Path | None, typer.Option(help="A text file with one criterion a line; # begins a comment.")]
 
 
 class Stage(StrEnum):
@@ -158,6 +167,16 @@ def _generate(folder: RunDir, problem_set: ProblemSet, model: str | None, backen
     generate.run(folder, problem_set, model, sampling, backend)
 
 
+def _criteria(folder: RunDir, texts: list[str] | None, plan: Path | None) -> None:
+    """Note what the run is to reach. Raises InputError for what is no criterion."""
+    if texts or plan is not None:
+        from fractal import criteria
+
+        for one in criteria.record(folder, criteria.asked(texts, plan)):
+            late = f", after {one.samples:,} samples were there" if one.samples else ""
+            console.say(f"criterion: {one.criterion.text}, noted {one.recorded}{late}")
+
+
 def _failed_labels(count: int) -> None:
     if count:
         console.warn(f"verify: {count} samples could not be judged (sandbox_error); the same command tries them again.")
@@ -180,10 +199,13 @@ def generate(
     max_tokens: MaxTokens = None,
     seed: Seed = None,
     backend: Backend = "auto",
+    criterion: Criteria = None,
+    plan: Plan = None,
 ) -> None:
     """Draw n programs for each problem (samples.jsonl)."""
     with RunDir(run, create=True) as folder:
         found = _problem_set(folder, problems, split, limit)
+        _criteria(folder, criterion, plan)
         asked = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
         _generate(folder, found, model, backend, **asked)
 
@@ -291,9 +313,27 @@ def select(run: Run) -> None:
         selection.run(folder)
 
 
-@app.command()
-def report(run: Run) -> None:
-    """Write report/index.html and summary.json, and print the table of results."""
+@app.command(
+    epilog="Criteria, noted by --criterion and --plan of run and generate, are NAME OP NUMBER, OP one of >= <= == > <. "
+    "Names: val_accuracy, accuracy, auc, within_auc, pairwise_accuracy, brier, calibration_error, pass_rate, "
+    "gap_closed, gap_closed_low, leaky_accuracy, honest_accuracy; of each strategy S its pass rate S, its S_gain over "
+    "random, S_gain_low (the interval's lower end), over_S (the critic minus S) and over_S_low, as mean_logprob_gain; "
+    "problems, samples, sandbox_errors, samples_per_s, tokens_per_s, verified_per_s, total_s, cost_usd."
+)
+def report(
+    run: Run,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compute every figure again and compare; write nothing.")
+    ] = False,
+) -> None:
+    """Write report/index.html and summary.json, add a row to LOG.md beside the run, and print the table of results.
+
+    --check computes every figure again, from the records, and names those that differ; exit code 1 if there are any.
+    """
+    if check:
+        from fractal import check as checks
+
+        raise typer.Exit(checks.run(RunDir(run)))
     from fractal import report as stage
 
     with RunDir(run) as folder:
@@ -326,6 +366,8 @@ def run_stages(
     socket: Socket = None,
     base: Base = None,
     mode: Mode = "probe",
+    criterion: Criteria = None,
+    plan: Plan = None,
 ) -> None:
     """Run all stages, or one; what is done is not repeated."""
     sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
@@ -337,6 +379,8 @@ def run_stages(
             found = _problem_set(folder, problems, split, limit)
             if stage is Stage.all:
                 _check_sandbox(image, socket)
+        _criteria(folder, criterion, plan)
+        if stage in (Stage.all, Stage.generate):
             _generate(folder, found, model, backend, **sampling)
         if stage in (Stage.all, Stage.verify):
             from fractal import verify as verify_stage
