@@ -78,6 +78,14 @@ Socket = Annotated[
 ]
 Base = Annotated[str | None, typer.Option(help="Model whose features the critic reads. Default: the generator.")]
 Mode = Annotated[str, typer.Option(help="probe: a linear head on frozen features.")]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        help="Splits to measure on, as test,validation. Default: the run's own, else test, else validation.",
+        show_default=False,
+    ),
+]
 Critic = Annotated[Path | None, typer.Option(help="A critic's folder. Default: the run's critic/best.")]
 Criteria = Annotated[
     list[str] | None,
@@ -305,12 +313,12 @@ def score(run: Run, critic: Critic = None) -> None:
 
 
 @app.command()
-def select(run: Run) -> None:
-    """Let each strategy choose one sample for each problem of the evaluation split (selection.jsonl)."""
+def select(run: Run, on: On = None) -> None:
+    """Let each strategy choose one sample for each problem of the measured splits (selection.jsonl)."""
     from fractal import selection
 
     with RunDir(run) as folder:
-        selection.run(folder)
+        selection.run(folder, on)
 
 
 @app.command(
@@ -366,6 +374,7 @@ def run_stages(
     socket: Socket = None,
     base: Base = None,
     mode: Mode = "probe",
+    on: On = None,
     criterion: Criteria = None,
     plan: Plan = None,
 ) -> None:
@@ -391,7 +400,7 @@ def run_stages(
         if stage in (Stage.all, Stage.select):
             from fractal import selection
 
-            selection.run(folder)
+            selection.run(folder, on)
         if stage in (Stage.all, Stage.report):
             from fractal import report as report_stage
 

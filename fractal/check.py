@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fractal import console, report, selection
-from fractal.outcomes import evaluation_split
-from fractal.records import Choice, InputError, Label, Sample, Score, read_jsonl
+from fractal.records import Choice, InputError, read_jsonl
 from fractal.run import RunDir
 
 KEYS = ("strategy", "task_id", "split", "epoch", "criterion", "name", "by", "k", "low")  # what names a list's element
@@ -53,7 +52,7 @@ def compare(folder: RunDir) -> tuple[int, list[Difference]]:
             f"{folder.path}: has no finished report to check. Write it: fractal report --run {folder.path}"
         )
     stored = _stored(folder, made_with.get("files", {}))
-    choices = _choices(folder)
+    choices = selection.made(folder)
     made = report.make(folder, made_with.get("bill", {}), choices)
     recorded = read_jsonl(folder.file("selection.jsonl"), Choice)
     found = [*_selection(recorded, choices)]
@@ -90,16 +89,6 @@ def _stored(folder: RunDir, digests: dict[str, str]) -> dict[str, bytes]:
     except ValueError as error:
         raise InputError(f"{folder.file(report.NUMBERS)}: is cut short or no JSON: {error}. {remedy}") from error
     return stored
-
-
-def _choices(folder: RunDir) -> list[Choice]:
-    """What selection chooses from the records now."""
-    problems = folder.problems()
-    labels = read_jsonl(folder.file("labels.jsonl"), Label)
-    split = evaluation_split(problems.values(), labels)
-    samples = read_jsonl(folder.file("samples.jsonl"), Sample)
-    inside = [one for one in samples if problems[one.task_id].split == split]
-    return selection.choose(inside, labels, read_jsonl(folder.file("scores.jsonl"), Score))
 
 
 def _selection(told: list[Choice], again: list[Choice]) -> Iterator[Difference]:

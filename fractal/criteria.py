@@ -246,13 +246,13 @@ def _of_critic(summary: Summary, found: dict[str, Measured]) -> None:
     source = f"labels.jsonl and scores.jsonl, {critic.samples:,} {summary.split} samples"
     within = critic.within_problem
     values = {
-        "accuracy": critic.accuracy,
         "auc": critic.auc,
         "pairwise_accuracy": within.accuracy,
         "brier": critic.brier,
         "calibration_error": critic.expected_calibration_error,
     }
     found.update({name: Measured(value, None, source) for name, value in values.items() if value is not None})
+    found["accuracy"] = Measured(critic.accuracy, critic.accuracy_interval, source)
     if within.auc is not None:
         found["within_auc"] = Measured(within.auc, within.interval, f"{source}, {within.pairs:,} pairs")
 

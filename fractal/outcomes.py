@@ -1,15 +1,17 @@
-"""Samples joined with what the verifier and the critic said of them, and strategies measured over problems.
+"""Samples joined with what the verifier and the critic said of them, how strategies rank them, and what that gains.
 
 Selection and report both start here, so that both leave out the same samples. Pure; files belong to the stages.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from fractal.metrics import Interval, bootstrap_difference, bootstrap_interval
-from fractal.records import Choice, Label, Problem, Sample, Score, Split
+from fractal.records import SPLITS, Choice, InputError, Label, Output, Problem, Sample, Score, Split
 
 BASELINE = "random"  # every gain is measured against it
+IMPORTED = "imported from"  # how the detail of a label begins that another tool gave: its tests are not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,8 @@ class Outcome:
     sample: Sample
     passed: bool
     score: Score | None  # None if the critic has not scored it
+    visible: bool | None = None  # passes the test that its prompt shows; None if that is not known apart from the rest
+    output: Output | None = None  # None if it was not asked for
 
     @property
     def logit(self) -> float | None:
@@ -30,6 +34,19 @@ class Outcome:
         if self.sample.sum_logprob is None or self.sample.tokens < 1:
             return None
         return self.sample.sum_logprob / self.sample.tokens
+
+
+# Of a problem's samples the highest is picked; None is "nothing known" and ranks last; ties: the lowest sample_id.
+RANKINGS: dict[str, Callable[[Outcome], float | None]] = {
+    "critic": lambda one: one.logit,
+    "first": lambda one: 0.0,
+    "mean_logprob": lambda one: one.mean_logprob,
+    "sum_logprob": lambda one: one.sample.sum_logprob if one.sample.tokens else None,
+    "shortest": lambda one: -len(one.sample.code),
+    "zero_shot": lambda one: None if one.score is None else one.score.zero_shot,
+    "critic_logprob": lambda one: None if one.score is None else one.score.combined,
+    "oracle": lambda one: float(one.passed),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +69,82 @@ class StrategyResult:
 
 
 def outcomes(
-    samples: Iterable[Sample], labels: Iterable[Label], scores: Iterable[Score] = ()
+    samples: Iterable[Sample],
+    labels: Iterable[Label],
+    scores: Iterable[Score] = (),
+    outputs: Iterable[Output] = (),
 ) -> dict[int, list[Outcome]]:
     """The usable samples of each problem, by task_id and then by sample_id.
 
-    Usable is a sample with a label that is not `sandbox_error`; labels and scores without their sample are ignored.
+    Usable is a sample with a label that is not `sandbox_error`; other records without their sample are ignored.
     """
     verdicts = {(one.task_id, one.sample_id): one for one in labels if one.status != "sandbox_error"}
     opinions = {(one.task_id, one.sample_id): one for one in scores}
+    returned = {(one.task_id, one.sample_id): one for one in outputs}
     found: dict[int, list[Outcome]] = {}
     for sample in sorted(samples, key=lambda one: (one.task_id, one.sample_id)):
         key = (sample.task_id, sample.sample_id)
         if key in verdicts:
-            found.setdefault(sample.task_id, []).append(Outcome(sample, verdicts[key].passed, opinions.get(key)))
+            label = verdicts[key]
+            one = Outcome(sample, label.passed, opinions.get(key), passes_visible(label), returned.get(key))
+            found.setdefault(sample.task_id, []).append(one)
     return found
 
 
-def evaluation_split(problems: Iterable[Problem], labels: Iterable[Label]) -> Split:
-    """The split on which strategies are measured: test, else validation, else the few-shot prompts, else train.
+def passes_visible(label: Label) -> bool | None:
+    """Whether the program passes the first test, which its prompt shows; None if the label does not tell.
 
-    The critic is trained on train problems only, so it is new to all others.
+    Tests that the judge did not come to are `not_run`: the program or the setup ended before the first one. A label
+    from another tool knows the verdict on all tests only, and taking that for the first would be looking at the rest.
     """
+    if not label.tests or label.detail.startswith(IMPORTED):
+        return None
+    return label.tests[0] == "passed"
+
+
+def evaluation_splits(
+    problems: Collection[Problem], labels: Iterable[Label], asked: Sequence[str] | None = None
+) -> tuple[Split, ...]:
+    """The splits on which strategies are measured: those asked for, else the first of them that has labels.
+
+    Without a word: test, else validation, else the few-shot prompts, else train. The critic is trained on train
+    problems only, so it is new to all others. In the order of records.SPLITS.
+    """
+    if asked is not None:
+        return tuple(cast(Split, split) for split in SPLITS if split in asked)
     labelled = {label.task_id for label in labels}
     found = {problem.split for problem in problems if problem.task_id in labelled}
     order: tuple[Split, ...] = ("test", "validation", "prompt", "train")
-    return next((split for split in order if split in found), "test")
+    return (next((split for split in order if split in found), "test"),)
+
+
+def splits_asked(text: str) -> list[str]:
+    """The splits of `--on test,validation`. Raises InputError: unknown, or train beside others."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in SPLITS]:
+        raise InputError(f"--on {text}: {unknown[0]!r} is no split. Known: {', '.join(SPLITS)}.")
+    if not names:
+        raise InputError(f"--on {text!r}: names no split. Known: {', '.join(SPLITS)}.")
+    if "train" in names and len(set(names)) > 1:
+        raise InputError(
+            f"--on {text}: the critic has seen the train problems, so they are never measured together with others. "
+            "Leave train out, or name it alone."
+        )
+    return [split for split in SPLITS if split in names]
+
+
+def recorded_splits(
+    config: Mapping[str, Any], problems: Collection[Problem], labels: Iterable[Label]
+) -> tuple[Split, ...]:
+    """The splits that a run's selection was made on, from its manifest's `config`: the report measures the same."""
+    section = config.get("select")
+    return evaluation_splits(problems, labels, section.get("on") if isinstance(section, dict) else None)
+
+
+def in_words(splits: Sequence[str]) -> str:
+    """`test`, `validation and test`, `validation, test and prompt`."""
+    *before, last = splits
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def left_out(samples: Iterable[Sample], labels: Iterable[Label]) -> LeftOut:

@@ -23,7 +23,7 @@ from fractal.criteria import Verdict
 from fractal.metrics import Interval
 from fractal.outcomes import BASELINE, StrategyResult, outcomes
 from fractal.records import Choice, Label, Problem, Sample, Score
-from fractal.summary import Duel, Summary
+from fractal.summary import Duel, FunnelStep, Summary
 
 DASH = "\u2013"
 MEANING = {
@@ -36,7 +36,7 @@ MEANING = {
     "zero_shot": "the model's own yes or no, before any training",
     "critic_logprob": "critic and log-probability, weights from train problems",
     "consensus": "the output most samples agree on, on visible inputs",
-    "visible_test": "first that passes the test in the prompt",
+    "visible_test": "any that passes the test in the prompt, exact expectation",
     "visible_test_critic": "highest score among those that pass it",
     "oracle": "a passing sample if there is one: the ceiling",
 }
@@ -116,6 +116,7 @@ def page(
         verdicts=verdicts,
         manifest=json.dumps(manifest, indent=1, ensure_ascii=False) if manifest else "",
         duels={one.strategy: one for one in summary.duels},
+        funnel=_funnel(summary.funnel),
         kinds={row.task_id: _kind(row.critic, row.random) for row in summary.by_problem},
     )
 
@@ -128,6 +129,13 @@ def _kind(critic: float | None, random: float | None) -> str:
     if critic is None or random is None or critic == random:
         return "same"
     return "wins" if critic > random else "loses"
+
+
+def _funnel(steps: Sequence[FunnelStep]) -> list[tuple[FunnelStep, str, float]]:
+    """Each step with what it counts and its share, in percent, of the largest step that counts the same."""
+    units = ["problems" if "problem" in one.name and "sample" not in one.name else "samples" for one in steps]
+    most = {unit: max([1, *(s.count for s, u in zip(steps, units, strict=True) if u == unit)]) for unit in set(units)}
+    return [(one, unit, 100 * one.count / most[unit]) for one, unit in zip(steps, units, strict=True)]
 
 
 def _charts(summary: Summary) -> dict[str, Markup]:
@@ -369,7 +377,7 @@ def measured(one: Verdict) -> str:
         return DASH
     if one.share:
         return percent(one.value) + (f" {span(one.interval)}" if one.interval else "")
-    return f"{one.value:,.6g}"
+    return f"{one.value:,.0f}" if one.value == round(one.value) else f"{one.value:,.3f}"
 
 
 def when(date: str) -> str:

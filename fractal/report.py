@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fractal import console, criteria, journal
 from fractal.criteria import Verdict
-from fractal.outcomes import BASELINE, evaluation_split
+from fractal.outcomes import BASELINE, recorded_splits
 from fractal.page import (
     DASH,
     findings,
@@ -37,9 +37,9 @@ from fractal.page import (
     span,
     visible,
 )
-from fractal.records import Choice, InputError, Label, Sample, Score, encode, read_jsonl, write_whole
+from fractal.records import Choice, InputError, Label, RecordError, Sample, Score, encode, read_jsonl, write_whole
 from fractal.run import RunDir
-from fractal.summary import Epoch, Facts, Summary, build
+from fractal.summary import Epoch, Facts, SplitAccuracy, Summary, build
 
 RECORDS = ("problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl", "selection.jsonl")
 INPUTS = (*RECORDS, "outputs.jsonl", "critic/metrics.jsonl", "critic/splits.json")  # all that a report reads
@@ -97,8 +97,10 @@ def make(folder: RunDir, bill: dict[str, Any], choices: list[Choice] | None = No
     scores = read_jsonl(folder.file("scores.jsonl"), Score)
     if choices is None:
         choices = read_jsonl(folder.file("selection.jsonl"), Choice)
-    split = evaluation_split(problems, labels)
-    found = build(facts_of(folder), problems, samples, labels, scores, choices, split=split)
+    found = build(
+        facts_of(folder), problems, samples, labels, scores, choices,
+        splits=recorded_splits(folder.manifest["config"], problems, labels), split_accuracies=_splits(folder),
+    )  # fmt: skip
     cost_usd = bill.get("cost_usd")
     verdicts = criteria.judge(folder.manifest, found, cost_usd)
     shown = {row.task_id for row in found.by_problem}
@@ -195,6 +197,17 @@ def facts_of(folder: RunDir) -> Facts:
             "prompt and reply do not fit the model's context" for _ in generation.get("skipped", {}).values()
         ),
     )
+
+
+def _splits(folder: RunDir) -> list[SplitAccuracy]:
+    """Stage 3's comparison of two ways to split. Raises RecordError."""
+    file = folder.file("critic/splits.json")
+    if not file.exists():
+        return []
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=list[SplitAccuracy])
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{file}: not a list of split accuracies: {error}. Train again: fractal train.") from error
 
 
 def _lines(path: Path) -> list[bytes]:

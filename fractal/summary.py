@@ -4,6 +4,7 @@ Pure. What the records cannot tell (model digest, seconds, versions) comes in as
 and `reasons` says why, so that nothing missing is ever printed as 0.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +12,27 @@ from dataclasses import dataclass, field
 
 from fractal import metrics
 from fractal.metrics import Bin, Interval, WithinProblemAuc
-from fractal.outcomes import BASELINE, LeftOut, Outcome, StrategyResult, evaluate, left_out, outcomes
+from fractal.outcomes import (
+    BASELINE,
+    RANKINGS,
+    LeftOut,
+    Outcome,
+    StrategyResult,
+    evaluate,
+    in_words,
+    left_out,
+    outcomes,
+)
 from fractal.records import SPLITS, STATUSES, Choice, Label, Problem, Sample, Score, Split
 
 PROMPT_CHARS = 120  # of a prompt in the table of problems
 FEW_PROBLEMS = 30  # below this the page warns that an interval is wide
 PASS_AT = (1, 2, 5, 10, 20, 50, 100)
+RANKED = ("critic", "zero_shot", "mean_logprob", "sum_logprob", "shortest", "critic_logprob")  # orders of all samples
+CURVES = ("critic", "mean_logprob", "critic_logprob", BASELINE, "visible_test_critic", "oracle")
+SELECTIVE = ("critic", "critic_logprob", "mean_logprob")  # their confidence: that of the sample they pick
+DIFFICULTY = (0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0)  # edges of the share of a problem's samples that pass
+AT_DIFFICULTY = ("critic", BASELINE, "mean_logprob", "oracle")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +153,7 @@ class Duel:
     losses: int
     ties: int
     gain: Interval  # critic minus the other, paired
-    p_value: float | None  # exact sign test on wins and losses, two-sided; None without either
+    p_value: float | None  # two-sided: exact sign test on wins and losses; against an expectation metrics.picks_test
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +181,7 @@ class CriticMetrics:
     brier: float
     expected_calibration_error: float
     reliability: list[Bin]
+    accuracy_interval: Interval | None = None  # of accuracy, over problems weighing by their samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +204,7 @@ class Summary:
     tokens_per_s: float | None
     labels_by_status: dict[str, int]  # every status, in the order of records.STATUSES
     splits: list[SplitRow]  # "all" comes last
-    split: str  # everything below is measured on it
+    split: str  # everything below is measured on it, or on several: "validation and test"
     evaluation: SplitRow
     left_out: LeftOut
     pass_at: list[PassAt]  # over the problems of `curves`
@@ -204,6 +221,7 @@ class Summary:
     duels: list[Duel] = field(default_factory=list)
     gap_closed: Interval | None = None  # share of the way from random to the oracle that the critic goes
     split_accuracies: list[SplitAccuracy] = field(default_factory=list)
+    rank_auc: dict[str, WithinProblemAuc] = field(default_factory=dict)  # each over the samples that it can rank
 
 
 def build(
@@ -214,42 +232,33 @@ def build(
     scores: Sequence[Score] = (),
     choices: Sequence[Choice] = (),
     *,
-    split: Split = "test",
+    splits: Sequence[Split] = ("test",),
+    split_accuracies: Sequence[SplitAccuracy] = (),
 ) -> Summary:
-    """Measure a run. `choices` are stage 5's, `split` is the one that nothing was trained or tuned on.
+    """Measure a run. `choices` are stage 5's, on the problems of `splits`, which nothing was trained or tuned on.
 
     Records of problems that are not in `problems`, and labels without their sample, are ignored and counted in a
     warning.
     """
+    split = in_words(splits)
     split_of = {one.task_id: one.split for one in problems}
     ours = [one for one in samples if one.task_id in split_of]
     keys = {(one.task_id, one.sample_id) for one in ours}
     found = outcomes(ours, labels, scores)
-    evaluated = {task: rows for task, rows in found.items() if split_of[task] == split}
+    evaluated = {task: rows for task, rows in found.items() if split_of[task] in splits}
     picked = [one for one in choices if one.task_id in evaluated]
     strategies = evaluate(picked)
-    gone = left_out([one for one in ours if split_of[one.task_id] == split], labels)
+    inside = [one for one in problems if one.split in splits]
+    drawn = [one for one in ours if split_of[one.task_id] in splits]
+    gone = left_out(drawn, labels)
     critic = _critic(evaluated)
     curves = _curves(evaluated)
     status: Counter[str] = Counter(one.status for one in labels if (one.task_id, one.sample_id) in keys)
     rows = [_split_row(name, [one for one in problems if one.split == name], found) for name in SPLITS]
-    evaluation = next(row for row in rows if row.split == split)
-
-    reasons: dict[str, str] = {}
-    if facts.generate_tokens is None or not facts.generate_seconds:
-        reasons["tokens_per_s"] = "the time that generation took was not recorded"
-    if not evaluated:
-        reasons["strategies"] = reasons["curves"] = f"no {split} problem has a usable sample"
-    elif not strategies:
-        reasons["strategies"] = f"selection has no choices for {split} problems"
-    if critic is None:
-        reasons["critic"] = f"no usable {split} sample has a critic's score"
-    elif critic.auc is None:
-        reasons["auc"] = f"all scored {split} samples have the same label"
-    if critic is not None and critic.within_problem.auc is None:
-        reasons["within_problem"] = f"no {split} problem has both a passing and a failing sample"
-    if not facts.epochs:
-        reasons["epochs"] = "no training was recorded"
+    evaluation = _split_row(split, inside, found)
+    parts = _Parts(
+        roc=_roc(evaluated), selective=_selective(evaluated, picked), duels=_duels(picked), gap=_gap_closed(picked)
+    )
 
     seconds = facts.generate_seconds
     return Summary(
@@ -267,14 +276,74 @@ def build(
         strategies=strategies,
         curves=curves,
         critic=critic,
-        by_problem=[_problem_row(one, evaluated, picked) for one in problems if one.split == split],
-        reasons=reasons,
+        by_problem=[_problem_row(one, evaluated, picked) for one in inside],
+        reasons=_reasons(facts, split, evaluated, strategies, critic, parts, split_accuracies),
         warnings=[
             *facts.warnings,
             *_warnings(facts, evaluation, gone, evaluated, strategies, curves),
             *_strays(samples, ours, labels, keys, set(evaluated), picked),
         ],
+        funnel=_funnel(facts, problems, ours, status, split, drawn, evaluated),
+        roc=parts.roc,
+        selective=parts.selective,
+        difficulty=_difficulty(evaluated, picked),
+        duels=parts.duels,
+        gap_closed=parts.gap,
+        split_accuracies=list(split_accuracies),
+        rank_auc=_rank_auc(evaluated),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What may be empty for a reason."""
+
+    roc: list[RocCurve]
+    selective: list[SelectiveCurve]
+    duels: list[Duel]
+    gap: Interval | None
+
+
+def _reasons(
+    facts: Facts,
+    split: str,
+    evaluated: Mapping[int, Sequence[Outcome]],
+    strategies: Sequence[StrategyResult],
+    critic: CriticMetrics | None,
+    parts: _Parts,
+    split_accuracies: Sequence[SplitAccuracy],
+) -> dict[str, str]:
+    """Of what is None or empty: field -> why."""
+    reasons: dict[str, str] = {}
+    if facts.generate_tokens is None or not facts.generate_seconds:
+        reasons["tokens_per_s"] = "the time that generation took was not recorded"
+    if not evaluated:
+        reasons["strategies"] = reasons["curves"] = reasons["difficulty"] = f"no {split} problem has a usable sample"
+    elif not strategies:
+        reasons["strategies"] = f"selection has no choices for {split} problems"
+    no_critic = f"no usable {split} sample has a critic's score"
+    if critic is None:
+        reasons["critic"] = no_critic
+    elif critic.auc is None:
+        reasons["auc"] = f"all scored {split} samples have the same label"
+    if critic is not None and critic.within_problem.auc is None:
+        reasons["within_problem"] = f"no {split} problem has both a passing and a failing sample"
+    if not facts.epochs:
+        reasons["epochs"] = "no training was recorded"
+    if not parts.roc:
+        reasons["roc"] = reasons.get("auc", no_critic)
+    if not parts.selective:
+        reasons["selective"] = reasons.get(
+            "strategies", "no strategy that picks is sure of anything: no score is known"
+        )
+    if not parts.duels:
+        reasons["duels"] = reasons.get("strategies", "the critic picked nothing")
+    if parts.gap is None:
+        nothing = f"on every {split} problem that the critic chose for, all samples pass or all fail"
+        reasons["gap_closed"] = nothing if parts.duels else reasons["duels"]
+    if not split_accuracies:
+        reasons["split_accuracies"] = "training did not compare the two ways to split"
+    return reasons
 
 
 def shorten(text: str, chars: int = PROMPT_CHARS) -> str:
@@ -309,24 +378,38 @@ def _curves(evaluated: Mapping[int, Sequence[Outcome]]) -> Curves | None:
         return None
     length = _curve_length([len(rows) for rows in evaluated.values()])
     whole = [rows for rows in evaluated.values() if len(rows) >= length]
-    ks = range(1, length + 1)
-    random = sum(_passed(rows) / len(rows) for rows in whole) / len(whole)
-    by_strategy = {BASELINE: [random for _ in ks]}
-    rankings = {
-        "critic": [[one.logit for one in rows] for rows in whole],
-        "mean_logprob": [[one.mean_logprob for one in rows] for rows in whole],
-    }
-    for strategy, of_problems in rankings.items():
-        if all(any(value is not None for value in values) for values in of_problems):
-            ranked = [
-                ([-math.inf if value is None else value for value in values], [one.passed for one in rows])
-                for values, rows in zip(of_problems, whole, strict=True)
+    bands: dict[str, list[Interval]] = {}
+    for strategy in CURVES:
+        ranked = [_ranks(strategy, rows) for rows in whole]
+        if all(ranks is not None for ranks in ranked):
+            table = [
+                metrics.best_of_k_curve(ranks, [one.passed for one in rows])[:length]
+                for ranks, rows in zip(ranked, whole, strict=True)
+                if ranks is not None
             ]
-            by_strategy[strategy] = [sum(metrics.best_of_k(*one, k) for one in ranked) / len(whole) for k in ks]
-    by_strategy["oracle"] = [
-        sum(metrics.pass_at_k(len(rows), _passed(rows), k) for rows in whole) / len(whole) for k in ks
-    ]
-    return Curves(len(whole), by_strategy)
+            bands[strategy] = metrics.bootstrap_bands(table)
+    return Curves(len(whole), {name: [one.mean for one in band] for name, band in bands.items()}, bands)
+
+
+def _ranks(strategy: str, rows: Sequence[Outcome]) -> list[float] | None:
+    """One number for each sample, the highest goes first, -inf where nothing is known; None if nothing is of any.
+
+    A filter before a ranking is a ranking, too: of any k samples the best by (passes the visible test, critic) is
+    what the critic takes among those that pass, or among all k if none does.
+    """
+    if strategy == BASELINE:
+        return [0.0] * len(rows)
+    if strategy == "visible_test_critic":
+        logits = _ranks("critic", rows)
+        if logits is None or any(one.visible is None for one in rows):
+            return None
+        pairs = [(bool(one.visible), logit) for one, logit in zip(rows, logits, strict=True)]
+        place = {pair: float(number) for number, pair in enumerate(sorted(set(pairs)))}
+        return [place[pair] for pair in pairs]
+    values = [RANKINGS[strategy](one) for one in rows]
+    if all(value is None for value in values):
+        return None
+    return [-math.inf if value is None else value for value in values]
 
 
 def _pass_at(evaluated: Mapping[int, Sequence[Outcome]], length: int) -> list[PassAt]:
@@ -343,6 +426,10 @@ def _critic(evaluated: Mapping[int, Sequence[Outcome]]) -> CriticMetrics | None:
     logits = [score.score for _, score, _ in scored]
     probabilities = [score.probability for _, score, _ in scored]
     passed = [verdict for _, _, verdict in scored]
+    of_problems: dict[int, list[bool]] = {}
+    for task, score, verdict in scored:
+        of_problems.setdefault(task, []).append((score.probability >= 0.5) == verdict)
+    right = [sum(verdicts) / len(verdicts) for verdicts in of_problems.values()]
     return CriticMetrics(
         problems=len(set(tasks)),
         samples=len(scored),
@@ -354,7 +441,158 @@ def _critic(evaluated: Mapping[int, Sequence[Outcome]]) -> CriticMetrics | None:
         brier=metrics.brier(probabilities, passed),
         expected_calibration_error=metrics.expected_calibration_error(probabilities, passed),
         reliability=metrics.reliability(probabilities, passed),
+        accuracy_interval=metrics.bootstrap_interval(right, weights=[len(one) for one in of_problems.values()]),
     )
+
+
+def _rank_auc(evaluated: Mapping[int, Sequence[Outcome]]) -> dict[str, WithinProblemAuc]:
+    """Of each order of samples, over those that it knows something of; one that knows nothing is left out."""
+    found = {}
+    for strategy in RANKED:
+        ranked = [
+            (task, value, one.passed)
+            for task, rows in evaluated.items()
+            for one in rows
+            if (value := RANKINGS[strategy](one)) is not None
+        ]
+        if ranked:
+            tasks, values, passed = zip(*ranked, strict=True)
+            found[strategy] = metrics.within_problem_auc(values, passed, tasks)
+    return found
+
+
+def _roc(evaluated: Mapping[int, Sequence[Outcome]]) -> list[RocCurve]:
+    """The critic's, pooled and within a problem; what does not exist is left out."""
+    scored = [(task, one.score.score, one.passed) for task, rows in evaluated.items() for one in rows if one.score]
+    if not scored:
+        return []
+    tasks, logits, passed = zip(*scored, strict=True)
+    curves = {
+        "pooled": metrics.roc(logits, passed),
+        "within problem": metrics.within_problem_roc(logits, passed, tasks),
+    }
+    found = []
+    for name, curve in curves.items():
+        if curve is not None:
+            thin = metrics.thin_roc(curve)
+            found.append(RocCurve(name, thin.false_positive_rate, thin.true_positive_rate, curve.area))
+    return found
+
+
+def _by_strategy(choices: Iterable[Choice]) -> dict[str, dict[int, Choice]]:
+    found: dict[str, dict[int, Choice]] = {}
+    for one in choices:
+        found.setdefault(one.strategy, {})[one.task_id] = one
+    return found
+
+
+def _selective(evaluated: Mapping[int, Sequence[Outcome]], choices: Iterable[Choice]) -> list[SelectiveCurve]:
+    """Where a strategy is surest. A critic's confidence is its calibrated probability."""
+    by_strategy, found = _by_strategy(choices), []
+    for strategy in SELECTIVE:
+        sure, passed = [], []
+        for task, choice in by_strategy.get(strategy, {}).items():
+            pick = next((one for one in evaluated[task] if one.sample.sample_id == choice.sample_id), None)
+            value = None if pick is None else RANKINGS[strategy](pick)
+            if strategy == "critic" and pick is not None and pick.score is not None:
+                value = pick.score.probability
+            if value is not None:
+                sure.append(value)
+                passed.append(choice.passed)
+        if sure:
+            curve = metrics.selective(sure, passed)
+            found.append(SelectiveCurve(strategy, curve.coverage, curve.pass_rate, curve.threshold, curve.area))
+    return found
+
+
+def _difficulty(evaluated: Mapping[int, Sequence[Outcome]], choices: Iterable[Choice]) -> list[DifficultyRow]:
+    """Every bucket, also those without a problem; a strategy that chose on none of its problems is left out."""
+    by_strategy, share = _by_strategy(choices), {task: _passed(rows) / len(rows) for task, rows in evaluated.items()}
+    rows = []
+    for low, high in itertools.pairwise(DIFFICULTY):
+        inside = {task for task, one in share.items() if (one == low if low == high else low < one <= high and one < 1)}
+        rates = {}
+        for strategy in AT_DIFFICULTY:
+            passed = [one.passed for task, one in by_strategy.get(strategy, {}).items() if task in inside]
+            if passed:
+                rates[strategy] = math.fsum(passed) / len(passed)
+        rows.append(DifficultyRow(low, high, len(inside), rates))
+    return rows
+
+
+def _duels(choices: Iterable[Choice]) -> list[Duel]:
+    """The critic against every other strategy, on the problems where both chose."""
+    by_strategy = _by_strategy(choices)
+    critic, found = by_strategy.get("critic", {}), []
+    for strategy, theirs in by_strategy.items():
+        tasks = sorted(critic.keys() & theirs.keys())
+        if strategy == "critic" or not tasks:
+            continue
+        ours, others = [critic[task].passed for task in tasks], [theirs[task].passed for task in tasks]
+        wins, losses = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((ours, others), (others, ours)))
+        expectation = any(theirs[task].sample_id is None for task in tasks)
+        p_value = metrics.picks_test(round(sum(ours)), others) if expectation else metrics.sign_test(wins, losses)
+        gain = metrics.bootstrap_difference(ours, others)
+        found.append(Duel(strategy, wins, losses, len(tasks) - wins - losses, gain, p_value))
+    return found
+
+
+def _gap_closed(choices: Iterable[Choice]) -> Interval | None:
+    """On the problems where the critic chose."""
+    by_strategy = _by_strategy(choices)
+    tasks = sorted(by_strategy.get("critic", {}))
+    if not tasks:
+        return None
+    return metrics.gap_closed(
+        *([by_strategy[name][task].passed for task in tasks] for name in ("critic", BASELINE, "oracle"))
+    )
+
+
+def _funnel(
+    facts: Facts,
+    problems: Sequence[Problem],
+    ours: Sequence[Sample],
+    status: Mapping[str, int],
+    split: str,
+    drawn: Sequence[Sample],
+    evaluated: Mapping[int, Sequence[Outcome]],
+) -> list[FunnelStep]:
+    """From the problem set to the problems on which a choice matters, with what went on the way."""
+    labelled = sum(status.values()) - status["sandbox_error"]
+    usable = sum(map(len, evaluated.values()))
+    scored = sum(one.score is not None for rows in evaluated.values() for one in rows)
+    without = len({one.task_id for one in problems} - {one.task_id for one in ours})
+    tried = len({one.task_id for one in drawn})
+    solved = sum(_passed(rows) == len(rows) for rows in evaluated.values())
+    failed = sum(_passed(rows) == 0 for rows in evaluated.values())
+    cut = sum(one.finish_reason == "length" for one in ours)
+    unjudged, broken = len(ours) - sum(status.values()), status["sandbox_error"]
+    steps = [
+        ("problems", len(problems), [f"{_count(n, 'problem')} skipped: {why}" for why, n in facts.skipped.items()]),
+        (
+            "samples drawn",
+            len(ours),
+            [_lost(without, "problem", "without a sample"), _lost(cut, "sample", "cut at the token limit, but kept")],
+        ),
+        (
+            "samples labelled",
+            labelled,
+            [_lost(unjudged, "sample", "without a label"), _lost(broken, "sample", "lost by the sandbox")],
+        ),
+        (f"{split} samples, labelled", usable, [_lost(labelled - usable, "sample", "of other splits")]),
+        ("scored by the critic", scored, [_lost(usable - scored, "sample", "without a score")]),
+        (f"{split} problems, measured", len(evaluated), [_lost(tried - len(evaluated), "problem", "without a label")]),
+        (
+            "problems with both kinds",
+            len(evaluated) - solved - failed,
+            [_lost(solved, "problem", "where all samples pass"), _lost(failed, "problem", "where none does")],
+        ),
+    ]
+    return [FunnelStep(name, count, "; ".join(filter(None, lost))) for name, count, lost in steps]
+
+
+def _lost(number: int, noun: str, why: str) -> str:
+    return f"{_count(number, noun)} {why}" if number else ""
 
 
 def _problem_row(problem: Problem, evaluated: Mapping[int, Sequence[Outcome]], choices: Sequence[Choice]) -> ProblemRow:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from filelock import FileLock, Timeout
 
-from fractal import console, resume
+from fractal import agreement, console, resume
 from fractal.foreign import Found, read_samples
 from fractal.problems import read as read_problems
 from fractal.records import Appender, InputError, Label, Problem
@@ -35,11 +35,13 @@ def run(folder: RunDir, limits: Limits, **options: Any) -> Tally:
     if not plan.samples:
         raise InputError(f"{folder.path}: has no samples yet. Run `fractal generate --run {folder.path}` first.")
     folder.configure("verify", {"limits": msgspec.to_builtins(limits)})
-    if not plan.todo:
-        return _nothing_to_do(labels)
-    with folder.stage("verify", "labels.jsonl") as entry:
-        tally = label_all(plan, source, labels, limits, lambda image: _record(folder, image), **options)
-        entry["samples"] = entry.get("samples", 0) + plan.todo
+    if plan.todo:
+        with folder.stage("verify", "labels.jsonl") as entry:
+            tally = label_all(plan, source, labels, limits, lambda image: _record(folder, image), **options)
+            entry["samples"] = entry.get("samples", 0) + plan.todo
+    else:
+        tally = _nothing_to_do(labels)
+    agreement.run(folder, limits, **options)
     return tally
 
 

@@ -91,7 +91,7 @@ def choose(problems, samples, labels, scores=(), *, split="test"):
 
 def build(problems, samples, labels, scores=(), *, facts=FACTS, split="test"):
     choices = choose(problems, samples, labels, scores, split=split)
-    return summary.build(facts, problems, samples, labels, scores, choices, split=split)
+    return summary.build(facts, problems, samples, labels, scores, choices, splits=(split,))
 
 
 def full(found):

@@ -3,11 +3,14 @@
 import itertools
 import math
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from fractal import metrics
 
@@ -249,3 +252,228 @@ def test_degenerate_values_give_a_point_without_a_warning(values):
 def test_interval_refuses_nonsense(values, options):
     with pytest.raises(ValueError, match=r"."):
         metrics.bootstrap_interval(values, **options)
+
+
+# ---- curves, abstaining, tests of significance, ratios ---------------------------------------------------------------
+
+
+@given(ROWS)
+def test_the_curve_is_best_of_k_at_every_k_by_exact_fractions(rows):
+    """Group by group, with the binomials as whole numbers."""
+    scores, passed = columns(rows)
+    n = len(rows)
+    for k, found in enumerate(metrics.best_of_k_curve(scores, passed), 1):
+        expected, above = Fraction(0), 0
+        for score in sorted(set(scores), reverse=True):
+            tied = [p for s, p in rows if s == score]
+            chance = Fraction(math.comb(n - above, k) - math.comb(n - above - len(tied), k), math.comb(n, k))
+            expected += chance * Fraction(sum(tied), len(tied))
+            above += len(tied)
+        assert found == pytest.approx(float(expected), abs=1e-12)
+        assert metrics.best_of_k(scores, passed, k) == found
+
+
+def test_the_curve_of_a_thousand_samples_ends_at_the_top_one():
+    rng = np.random.default_rng(0)
+    scores, passed = rng.normal(size=1000), rng.random(1000) < 0.3
+    curve = metrics.best_of_k_curve(scores, passed)
+    assert curve[0] == pytest.approx(passed.mean())
+    assert curve[-1] == passed[scores.argmax()]
+
+
+def slow_bands(table, resamples, seed):
+    """Column by column, resample by resample."""
+    return [metrics.bootstrap_interval(column, resamples=resamples, seed=seed) for column in np.array(table).T]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(*[st.floats(-1, 1)] * 3), min_size=1, max_size=12), st.integers(0, 3))
+def test_bands_equal_a_bootstrap_of_each_column(table, seed):
+    found = metrics.bootstrap_bands(table, resamples=200, seed=seed)
+    for one, expected in zip(found, slow_bands(table, 200, seed), strict=True):
+        assert (one.mean, one.low, one.high) == pytest.approx((expected.mean, expected.low, expected.high), abs=1e-9)
+        assert one.low <= one.mean <= one.high
+
+
+def test_bands_do_not_depend_on_the_order_of_adding():
+    """The same columns in another place of the matrix, so that the product blocks them differently: the same bits."""
+    table = np.random.default_rng(3).random((173, 50))
+    found = metrics.bootstrap_bands(table, resamples=500)
+    for k in (0, 7, 31, 49):
+        (alone,) = metrics.bootstrap_bands(table[:, [k]], resamples=500)
+        assert (alone.low, alone.high) == (found[k].low, found[k].high)
+
+
+@pytest.mark.parametrize("table", [[], [[]], [1.0], [[2.0]], [[math.nan]]])
+def test_bands_refuse_nonsense(table):
+    with pytest.raises(ValueError, match="bands"):
+        metrics.bootstrap_bands(table)
+
+
+@settings(max_examples=60)
+@given(GROUPED)
+def test_the_mean_curve_within_a_problem_has_the_within_problem_auc_as_its_area(rows):
+    scores, passed, groups = columns(rows)
+    curve = metrics.within_problem_roc(scores, passed, groups)
+    expected = metrics.within_problem_auc(scores, passed, groups).auc
+    if expected is None:
+        assert curve is None
+        return
+    x, y = curve.false_positive_rate, curve.true_positive_rate
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+    assert curve.area == pytest.approx(expected)
+    assert sum((b - a) * (y[i] + y[i + 1]) / 2 for i, (a, b) in enumerate(itertools.pairwise(x))) == pytest.approx(
+        expected
+    )
+    assert x == sorted(x)
+    assert y == sorted(y)
+
+
+def test_the_mean_curve_weighs_problems_by_their_pairs():
+    """A perfect problem of 1 pair and an upside-down one of 3: at a rate of 0, one quarter is found."""
+    scores, passed, groups = [2, 1, 5, 6, 7, 4], [1, 0, 0, 0, 0, 1], [1, 1, 2, 2, 2, 2]
+    curve = metrics.within_problem_roc(scores, passed, groups)
+    assert curve.area == pytest.approx(0.25)
+    assert dict(zip(curve.false_positive_rate, curve.true_positive_rate, strict=True))[0.0] == pytest.approx(0.25)
+
+
+@given(ROWS)
+def test_one_problem_s_mean_curve_is_its_roc_curve(rows):
+    scores, passed = columns(rows)
+    pooled, within = metrics.roc(scores, passed), metrics.within_problem_roc(scores, passed, [0] * len(rows))
+    if pooled is None:
+        assert within is None
+        return
+    assert pooled.area == pytest.approx(metrics.auc(scores, passed))
+    corners = set(zip(within.false_positive_rate, np.round(within.true_positive_rate, 9), strict=True))
+    on_jump = {x: [y for a, y in corners if a == x] for x, _ in corners}
+    for x, y in zip(pooled.false_positive_rate, pooled.true_positive_rate, strict=True):
+        assert min(on_jump[x]) - 1e-9 <= y <= max(on_jump[x]) + 1e-9
+
+
+@given(st.integers(2, 40), st.integers(2, 60), st.integers(0, 5))
+def test_thinning_keeps_the_ends_and_the_area_and_stays_on_the_curve(points, samples, seed):
+    rng = np.random.default_rng(seed)
+    whole = metrics.roc(rng.normal(size=samples), np.arange(samples) % 2)
+    thin = metrics.thin_roc(whole, points)
+    pairs = list(zip(thin.false_positive_rate, thin.true_positive_rate, strict=True))
+    assert len(pairs) <= points
+    assert (pairs[0], pairs[-1]) == ((0, 0), (1, 1))
+    assert set(pairs) <= set(zip(whole.false_positive_rate, whole.true_positive_rate, strict=True))
+    assert thin.area == whole.area
+
+
+SURE = st.lists(st.tuples(st.sampled_from([0.1, 0.4, 0.9]), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=5)
+
+
+@settings(max_examples=60)
+@given(SURE)
+def test_selective_equals_the_mean_over_all_orders_of_ties(rows):
+    orders = [
+        o for o in itertools.permutations(rows) if [c for c, _ in o] == sorted((c for c, _ in rows), reverse=True)
+    ]
+    found = metrics.selective(*columns(rows), resamples=20)
+    for i, rate in enumerate(found.pass_rate, 1):
+        expected = sum(sum(p for _, p in o[:i]) / i for o in orders) / len(orders)
+        assert rate.mean == pytest.approx(expected)
+        assert rate.low <= rate.mean <= rate.high
+        assert found.coverage[i - 1] == i / len(rows)
+        assert found.threshold[i - 1] == orders[0][i - 1][0]
+    assert found.area == pytest.approx(sum(rate.mean for rate in found.pass_rate) / len(rows))
+
+
+@settings(max_examples=30)
+@given(SURE, st.randoms())
+def test_selective_ignores_the_order_of_the_problems(rows, random):
+    shuffled = random.sample(rows, len(rows))
+    assert metrics.selective(*columns(rows), resamples=50) == metrics.selective(*columns(shuffled), resamples=50)
+
+
+def test_selective_bands_equal_a_slow_bootstrap():
+    rng = np.random.default_rng(5)
+    sure, passed = rng.permutation(40).astype(float), (rng.random(40) < 0.6).astype(float)
+    found = metrics.selective(sure, passed, resamples=400, seed=2)
+    by_rank = passed[np.argsort(-sure)]
+    rows = np.random.default_rng(2).integers(0, 40, size=(400, 40), dtype=np.int32)
+    for i in (1, 10, 40):
+        rates = [by_rank[sorted(row)][:i].mean() for row in rows]
+        low, high = np.quantile(rates, [0.025, 0.975])
+        assert (found.pass_rate[i - 1].low, found.pass_rate[i - 1].high) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_equal_confidences_still_have_a_band():
+    found = metrics.selective([1.0] * 20, [0.0, 1.0] * 10, resamples=500)
+    assert all(rate.mean == 0.5 and rate.low < 0.4 and rate.high > 0.6 for rate in found.pass_rate)
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_the_sign_test_is_the_exact_binomial_test(wins, losses):
+    found = metrics.sign_test(wins, losses)
+    if not wins + losses:
+        assert found is None
+    else:
+        assert found == pytest.approx(binomtest(wins, wins + losses, 0.5).pvalue)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]), min_size=1, max_size=8), st.data())
+def test_the_test_of_picks_equals_every_outcome_counted(chances, data):
+    passes = data.draw(st.integers(0, len(chances)))
+    total = dict.fromkeys(range(len(chances) + 1), 0.0)
+    for verdicts in itertools.product([0, 1], repeat=len(chances)):
+        total[sum(verdicts)] += math.prod(c if v else 1 - c for c, v in zip(chances, verdicts, strict=True))
+    expected = min(1, 2 * min(sum(total[j] for j in total if j <= passes), sum(total[j] for j in total if j >= passes)))
+    found = metrics.picks_test(passes, chances)
+    if set(chances) <= {0.0, 1.0}:
+        assert found is None
+    else:
+        assert found == pytest.approx(expected)
+
+
+def test_the_test_of_picks_is_the_binomial_test_where_all_chances_are_one_half():
+    assert metrics.picks_test(14, [0.5] * 20) == pytest.approx(metrics.sign_test(14, 6))
+
+
+TRIPLES = st.lists(
+    st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1, max_size=15
+)
+
+
+@settings(max_examples=40)
+@given(TRIPLES)
+def test_gap_closed_equals_a_loop_over_resamples(rows):
+    critic = [c if 0 < r < 1 else r for c, r in rows]
+    random = [r for _, r in rows]
+    oracle = [float(r > 0) for r in random]
+    found = metrics.gap_closed(critic, random, oracle, resamples=100)
+    gain, room = np.subtract(critic, random), np.subtract(oracle, random)
+    if not room.sum():
+        assert found is None
+        return
+    rng, shares = np.random.default_rng(0), []
+    for row in rng.integers(0, len(rows), size=(100, len(rows)), dtype=np.int32):
+        if room[row].sum():
+            shares.append(gain[row].sum() / room[row].sum())
+    low, high = np.quantile(shares, [0.025, 0.975])
+    mean = gain.sum() / room.sum()
+    assert (found.mean, found.low, found.high) == pytest.approx((mean, min(low, mean), max(high, mean)))
+
+
+def test_gap_closed_is_zero_for_random_and_one_for_the_oracle():
+    random, oracle = [0.25, 0.5, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]
+    assert metrics.gap_closed(random, random, oracle) == metrics.Interval(0, 0, 0)
+    assert metrics.gap_closed(oracle, random, oracle) == metrics.Interval(1, 1, 1)
+
+
+@settings(max_examples=30)
+@given(ROWS)
+def test_the_pooled_curve_and_its_area_are_scikit_learn_s(rows):
+    scores, passed = columns(rows)
+    found = metrics.roc(scores, passed)
+    if found is None:
+        assert len(set(passed)) == 1
+        return
+    x, y, _ = roc_curve(passed, scores, drop_intermediate=False)
+    assert found.false_positive_rate == pytest.approx(x)
+    assert found.true_positive_rate == pytest.approx(y)
+    assert found.area == pytest.approx(roc_auc_score(passed, scores))

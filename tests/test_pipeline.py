@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fractal.records import Choice, Label, Problem, Sample, Score, read_jsonl
+from fractal.records import Choice, Label, Output, Problem, Sample, Score, read_jsonl
 
 pytestmark = [pytest.mark.docker, pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(900)]
 N = 6
@@ -71,8 +71,11 @@ def test_choices_agree_with_the_labels(finished: Path) -> None:
     for choice in choices:
         if choice.sample_id is not None:
             assert choice.passed == passed[choice.task_id, choice.sample_id]
-        else:
+        elif choice.strategy == "random":
             assert choice.passed == pytest.approx(sum(passed[choice.task_id, i] for i in range(N)) / N)
+    outputs = read_jsonl(finished / "outputs.jsonl", Output)
+    assert [(one.task_id, one.sample_id) for one in outputs] == list(passed)
+    assert {"consensus", "visible_test", "zero_shot"} & {c.strategy for c in choices} >= {"consensus", "visible_test"}
 
 
 def test_the_critic_saw_train_problems_only(finished: Path) -> None:

@@ -298,10 +298,21 @@ def test_the_headline_claims_only_what_the_intervals_show(whole, random, logprob
 
 def test_a_part_without_data_says_why_and_shows_no_chart(whole):
     bare = replace(
-        whole, duels=[], roc=[], selective=[], difficulty=[], funnel=[], split_accuracies=[], gap_closed=None
+        whole,
+        duels=[],
+        roc=[],
+        selective=[],
+        difficulty=[],
+        funnel=[],
+        split_accuracies=[],
+        gap_closed=None,
+        reasons=dict(whole.reasons),
     )
+    bare.reasons.update(duels="nobody to fight", roc="one class")
     text = Reader(pages.page(bare)).text
-    assert "the critic was not trained under both ways to split" in text
+    assert "Not shown: duels (nobody to fight)." in text
+    assert "Not shown: roc (one class)." in text
+    assert "training did not compare the two ways to split" in text
     for part in ("Duels", "Answering only when sure", "By difficulty", "Data funnel", "of the way"):
         assert part not in text
 

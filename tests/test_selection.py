@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fractal import selection
 from fractal.metrics import Interval
-from fractal.outcomes import LeftOut, left_out
-from fractal.records import Choice, Label, Sample, Score
+from fractal.outcomes import LeftOut, left_out, recorded_splits, splits_asked
+from fractal.records import Choice, InputError, Label, Output, Problem, Sample, Score, read_jsonl, write_jsonl
+from fractal.run import RunDir
 from fractal.selection import STRATEGIES, choose, evaluate
 
 settings.register_profile("untimed", deadline=None)  # a timed assertion is never a test
@@ -19,12 +21,13 @@ def sample(task_id, sample_id, *, code="pass", tokens=4, sum_logprob=-2.0):
     return Sample(task_id, sample_id, code, code, "stop", tokens, sum_logprob, 0, "m")
 
 
-def label(task_id, sample_id, status):
-    return Label(task_id, sample_id, status, status == "passed", [], 0.0, 0.0, "", "")
+def label(task_id, sample_id, status, visible=None):
+    tests = [] if visible is None else [visible, status if visible == "passed" else "not_run"]
+    return Label(task_id, sample_id, status, status == "passed", tests, 0.0, 0.0, "", "")
 
 
-def score(task_id, sample_id, logit):
-    return Score(task_id, sample_id, logit, 1 / (1 + math.exp(-logit)))
+def score(task_id, sample_id, logit, zero_shot=None, combined=None):
+    return Score(task_id, sample_id, logit, 1 / (1 + math.exp(-logit)), zero_shot, combined)
 
 
 def picks(choices, task_id=1):
@@ -34,7 +37,7 @@ def picks(choices, task_id=1):
 @st.composite
 def runs(draw):
     """Samples with labels and scores: some labels missing, some our own fault, some samples without log-probs."""
-    samples, labels, scores = [], [], []
+    samples, labels, scores, outputs = [], [], [], []
     for task_id in range(1, draw(st.integers(1, 4)) + 1):
         for sample_id in range(draw(st.integers(1, 5))):
             sum_logprob = draw(st.sampled_from([None, -1.0, -3.0]))
@@ -43,17 +46,21 @@ def runs(draw):
             samples.append(sample(task_id, sample_id, code=code, tokens=tokens, sum_logprob=sum_logprob))
             status = draw(st.sampled_from(["passed", "failed", "timeout", "sandbox_error", None]))
             if status:
-                labels.append(label(task_id, sample_id, status))
+                visible = "passed" if status == "passed" else draw(st.sampled_from(["passed", "failed", "not_run"]))
+                labels.append(label(task_id, sample_id, status, visible))
             if draw(st.booleans()):
-                scores.append(score(task_id, sample_id, draw(st.sampled_from([-1.0, 0.0, 2.0]))))
-    return draw(st.permutations(samples)), draw(st.permutations(labels)), scores
+                logits = [draw(st.sampled_from([-1.0, 0.0, 2.0])) for _ in range(3)]
+                scores.append(score(task_id, sample_id, *logits))
+            if draw(st.booleans()):
+                outputs.append(Output(task_id, sample_id, draw(st.sampled_from([None, "(1,)", "(2,)"]))))
+    return draw(st.permutations(samples)), draw(st.permutations(labels)), scores, outputs
 
 
 @settings(max_examples=60)
 @given(runs())
 def test_oracle_is_at_least_and_random_is_the_mean(run):
-    samples, labels, scores = run
-    choices = choose(samples, labels, scores)
+    labels = run[1]
+    choices = choose(*run)
     for task_id in {one.task_id for one in choices}:
         passed = [one.passed for one in labels if one.task_id == task_id and one.status != "sandbox_error"]
         found = picks(choices, task_id)
@@ -65,9 +72,9 @@ def test_oracle_is_at_least_and_random_is_the_mean(run):
 @settings(max_examples=60)
 @given(runs())
 def test_every_pick_is_a_usable_sample_and_carries_its_verdict(run):
-    samples, labels, scores = run
+    samples, labels, *_ = run
     verdicts = {(one.task_id, one.sample_id): one for one in labels}
-    choices = choose(samples, labels, scores)
+    choices = choose(*run)
     for one in choices:
         if one.sample_id is not None:
             verdict = verdicts[one.task_id, one.sample_id]
@@ -83,9 +90,8 @@ def test_every_pick_is_a_usable_sample_and_carries_its_verdict(run):
 
 @given(runs(), st.randoms())
 def test_the_order_of_the_files_does_not_matter(run, random):
-    samples, labels, scores = run
     shuffled = (random.sample(rows, len(rows)) for rows in run)
-    assert choose(*shuffled) == choose(samples, labels, scores)
+    assert choose(*shuffled) == choose(*run)
 
 
 def test_each_strategy_picks_what_its_name_says():
@@ -95,25 +101,181 @@ def test_each_strategy_picks_what_its_name_says():
         sample(1, 2, code="a", tokens=2, sum_logprob=-3.0),
         sample(1, 3, code="middle", tokens=4, sum_logprob=-4.5),
     ]
-    labels = [label(1, i, status) for i, status in enumerate(["failed", "failed", "failed", "passed"])]
-    scores = [score(1, i, logit) for i, logit in enumerate([-1.0, 0.0, 0.5, 2.0])]
-    choices = choose(samples, labels, scores)
+    labels = [
+        label(1, i, s, v)
+        for i, (s, v) in enumerate(
+            [("failed", "passed"), ("failed", "failed"), ("failed", "not_run"), ("passed", "passed")]
+        )
+    ]
+    logits = [(-1.0, 1.0, 0.0), (0.0, 2.0, 0.0), (2.5, 0.0, 9.0), (2.0, 0.0, 1.0)]
+    scores = [score(1, i, *three) for i, three in enumerate(logits)]
+    outputs = [Output(1, i, text) for i, text in enumerate(["(1,)", None, "(1,)", "(2,)"])]
+    choices = choose(samples, labels, scores, outputs)
     assert [one.strategy for one in choices] == list(STRATEGIES)
     assert picks(choices) == {
-        "critic": (3, 1.0),
+        "critic": (2, 0.0),
         "random": (None, 0.25),
         "first": (0, 0.0),
         "mean_logprob": (1, 0.0),
         "sum_logprob": (2, 0.0),
         "shortest": (2, 0.0),
+        "zero_shot": (1, 0.0),
+        "critic_logprob": (2, 0.0),
+        "consensus": (0, 0.0),
+        "visible_test": (None, 0.5),
+        "visible_test_critic": (3, 1.0),
         "oracle": (3, 1.0),
     }
+
+
+# ---- filters and consensus -------------------------------------------------------------------------------------------
+
+
+def test_where_no_sample_passes_the_visible_test_all_are_kept():
+    samples, labels = [sample(1, i) for i in range(3)], [label(1, i, "failed", "failed") for i in range(3)]
+    found = picks(choose(samples, labels, [score(1, i, i) for i in range(3)]))
+    assert found["visible_test"] == found["random"]
+    assert found["visible_test_critic"] == found["critic"] == (2, 0.0)
+
+
+@given(runs())
+def test_the_filters_look_at_nothing_but_the_visible_verdict(run):
+    """Hidden verdicts turned over where the visible test passes: the same samples are picked."""
+    samples, labels, *others = run
+    turned = [label(v.task_id, v.sample_id, "failed", v.tests[0]) if v.status == "passed" else v for v in labels]
+    names = ("visible_test_critic", "consensus", "critic")
+    before, after = choose(samples, labels, *others), choose(samples, turned, *others)
+    assert [c.sample_id for c in before if c.strategy in names] == [c.sample_id for c in after if c.strategy in names]
+
+
+@given(runs())
+def test_the_filter_is_the_share_of_those_that_pass_it(run):
+    labels = run[1]
+    choices = choose(*run)
+    for task_id in {one.task_id for one in choices}:
+        usable = [one for one in labels if one.task_id == task_id and one.status != "sandbox_error"]
+        kept = [one for one in usable if one.tests[0] == "passed"] or usable
+        assert picks(choices, task_id)["visible_test"] == (
+            None,
+            pytest.approx(sum(one.passed for one in kept) / len(kept)),
+        )
+
+
+def test_labels_of_another_tool_know_no_visible_test():
+    """Such a label has one verdict for all tests: a filter by it would be the oracle."""
+    passed = Label(1, 0, "passed", True, ["passed", "passed"], 0, 0, "imported from EvalPlus: base pass, plus pass", "")
+    failed = Label(1, 1, "failed", False, ["not_run", "not_run"], 0, 0, "imported from EvalPlus: base fail", "")
+    found = picks(choose([sample(1, 0), sample(1, 1)], [passed, failed], [score(1, 0, 1.0)]))
+    assert found.keys() == {"critic", "random", "first", "mean_logprob", "sum_logprob", "shortest", "oracle"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["a", "b", "b", "c"], 2),  # two agree
+        (["a", "b", "c", None], 2),  # nobody agrees: the highest log-probability among those with an output
+        ([None, None, None, None], 3),  # no output at all: the highest log-probability
+        (["a", "a", "b", "b"], 3),  # two pairs: likewise
+        ([None, None, None, "x"], 3),  # silence is no agreement
+        ([None, None, "x", None], 2),
+        (["a", "a", None, "x"], 1),
+    ],
+)
+def test_consensus_is_the_most_shared_output(texts, expected):
+    samples = [sample(1, i, sum_logprob=-float(10 - i)) for i in range(4)]
+    labels = [label(1, i, "failed") for i in range(4)]
+    outputs = [Output(1, i, text) for i, text in enumerate(texts)]
+    assert picks(choose(samples, labels, (), outputs))["consensus"] == (expected, 0.0)
+
+
+@given(runs())
+def test_consensus_equals_counting_pairs(run):
+    samples, labels, _, outputs = run
+    choices = choose(*run)
+    text = {(one.task_id, one.sample_id): one.output for one in outputs}
+    by_key = {(one.task_id, one.sample_id): one for one in samples}
+    for task_id in {one.task_id for one in choices}:
+        usable = sorted(one.sample_id for one in labels if one.task_id == task_id and one.status != "sandbox_error")
+
+        def rank(sample_id, task_id=task_id, usable=usable):
+            mine, one = text.get((task_id, sample_id)), by_key[task_id, sample_id]
+            agree = sum(mine is not None and mine == text.get((task_id, other)) for other in usable)
+            known = one.sum_logprob is not None and one.tokens
+            return agree, one.sum_logprob / one.tokens if known else -math.inf, -sample_id
+
+        found = picks(choices, task_id).get("consensus")
+        if any((task_id, sample_id) in text for sample_id in usable):
+            assert found[0] == max(usable, key=rank)
+        else:
+            assert found is None
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "expected"), [("test", ["test"]), (" test, validation,test", ["validation", "test"]), ("train", ["train"])])  # fmt: skip
+def test_splits_are_named_in_one_order(text, expected):
+    assert splits_asked(text) == expected
+
+
+@pytest.mark.parametrize(("text", "said"), [("dev", "'dev' is no split"), ("", "names no split"), ("test,train", "seen the train problems")])  # fmt: skip
+def test_splits_that_cannot_be_measured_are_refused(text, said):
+    with pytest.raises(InputError, match=said):
+        splits_asked(text)
+
+
+def folder_with(tmp_path, splits):
+    """A run folder with two labelled samples for a problem of each split."""
+    with RunDir(tmp_path / "run", create=True) as folder:
+        folder.set_problems([Problem(i, "p", "", ["assert f(1)"], "", "f", split) for i, split in enumerate(splits, 1)])
+        keys = [(task_id, i) for task_id in range(1, len(splits) + 1) for i in range(2)]
+        write_jsonl(folder.file("samples.jsonl"), [sample(*key) for key in keys])
+        write_jsonl(
+            folder.file("labels.jsonl"), [label(*key, "passed" if key[1] else "failed", "passed") for key in keys]
+        )
+        folder.save()
+    return tmp_path / "run"
+
+
+def measured(folder):
+    return {one.task_id for one in read_jsonl(folder.file("selection.jsonl"), Choice)}
+
+
+def test_the_splits_that_were_asked_for_stay_the_run_s_own(tmp_path):
+    with RunDir(folder_with(tmp_path, ["train", "validation", "test"])) as folder:
+        problems, labels = list(folder.problems().values()), read_jsonl(folder.file("labels.jsonl"), Label)
+        selection.run(folder)
+        assert measured(folder) == {3}
+        assert recorded_splits(folder.manifest["config"], problems, labels) == ("test",)
+        selection.run(folder, "test,validation")
+        assert measured(folder) == {2, 3}
+        selection.run(folder)
+        assert measured(folder) == {2, 3}
+        assert recorded_splits(folder.manifest["config"], problems, labels) == ("validation", "test")
+        assert selection.made(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
+
+
+def test_a_split_without_labels_is_refused_and_the_choices_stay(tmp_path):
+    with RunDir(folder_with(tmp_path, ["train", "validation"])) as folder:
+        selection.run(folder)
+        with pytest.raises(InputError, match="no labelled test problem, only train, validation"):
+            selection.run(folder, "test,validation")
+        assert measured(folder) == {2}
+
+
+def test_new_outputs_make_new_choices(tmp_path):
+    with RunDir(folder_with(tmp_path, ["test"])) as folder:
+        selection.run(folder)
+        assert "consensus" not in {one.strategy for one in read_jsonl(folder.file("selection.jsonl"), Choice)}
+        write_jsonl(folder.file("outputs.jsonl"), [Output(1, 0, "(1,)"), Output(1, 1, None)])
+        selection.run(folder)
+        assert picks(read_jsonl(folder.file("selection.jsonl"), Choice))["consensus"] == (0, 0.0)
 
 
 def test_ties_go_to_the_lowest_sample_id():
     samples = [sample(1, i) for i in (2, 0, 1)]
     labels = [label(1, i, "failed") for i in range(3)]
-    found = picks(choose(samples, labels, [score(1, i, 1.0) for i in range(3)]))
+    found = picks(choose(samples, labels, [score(1, i, 1.0, 1.0, 1.0) for i in range(3)]))
     assert {sample_id for sample_id, _ in found.values()} == {None, 0}
 
 

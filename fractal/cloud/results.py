@@ -20,7 +20,7 @@ from fractal.records import InputError, OutsideError
 
 EVERY_S = 20.0
 LOCK_TIMEOUT_S = 30.0
-RECORDS = ("samples.jsonl", "labels.jsonl", "scores.jsonl", "selection.jsonl")
+RECORDS = ("samples.jsonl", "labels.jsonl", "outputs.jsonl", "scores.jsonl", "selection.jsonl")
 NEVER = (".lock", ".rsync-partial", ".*.lock", ".manifest.json.*")  # a process's own, on either side
 EXCLUDES = tuple(f"--exclude={name}" for name in NEVER)
 PREPARE = f"""\
