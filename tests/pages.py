@@ -63,7 +63,7 @@ FACTS = Facts(
 )
 
 
-def run(tests=12, n=8, seed=1, words=HOSTILE):
+def run(tests=12, n=8, seed=1, words=HOSTILE, repeat=1):
     """Problems of all splits with samples, labels and scores that know a little."""
     rng = random.Random(seed)
     problems, samples, labels, scores = [], [], [], []
@@ -75,7 +75,7 @@ def run(tests=12, n=8, seed=1, words=HOSTILE):
         for sample_id in range(n):
             passed = rng.random() < easy
             status = "passed" if passed else rng.choice(STATUSES[1:8])
-            code = PROGRAM.format(task=task_id, k=rng.randint(1, 99), note=words.splitlines()[-1])
+            code = PROGRAM.format(task=task_id, k=rng.randint(1, 99), note=words.splitlines()[-1]) * repeat
             samples.append(Sample(task_id, sample_id, code, code, "stop", 40, rng.gauss(-20, 5), 0, "tiny/model"))
             detail = "" if passed else f"AssertionError: {words}"
             labels.append(Label(task_id, sample_id, status, passed, [], 0.1, 0.1, detail, ""))
@@ -96,62 +96,54 @@ def build(problems, samples, labels, scores=(), *, facts=FACTS, split="test"):
 
 def full(found):
     """The summary with every optional part filled, by hand."""
-    k = len(found.curves.by_strategy["critic"])
-    rates = {one.strategy: one.pass_rate for one in found.strategies}
     shares = [i / 20 for i in range(1, 21)]
 
     def around(value, width=0.09):
         return Interval(value, max(0.0, value - width), min(1.0, value + width))
 
-    return (
-        replace(
-            found,
-            curves=replace(
-                found.curves,
-                bands={name: [around(v) for v in values] for name, values in found.curves.by_strategy.items()},
+    return replace(
+        found,
+        curves=replace(
+            found.curves,
+            bands={name: [around(v) for v in values] for name, values in found.curves.by_strategy.items()},
+        ),
+        funnel=[
+            FunnelStep("samples drawn", 1889, ""),
+            FunnelStep("with a label", 1887, "2 could not be judged: the sandbox failed"),
+            FunnelStep("in problems with both kinds", 1104, "783 in problems that all samples pass or fail"),
+            FunnelStep("of new problems", 96, "1,008 belong to train problems"),
+        ],
+        roc=[
+            RocCurve("pooled", [0, 0.1, 0.3, 0.6, 1], [0, 0.5, 0.75, 0.92, 1], 0.812),
+            RocCurve("within problem", [0, 0.15, 0.4, 0.7, 1], [0, 0.4, 0.68, 0.9, 1], 0.731),
+        ],
+        selective=[
+            SelectiveCurve("critic", shares, [around(0.95 - 0.4 * x) for x in shares], [1 - x for x in shares], 0.74),
+            SelectiveCurve(
+                "mean_logprob", shares, [around(0.8 - 0.25 * x) for x in shares], [-x for x in shares], 0.67
             ),
-            funnel=[
-                FunnelStep("samples drawn", 1889, ""),
-                FunnelStep("with a label", 1887, "2 could not be judged: the sandbox failed"),
-                FunnelStep("in problems with both kinds", 1104, "783 in problems that all samples pass or fail"),
-                FunnelStep("of new problems", 96, "1,008 belong to train problems"),
-            ],
-            roc=[
-                RocCurve("pooled", [0, 0.1, 0.3, 0.6, 1], [0, 0.5, 0.75, 0.92, 1], 0.812),
-                RocCurve("within problem", [0, 0.15, 0.4, 0.7, 1], [0, 0.4, 0.68, 0.9, 1], 0.731),
-            ],
-            selective=[
-                SelectiveCurve(
-                    "critic", shares, [around(0.95 - 0.4 * x) for x in shares], [1 - x for x in shares], 0.74
-                ),
-                SelectiveCurve(
-                    "mean_logprob", shares, [around(0.8 - 0.25 * x) for x in shares], [-x for x in shares], 0.67
-                ),
-            ],
-            difficulty=[
-                DifficultyRow(0.0, 0.0, 3, {"critic": 0.0, "random": 0.0, "mean_logprob": 0.0, "oracle": 0.0}),
-                DifficultyRow(0.0, 0.25, 2, {"critic": 0.4, "random": 0.15, "mean_logprob": 0.2, "oracle": 1.0}),
-                DifficultyRow(0.25, 0.5, 2, {"critic": 0.6, "random": 0.4, "mean_logprob": 0.55, "oracle": 1.0}),
-                DifficultyRow(0.5, 1.0, 3, {"critic": 0.9, "random": 0.8, "mean_logprob": 0.75, "oracle": 1.0}),
-                DifficultyRow(1.0, 1.0, 2, {"critic": 1.0, "random": 1.0, "mean_logprob": 1.0, "oracle": 1.0}),
-            ],
-            duels=[
-                Duel("random", 7, 2, 3, Interval(0.21, 0.05, 0.37), 0.18),
-                Duel("mean_logprob", 3, 2, 7, Interval(0.08, -0.08, 0.25), 1.0),
-                Duel("shortest", 5, 0, 7, Interval(0.42, 0.17, 0.67), 0.0625),
-            ],
-            gap_closed=Interval(0.43, 0.12, 0.71),
-            split_accuracies=[
-                SplitAccuracy("sample", 0.884, 0.94, 0.74, 0.889),
-                SplitAccuracy("problem", 0.713, 0.78, 0.72, 0.617),
-            ],
-            strategies=[
-                replace(one, gain_over_random=Interval(0.21, 0.05, 0.37)) if one.strategy == "critic" else one
-                for one in found.strategies
-            ],
-        )
-        if rates and k
-        else found
+        ],
+        difficulty=[
+            DifficultyRow(0.0, 0.0, 3, {"critic": 0.0, "random": 0.0, "mean_logprob": 0.0, "oracle": 0.0}),
+            DifficultyRow(0.0, 0.25, 2, {"critic": 0.4, "random": 0.15, "mean_logprob": 0.2, "oracle": 1.0}),
+            DifficultyRow(0.25, 0.5, 2, {"critic": 0.6, "random": 0.4, "mean_logprob": 0.55, "oracle": 1.0}),
+            DifficultyRow(0.5, 1.0, 3, {"critic": 0.9, "random": 0.8, "mean_logprob": 0.75, "oracle": 1.0}),
+            DifficultyRow(1.0, 1.0, 2, {"critic": 1.0, "random": 1.0, "mean_logprob": 1.0, "oracle": 1.0}),
+        ],
+        duels=[
+            Duel("random", 7, 2, 3, Interval(0.21, 0.05, 0.37), 0.18),
+            Duel("mean_logprob", 3, 2, 7, Interval(0.08, -0.08, 0.25), 1.0),
+            Duel("shortest", 5, 0, 7, Interval(0.42, 0.17, 0.67), 0.0625),
+        ],
+        gap_closed=Interval(0.43, 0.12, 0.71),
+        split_accuracies=[
+            SplitAccuracy("sample", 0.884, 0.94, 0.74, 0.889),
+            SplitAccuracy("problem", 0.713, 0.78, 0.72, 0.617),
+        ],
+        strategies=[
+            replace(one, gain_over_random=Interval(0.21, 0.05, 0.37)) if one.strategy == "critic" else one
+            for one in found.strategies
+        ],
     )
 
 
@@ -172,9 +164,9 @@ def verdicts(found):
     return criteria.judge({"criteria": rows}, found)
 
 
-def whole_page(tests=12, n=8, words=HOSTILE):
+def whole_page(tests=12, n=8, seed=8, words=HOSTILE, repeat=1):
     """A page with every part."""
-    records = run(tests, n, words=words)
+    records = run(tests, n, seed, words, repeat)
     found = full(build(*records))
     opened = page.open_rows(*records, choose(*records))
     return page.page(found, opened, verdicts(found), MANIFEST)

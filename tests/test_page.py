@@ -115,12 +115,12 @@ def test_search_filter_and_order(visit):
     search.fill("")
     kinds = {}
     for kind in ("wins", "loses", "same"):
-        page.get_by_label("Show").select_option(kind)
+        page.locator("#which").select_option(kind)
         kinds[kind] = shown(page)
     assert sorted(task for tasks in kinds.values() for task in tasks) == every
     assert all(kinds.values())
-    page.get_by_label("Show").select_option("all")
-    page.get_by_label("Order").select_option("hard")
+    page.locator("#which").select_option("all")
+    page.locator("#order").select_option("hard")
     rates = page.locator(".row").evaluate_all("rows => rows.map(row => Number(row.dataset.rate))")
     assert rates == sorted(rates)
     assert len(set(rates)) > 3
@@ -190,7 +190,7 @@ def test_every_control_and_region_has_a_name(visit):
 
 def test_five_hundred_problems_are_one_light_page(browser, tmp_path):
     """Below 10 MB also where programs are long, and on the screen in seconds."""
-    text = pages.whole_page(500, 4, words="x = [1, 'a', 2.5]  # long\n" * 400)
+    text = pages.whole_page(500, 4, words="x = [1, 'a', 2.5]  # long\n" * 400, repeat=20)
     assert len(text.encode()) < 10_000_000
     assert text.count('class="program"') > 1000
     path = tmp_path / "index.html"
