@@ -103,6 +103,15 @@ On = Annotated[
     ),
 ]
 Critic = Annotated[Path | None, typer.Option(help="A critic's folder. Default: the run's critic/best.")]
+Criteria = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--criterion",
+        help="What the run is to reach, as 'critic_gain_low > 0' or 'val_accuracy >= 80 %'; may stand several times. "
+        "Noted before anything is drawn, judged in the report. Names: fractal report --help.",
+    ),
+]
+Plan = Annotated[Path | None, typer.Option(help="A text file with one criterion a line; # begins a comment.")]
 
 
 class Stage(StrEnum):
@@ -182,6 +191,16 @@ def _generate(folder: RunDir, problem_set: ProblemSet, model: str | None, backen
     generate.run(folder, problem_set, model, sampling, backend)
 
 
+def _criteria(folder: RunDir, texts: list[str] | None, plan: Path | None) -> None:
+    """Note what the run is to reach. Raises InputError for what is no criterion."""
+    if texts or plan is not None:
+        from fractal import criteria
+
+        for one in criteria.record(folder, criteria.asked(texts, plan)):
+            late = f", after {one.samples:,} samples were there" if one.samples else ""
+            console.say(f"criterion: {one.criterion.text}, noted {one.recorded}{late}")
+
+
 def _failed_labels(count: int) -> None:
     if count:
         console.warn(f"verify: {count} samples could not be judged (sandbox_error); the same command tries them again.")
@@ -204,10 +223,13 @@ def generate(
     max_tokens: MaxTokens = None,
     seed: Seed = None,
     backend: Backend = "auto",
+    criterion: Criteria = None,
+    plan: Plan = None,
 ) -> None:
     """Draw n programs for each problem (samples.jsonl)."""
     with RunDir(run, create=True) as folder:
         found = _problem_set(folder, problems, split, limit)
+        _criteria(folder, criterion, plan)
         asked = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
         _generate(folder, found, model, backend, **asked)
 
@@ -355,9 +377,27 @@ def select(run: Run, on: On = None) -> None:
         selection.run(folder, on)
 
 
-@app.command()
-def report(run: Run) -> None:
-    """Write report/index.html and summary.json, and print the table of results."""
+@app.command(
+    epilog="Criteria, noted by --criterion and --plan of run and generate, are NAME OP NUMBER, OP one of >= <= == > <. "
+    "Names: val_accuracy, accuracy, auc, within_auc, pairwise_accuracy, brier, calibration_error, pass_rate, "
+    "gap_closed, gap_closed_low, leaky_accuracy, honest_accuracy; of each strategy S its pass rate S, its S_gain over "
+    "random, S_gain_low (the interval's lower end), over_S (the critic minus S) and over_S_low, as mean_logprob_gain; "
+    "problems, samples, sandbox_errors, samples_per_s, tokens_per_s, verified_per_s, total_s, cost_usd."
+)
+def report(
+    run: Run,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compute every figure again and compare; write nothing.")
+    ] = False,
+) -> None:
+    """Write report/index.html and summary.json, add a row to LOG.md beside the run, and print the table of results.
+
+    --check computes every figure again, from the records, and names those that differ; exit code 1 if there are any.
+    """
+    if check:
+        from fractal import check as checks
+
+        raise typer.Exit(checks.run(RunDir(run)))
     from fractal import report as stage
 
     with RunDir(run) as folder:
@@ -396,6 +436,8 @@ def run_stages(
     rank: Rank = None,
     score_backend: ScoreBackend = "auto",
     on: On = None,
+    criterion: Criteria = None,
+    plan: Plan = None,
 ) -> None:
     """Run all stages, or one; what is done is not repeated."""
     recipe = {"epochs": epochs, "learning_rate": learning_rate, "batch_tokens": batch_tokens, "rank": rank}
@@ -408,6 +450,8 @@ def run_stages(
             found = _problem_set(folder, problems, split, limit)
             if stage is Stage.all:
                 _check_sandbox(image, socket)
+        _criteria(folder, criterion, plan)
+        if stage in (Stage.all, Stage.generate):
             _generate(folder, found, model, backend, **sampling)
         if stage in (Stage.all, Stage.verify):
             from fractal import verify as verify_stage

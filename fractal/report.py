@@ -1,67 +1,152 @@
-"""Stage 6: everything -> report/index.html, summary.json, and the table on the terminal.
+"""Stage 6: everything -> report/index.html, summary.json, a row of LOG.md, and the table on the terminal.
 
-One page without scripts, fonts or anything else from elsewhere; prompts and names in it are untrusted and escaped.
-What is not known prints as a dash with its reason. `summary.build` measures, this module only shows.
+`summary.build` measures, `page` shows, `criteria` judges; this module joins them. All that it writes follows from the
+records and the manifest, and from nothing else: `check` computes it again and compares.
 """
 
-import datetime
+import copy
+import hashlib
+import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import msgspec
-from markupsafe import Markup
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from fractal import charts, console
-from fractal.metrics import Interval
-from fractal.outcomes import BASELINE, StrategyResult, recorded_splits
-from fractal.records import Choice, InputError, Label, Sample, Score, encode, read_jsonl, write_whole
+from fractal import console, criteria, journal
+from fractal.criteria import Verdict
+from fractal.outcomes import BASELINE, recorded_splits
+from fractal.page import (
+    DASH,
+    findings,
+    headline,
+    measured,
+    number,
+    open_rows,
+    page,
+    percent,
+    points,
+    seconds,
+    span,
+    visible,
+)
+from fractal.records import Choice, InputError, Label, RecordError, Sample, Score, encode, read_jsonl, write_whole
 from fractal.run import RunDir
-from fractal.summary import Epoch, Facts, Summary, build
+from fractal.summary import Epoch, Facts, SplitAccuracy, Summary, build
 
-DASH = "\u2013"
-MEANING = {
-    "critic": "highest score of the critic",
-    "random": "any sample, exact expectation",
-    "first": "the first sample",
-    "mean_logprob": "highest log-probability per token",
-    "sum_logprob": "highest log-probability",
-    "shortest": "shortest program",
-    "oracle": "a passing sample if there is one: the ceiling",
-}
+RECORDS = ("problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl", "selection.jsonl")
+INPUTS = (*RECORDS, "outputs.jsonl", "critic/metrics.jsonl", "critic/splits.json")  # all that a report reads
+PAGE, TABLE, NUMBERS = "report/index.html", "report/table.txt", "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run found, and the files that say so."""
+
+    summary: Summary
+    verdicts: list[Verdict]
+    choices: list[Choice]  # as a fresh selection makes them
+    files: dict[str, bytes]  # name within the run folder -> content
+    fields: dict[str, Any]  # summary.json
 
 
 def run(folder: RunDir) -> None:
     """Write the report unless nothing changed since the last one, and print the table. Raises InputError."""
-    problems = list(folder.problems().values())
-    samples = read_jsonl(folder.file("samples.jsonl"), Sample)
+    _labelled(folder)
+    now = inputs(folder)
+    last = folder.manifest["config"].get("report")
+    there = all(folder.file(name).exists() for name in (PAGE, TABLE, NUMBERS))
+    if there and isinstance(last, dict) and {**last, "bill": None} == {**now, "bill": None}:
+        console.say("report: is there, nothing to do")
+        console.out.file.write(folder.file(TABLE).read_text(encoding="utf-8"))
+    else:
+        with folder.stage("report", PAGE):
+            made = make(folder, now["bill"])
+            for name, content in made.files.items():
+                write_whole(folder.file(name), content)
+            console.say(table(made.summary, made.verdicts))
+        place = folder.path.resolve()
+        cells = journal.row(
+            made.summary, made.verdicts, now["bill"]["cost_usd"], f"{place.parent.name}/{place.name}/{NUMBERS}"
+        )
+        journal.add(place.parent / "LOG.md", cells)
+        folder.manifest["config"]["report"] = now
+        folder.save()
+    console.say(f"report: {folder.file(PAGE)} and {folder.file(NUMBERS)}")
+
+
+def _labelled(folder: RunDir) -> list[Label]:
     labels = read_jsonl(folder.file("labels.jsonl"), Label)
     if not labels:
         raise InputError(f"{folder.path}: has no labels yet. Run `fractal verify --run {folder.path}` first.")
+    return labels
+
+
+def make(folder: RunDir, bill: dict[str, Any], choices: list[Choice] | None = None) -> Report:
+    """The report of a run folder, which stays as it is. `choices` stand in for those of selection.jsonl."""
+    problems = list(folder.problems().values())
+    samples = read_jsonl(folder.file("samples.jsonl"), Sample)
+    labels = _labelled(folder)
     scores = read_jsonl(folder.file("scores.jsonl"), Score)
-    choices = read_jsonl(folder.file("selection.jsonl"), Choice)
-    page_file, table_file = folder.file("report/index.html"), folder.file("report/table.txt")
-    inputs = folder.digest("problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl", "selection.jsonl")
-    if folder.manifest["config"].get("report") == inputs and page_file.exists() and table_file.exists():
-        console.say("report: is there, nothing to do")
-        console.out.file.write(table_file.read_text(encoding="utf-8"))
-    else:
-        splits = recorded_splits(folder.manifest["config"], problems, labels)
-        facts = facts_of(folder)
-        with folder.stage("report", "report/index.html"):
-            found = build(facts, problems, samples, labels, scores, choices, splits=splits)
-            write(folder.path, found)
-            shown = table(found)
-            with table_file.open("w", encoding="utf-8") as file:
-                Console(file=file, width=100).print(shown)
-            console.say(shown)
-        folder.manifest["config"]["report"] = inputs
-        folder.save()
-    console.say(f"report: {page_file} and {folder.file('summary.json')}")
+    if choices is None:
+        choices = read_jsonl(folder.file("selection.jsonl"), Choice)
+    found = build(
+        facts_of(folder), problems, samples, labels, scores, choices,
+        splits=recorded_splits(folder.manifest["config"], problems, labels), split_accuracies=_splits(folder),
+    )  # fmt: skip
+    cost_usd = bill.get("cost_usd")
+    verdicts = criteria.judge(folder.manifest, found, cost_usd)
+    shown = {row.task_id for row in found.by_problem}
+    opened = open_rows([one for one in problems if one.task_id in shown], samples, labels, scores, choices)
+    fields = summary_fields(found, verdicts, cost_usd)
+    files = {
+        NUMBERS: msgspec.json.format(encode(fields), indent=2) + b"\n",
+        PAGE: page(found, opened, verdicts, lasting(folder.manifest, bill)).encode("utf-8"),
+        TABLE: _text(table(found, verdicts)).encode("utf-8"),
+    }
+    return Report(found, verdicts, choices, files, fields)
+
+
+def inputs(folder: RunDir) -> dict[str, Any]:
+    """What a report is made from: digests of records, manifest and code, versions, and the bill until now."""
+    steady = lasting(folder.manifest, {"price_usd_per_hour": None, "cost_usd": None})
+    return {
+        "files": {
+            name: hashlib.sha256(folder.file(name).read_bytes()).hexdigest()
+            for name in INPUTS
+            if folder.file(name).exists()
+        },
+        "manifest": hashlib.sha256(encode(steady)).hexdigest(),
+        "code": code_digest(),
+        "packages": {name: metadata.version(name) for name in ("matplotlib", "numpy", "pygments", "scikit-learn")},
+        "bill": {name: folder.manifest.get(name) for name in ("price_usd_per_hour", "cost_usd")},
+    }
+
+
+def code_digest() -> str:
+    """sha256 over the sources of this package that lie beside this file."""
+    total = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.[ph]*")):
+        total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def lasting(manifest: dict[str, Any], bill: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without what the report itself leaves there: its time, its inputs, and what its seconds cost.
+
+    `bill` holds price and cost as they were when the report began.
+    """
+    kept = copy.deepcopy(manifest)
+    kept["stages"].pop("report", None)
+    kept["config"].pop("report", None)
+    return kept | bill
 
 
 def facts_of(folder: RunDir) -> Facts:
@@ -71,10 +156,12 @@ def facts_of(folder: RunDir) -> Facts:
     generation, critic = stages.get("generate", {}), manifest["config"].get("train")
     epochs = msgspec.json.decode(b"[" + b",".join(_lines(folder.file("critic/metrics.jsonl"))) + b"]")
     sandbox = manifest["images"].get("sandbox", {})
+    ends = [entry["end"] for name, entry in stages.items() if name != "report" and entry.get("end")]
+    chosen = [one for one in epochs if one.get("chosen")] or epochs[-1:]
     return Facts(
         run=manifest["name"],
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=f"fractal report --run {folder.path}",
+        date=max([manifest.get("created", ""), *ends]),
+        command=f"fractal report --check --run {shlex.quote('runs/' + manifest['name'])}",
         model=drawn.get("model", "unknown"),
         model_revision=drawn.get("revision"),
         weights_digest=drawn.get("weights_sha256"),
@@ -84,7 +171,9 @@ def facts_of(folder: RunDir) -> Facts:
         n=drawn.get("n"),
         problem_set=manifest["config"].get("problems", {}).get("name"),
         problem_set_digest=manifest["config"].get("problems", {}).get("digest"),
-        stage_seconds={name: entry["seconds"] for name, entry in stages.items() if name != "report"},
+        stage_seconds={
+            name: entry["seconds"] for name, entry in stages.items() if name != "report" and "seconds" in entry
+        },
         generate_tokens=generation.get("tokens"),
         generate_seconds=generation.get("decode_seconds"),
         sandbox_image=sandbox.get("name"),
@@ -94,8 +183,15 @@ def facts_of(folder: RunDir) -> Facts:
         packages={name: version for name, version in manifest["packages"].items() if version},
         critic=f"{critic['mode']} on {critic['base']}" if critic else None,
         epochs=[
-            Epoch(epoch=e["epoch"], train_loss=e["train_loss"], val_acc=e["val_acc"], chosen=e is epochs[-1])
-            for e in epochs
+            Epoch(
+                epoch=one["epoch"],
+                train_loss=one["train_loss"],
+                val_acc=one["val_acc"],
+                val_within_auc=one.get("val_within_auc"),
+                dev_within_auc=one.get("dev_within_auc"),
+                chosen=any(one is other for other in chosen),
+            )
+            for one in epochs
         ],
         skipped=Counter(
             "prompt and reply do not fit the model's context" for _ in generation.get("skipped", {}).values()
@@ -103,18 +199,22 @@ def facts_of(folder: RunDir) -> Facts:
     )
 
 
+def _splits(folder: RunDir) -> list[SplitAccuracy]:
+    """Stage 3's comparison of two ways to split. Raises RecordError."""
+    file = folder.file("critic/splits.json")
+    if not file.exists():
+        return []
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=list[SplitAccuracy])
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{file}: not a list of split accuracies: {error}. Train again: fractal train.") from error
+
+
 def _lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
 
 
-def write(run_dir: Path, summary: Summary) -> Path:
-    """Write report/index.html and summary.json of a run folder; return the page's path."""
-    write_whole(run_dir / "summary.json", msgspec.json.format(encode(summary_fields(summary)), indent=2) + b"\n")
-    write_whole(run_dir / "report" / "index.html", page(summary).encode("utf-8", "replace"))
-    return run_dir / "report" / "index.html"
-
-
-def summary_fields(summary: Summary) -> dict[str, object]:
+def summary_fields(summary: Summary, verdicts: Iterable[Verdict] = (), cost_usd: float | None = None) -> dict[str, Any]:
     """summary.json: what most readers want under short names, and the whole Summary under `details`."""
     facts, every = summary.facts, summary.splits[-1]
     return {
@@ -124,6 +224,7 @@ def summary_fields(summary: Summary) -> dict[str, object]:
         "model_revision": facts.model_revision,
         "weights_sha256": facts.weights_digest,
         "backend": facts.backend,
+        "headline": headline(summary),
         "problems": sum(summary.problems_by_split.values()),
         "problems_by_split": summary.problems_by_split,
         "samples": summary.samples,
@@ -131,121 +232,38 @@ def summary_fields(summary: Summary) -> dict[str, object]:
         "pass_rate": every.pass_rate,
         "evaluation_split": summary.split,
         "strategies": {one.strategy: one for one in summary.strategies},
+        "gap_closed": summary.gap_closed,
+        "criteria": list(verdicts),
         "seconds": facts.stage_seconds,
         "tokens_per_s": summary.tokens_per_s,
+        "cost_usd": cost_usd,
         "sandbox_image": {"name": facts.sandbox_image, "digest": facts.sandbox_digest},
         "details": summary,
     }
 
 
-def page(summary: Summary) -> str:
-    """The whole page as HTML."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(percent=percent, points=points, span=span, number=number, seconds=seconds, dash=dash)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return template.render(
-        s=summary, f=summary.facts, headline=headline(summary), charts=_charts(summary), meaning=MEANING
-    )
-
-
-def headline(summary: Summary) -> str:
-    """The result in a sentence or two, with what it is to be held against."""
-    results = {one.strategy: one for one in summary.strategies}
-    critic, random, oracle = (results.get(name) for name in ("critic", BASELINE, "oracle"))
-    if random is None:
-        return f"No strategy measured: {summary.reasons.get('strategies', 'there are no choices')}."
-    ceiling = f", the oracle {percent(oracle.pass_rate.mean)}" if oracle else ""
-    if critic is None:
-        return (
-            f"No critic yet. A random sample passes on {percent(random.pass_rate.mean)} "
-            f"{span(random.pass_rate)} of {_problems(random, summary)}{ceiling}."
-        )
-    # on the critic's own problems, which may be fewer
-    held_against = critic.pass_rate.mean - critic.gain_over_random.mean
-    return (
-        f"The critic picks a passing program for {percent(critic.pass_rate.mean)} {span(critic.pass_rate)} of "
-        f"{_problems(critic, summary)}; random {percent(held_against)}{ceiling}. {_verdict(critic)}"
-    )
-
-
-def _verdict(critic: StrategyResult) -> str:
-    gain = critic.gain_over_random
-    text = f"Gain over random: {points(gain.mean)} points {span(gain, signed=True)}"
-    if gain.low == gain.high:
-        return f"{text}: no interval, so nothing is shown."
-    if gain.low > 0:
-        return f"{text}."
-    return f"{text}: worse than random." if gain.high < 0 else f"{text}: the interval includes zero."
-
-
-def _problems(result: StrategyResult, summary: Summary) -> str:
-    return f"{result.problems} {summary.split} problem{'' if result.problems == 1 else 's'}"
-
-
-def _charts(summary: Summary) -> dict[str, Markup]:
-    """Chart name -> SVG; a chart without data is left out."""
-    drawn: dict[str, str] = {}
-    if any(summary.labels_by_status.values()):
-        drawn["status"] = charts.status_bars(summary.labels_by_status)
-    if summary.strategies:
-        drawn["strategies"] = charts.strategy_intervals([(one.strategy, one.pass_rate) for one in summary.strategies])
-    if summary.curves and len(summary.curves.by_strategy[BASELINE]) > 1:
-        drawn["curves"] = charts.best_of_k(summary.curves)
-    if summary.critic:
-        drawn["reliability"] = charts.reliability(summary.critic.reliability)
-    if summary.facts.epochs:
-        drawn["training"] = charts.training(summary.facts.epochs)
-    return {name: Markup(svg) for name, svg in drawn.items()}  # our own numbers; matplotlib escapes the names
-
-
-# ---- numbers as text -------------------------------------------------------------------------------------------------
-
-
-def percent(value: float | None, decimals: int = 1) -> str:
-    """0.4123 -> "41.2 %"; None and NaN -> a dash."""
-    return DASH if value is None or value != value else f"{100 * value:.{decimals}f}\u00a0%"
-
-
-def points(value: float) -> str:
-    """Percentage points with their sign: 0.111 -> "+11.1"."""
-    return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "\u2212")  # + 0.0: never "-0.0"
-
-
-def span(interval: Interval, signed: bool = False) -> str:
-    """The interval in percent, "[20.1, 62.5]"; a dash where the bootstrap saw no variation and so knows nothing."""
-    if interval.low == interval.high:
-        return f"[{DASH}]"
-    low, high = (points(x) if signed else f"{100 * x:.1f}" for x in (interval.low, interval.high))
-    return f"[{low},\u00a0{high}]"
-
-
-def number(value: float | None, decimals: int = 3) -> str:
-    if value is None or value != value:
-        return DASH
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{decimals}f}"
-
-
-def seconds(value: float | None) -> str:
-    """Seconds as "4.2 s", "12 min 05 s" or "3 h 20 min"."""
-    if value is None:
-        return DASH
-    if value < 100:
-        return f"{value:.1f}\u00a0s"
-    minutes, rest = divmod(round(value), 60)
-    if minutes < 100:
-        return f"{minutes}\u00a0min\u00a0{rest:02}\u00a0s"
-    return f"{minutes // 60}\u00a0h\u00a0{minutes % 60:02}\u00a0min"
-
-
-def dash(value: object) -> object:
-    return DASH if value is None or value == "" else value
-
-
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
 
-def table(summary: Summary) -> Group:
-    """Headline, strategies with intervals, labels by status, seconds by stage, and the warnings, for rich."""
+def _text(shown: Group) -> str:
+    """What a terminal of 100 columns without colours shows."""
+    with open(os.devnull, "w") as nowhere:
+        plain = Console(
+            file=nowhere, width=100, record=True, color_system=None, force_terminal=False, legacy_windows=False
+        )
+        plain.print(shown)
+        return plain.export_text(styles=False)
+
+
+def table(summary: Summary, verdicts: Iterable[Verdict] = ()) -> Group:
+    """Headline, criteria, strategies with intervals, the critic, labels by status, seconds by stage, warnings."""
+    judged = _table("Criteria", "criterion", "verdict", "measured")
+    for verdict in verdicts:
+        colour = {"met": "green", "missed": "red"}.get(verdict.verdict, "yellow")
+        note = f" ({escape(visible(verdict.reason))})" if verdict.reason else ""
+        cells = _plain(verdict.criterion, verdict.verdict, measured(verdict))
+        name, word, value = cells
+        judged.add_row(name, f"[{colour}]{word}[/]", value + note)
     strategies = _table(f"Best of n on {summary.split}", "strategy", "problems", "passes", "95 %", "gain", "95 %")
     for one in summary.strategies:
         gain = one.gain_over_random
@@ -253,6 +271,16 @@ def table(summary: Summary) -> Group:
         strategies.add_row(
             *_plain(one.strategy, one.problems, percent(one.pass_rate.mean), span(one.pass_rate), *compared)
         )
+    if summary.critic is not None:
+        within = summary.critic.within_problem
+        critic = [
+            f"The critic on {summary.critic.samples:,} samples: AUC within a problem {number(within.auc)}, "
+            f"pooled {number(summary.critic.auc)}; accuracy {percent(summary.critic.accuracy)} (majority class "
+            f"{percent(summary.critic.majority_accuracy)}, knowing only the problem "
+            f"{percent(summary.critic.problem_mean_accuracy)})"
+        ]
+    else:
+        critic = []
     total = sum(summary.labels_by_status.values())
     labels = _table("Labels", "status", "samples", "share")
     for status, count in summary.labels_by_status.items():
@@ -261,8 +289,9 @@ def table(summary: Summary) -> Group:
     for stage, took in summary.facts.stage_seconds.items():
         stages.add_row(*_plain(stage, seconds(took)))
     warnings = [f"[yellow]![/] {escape(text)}" for text in summary.warnings]
-    shown = [one for one in (strategies, labels, stages) if one.row_count]
-    return Group(f"[bold]{escape(headline(summary))}[/]", *shown, *warnings)
+    above, below = ([one for one in some if one.row_count] for some in ((judged, strategies), (labels, stages)))
+    found = [escape(one) for one in findings(summary)]
+    return Group(f"[bold]{escape(headline(summary))}[/]", *found, *above, *map(escape, critic), *below, *warnings)
 
 
 def _table(title: str, first: str, *columns: str) -> Table:

@@ -68,13 +68,14 @@ class RunDir:
         except OSError as error:
             raise OutsideError(f"{self.path}: cannot be written: {error.strerror}. Check owner and disk.") from error
         try:
-            self._load()
+            self.load()
         except BaseException:
             self._lock.release()
             raise
         return self
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Read the manifest, or begin one. `with` does it under the lock."""
         file = self.path / "manifest.json"
         if file.exists():
             try:

@@ -2,76 +2,22 @@
 
 import html
 import json
-import math
-import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from fractal import charts, report, selection, summary
+from fractal import page as pages
+from fractal import report, summary
 from fractal.metrics import Interval
 from fractal.outcomes import StrategyResult
-from fractal.records import STATUSES, Label, Problem, Sample, Score
-from fractal.summary import Epoch, Facts
-
-HOSTILE = "Write f.\n\n<script>alert('x')</script> <img src=http://evil.example/x.png> {{ 7*7 }} \u202e\ud800 & more"
-FACTS = Facts(
-    run="toy",
-    date="2026-11-24",
-    command="fractal report --run runs/toy",
-    model="tiny/model",
-    model_revision="abc123",
-    weights_digest="sha256:feed",
-    backend="transformers",
-    seed=7,
-    temperature=0.8,
-    n=8,
-    problem_set="starter",
-    problem_set_digest="sha256:beef",
-    stage_seconds={"generate": 410.0, "verify": 61.25, "train": 7400.0},
-    generate_tokens=12_000,
-    generate_seconds=400.0,
-    sandbox_image="fractal-sandbox:0.1",
-    sandbox_digest="sha256:cafe",
-    git_commit="deadbeef",
-    git_dirty=True,
-    packages={"torch": "2.13.0"},
-    critic="tiny/model, probe",
-    epochs=(
-        Epoch(epoch=0, train_loss=None, val_acc=0.51),
-        Epoch(epoch=1, train_loss=0.66, val_acc=0.62, chosen=True),
-        Epoch(epoch=2, train_loss=math.nan, val_acc=0.6),
-    ),
-    skipped={"its reference fails its own tests": 2},
-)
-
-
-def run(tests=12, n=8, seed=1):
-    """Problems of all splits with samples, labels and scores that know a little."""
-    rng = random.Random(seed)
-    problems, samples, labels, scores = [], [], [], []
-    for task_id in range(1, tests + 7):
-        split = "train" if task_id <= 4 else "validation" if task_id <= 6 else "test"
-        problems.append(Problem(task_id, f"Write f{task_id}. {HOSTILE}", "", ["assert f(1)"], "", "f", split))
-        easy = rng.random()
-        for sample_id in range(n):
-            passed = rng.random() < easy
-            status = "passed" if passed else rng.choice(STATUSES[1:8])
-            code = "x" * rng.randint(1, 99)
-            samples.append(Sample(task_id, sample_id, code, code, "stop", 40, rng.gauss(-20, 5), 0, "tiny/model"))
-            labels.append(Label(task_id, sample_id, status, passed, [], 0.1, 0.1, "", ""))
-            logit = rng.gauss(0.8 if passed else -0.8, 1)
-            scores.append(Score(task_id, sample_id, logit, 1 / (1 + math.exp(-logit))))
-    return problems, samples, labels, scores
-
-
-def build(problems, samples, labels, scores=(), *, facts=FACTS, split="test"):
-    tasks = {one.task_id for one in problems if one.split == split}
-    columns = ([one for one in rows if one.task_id in tasks] for rows in (samples, labels, scores))
-    return summary.build(facts, problems, samples, labels, scores, selection.choose(*columns), splits=(split,))
+from fractal.records import STATUSES, encode
+from fractal.summary import Duel, Facts
+from tests.pages import FACTS, HOSTILE, build, choose, full, run, verdicts, whole_page
 
 
 def plain(text):
@@ -121,16 +67,22 @@ def whole():
 
 @pytest.fixture(scope="module")
 def page(whole):
-    return report.page(whole)
+    return pages.page(whole)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_untrusted_text_is_escaped_and_nothing_is_loaded(page):
+def test_untrusted_text_is_escaped_and_nothing_is_loaded():
+    facts = dict.fromkeys(("run", "model", "model_revision", "backend", "problem_set", "critic", "git_commit"), HOSTILE)
+    found = full(build(*run(), facts=replace(FACTS, **facts, packages={HOSTILE: HOSTILE}, warnings=[HOSTILE])))
+    page = pages.page(found, pages.open_rows(*run(), choose(*run())), verdicts(found), {HOSTILE: [HOSTILE]})
+    assert page.count("<script") == page.count("</script>") == 1
     reader = Reader(page)
     assert reader.loads == []
-    assert reader.tags.isdisjoint({"script", "img", "link", "iframe", "object", "base", "form"})
+    assert reader.tags.isdisjoint({"img", "link", "iframe", "object", "base"})
+    page.encode()
+    assert "\x1b" not in page
     assert "url(http" not in page
     assert "@import" not in page
     assert "&lt;script&gt;" in page
@@ -138,73 +90,77 @@ def test_untrusted_text_is_escaped_and_nothing_is_loaded(page):
     assert "\u202e" not in page
 
 
-def test_ids_are_unique_and_charts_follow_the_style_sheet(page):
+def test_ids_are_unique_and_charts_follow_the_style_sheet():
+    page = whole_page()
     reader = Reader(page)
     assert len(reader.ids) == len(set(reader.ids))
     drawn = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(drawn) == 5
+    assert len(drawn) == 10
     for svg in drawn:
         assert set(re.findall(r"#[0-9a-f]{6}\b(?!\d)", re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", svg))) == set()
         assert not re.search(r"(?<![\w-])(black|white|rgb)", svg)
     used = set(re.findall(r"var\((--\w+)\)", page))
     light, dark = page.split("prefers-color-scheme: dark")
     assert all(f"{name}:" in light for name in used)
-    assert all(f"{name}:" in dark.split("}")[0] for name in used - {"--sans"})
+    fonts = {"--sans", "--serif", "--mono"}
+    assert all(f"{name}:" in dark.split("}")[0] for name in used - fonts)
 
 
 def test_every_number_of_the_summary_is_on_the_page(whole, page):
     text = Reader(page).text
     for one in whole.strategies:
-        assert plain(report.percent(one.pass_rate.mean)) in text
-        assert plain(report.span(one.pass_rate)) in text
+        assert plain(pages.percent(one.pass_rate.mean)) in text
+        assert plain(pages.span(one.pass_rate)) in text
     for status, count in whole.labels_by_status.items():
         assert f"{status.replace('_', ' ')}" in text
         assert f"{count:,} (" in text
     critic = whole.critic
     for value in (critic.auc, critic.within_problem.auc, critic.brier):
-        assert report.number(value) in text
+        assert pages.number(value) in text
     for value in (critic.accuracy, critic.majority_accuracy, critic.problem_mean_accuracy):
-        assert plain(report.percent(value)) in text
+        assert plain(pages.percent(value)) in text
     assert f"{critic.within_problem.pairs} pairs" in text
     for one in whole.pass_at:
-        assert f"pass@{one.k} {plain(report.percent(one.pass_rate.mean))}" in text
-    facts = "toy tiny/model abc123 sha256:feed transformers starter sha256:beef sha256:cafe deadbeef 2.13.0 2026-11-24"
+        assert f"pass@{one.k} {plain(pages.percent(one.pass_rate.mean))}" in text
+    facts = "toy tiny/model abc123 sha256:feed transformers starter sha256:beef sha256:cafe deadbeef 2.13.0 2026-11-24 10:00"
     assert [word for word in facts.split() if word not in text] == []
-    assert "fractal report --run runs/toy" in text
+    assert "fractal report --check --run runs/toy" in text
     assert "30.0 tokens/s" in text
     assert "6 min 50 s" in text
     assert "2 h 03 min" in text
     for one in whole.by_problem:
-        assert f"{one.task_id} {one.passed}/{one.samples}" in text
+        assert f"task {one.task_id} {one.passed}/{one.samples}" in text
     for warning in whole.warnings:
         assert " ".join(warning.split()) in text
 
 
-def test_files_are_whole_and_json_is_the_summary(whole, tmp_path):
-    path = report.write(tmp_path, whole)
-    assert path == tmp_path / "report" / "index.html"
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["report", "summary.json"]
-    loaded = json.loads((tmp_path / "summary.json").read_text())
+def test_json_is_the_summary(whole):
+    text = encode(report.summary_fields(whole, verdicts(whole), 0.25)).decode()
+    loaded = json.loads(text)
     for one in whole.strategies:
         assert loaded["strategies"][one.strategy]["pass_rate"]["mean"] == one.pass_rate.mean
     assert list(loaded["labels"]) == list(STATUSES)
     assert loaded["details"]["facts"]["epochs"][2]["train_loss"] is None  # NaN is no JSON
-    assert "NaN" not in (tmp_path / "summary.json").read_text()
+    assert "NaN" not in text
+    assert [one["verdict"] for one in loaded["criteria"]] == ["met", "missed", "not judged"]
+    assert loaded["cost_usd"] == 0.25
 
 
 def test_the_same_records_give_the_same_bytes(whole, page):
-    assert report.page(build(*run())) == page
+    assert pages.page(build(*run())) == page
 
 
 def test_the_table_says_the_same_on_the_terminal(whole):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))
-    console.print(report.table(whole))
+    console.print(report.table(whole, verdicts(whole)))
     text = console.export_text()
     for one in whole.strategies:
-        assert re.search(rf"{one.strategy} +{one.problems} +{report.percent(one.pass_rate.mean)}", text)
+        assert re.search(rf"{one.strategy} +{one.problems} +{pages.percent(one.pass_rate.mean)}", text)
     assert all(status in text for status in STATUSES)
     assert "verify" in text
     assert "! Only" in text
+    assert re.search(r"val_accuracy >= 0.5 +met +62.0", text)
+    assert "added after 400 samples were there" in text
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------
@@ -270,10 +226,11 @@ def test_strays_are_counted_not_used():
 def test_without_a_critic_the_page_says_so():
     problems, samples, labels, _ = run()
     found = build(problems, samples, labels, facts=replace(FACTS, epochs=(), critic=None))
-    page = report.page(found)
+    page = pages.page(found)
     assert found.critic is None
     assert "critic" not in {one.strategy for one in found.strategies}
-    assert "No critic yet. A random sample passes on" in page
+    assert "No critic yet: nothing chooses better than chance here." in page
+    assert "A random sample passes on" in page
     assert "(no usable test sample has a critic&#39;s score)" in page
     assert set(found.curves.by_strategy) == {"random", "mean_logprob", "oracle"}
 
@@ -283,19 +240,20 @@ def test_labels_of_one_class(passed):
     problems, samples, labels, scores = run()
     status = "passed" if passed else "failed"
     found = build(problems, samples, [replace(one, passed=passed, status=status) for one in labels], scores)
-    text = Reader(report.page(found)).text
+    text = Reader(pages.page(found)).text
     assert found.critic.auc is None
     assert found.critic.within_problem.pairs == 0
     assert "all scored test samples have the same label" in text
     assert "no test problem has both a passing and a failing sample" in text
     assert f"for {'100.0' if passed else '0.0'} % [\u2013] of 12 test problems" in text
+    assert "The critic cannot be told apart from random choice" in text
     assert "+0.0 points [\u2013]: no interval, so nothing is shown." in text
 
 
 def test_a_run_that_has_only_started():
     problems = run()[0]
     found = build(problems, [], [], facts=Facts(run="r", date="d", command="c", model="m"))
-    text = Reader(report.page(found)).text
+    text = Reader(pages.page(found)).text
     assert "No strategy measured: no test problem has a usable sample." in text
     assert "nan" not in text.lower()
     assert "None" not in text
@@ -303,22 +261,91 @@ def test_a_run_that_has_only_started():
 
 
 def test_an_empty_problem_set_and_a_single_problem():
-    report.page(build([], [], []))
+    pages.page(build([], [], []))
     problems, samples, labels, scores = run(tests=1, n=1)
-    text = Reader(report.page(build(problems, samples, labels, scores))).text
+    text = Reader(pages.page(build(problems, samples, labels, scores))).text
     assert "of 1 test problem;" in text
     assert "[\u2013]" in text
 
 
-def test_a_gain_is_claimed_only_if_its_interval_is_above_zero(whole):
-    def verdict(gain):
-        result = StrategyResult("critic", 12, Interval(0.5, 0.3, 0.7), gain)
-        others = [one for one in whole.strategies if one.strategy != "critic"]
-        return plain(report.headline(replace(whole, strategies=[result, *others])))
+YES, NO, EVEN = Interval(0.1, 0.02, 0.2), Interval(-0.1, -0.2, -0.02), Interval(0.1, -0.02, 0.2)
 
-    assert verdict(Interval(0.1, 0.02, 0.2)).endswith("+10.0 points [+2.0, +20.0].")
-    assert verdict(Interval(0.1, -0.02, 0.2)).endswith("the interval includes zero.")
-    assert verdict(Interval(-0.1, -0.2, -0.02)).endswith("worse than random.")
+
+@pytest.mark.parametrize(
+    ("random", "logprob", "says"),
+    [
+        (YES, YES, "beats random choice and mean log-probability."),
+        (YES, EVEN, "beats random choice and cannot be told apart from mean log-probability."),
+        (YES, NO, "beats random choice and loses to mean log-probability."),
+        (EVEN, EVEN, "cannot be told apart from random choice or mean log-probability."),
+        (NO, None, "loses to random choice."),
+        (Interval(0.1, 0.1, 0.1), None, "cannot be told apart from random choice."),
+    ],
+)
+def test_the_headline_claims_only_what_the_intervals_show(whole, random, logprob, says):
+    result = StrategyResult("critic", 12, Interval(0.5, 0.3, 0.7), random)
+    others = [one for one in whole.strategies if one.strategy != "critic"]
+    duels = [Duel("mean_logprob", 1, 1, 10, logprob, 1.0)] if logprob else []
+    found = replace(whole, strategies=[result, *others], duels=duels)
+    assert pages.headline(found) == f"The critic {says}"
+    sentences = [plain(one) for one in pages.findings(found)]
+    for gain, sentence in zip([random, *([logprob] if logprob else [])], sentences[1:], strict=False):
+        assert sentence.endswith(
+            "no interval, so nothing is shown." if gain.low == gain.high
+            else {YES: "[+2.0, +20.0].", NO: "worse.", EVEN: "the interval includes zero."}[gain]
+        )  # fmt: skip
+
+
+def test_a_part_without_data_says_why_and_shows_no_chart(whole):
+    bare = replace(
+        whole,
+        duels=[],
+        roc=[],
+        selective=[],
+        difficulty=[],
+        funnel=[],
+        split_accuracies=[],
+        gap_closed=None,
+        reasons=dict(whole.reasons),
+    )
+    bare.reasons.update(duels="nobody to fight", roc="one class")
+    text = Reader(pages.page(bare)).text
+    assert "Not shown: duels (nobody to fight)." in text
+    assert "Not shown: roc (one class)." in text
+    assert "training did not compare the two ways to split" in text
+    for part in ("Duels", "Answering only when sure", "By difficulty", "Data funnel", "of the way"):
+        assert part not in text
+
+
+def test_foreign_text_cannot_hide_or_turn_round():
+    assert pages.visible("a\u202eb\u200b\x1b\ud800\n\tc\u00a0") == (
+        "a\u27e8U+202E\u27e9b\u27e8U+200B\u27e9\u27e8U+001B\u27e9\u27e8U+D800\u27e9\n\tc\u00a0"
+    )
+
+
+@given(st.text())
+def test_coloured_code_reads_as_the_code(code):
+    shown = html.unescape(re.sub(r"</?i( class=\w)?>", "", str(pages.coloured(code))))
+    assert shown == code.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_programs_side_by_side_are_the_pick_and_the_best_others(whole):
+    records = run()
+    picked = {one.task_id: one.sample_id for one in choose(*records) if one.strategy == "critic"}
+    passed = {(one.task_id, one.sample_id): one.passed for one in records[2]}
+    score = {(one.task_id, one.sample_id): one.score for one in records[3]}
+    opened = pages.open_rows(*records, choose(*records))
+    assert any(len(one.programs) == 3 for one in opened.values())
+    for row in whole.by_problem:
+        shown, rest = opened[row.task_id].programs, dict(score)
+        assert shown[0].sample_id == picked[row.task_id]
+        others = {i: rest[t, i] for t, i in rest if t == row.task_id and i != picked[row.task_id]}
+        for verdict in (True, False):
+            best = max((i for i in others if passed[row.task_id, i] == verdict), key=others.__getitem__, default=None)
+            if best is None:
+                assert len(opened[row.task_id].absent) == 1
+            else:
+                assert best in {one.sample_id for one in shown[1:]}
 
 
 def test_few_mixed_problems_are_pointed_out(whole):
@@ -337,15 +364,9 @@ def test_shorten_gives_one_printable_line():
     summary.shorten("\ud800x").encode()
 
 
-def test_chart_text_is_escaped():
-    svg = charts.strategy_intervals([("<script>$a_b$", Interval(0.1, 0.0, 0.2))])
-    assert "<script" not in svg
-    assert html.escape("<script>$a b$") in svg
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [(4.21, "4.2 s"), (99.96, "100.0 s"), (125, "2 min 05 s"), (12_000, "3 h 20 min"), (None, "\u2013")],
 )
 def test_seconds(value, text):
-    assert plain(report.seconds(value)) == text.replace("\u2013", report.DASH)
+    assert plain(pages.seconds(value)) == text.replace("\u2013", pages.DASH)

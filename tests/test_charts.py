@@ -1,0 +1,61 @@
+"""charts: every plot from the ends of what it may be given, as SVG that obeys the page."""
+
+import html
+import re
+
+import pytest
+
+from fractal import charts
+from fractal.metrics import Bin, Interval
+from fractal.outcomes import BASELINE
+from fractal.records import STATUSES
+from fractal.summary import Curves, DifficultyRow, Duel, Epoch, RocCurve, SelectiveCurve, SplitAccuracy
+
+ONE = Interval(0.5, 0.5, 0.5)
+DRAWN = {
+    "status": lambda: charts.status_bars({name: int(name == "passed") for name in STATUSES}),
+    "strategies": lambda: charts.strategy_intervals([("critic", ONE), ("visible_test", Interval(1, 0, 1))]),
+    "curves": lambda: charts.best_of_k(Curves(1, {BASELINE: [0.0, 0.0], "critic": [0.0, 1.0]}, {"critic": [ONE, ONE]})),
+    "roc": lambda: charts.roc(
+        [RocCurve("pooled", [0, 1], [0, 1], 0.5), RocCurve("within problem", [0, 0, 1], [0, 1, 1], 1.0)]
+    ),
+    "selective": lambda: charts.selective([SelectiveCurve("critic", [1.0], [ONE], [0.5], 0.5)]),
+    "difficulty": lambda: charts.difficulty(
+        [DifficultyRow(0.0, 0.0, 1, {"critic": 0.0}), DifficultyRow(0.0, 1.0, 2, {"random": 0.5})]
+    ),
+    "duels": lambda: charts.duels([Duel("first", 0, 0, 9, ONE, None)]),
+    "splits": lambda: charts.splits([SplitAccuracy("problem", 0.7, None, None, 0.7)]),
+    "reliability": lambda: charts.reliability([Bin(0, 0.5, 0, None, None), Bin(0.5, 1, 3, 0.7, 1.0)]),
+    "training": lambda: charts.training(
+        [Epoch(epoch=0, train_loss=None, val_acc=None, dev_within_auc=0.5, chosen=True)]
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=DRAWN)
+def svg(request):
+    return DRAWN[request.param]()
+
+
+def test_colours_are_the_style_sheets_and_numbers_are_finite(svg):
+    assert not re.search(
+        r"#[0-9a-f]{6}\b|(?<![\w-])(black|white|rgb)", re.sub(r"url\(#\w+\)|href=\"#\w+\"|id=\"\w+\"", "", svg)
+    )
+    assert "var(--" in svg
+    assert "nan" not in svg.lower()
+    assert re.match(r'<svg role="group" aria-label="[A-Z][^"]+" viewBox="[^"]+"[ >]', svg)
+
+
+def test_the_same_numbers_give_the_same_bytes():
+    assert DRAWN["curves"]() == DRAWN["curves"]()
+
+
+def test_text_is_escaped():
+    svg = charts.strategy_intervals([("<script>$a_b$", Interval(0.1, 0.0, 0.2))])
+    assert "<script" not in svg
+    assert html.escape("<script>$a b$") in svg
+
+
+def test_a_duel_shows_its_counts():
+    svg = charts.duels([Duel("mean_logprob", 17, 4, 9, ONE, 0.01)])
+    assert [word for word in ("against mean logprob", ">17<", ">4<") if word not in svg] == []
