@@ -10,7 +10,12 @@ from invoke.main import program
 
 ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
-BENCHES = {"verify": "benchmarks/verify.py", "images": "benchmarks/images.py"}
+BENCHES = {
+    "verify": "benchmarks/verify.py",
+    "images": "benchmarks/images.py",
+    "generate": "benchmarks/generate.py",
+    "critic": "benchmarks/critic.py",
+}
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
 RENTS = {"launch", "up", "run"}  # tasks that make a chain one that may cost money
 
@@ -217,10 +222,13 @@ def verify(c, run="", problems="", samples="", out="", cpu="", wall="", memory="
     _fractal(c, "verify", *given, *_options(slots=slots), *([] if cache else ["--no-cache"]))
 
 
-@task(positional=[], help={"what": "verify or images", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
+@task(positional=[], help={"what": "verify, images, generate or critic", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
                            "generations": "completions of a model; default: ../shared/generations/*.jsonl.gz, if there",
                            "samples_count": "samples in all; default 1500", "rounds": "turns of each contestant; default 3",
-                           "seed": "of samples and orders; default 0", "limit": "seconds for each sample; default 3",
+                           "seed": "of samples and orders; default 0",
+                           "limit": "seconds for each sample; default 3; generate, critic: problems of each split; default 16 and 4",
+                           "model": "generate, critic: a folder or hub id; default: the embedded small one",
+                           "n": "generate, critic: samples a problem; default 4 and 6",
                            "workers": "samples at once; default: the cores", "only": "contestants, as fractal,plain,raw",
                            "turn": "seconds that a slow contestant may take a round, about; default 30",
                            "runtime": "a second container runtime for Fractal, such as runsc", "quick": "a smoke run",
@@ -228,12 +236,16 @@ def verify(c, run="", problems="", samples="", out="", cpu="", wall="", memory="
                            "counts": "those numbers; default 1000,10000,100000", "out": "folder of the JSON files",
                            "image": "images, or all; default sandbox,pipeline-cpu", "cold": "images: also all anew"})  # fmt: skip
 def bench(c, what="verify", problems="", generations="", samples_count="", rounds="", seed="", limit="", workers="",
-          only="", turn="", runtime="", quick=False, linear=False, counts="", out="", image="", cold=False):  # fmt: skip
-    """Measure the verifier against other harnesses, or what images cost, in one run; the figures go to runs/bench."""
+          only="", turn="", runtime="", quick=False, linear=False, counts="", out="", image="", cold=False, model="", n=""):  # fmt: skip
+    """Measure, in one run: verifier against other harnesses, images' cost, generator against bare vLLM, critic's speed.
+
+    The figures go to runs/bench.
+    """
     if what not in BENCHES:
         raise Exit(f"bench: unknown --what={what}; known: {', '.join(BENCHES)}.", code=2)
     given = _options(problems=problems, generations=generations, samples_count=samples_count, rounds=rounds, seed=seed,
-                     limit=limit, workers=workers, only=only, turn=turn, runtime=runtime, counts=counts, out=out, image=image)  # fmt: skip
+                     limit=limit, workers=workers, only=only, turn=turn, runtime=runtime, counts=counts, out=out, image=image,
+                     model=model, n=n)  # fmt: skip
     given += [word for word, wanted in (("--quick", quick), ("--linear", linear), ("--cold", cold)) if wanted]
     _become(c, sys.executable, ROOT / BENCHES[what], *given)
 

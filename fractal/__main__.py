@@ -53,7 +53,32 @@ Temperature = Annotated[float | None, typer.Option(help="[default: 0.8]")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; below 1 is slow on a CPU. [default: 1.0]")]
 MaxTokens = Annotated[int | None, typer.Option(help="New tokens for each sample at most. [default: 320]")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the run. [default: 0]")]
-Backend = Annotated[str, typer.Option(help="auto, vllm or transformers; auto takes vLLM where it is installed.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="auto, vllm, transformers, or openai (a served model: give --base-url and its name as --model); "
+        "auto takes vLLM where it is installed."
+    ),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(help="Samples decoded together. Default: what free memory holds; halved once if it does not."),
+]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="OPENAI_BASE_URL",
+        help="--backend openai: its server, as http://localhost:8000/v1. OPENAI_API_KEY holds the key, if any.",
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        help="--backend openai: the served model's tokenizer, a folder or hub id: prompts as for the other backends, "
+        "by /completions. Without it: /chat/completions."
+    ),
+]
+Concurrency = Annotated[int, typer.Option(help="--backend openai: requests in flight at most.")]
 Cpu = Annotated[float, typer.Option(help="CPU seconds a program may use; more where its reference needs more.")]
 Wall = Annotated[float, typer.Option(help="Wall seconds a program may take; confirmed alone before it counts.")]
 Memory = Annotated[int, typer.Option(help="Memory of a program in MiB.")]
@@ -180,15 +205,36 @@ def _problem_set(folder: RunDir, source: str | None, splits: str | None, limit: 
     return load(source or "starter", splits, limit)
 
 
-def _generate(folder: RunDir, problem_set: ProblemSet, model: str | None, backend: str, **asked: Any) -> None:
+def _generate(
+    folder: RunDir,
+    problem_set: ProblemSet,
+    model: str | None,
+    backend: str,
+    server: dict[str, Any],
+    batch: int | None,
+    overlap: Any = None,
+    **asked: Any,
+) -> None:
+    """`server`: base_url, tokenizer and concurrency, of --backend openai."""
     from fractal import generate, models
 
     known = folder.manifest["config"].get("generate", {})
     values = {k: asked[k] if asked[k] is not None else known.get(k, d) for k, d in DEFAULTS.items()}
     sampling = generate.Sampling(**values)
+    served = None
+    if backend == "openai" or (backend == "auto" and known.get("backend") == "openai"):
+        for name in ("base_url", "tokenizer"):
+            server[name] = server[name] or known.get(name)
+        if server["base_url"]:
+            served = generate.Served(**server)
+        model = model or known.get("model")
+        if model is None:
+            raise InputError("--backend openai: give --model, the name under which the server has it.")
+    elif server["tokenizer"]:
+        raise InputError("--tokenizer goes with --backend openai; a model's folder brings its own.")
     if model is None:
         model = folder.manifest.get("model_paths", {}).get(known.get("model"), models.EMBEDDED)
-    generate.run(folder, problem_set, model, sampling, backend)
+    generate.run(folder, problem_set, model, sampling, backend, batch=batch, served=served, beside=overlap)
 
 
 def _criteria(folder: RunDir, texts: list[str] | None, plan: Path | None) -> None:
@@ -223,6 +269,10 @@ def generate(
     max_tokens: MaxTokens = None,
     seed: Seed = None,
     backend: Backend = "auto",
+    batch: Batch = None,
+    base_url: BaseUrl = None,
+    tokenizer: Tokenizer = None,
+    concurrency: Concurrency = 32,
     criterion: Criteria = None,
     plan: Plan = None,
 ) -> None:
@@ -231,7 +281,8 @@ def generate(
         found = _problem_set(folder, problems, split, limit)
         _criteria(folder, criterion, plan)
         asked = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-        _generate(folder, found, model, backend, **asked)
+        server = {"base_url": base_url, "tokenizer": tokenizer, "concurrency": concurrency}
+        _generate(folder, found, model, backend, server, batch, **asked)
 
 
 @app.command(
@@ -418,6 +469,10 @@ def run_stages(
     max_tokens: MaxTokens = None,
     seed: Seed = None,
     backend: Backend = "auto",
+    batch: Batch = None,
+    base_url: BaseUrl = None,
+    tokenizer: Tokenizer = None,
+    concurrency: Concurrency = 32,
     cpu: Cpu = 4.0,
     wall: Wall = 12.0,
     memory: Memory = 512,
@@ -439,24 +494,32 @@ def run_stages(
     criterion: Criteria = None,
     plan: Plan = None,
 ) -> None:
-    """Run all stages, or one; what is done is not repeated."""
+    """Run all stages, or one; what is done is not repeated. With all, samples are verified while others are drawn."""
     recipe = {"epochs": epochs, "learning_rate": learning_rate, "batch_tokens": batch_tokens, "rank": rank}
     sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     sandbox = _sandbox(slots, image, runtime, cache, isolate, allow, socket)
     limits = _limits(cpu, wall, memory)
     _check_slots(slots)
+    server = {"base_url": base_url, "tokenizer": tokenizer, "concurrency": concurrency}
     with RunDir(run, create=stage in (Stage.all, Stage.generate)) as folder:
-        if stage in (Stage.all, Stage.generate):
+        if stage is Stage.generate:
             found = _problem_set(folder, problems, split, limit)
-            if stage is Stage.all:
-                _check_sandbox(image, socket)
-        _criteria(folder, criterion, plan)
-        if stage in (Stage.all, Stage.generate):
-            _generate(folder, found, model, backend, **sampling)
+            _criteria(folder, criterion, plan)
+            _generate(folder, found, model, backend, server, batch, **sampling)
         if stage in (Stage.all, Stage.verify):
             from fractal import verify as verify_stage
+            from fractal.overlap import Overlap
 
-            _failed_labels(verify_stage.run(folder, limits, **sandbox).errors)
+            with Overlap(folder, limits, **sandbox) as overlap:
+                if stage is Stage.all:
+                    found = _problem_set(folder, problems, split, limit)
+                    _check_sandbox(image, socket)
+                    _criteria(folder, criterion, plan)
+                    _generate(folder, found, model, backend, server, batch, overlap, **sampling)
+                tally = verify_stage.run(folder, limits, overlap, **sandbox)
+            _failed_labels(tally.errors)
+        if stage not in (Stage.all, Stage.generate):
+            _criteria(folder, criterion, plan)
         if stage in (Stage.all, Stage.train, Stage.score):
             _critic(folder, stage, base, mode, score_backend, **recipe)
         if stage in (Stage.all, Stage.select):

@@ -132,6 +132,10 @@ class Bar:
         self._done = 0
         self._next_line_s = 10.0
 
+    def beside(self, name: str, total: int) -> "Bar":
+        """Another line below this one, for what runs at the same time; gone with this one."""
+        return Bar(self._progress, self._progress.add_task(name, total=total, note=""), name, total)
+
     def advance(self, count: int = 1, note: str = "") -> None:
         self._done += count
         self._progress.update(self._task, advance=count, note=note)

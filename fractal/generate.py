@@ -1,26 +1,31 @@
 """Stage 1: problems -> samples.jsonl. Draws n completions for each problem and takes the program out of each.
 
-It decides what is missing and with which seed; the engines (engine_vllm.py, engine_transformers.py) decode. They are
-imported only when something is missing: importing vLLM takes ten seconds.
+It decides what is missing and with which seed; the engines (engine_vllm.py, engine_transformers.py, engine_openai.py)
+decode. They are imported only when something is missing: importing vLLM takes ten seconds.
 """
 
 import ctypes
 import hashlib
 import importlib.util
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Protocol
+from types import FrameType
+from typing import Any, Literal, Protocol
 
 from fractal import console, models, prompts
 from fractal.problems import ProblemSet
 from fractal.records import Appender, InputError, OutsideError, Problem, Sample, read_jsonl, unique
 from fractal.run import RunDir
 
-Backend = Literal["auto", "vllm", "transformers"]
-BACKENDS = ("auto", "vllm", "transformers")
+Backend = Literal["auto", "vllm", "transformers", "openai"]
+BACKENDS = ("auto", "vllm", "transformers", "openai")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +52,31 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """A model behind an OpenAI-compatible server. Checked when made; raises InputError."""
+
+    base_url: str  # as http://localhost:8000/v1
+    tokenizer: str | None = None  # a folder or hub id: prompts are rendered here; None: the server's chat template
+    concurrency: int = 32  # requests in flight at most
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise InputError(
+                f"--base-url {self.base_url or '(none)'}: expected an address, as http://localhost:8000/v1."
+            )
+        if not 1 <= self.concurrency <= 4096:
+            raise InputError(f"--concurrency {self.concurrency}: must be from 1 to 4096.")
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One completion to draw."""
 
     task_id: int
     sample_id: int
-    prompt: list[int]  # token ids
+    prompt: list[int]  # token ids; none where a server has the tokenizer
     seed: int
+    text: str = ""  # what the model continues; for a server with its own chat template, what the user says
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +87,59 @@ class Completion:
     text: str  # what the model added, without the stop text
     stopped: bool  # it ended by itself: at a stop text or an end token
     tokens: int
-    sum_logprob: float
+    sum_logprob: float | None  # None: the server told none
+
+
+def never() -> bool:
+    return False
 
 
 class Engine(Protocol):
-    """Something that decodes. `generate` yields completions as they finish, in batches, in any order."""
+    """Something that decodes. `generate` yields completions as they finish, in batches, in any order.
 
-    def generate(self, requests: list[Request]) -> Iterator[list[Completion]]: ...
+    Once `stopped` says so, it hands out what is finished and ends.
+    """
+
+    def generate(self, requests: list[Request], stopped: Callable[[], bool] = never) -> Iterator[list[Completion]]: ...
+
+    def close(self) -> None: ...
+
+
+class Beside(Protocol):
+    """What is told of samples while they are drawn: overlap.py."""
+
+    def start(self) -> None: ...  # before the model is loaded
+    def drawing(self, bar: console.Bar, count: int) -> None: ...  # `count` samples will be written
+    def wrote(self, count: int) -> None: ...
+
+
+class Halt:
+    """Holds back Ctrl-C and SIGTERM until what is finished is on disk; a second one acts at once.
+
+    Called, it says whether one came. Outside the main thread, where no signals arrive, it never does.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        os.write(2, b"\nfractal: writing what is finished, then it ends. Once more: at once.\n")
+
+    def __enter__(self) -> "Halt":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._hold) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def sample_seed(run_seed: int, task_id: int, sample_id: int) -> int:
@@ -84,6 +153,8 @@ def choose_backend(backend: str, before: str | None) -> str:
         raise InputError(f"--backend {backend}: unknown; known: {', '.join(BACKENDS)}.")
     trouble = vllm_trouble()
     chosen = backend if backend != "auto" else before or ("transformers" if trouble else "vllm")
+    if chosen == "openai" and importlib.util.find_spec("openai") is None:
+        raise OutsideError("--backend openai: the package openai is not installed; `make setup` installs it.")
     if chosen == "vllm" and trouble:
         raise OutsideError(f"--backend vllm: {trouble}. Or take --backend transformers, in a run of its own.")
     if chosen == "transformers" and backend == "auto" and before is None:
@@ -107,29 +178,58 @@ def vllm_trouble() -> str | None:
     return None
 
 
-def run(folder: RunDir, problem_set: ProblemSet, model: str, sampling: Sampling, backend: str = "auto") -> None:
-    """Draw what is missing. Raises InputError, OutsideError; nothing that was finished is lost by any exit."""
+def run(
+    folder: RunDir,
+    problem_set: ProblemSet,
+    model: str,
+    sampling: Sampling,
+    backend: str = "auto",
+    *,
+    batch: int | None = None,
+    served: Served | None = None,
+    beside: Beside | None = None,
+) -> None:
+    """Draw what is missing. `batch`: samples decoded together, None to find it from free memory.
+
+    Raises InputError, OutsideError; nothing that was finished is lost by any exit.
+    """
+    if batch is not None and batch < 1:
+        raise InputError(f"--batch {batch}: must be at least 1.")
     before = folder.manifest["config"].get("generate", {})
     chosen = choose_backend(backend, before.get("backend"))
-    files = models.resolve(model)
-    dtype = models.preferred_dtype()
+    files: models.ModelFiles | None = None
+    dtype = None
+    if chosen == "openai":
+        if served is None:
+            raise InputError(
+                "--backend openai: give --base-url, the address of the server, as http://localhost:8000/v1."
+            )
+        if not before:  # a wrong name must not become the run's
+            _served(model, sampling, served)
+            if served.tokenizer:
+                _tokenizer(served.tokenizer)
+        source = {"model": model, "revision": None, "weights_sha256": None, "tokenizer": served.tokenizer}
+        place = {"base_url": served.base_url}
+    else:
+        files, dtype = models.resolve(model), models.preferred_dtype()
+        source = {"model": files.name, "revision": files.revision, "weights_sha256": files.digest}
+        place = {}
     folder.configure("problems", {"name": problem_set.name, "digest": problem_set.digest})
     folder.configure(
         "generate",
         {
-            "model": files.name,
-            "revision": files.revision,
-            "weights_sha256": files.digest,
+            **source,
             "backend": chosen,
             "dtype": dtype,
             "prompt_version": prompts.VERSION,
+            **place,
             **asdict(sampling),
         },
-        free=("n",),
+        free=("n", "base_url"),
     )
-    folder.manifest.setdefault("model_paths", {})[files.name] = (
-        str(Path(model).resolve()) if Path(model).exists() else model
-    )
+    name = files.name if files else model
+    known = served.tokenizer if served and served.tokenizer and not files else model
+    folder.manifest.setdefault("model_paths", {})[name] = str(Path(known).resolve()) if Path(known).exists() else known
     folder.set_problems(problem_set.problems)
     path = folder.file("samples.jsonl")
     done = unique(read_jsonl(path, Sample), path)
@@ -143,16 +243,27 @@ def run(folder: RunDir, problem_set: ProblemSet, model: str, sampling: Sampling,
     if not missing:
         console.say(f"generate: {len(done)} samples are there, nothing to do")
         return
+    if beside:
+        beside.start()
     with folder.stage("generate", "samples.jsonl") as entry:
         console.say(
-            f"generate: {len(missing)} samples of {len({p.task_id for p, _ in missing})} problems with {files.name} "
-            f"({chosen}, {dtype}); {len(done)} are there"
+            f"generate: {len(missing)} samples of {len({p.task_id for p, _ in missing})} problems with {name} "
+            f"({chosen}{f', {dtype}' if dtype else ''}); {len(done)} are there"
         )
-        requests = _requests(missing, files.path, sampling, entry)
+        words = str(files.path) if files else served.tokenizer if served else None
+        tokenizer = _tokenizer(words) if words else None
+        requests = _requests(missing, tokenizer, _context(files, tokenizer), sampling, entry)
         folder.save()
         if requests:
-            engine = _engine(chosen, files.path, sampling, dtype, max(len(r.prompt) for r in requests))
-            _draw(engine, requests, problem_set.by_id(), path, files.name, entry)
+            if files:
+                assert dtype is not None
+                longest = max(len(r.prompt) for r in requests)
+                engine = _engine(chosen, files.path, sampling, dtype, longest, batch)
+            else:
+                assert served is not None
+                engine = _served(model, sampling, served)
+            _draw(engine, requests, problem_set.by_id(), path, sampling, name, entry, beside)
+            engine.close()
     if entry.get("skipped"):
         console.warn(
             f"generate: {len(entry['skipped'])} problems skipped, their prompts do not fit the model's context with "
@@ -160,43 +271,80 @@ def run(folder: RunDir, problem_set: ProblemSet, model: str, sampling: Sampling,
         )
 
 
-def _requests(
-    missing: list[tuple[Problem, int]], path: Path, sampling: Sampling, entry: dict[str, object]
-) -> list[Request]:
-    """Render and tokenise the prompts; those that cannot fit are noted under `skipped` in the manifest."""
+def _tokenizer(name: str) -> Any:
+    """Raises InputError for a name that is none."""
     from transformers import AutoTokenizer  # two seconds of import
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    context = models.context_length(path)
-    skipped: dict[str, str] = dict(entry.get("skipped", {}))  # type: ignore[call-overload]
-    prompt_ids: dict[int, list[int]] = {}
+    place = str(models.resolve(name).path) if name == models.EMBEDDED else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["?"])[0][:200]
+        raise InputError(
+            f"--tokenizer {name}: neither a folder with a tokenizer nor one on the hub: {reason}"
+        ) from error
+    if not tokenizer.chat_template:
+        raise InputError(f"--tokenizer {name}: has no chat template. Take the instruct version of the model.")
+    return tokenizer
+
+
+def _context(files: models.ModelFiles | None, tokenizer: Any) -> int:
+    """Tokens of prompt and completion that the model takes; a server's model may tell by its tokenizer, or not."""
+    if files:
+        return models.context_length(files.path)
+    return int(getattr(tokenizer, "model_max_length", 1 << 40))  # huge where a tokenizer does not say
+
+
+def _requests(
+    missing: list[tuple[Problem, int]], tokenizer: Any, context: int, sampling: Sampling, entry: dict[str, Any]
+) -> list[Request]:
+    """Render and tokenise the prompts; those that cannot fit are noted under `skipped` in the manifest.
+
+    Without a tokenizer (a server has it) the question is left as it is.
+    """
+    skipped: dict[str, str] = dict(entry.get("skipped", {}))
+    rendered: dict[int, tuple[str, list[int]]] = {}
     for problem, _ in missing:
-        if problem.task_id not in prompt_ids and str(problem.task_id) not in skipped:
-            text = prompts.render(problem, tokenizer.apply_chat_template)
-            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if len(ids) + sampling.max_tokens > context:
-                skipped[str(problem.task_id)] = f"{len(ids)} + {sampling.max_tokens} tokens, context {context}"
-            else:
-                prompt_ids[problem.task_id] = ids
+        if problem.task_id in rendered or str(problem.task_id) in skipped:
+            continue
+        if tokenizer is None:
+            rendered[problem.task_id] = (prompts.question(problem), [])
+            continue
+        text = prompts.render(problem, tokenizer.apply_chat_template)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) + sampling.max_tokens > context:
+            skipped[str(problem.task_id)] = f"{len(ids)} + {sampling.max_tokens} tokens, context {context}"
+        else:
+            rendered[problem.task_id] = (text, ids)
     if skipped:
         entry["skipped"] = skipped
     return [
-        Request(p.task_id, i, prompt_ids[p.task_id], sample_seed(sampling.seed, p.task_id, i))
+        Request(p.task_id, i, ids, sample_seed(sampling.seed, p.task_id, i), text)
         for p, i in missing
-        if p.task_id in prompt_ids
+        if p.task_id in rendered
+        for text, ids in [rendered[p.task_id]]
     ]
 
 
-def _engine(backend: str, path: Path, sampling: Sampling, dtype: str, longest: int) -> Engine:
+def _engine(backend: str, path: Path, sampling: Sampling, dtype: str, longest: int, batch: int | None = None) -> Engine:
     """Load the model; what the libraries print while they load goes to the log."""
+    length = longest + sampling.max_tokens
     with console.quiet("loading the model"):
         if backend == "vllm":
             from fractal.engine_vllm import VllmEngine
 
-            return VllmEngine(path, sampling, dtype, longest + sampling.max_tokens)
+            return VllmEngine(path, sampling, dtype, length, batch)
         from fractal.engine_transformers import TransformersEngine
 
-        return TransformersEngine(path, sampling, dtype)
+        return TransformersEngine(path, sampling, dtype, length, batch)
+
+
+def _served(model: str, sampling: Sampling, served: Served) -> Engine:
+    from fractal.engine_openai import OpenAiEngine
+
+    engine = OpenAiEngine(model, sampling, served)
+    engine.check()
+    return engine
 
 
 def _draw(
@@ -204,34 +352,61 @@ def _draw(
     requests: list[Request],
     problems: dict[int, Problem],
     path: Path,
+    sampling: Sampling,
     model: str,
-    entry: dict[str, object],
+    entry: dict[str, Any],
+    beside: Beside | None = None,
 ) -> None:
-    tokens, begin = 0, time.monotonic()
-    with Appender(path) as out, console.bar("generate", len(requests)) as bar:
-        for batch in engine.generate(requests):
-            out.write(_sample(c, problems[c.request.task_id], model) for c in batch)
-            tokens += sum(c.tokens for c in batch)
-            bar.advance(len(batch), f"{tokens / (time.monotonic() - begin):.0f} tokens/s")
-    seconds = time.monotonic() - begin
-    entry["tokens"] = int(entry.get("tokens", 0)) + tokens  # type: ignore[call-overload]
-    entry["decode_seconds"] = round(float(entry.get("decode_seconds", 0.0)) + seconds, 3)  # type: ignore[arg-type]
+    """Write samples as they finish. Raises KeyboardInterrupt once all that was finished is written."""
+    tokens = count = 0
+    begin = time.monotonic()
+    if size := getattr(engine, "batch", None):
+        entry["batch"] = size
+    try:
+        with Halt() as halt, Appender(path) as out, console.bar("generate", len(requests)) as bar:
+            if beside:
+                beside.drawing(bar, len(requests))
+            for done in engine.generate(requests, halt):
+                out.write(_sample(c, problems[c.request.task_id], sampling, model) for c in done)
+                count += len(done)
+                tokens += sum(c.tokens for c in done)
+                if beside:
+                    beside.wrote(len(done))
+                bar.advance(len(done), f"{tokens / (time.monotonic() - begin):.0f} tokens/s")
+    finally:
+        seconds = time.monotonic() - begin
+        entry["tokens"] = int(entry.get("tokens", 0)) + tokens
+        entry["decode_seconds"] = round(float(entry.get("decode_seconds", 0.0)) + seconds, 3)
     console.say(
-        f"generate: {len(requests)} samples, {tokens} tokens in {seconds:.0f} s "
-        f"({tokens / seconds:.1f} tokens/s, {len(requests) / seconds:.2f} samples/s)"
+        f"generate: {count} samples, {tokens} tokens in {seconds:.0f} s "
+        f"({tokens / seconds:.1f} tokens/s, {count / seconds:.2f} samples/s)"
     )
+    if halt():
+        raise KeyboardInterrupt
 
 
-def _sample(completion: Completion, problem: Problem, model: str) -> Sample:
-    reply = prompts.OPENING + completion.text + (prompts.FENCE_END if completion.stopped else "")
+def _sample(completion: Completion, problem: Problem, sampling: Sampling, model: str) -> Sample:
+    reply, request = completion.text, completion.request
+    if request.prompt:  # rendered here, so the reply was opened with a fence
+        reply = prompts.OPENING + reply + (prompts.FENCE_END if completion.stopped else "")
     return Sample(
         task_id=problem.task_id,
-        sample_id=completion.request.sample_id,
+        sample_id=request.sample_id,
         completion=reply,
         code=prompts.extract_code(reply, problem.entry_point),
         finish_reason="stop" if completion.stopped else "length",
         tokens=completion.tokens,
-        sum_logprob=round(completion.sum_logprob, 6),
-        seed=completion.request.seed,
+        sum_logprob=None if completion.sum_logprob is None else round(completion.sum_logprob, 6),
+        seed=request.seed,
         model=model,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        prompt_sha256=prompt_sha256(request.text),
     )
+
+
+@lru_cache(maxsize=1024)
+def prompt_sha256(text: str) -> str:
+    """A prompt's name in a Sample."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

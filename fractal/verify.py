@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -21,33 +21,50 @@ from fractal.run import RunDir
 from fractal.sandbox.container import Limits, Sandbox
 from fractal.tally import Tally, count, lost_lines, summary
 
+if TYPE_CHECKING:
+    from fractal.overlap import Overlap
+
 PAUSE_S = 0.1  # between writes, and between looks at the progress line
 BATCH = 5000  # labels held back at most
 PATIENCE_S = 3.0  # of reading, before a progress line
 
 
-def run(folder: RunDir, limits: Limits, **options: Any) -> Tally:
-    """Label the run's samples that have no verdict. Returns the counts over all its labels."""
-    problems = folder.problems()
-    source = Source(folder.file("samples.jsonl"), problems, own=True)
+def run(folder: RunDir, limits: Limits, overlap: "Overlap | None" = None, **options: Any) -> Tally:
+    """Label the run's samples that have no verdict. Returns the counts over all its labels.
+
+    `overlap`: what labelled some of them while others were drawn; it is waited for first.
+    """
+    overlapped = overlap is not None and overlap.finish()
+    source = Source(folder.file("samples.jsonl"), folder.problems(), own=True)
     labels = folder.file("labels.jsonl")
-    plan = _plan(source, labels)
-    if not plan.samples:
+    todo = plan(source, labels)
+    if not todo.samples:
         raise InputError(f"{folder.path}: has no samples yet. Run `fractal generate --run {folder.path}` first.")
     folder.configure("verify", {"limits": msgspec.to_builtins(limits)})
-    if plan.todo:
+    if todo.todo:
         with folder.stage("verify", "labels.jsonl") as entry:
-            tally = label_all(plan, source, labels, limits, lambda image: _record(folder, image), **options)
-            entry["samples"] = entry.get("samples", 0) + plan.todo
+            tally = label_all(todo, source, labels, limits, lambda sandbox: record_sandbox(folder, sandbox), **options)
+            entry["samples"] = entry.get("samples", 0) + todo.todo
+    elif overlap and overlapped:
+        tally = _told(labels, overlap.labels, overlap.seconds)
     else:
         tally = _nothing_to_do(labels)
     agreement.run(folder, limits, **options)
     return tally
 
 
-def _record(folder: RunDir, image: dict[str, Any]) -> None:
-    """Before the first label is written: a killed stage has labels, and they came from this image."""
-    folder.manifest["images"]["sandbox"] = image
+def prepare(folder: RunDir, limits: Limits, sandbox: Sandbox) -> None:
+    """Before the first label is written: a killed stage has labels, and they came from this image and these limits."""
+    folder.configure("verify", {"limits": msgspec.to_builtins(limits)})
+    record_sandbox(folder, sandbox)
+
+
+def record_sandbox(folder: RunDir, sandbox: Sandbox) -> None:
+    folder.manifest["images"]["sandbox"] = {
+        "name": sandbox.image,
+        "digest": sandbox.image_id,
+        "checks": sandbox.checks,
+    }
     folder.save()
 
 
@@ -56,10 +73,10 @@ def run_files(problems: Path, samples: Path, out: Path, limits: Limits, **option
     _check_names(problems, samples, out)
     with _alone(out):
         source = Source(samples, {p.task_id: p for p in read_problems(problems)})
-        plan = _plan(source, out)
-        if not plan.todo:
+        todo = plan(source, out)
+        if not todo.todo:
             return _nothing_to_do(out)
-        return label_all(plan, source, out, limits, **options)
+        return label_all(todo, source, out, limits, **options)
 
 
 class Source:
@@ -77,30 +94,27 @@ def label_all(
     source: Source,
     out: Path,
     limits: Limits,
-    started: Callable[[dict[str, Any]], None] = lambda image: None,
+    started: Callable[[Sandbox], None] = lambda sandbox: None,
     **options: Any,
 ) -> Tally:
     """Run what has no verdict and write its labels as they come; `started` is told what the sandbox is."""
     with Sandbox(limits=limits, **options) as sandbox:
-        started({"name": sandbox.image, "digest": sandbox.image_id, "checks": sandbox.checks})
+        started(sandbox)
         console.say(f"verify: {plan.todo:,} samples in {sandbox.image}")
         begin = time.monotonic()
         with console.bar("verify", plan.todo) as bar:
             if plan.redo:
                 todo = resume.to_redo(source(), out, plan.end)
-                _write(sandbox.verify(todo, source.problems), resume.redo_file(out), bar)
+                write(sandbox.verify(todo, source.problems), resume.redo_file(out), bar.advance)
                 resume.settle(source, out)
             if plan.end < plan.samples:
-                _write(sandbox.verify(resume.to_append(source(), plan.end), source.problems), out, bar)
+                write(sandbox.verify(resume.to_append(source(), plan.end), source.problems), out, bar.advance)
         seconds = time.monotonic() - begin
-    tally = count(out)
-    console.say(summary(tally, plan.todo, seconds))
-    _tell_lost(tally)
-    return tally
+    return _told(out, plan.todo, seconds)
 
 
-def _write(labels: Iterable[Label], out: Path, bar: console.Bar) -> None:
-    """Write labels as they come, in few writes."""
+def write(labels: Iterable[Label], out: Path, advance: Callable[[int, str], None]) -> None:
+    """Append labels as they come, in few writes; `advance` is told how many, and how fast they come."""
     begin = time.monotonic()
     done, due = 0, begin + PAUSE_S
     batch: list[Label] = []
@@ -112,13 +126,13 @@ def _write(labels: Iterable[Label], out: Path, bar: console.Bar) -> None:
                     ready, batch = batch, []  # first: Ctrl-C must not write them twice
                     file.write(ready)
                     done, due = done + len(ready), now + PAUSE_S
-                    bar.advance(len(ready), f"{done / (now - begin):,.0f} a second")
+                    advance(len(ready), f"{done / (now - begin):,.0f} a second")
         finally:
             file.write(batch)
-        bar.advance(len(batch))
+        advance(len(batch), "")
 
 
-def _plan(source: Source, labels: Path) -> resume.Plan:
+def plan(source: Source, labels: Path) -> resume.Plan:
     """Read everything once, before anything is run or written; a progress line where that takes long."""
     begin = time.monotonic()
     shown = 0.0
@@ -139,6 +153,14 @@ def _plan(source: Source, labels: Path) -> resume.Plan:
 def _nothing_to_do(labels: Path) -> Tally:
     tally = count(labels)
     console.say(f"verify: {tally.total:,} labels are there, nothing to do")
+    return tally
+
+
+def _told(labels: Path, now: int, seconds: float) -> Tally:
+    """The counts, said in one line; `now` labels are of this call and took so many seconds."""
+    tally = count(labels)
+    console.say(summary(tally, now, seconds))
+    _tell_lost(tally)
     return tally
 
 

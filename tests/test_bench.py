@@ -223,7 +223,10 @@ def test_bad_input_is_one_line(words: list[object], code: int, message: str, tmp
 def test_an_unknown_bench_is_refused_with_the_list(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "invoke", "--search-root", str(ROOT), "bench", "--what=speed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr.strip()) == (2, "bench: unknown --what=speed; known: verify, images.")
+    assert (done.returncode, done.stderr.strip()) == (
+        2,
+        "bench: unknown --what=speed; known: verify, images, generate.",
+    )
 
 
 def test_a_contestant_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Drawing samples: seeds, settings, resumption; and the real small model in both engines."""
 
+import hashlib
 import importlib.util
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal import generate, models, prompts
-from fractal.generate import Completion, Request, Sampling, sample_seed
+from fractal.generate import Completion, Halt, Request, Sampling, sample_seed
 from fractal.problems import ProblemSet, load
 from fractal.records import InputError, Sample, read_jsonl
 from fractal.run import RunDir
@@ -46,12 +49,57 @@ class Counting:
         self.asked: list[Request] = []
         self._stop_after = stop_after
 
-    def generate(self, requests: list[Request]) -> Iterator[list[Completion]]:
+    def generate(self, requests: list[Request], stopped: object = None) -> Iterator[list[Completion]]:
         for number, request in enumerate(requests):
             if number == self._stop_after:
                 raise KeyboardInterrupt
             self.asked.append(request)
             yield [Completion(request, f"def f():\n    return {request.seed}\n", True, 5, -1.5)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_held_back_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Halt() as halt:
+        assert not halt()
+        os.kill(os.getpid(), number)
+        assert halt()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            signal.pause()  # where the handler did not run yet
+    assert signal.getsignal(number) is before
+
+
+class Signalled(Counting):
+    """A SIGTERM arrives after some samples; what is finished then is still handed out, as an engine has to."""
+
+    def generate(
+        self, requests: list[Request], stopped: Callable[[], bool] = generate.never
+    ) -> Iterator[list[Completion]]:
+        for done in super().generate(requests):
+            if len(self.asked) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield done
+            if stopped():
+                return
+
+
+def test_what_is_finished_when_a_signal_comes_is_written(tmp_path: Path, starter: ProblemSet) -> None:
+    requests = [Request(starter.problems[0].task_id, i, [1], i, "text") for i in range(20)]
+    entry: dict[str, object] = {}
+    with pytest.raises(KeyboardInterrupt):
+        generate._draw(Signalled(), requests, starter.by_id(), tmp_path / "s", Sampling(), "m", entry)
+    assert [s.sample_id for s in read_jsonl(tmp_path / "s", Sample)] == [0, 1, 2, 3, 4]
+    assert entry["tokens"] == 25
+
+
+def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, starter: ProblemSet) -> None:
+    with RunDir(tmp_path / "r", create=True) as folder:
+        with pytest.raises(InputError, match="--batch 0"):
+            generate.run(folder, starter, models.EMBEDDED, Sampling(), batch=0)
+        with pytest.raises(InputError, match="--base-url"):
+            generate.run(folder, starter, "m", Sampling(), "openai")
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.fixture
@@ -79,6 +127,12 @@ def test_an_interrupted_run_goes_on_without_repeating(
     ]
     assert len(first.asked) + len(second.asked) == 15
     assert all(s.seed == sample_seed(0, s.task_id, s.sample_id) for s in samples)
+    assert {(s.temperature, s.top_p, s.max_tokens) for s in samples} == {(0.8, 1.0, 320)}
+    from transformers import AutoTokenizer
+
+    template = AutoTokenizer.from_pretrained(small_model).apply_chat_template
+    hashes = {p.task_id: hashlib.sha256(prompts.render(p, template).encode()).hexdigest() for p in starter.problems}
+    assert all(s.prompt_sha256 == hashes[s.task_id] for s in samples)
 
 
 @pytest.mark.model

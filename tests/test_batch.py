@@ -1,0 +1,96 @@
+"""Memory to batch: arithmetic, what is refused, and what "out of memory" looks like."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fractal import batch
+from fractal.batch import Shape, shape_of
+from fractal.records import OutsideError
+
+QWEN = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896, "vocab_size": 151936}  # 0.5B  # fmt: skip
+SHAPE = shape_of(QWEN)
+
+
+def test_keys_and_values_of_a_known_model() -> None:
+    """24 layers x (keys, values) x 2 heads x 64 numbers x 4 bytes."""
+    assert Shape(24, 2, 64, 896, 151936) == SHAPE
+    assert SHAPE.kv_bytes(1, 4) == 24_576
+    assert shape_of({"text_config": QWEN}) == SHAPE
+    assert shape_of({**QWEN, "head_dim": 128}).kv_bytes(1, 2) == 24_576
+
+
+def test_an_unknown_kind_of_model_is_refused_with_the_way_out() -> None:
+    with pytest.raises(OutsideError, match=r"no field 'hidden_size'.*--batch"):
+        shape_of({"num_attention_heads": 4})
+
+
+sizes = st.integers(0, 1 << 40)
+
+
+@given(sizes, sizes, st.integers(1, 4096), st.sampled_from(sorted(batch.BYTES)), st.integers(1, 1024))
+def test_batches_grow_with_memory_and_stay_within_it(a: int, b: int, length: int, dtype: str, most: int) -> None:
+    less, more = sorted((a, b))
+    found = [batch.transformers_batch(SHAPE, free, length, dtype, most=most, share=0.5) for free in (less, more)]
+    assert 1 <= found[0] <= found[1] <= most
+    if found[1] > 1:
+        assert found[1] * SHAPE.kv_bytes(length, batch.BYTES[dtype]) <= more / 2
+    cache = batch.cache_bytes(SHAPE, more, length, dtype, most=most, share=0.5)
+    assert cache <= more / 2
+    held = batch.paged_batch(SHAPE, cache, length, dtype, most=most)
+    assert held * SHAPE.kv_bytes(length, batch.BYTES[dtype]) <= cache
+    if cache < more // 2 - 1:  # memory did not bound it
+        assert held == most
+
+
+def test_free_memory_hears_a_containers_limit(tmp_path: Path) -> None:
+    machine = batch.free_memory(tmp_path)
+    assert machine > 1 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert batch.free_memory(tmp_path) > 1 << 20
+    (tmp_path / "memory.max").write_text("3000000\n")
+    assert batch.free_memory(tmp_path) == 2_000_000
+    (tmp_path / "memory.max").write_text("500\n")
+    assert batch.free_memory(tmp_path) == 0
+
+
+def real_cpu_error() -> Exception:
+    """What torch really says on a CPU."""
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return caught.value
+
+
+class OutOfMemoryError(RuntimeError):
+    """torch.cuda's own is of this name."""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (OutOfMemoryError("CUDA: 2 GiB"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"), True),
+        (ValueError("No available memory for the cache blocks."), True),
+        (ValueError("Available memory on node 0 (1.2/23 GiB) on kv cache allocation is less"), True),
+        (RuntimeError("shapes do not match"), False),
+        (KeyError("out of memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
+    assert batch.is_out_of_memory(error) is expected
+
+
+def test_torch_on_a_cpu_is_understood() -> None:
+    error = real_cpu_error()
+    assert batch.is_out_of_memory(error)
+    line = str(batch.too_big(4, error))
+    assert "out of memory with 4 samples at once" in line
+    assert "--batch" in line
+    assert "\n" not in line

@@ -1,0 +1,86 @@
+"""The generator's benchmark: its arithmetic, what it refuses, and one small real run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import generate as bench
+from benchmarks.generate import Turn
+from tests.conftest import ROOT
+
+STARTER = ROOT / "fractal" / "starter.jsonl"
+
+
+def turn(number: int, contestant: str, seconds: float, tokens: int = 1000, digest: str = "d") -> Turn:
+    return Turn(number, contestant, 10, tokens, seconds, digest, 3.0 if contestant == "alone" else None)
+
+
+TURNS = [
+    turn(0, "bare", 1.0),  # the warm-up
+    turn(1, "bare", 10.0), turn(1, "ours", 20.0), turn(1, "alone", 10.0), turn(1, "overlapped", 11.0),
+    turn(2, "bare", 30.0), turn(2, "ours", 30.0), turn(2, "alone", 40.0), turn(2, "overlapped", 40.0),
+    turn(3, "bare", 10.0), turn(3, "ours", 8.0), turn(3, "alone", 10.0), turn(3, "overlapped", 10.5),
+]  # fmt: skip
+
+
+def test_ratios_are_medians_of_what_one_round_says() -> None:
+    found = bench.summary(TURNS)
+    ratios = {one["name"]: one for one in found["ratios"]}
+    assert ratios["ours to bare"]["rounds"] == pytest.approx([0.5, 1.0, 1.25])
+    assert ratios["ours to bare"]["median"] == pytest.approx(1.0)
+    hidden = ratios["verification hidden: wall time with to without"]
+    assert hidden["median"] == pytest.approx(1.05)
+    assert "vLLM to transformers" not in ratios
+    rows = {row["contestant"]: row for row in found["rows"]}
+    assert rows["bare"]["tokens_per_s"] == pytest.approx(100.0)
+    assert (rows["alone"]["verify_s"], rows["ours"]["verify_s"]) == (3.0, None)
+    assert found["same_samples"] is True
+
+
+def test_other_samples_are_told() -> None:
+    found = bench.summary([*TURNS, turn(3, "ours", 8.0, digest="e")])
+    assert found["same_samples"] is False
+    assert any(line.endswith("NO") for line in bench.remarks(found, gpu=False))
+    assert any("of the mission's 90.6" in line for line in bench.remarks(found, gpu=True))
+
+
+def run(*words: object, cwd: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(ROOT / "benchmarks/generate.py"), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "ours,nobody"], "unknown 'nobody'; known: bare, "),
+        (["--rounds", "0"], "must be positive"),
+        (["--temperature", "-1"], "--temperature -1"),
+        (["--problems", "none.jsonl"], "none.jsonl: no such file"),
+        (["--problems", STARTER, "--model", "./none"], "--model ./none: no such folder"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[object], message: str, tmp_path: Path) -> None:
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.docker
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_a_quick_run_has_every_figure(image: str, small_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    done = run("--quick", "--problems", STARTER, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / done.stdout.strip().splitlines()[-1]).read_text())
+    assert {row["contestant"] for row in values["rows"]} == bench.TITLES.keys()
+    assert len(values["ratios"]) == len(bench.RATIOS)
+    assert all(row["tokens_per_s"] > 0 for row in values["rows"])
+    assert values["same_samples"] is True
