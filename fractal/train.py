@@ -213,7 +213,7 @@ class _Training:
         done = tune.last_epoch(self.target, self.about)
         self.history = [row for row in _history(self.target / "metrics.jsonl") if row["epoch"] <= done]
 
-        def evaluate(judge: tune.Judge, epoch: int, train_loss: float | None, seconds: float) -> bool:
+        def evaluate(judge: tune.Judge, epoch: int, train_loss: float | None, seconds: float | None) -> bool:
             auc = None
             if held:
                 logits = judge.judge(asked["dev"], asker.pad)

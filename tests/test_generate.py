@@ -49,6 +49,9 @@ class Counting:
         self.asked: list[Request] = []
         self._stop_after = stop_after
 
+    def close(self) -> None:
+        pass
+
     def generate(self, requests: list[Request], stopped: object = None) -> Iterator[list[Completion]]:
         for number, request in enumerate(requests):
             if number == self._stop_after:

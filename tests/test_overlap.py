@@ -65,6 +65,9 @@ class Engine:
     def __init__(self, pause_s: float = 0.0, stop_after: int | None = None) -> None:
         self.pause_s, self.stop_after = pause_s, stop_after
 
+    def close(self) -> None:
+        pass
+
     def generate(self, requests: list[Request], stopped: object = None) -> Iterator[list[Completion]]:
         for number, request in enumerate(requests):
             if number == self.stop_after:
