@@ -160,23 +160,30 @@ class _Training:
         states = self.features.of(_pairs(self.rows))
         seen = self.features.of(_pairs(self.watched)) if self.watched else None
         self.note(0, None, None if seen is None else self.zero.logits(seen[:, -1]))
-        chosen = cross_validate(states, passed, groups, self.features.layers)
+        chosen = cross_validate(states, passed, groups, self.features.layers, self.zero.weight)
+        start = self.zero.weight if chosen.start else None
         write_whole(self.target / "cross_validation.json", json.dumps(chosen.table, indent=1).encode())
+        begun = "the zero-shot judge" if chosen.start else "zero"
         console.say(
-            f"train: layer {chosen.layer}, ridge {chosen.ridge:g}: held-out train problems: AUC within a problem "
-            f"{_figure(chosen.within_auc)}, pooled {_figure(chosen.pooled_auc)}"
+            f"train: layer {chosen.layer}, ridge {chosen.ridge:g}, from {begun}; held-out train problems: AUC within a "
+            f"problem {_figure(chosen.within_auc)}, pooled {_figure(chosen.pooled_auc)}"
         )
         place = chosen.place
-        splits = compare_splits(states[:, place], passed, groups, chosen.ridge)
+        splits = compare_splits(states[:, place], passed, groups, chosen.ridge, start)
         write_whole(self.target / "splits.json", json.dumps(splits, indent=1).encode())
         about = replace(
             self.about,
             depth=chosen.layer,
             temperature=critic.temperature_of(chosen.logits, passed),
             combination=critic.combine(chosen.logits, _mean_logprobs(self.rows), passed, groups),
-            figures={"within_auc": chosen.within_auc, "pooled_auc": chosen.pooled_auc, "ridge": chosen.ridge},
+            figures={
+                "within_auc": chosen.within_auc,
+                "pooled_auc": chosen.pooled_auc,
+                "ridge": chosen.ridge,
+                "zero_shot_start": chosen.start,
+            },
         )
-        fit = HeadFit(states[:, place], passed, groups, chosen.ridge)
+        fit = HeadFit(states[:, place], passed, groups, chosen.ridge, start)
         for epoch in range(1, EPOCHS + 1):
             value = fit.epoch()
             critic.save(self.target / f"epoch-{epoch}", fit.head(), replace(about, epoch=epoch))

@@ -49,7 +49,7 @@ def test_no_problem_is_on_both_sides_of_a_fold(monkeypatch: pytest.MonkeyPatch) 
     judged: list[set[float]] = []
     original = probe.HeadFit.__init__
 
-    def watch(self: probe.HeadFit, rows: critic.Half, *rest: object) -> None:
+    def watch(self: probe.HeadFit, rows: critic.Half, *rest: object) -> None:  # rows (N, D)
         seen.append(set(rows[:, 5].tolist()))
         original(self, rows, *rest)  # type: ignore[arg-type]
 
@@ -91,6 +91,36 @@ def test_the_head_learns_what_can_be_learned_and_its_loss_falls() -> None:
     assert losses[-1] <= losses[0] + 1e-9
     new, truth, of = made(20, 6, 3, 2.5)
     assert within(fit.head().logits(new[:, 1]), truth, of) > 0.85
+
+
+def test_a_start_is_kept_where_the_ridge_is_strong_and_left_where_it_misleads() -> None:
+    """`start` points where layer 1 tells (or elsewhere): a strong ridge leaves its ranking as it is."""
+    states, passed, groups = made(20, 6, 8, 2.5)
+    good = np.eye(6, dtype=np.float32)[0]
+    held = probe.HeadFit(states[:, 1], passed, groups, 1e4, good)
+    held.epoch()
+    alone = critic.Head(good, 0.0).logits(states[:, 1])
+    assert np.corrcoef(held.head().logits(states[:, 1]), alone)[0, 1] > 0.999
+    bad = np.eye(6, dtype=np.float32)[3]
+    free = probe.HeadFit(states[:, 1], passed, groups, 1e-3, bad)
+    free.epoch()
+    assert within(free.head().logits(states[:, 1]), passed, groups) > 0.85
+
+
+def test_cross_validation_starts_from_the_zero_shot_judge_where_that_is_better() -> None:
+    """Few problems and a good judge: what is learned from so little cannot beat it."""
+    rng = np.random.default_rng(9)
+    groups = np.repeat(np.arange(10), 6)
+    passed = rng.random(60) < 0.4
+    states = rng.normal(size=(60, 2, 300)).astype(np.float32)
+    direction = rng.normal(size=300).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    states[:, 1] += 3.0 * passed[:, None] * direction
+    chosen = probe.cross_validate(states.astype(np.float16), passed, groups, [3, 4], direction)
+    assert chosen.start
+    assert chosen.layer == 4
+    assert chosen.within_auc is not None
+    assert chosen.within_auc > 0.9
 
 
 def test_the_same_data_give_the_same_head() -> None:
