@@ -1,12 +1,10 @@
 """Scoring with vLLM's pooling runner: a sequence classification model in, one logit a text out."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from fractal.engine_vllm import ON_GPU  # first: it sets vLLM's environment
+from fractal import batch
+from fractal.engine_vllm import ON_GPU, memory  # first: it sets vLLM's environment
 
 from vllm import LLM, PoolingParams, TokensPrompt  # isort: skip
 
@@ -17,7 +15,8 @@ class VllmScorer:
     """One sequence classification model with one label. Texts with the same beginning share it in the prefix cache."""
 
     def __init__(self, path: Path, dtype: str, longest: int) -> None:
-        """`longest`: tokens of the longest text."""
+        """`longest`: tokens of the longest text. Raises OutsideError where the memory holds not even that."""
+        size, options = memory(path, dtype, longest + 1, None)
         self._llm = LLM(
             str(path),
             runner="pooling",
@@ -26,8 +25,9 @@ class VllmScorer:
             enable_prefix_caching=True,
             enforce_eager=not ON_GPU,
             max_num_batched_tokens=None if ON_GPU else max(4096, longest + 1),
-            max_num_seqs=256 if ON_GPU else 32,
+            max_num_seqs=size,
             disable_log_stats=True,
+            **options,
         )
 
     def logits(self, texts: list[list[int]]) -> Iterator[tuple[int, float]]:
@@ -42,6 +42,4 @@ class VllmScorer:
         """Give the memory back: the next model needs it."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        batch.release()
