@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
-from benchmarks.verify import BenchError, machine, order, outcome, show
+from benchmarks.verify import BenchError, chosen, machine, order, outcome, save, show
 from fractal import console, generate, models
+from fractal.batch import read_shape
 from fractal.problems import load
 from fractal.records import InputError, Problem, Sample
 
@@ -99,7 +99,7 @@ def turn(plan: Plan, contestant: str) -> Turn:
     asker = critic.Asker(files.path)
     asked = [Asked(str(i), p.task_id, asker.ids(critic.question(p, s.code))) for i, (p, s) in enumerate(pairs)]
     tokens = sum(len(one.ids) for one in asked)
-    depth = int(json.loads((files.path / "config.json").read_bytes())["num_hidden_layers"])
+    depth = read_shape(files.path).layers
     if contestant in ("shared", "plain"):
         model = load_model(files.path)
         texts = asked if contestant == "shared" else [Asked(a.key, i, a.ids) for i, a in enumerate(asked)]
@@ -228,9 +228,7 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(given: argparse.Namespace) -> Plan:
     """The options, checked. Raises InputError."""
-    contestants = given.only.split(",") if given.only else list(TITLES)
-    if unknown := [c for c in contestants if c not in TITLES]:
-        raise InputError(f"--only: unknown {', '.join(map(repr, unknown))}; known: {', '.join(TITLES)}.")
+    contestants = chosen(given.only, TITLES)
     if min(given.limit, given.n, given.rounds) < 1:
         raise InputError("--limit, --n and --rounds must be positive.")
     if "vllm" in contestants and (trouble := generate.vllm_trouble()):
@@ -254,13 +252,7 @@ def run(given: argparse.Namespace) -> Path:
     found = summary(turns)
     for one in tables(found, peak_flops()):
         show(one)
-    given.out.mkdir(parents=True, exist_ok=True)
-    now = datetime.now(UTC)
-    path: Path = given.out / f"critic-{now:%Y%m%d-%H%M%S}.json"
-    values = {"date": f"{now:%Y-%m-%dT%H:%M:%SZ}", "plan": asdict(plan), "machine": facts, **found,
-              "turns": [asdict(t) for t in turns]}  # fmt: skip
-    path.write_text(json.dumps(values, indent=1) + "\n")
-    return path
+    return save(given.out, "critic", plan, {"machine": facts, **found, "turns": [asdict(t) for t in turns]})
 
 
 def main() -> int:

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
-from benchmarks.verify import SHARED, BenchError, machine, order, outcome, show
+from benchmarks.verify import SHARED, BenchError, chosen, machine, order, outcome, save, show
 from fractal import console, engine, generate, models
 from fractal.problems import load
 from fractal.records import InputError, OutsideError, Problem
@@ -325,9 +324,7 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(given: argparse.Namespace) -> Plan:
     """The options, checked. Raises InputError."""
-    contestants = given.only.split(",") if given.only else list(TITLES)
-    if unknown := [c for c in contestants if c not in TITLES]:
-        raise InputError(f"--only: unknown {', '.join(map(repr, unknown))}; known: {', '.join(TITLES)}.")
+    contestants = chosen(given.only, TITLES)
     if min(given.limit, given.n, given.rounds) < 1:
         raise InputError("--limit, --n and --rounds must be positive.")
     generate.Sampling(given.n, given.temperature, 1.0, given.max_tokens, given.seed)
@@ -367,13 +364,7 @@ def run(given: argparse.Namespace) -> Path:
         show(one)
     for line in remarks(found, models.has_gpu()):
         console.say(line)
-    given.out.mkdir(parents=True, exist_ok=True)
-    now = datetime.now(UTC)
-    path: Path = given.out / f"generate-{now:%Y%m%d-%H%M%S}.json"
-    values = {"date": f"{now:%Y-%m-%dT%H:%M:%SZ}", "plan": asdict(plan), "machine": facts, **found,
-              "turns": [asdict(t) for t in turns]}  # fmt: skip
-    path.write_text(json.dumps(values, indent=1) + "\n")
-    return path
+    return save(given.out, "generate", plan, {"machine": facts, **found, "turns": [asdict(t) for t in turns]})
 
 
 def main() -> int:

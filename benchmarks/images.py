@@ -36,7 +36,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
-from benchmarks.verify import BenchError, machine, outcome, show
+from benchmarks.verify import BenchError, machine, outcome, save, show
 from fractal import apt, console, engine
 from fractal.images import build, recipes, scan
 from fractal.records import InputError, OutsideError
@@ -832,18 +832,10 @@ def run(given: argparse.Namespace) -> Path:
     for line in remarks(images):
         console.say(line)
     after = {**facts, "load_after": list(os.getloadavg())}
-    path = save(given.out, plan, {"machine": after, "skipped": skipped, "failed": failed, "images": images})
+    path = save(given.out, "images", plan, {"machine": after, "skipped": skipped, "failed": failed, "images": images})
     if failed:
         told = "; ".join(f"{key}: {why}" for key, why in failed.items())
         raise BenchError(f"{told} What was measured: {path}")
-    return path
-
-
-def save(folder: Path, plan: Plan, values: dict[str, Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    now = datetime.now(UTC)
-    path = folder / f"images-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps({"date": f"{now:%Y-%m-%dT%H:%M:%SZ}", "plan": asdict(plan), **values}, indent=1) + "\n")
     return path
 
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -608,10 +608,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(folder: Path, plan: Plan, values: dict[str, Any]) -> Path:
+def save(folder: Path, what: str, plan: Any, values: dict[str, Any]) -> Path:
+    """Write a benchmark's figures with its date and its plan, a dataclass; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC)
-    path = folder / f"verify-{now:%Y%m%d-%H%M%S}.json"
+    path = folder / f"{what}-{now:%Y%m%d-%H%M%S}.json"
     path.write_text(json.dumps({"date": f"{now:%Y-%m-%dT%H:%M:%SZ}", "plan": asdict(plan), **values}, indent=1) + "\n")
     return path
 
@@ -639,11 +640,17 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def chosen(only: str | None, titles: Iterable[str]) -> list[str]:
+    """The contestants that `--only` names, or all. Raises InputError for one that is not there."""
+    contestants = only.split(",") if only else list(titles)
+    if unknown := [c for c in contestants if c not in titles]:
+        raise InputError(f"--only: unknown {', '.join(map(repr, unknown))}; known: {', '.join(titles)}.")
+    return contestants
+
+
 def plan_of(given: argparse.Namespace) -> Plan:
     """The options, checked. Raises InputError."""
-    contestants = given.only.split(",") if given.only else list(TITLES)
-    if unknown := [c for c in contestants if c not in TITLES]:
-        raise InputError(f"--only: unknown {', '.join(map(repr, unknown))}; known: {', '.join(TITLES)}.")
+    contestants = chosen(given.only, TITLES)
     if min(given.samples_count, given.rounds, given.workers or 1) < 1 or given.limit <= 0 or given.turn <= 0:
         raise InputError("--samples-count, --rounds, --workers, --limit and --turn must be positive.")
     if given.runtime:
@@ -697,7 +704,7 @@ def run(given: argparse.Namespace) -> Path:
         if given.linear:
             rows = linear(Arena(plan, problems, samples, Path(folder), None), counts)
             show(linear_table(rows))
-            return save(given.out, plan, {"mode": "linear", "machine": facts, "rows": rows})
+            return save(given.out, "verify", plan, {"mode": "linear", "machine": facts, "rows": rows})
         plan, bench_python = available(plan)
         arena = Arena(plan, problems, samples, Path(folder), bench_python)
         turns, expected, sizes = measure(arena)
@@ -711,8 +718,9 @@ def run(given: argparse.Namespace) -> Path:
         "quick": len(expected.of("quick")), "slow": sorted(expected.of("slow")),
         "unstable": sorted(unstable(turns, expected)), "passed": sum(v == "passed" for v in expected.verdicts.values()),
     }  # fmt: skip
-    return save(given.out, plan, {"mode": "compare", "machine": {**facts, "load_after": list(os.getloadavg())},
-                                  "samples": described, "sizes": sizes, "rows": rows, "turns": raw_turns})  # fmt: skip
+    after = {**facts, "load_after": list(os.getloadavg())}
+    values = {"mode": "compare", "machine": after, "samples": described, "sizes": sizes, "rows": rows}
+    return save(given.out, "verify", plan, {**values, "turns": raw_turns})
 
 
 def available(plan: Plan) -> tuple[Plan, str | None]:

@@ -233,7 +233,7 @@ def _generate(
     elif server["tokenizer"]:
         raise InputError("--tokenizer goes with --backend openai; a model's folder brings its own.")
     if model is None:
-        model = folder.manifest.get("model_paths", {}).get(known.get("model"), models.EMBEDDED)
+        model = folder.model_path(known.get("model", models.EMBEDDED))
     generate.run(folder, problem_set, model, sampling, backend, batch=batch, served=served, beside=overlap)
 
 
@@ -502,24 +502,21 @@ def run_stages(
     _check_slots(slots)
     server = {"base_url": base_url, "tokenizer": tokenizer, "concurrency": concurrency}
     with RunDir(run, create=stage in (Stage.all, Stage.generate)) as folder:
-        if stage is Stage.generate:
-            found = _problem_set(folder, problems, split, limit)
-            _criteria(folder, criterion, plan)
+        found = _problem_set(folder, problems, split, limit) if stage in (Stage.all, Stage.generate) else None
+        if stage is Stage.all:
+            _check_sandbox(image, socket)
+        _criteria(folder, criterion, plan)
+        if found and stage is Stage.generate:
             _generate(folder, found, model, backend, server, batch, **sampling)
         if stage in (Stage.all, Stage.verify):
             from fractal import verify as verify_stage
             from fractal.overlap import Overlap
 
             with Overlap(folder, limits, **sandbox) as overlap:
-                if stage is Stage.all:
-                    found = _problem_set(folder, problems, split, limit)
-                    _check_sandbox(image, socket)
-                    _criteria(folder, criterion, plan)
+                if found:
                     _generate(folder, found, model, backend, server, batch, overlap, **sampling)
                 tally = verify_stage.run(folder, limits, overlap, **sandbox)
             _failed_labels(tally.errors)
-        if stage not in (Stage.all, Stage.generate):
-            _criteria(folder, criterion, plan)
         if stage in (Stage.all, Stage.train, Stage.score):
             _critic(folder, stage, base, mode, score_backend, **recipe)
         if stage in (Stage.all, Stage.select):

@@ -42,9 +42,7 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
             "temperature": temperatures.pop() if len(temperatures) == 1 else None,
         },
     )
-    folder.manifest.setdefault("model_paths", {})[files.name] = (
-        str(Path(model).resolve()) if Path(model).exists() else model
-    )
+    folder.keep_model_path(files.name, model)
     folder.save()
     folder.set_problems(chosen)
     if folder.file("samples.jsonl").exists():

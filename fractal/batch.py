@@ -1,9 +1,13 @@
-"""How many samples fit into memory at once, and what "out of memory" looks like. Pure but for `free_memory`.
+"""How many samples fit into memory at once, and what "out of memory" looks like.
+
+Pure but for `free_memory` and `release`.
 
 A sample under way holds keys and values for each of its tokens; these, not the weights, grow with the batch.
 """
 
+import gc
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,3 +115,10 @@ def too_big(batch: int, error: BaseException) -> OutsideError:
     """The one line after the automatic step down did not help."""
     reason = (str(error).strip().splitlines() or ["out of memory"])[0][:160]
     return OutsideError(f"out of memory with {batch} samples at once ({reason}). {REMEDY} What was finished is kept.")
+
+
+def release() -> None:
+    """Give back what was let go: the next model needs it."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

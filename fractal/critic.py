@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
 from scipy.optimize import minimize_scalar
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -29,6 +31,7 @@ from fractal.records import InputError, Problem
 
 PROMPT_VERSION = 1
 ANSWERS = ("Yes", "No")
+REMEDY = "Train it again (`fractal train`), or give another --critic."
 ABOUT = "critic.json"  # not config.json: a fully trained model has its own
 
 Array = NDArray[np.float32]
@@ -257,32 +260,36 @@ def _describe(folder: Path, fields: dict[str, Any]) -> None:
     draft.replace(folder / ABOUT)
 
 
-def load(folder: Path) -> tuple[Head, About]:
-    """Read a critic. Raises BrokenCritic if a file is missing, cut short or of another version."""
-    remedy = "Train it again (`fractal train`), or give another --critic."
+def read_about(folder: Path) -> About:
+    """What a critic says of itself; its other files are not looked at. Raises BrokenCritic."""
     try:
         fields = json.loads((folder / ABOUT).read_bytes())
         both = fields.pop("combination")
-        about = About(**fields, combination=Combination(**both) if both else None)
+        return About(**fields, combination=Combination(**both) if both else None)
     except FileNotFoundError:
-        raise BrokenCritic(f"{folder}: holds no critic ({ABOUT} is missing). {remedy}") from None
+        raise BrokenCritic(f"{folder}: holds no critic ({ABOUT} is missing). {REMEDY}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BrokenCritic(f"{folder}/{ABOUT}: not a critic's: {error}. {remedy}") from error
+        raise BrokenCritic(f"{folder}/{ABOUT}: not a critic's: {error}. {REMEDY}") from error
+
+
+def load(folder: Path) -> tuple[Head, About]:
+    """Read a critic. Raises BrokenCritic if a file is missing, cut short or of another version."""
+    about = read_about(folder)
     for name, digest in about.files.items():
         if not (folder / name).is_file():
-            raise BrokenCritic(f"{folder}/{name}: is missing. {remedy}")
+            raise BrokenCritic(f"{folder}/{name}: is missing. {REMEDY}")
         if _sha256(folder / name) != digest:
-            raise BrokenCritic(f"{folder}/{name}: is damaged or was cut short: its sha256 differs. {remedy}")
+            raise BrokenCritic(f"{folder}/{name}: is damaged or was cut short: its sha256 differs. {REMEDY}")
     if about.prompt_version != PROMPT_VERSION:
         raise BrokenCritic(
             f"{folder}: was made for version {about.prompt_version} of the critic's question, this is version "
-            f"{PROMPT_VERSION}. {remedy}"
+            f"{PROMPT_VERSION}. {REMEDY}"
         )
     try:
         arrays = load_file(folder / "head.safetensors")
         head = Head(arrays["weight"], float(arrays["bias"][0]))
     except (OSError, SafetensorError, KeyError) as error:
-        raise BrokenCritic(f"{folder}/head.safetensors: cannot be read: {error}. {remedy}") from error
+        raise BrokenCritic(f"{folder}/head.safetensors: cannot be read: {error}. {REMEDY}") from error
     return head, about
 
 
@@ -305,20 +312,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def export(base: Path, head: Head, depth: int, target: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+def export(base: Path, head: Head, depth: int, target: Path, tuned: dict[str, torch.Tensor] | None = None) -> None:
     """Write the critic as a sequence classification model that transformers and vLLM load; `target` is made anew.
 
-    `weights`: the model's own, fine-tuned, by the names of the base's files; else those of the base. Layers from
+    `tuned`: the weights after training, by the names of the base's files; else those of the base. Layers from
     `depth` on are left out, which saves their time, too.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    kept = {name: tensor for name, tensor in (weights or _weights(base)).items() if _layer_of(name) < depth}
+    kept = {name: tensor for name, tensor in (tuned or weights(base)).items() if _layer_of(name) < depth}
     kept = {name: tensor.contiguous() for name, tensor in kept.items() if not name.startswith("lm_head.")}
     kept["score.weight"] = torch.tensor(head.weight)[None]
     kept["score.bias"] = torch.tensor([head.bias])
-    from safetensors.torch import save_file as save_tensors
-
     save_tensors(kept, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_bytes())
     kind = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
@@ -335,10 +340,9 @@ def export(base: Path, head: Head, depth: int, target: Path, weights: dict[str, 
             shutil.copy(file, target / file.name)
 
 
-def _weights(base: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file as load_tensors
-
-    return {name: tensor for file in sorted(base.glob("*.safetensors")) for name, tensor in load_tensors(file).items()}
+def weights(folder: Path, files: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    """The tensors of a folder's files by their names."""
+    return {name: tensor for file in sorted(folder.glob(files)) for name, tensor in load_tensors(file).items()}
 
 
 def _layer_of(name: str) -> int:

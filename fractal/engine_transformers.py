@@ -5,7 +5,6 @@ is a draw from softmax(logit / T). The noise comes from a generator of the sampl
 does not depend on the batch that it is decoded in, but for the rounding of sums of another shape.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Give the memory back: the critic needs it, in the same process."""
         self._model = None
-        gc.collect()
-        if self._device == "cuda":
-            torch.cuda.empty_cache()
+        batch.release()
 
     def generate(self, requests: list[Request], stopped: Callable[[], bool] = never) -> Iterator[list[Completion]]:
         at = 0
@@ -68,9 +65,7 @@ class TransformersEngine:
                 raise batch.too_big(self.batch, trouble)
             self._stepped, self.batch = True, max(1, self.batch // 2)
             del trouble  # its traceback holds the tensors
-            gc.collect()
-            if self._device == "cuda":
-                torch.cuda.empty_cache()
+            batch.release()
             console.warn(f"generate: out of memory; goes on with {self.batch} samples at once")
 
     def _try(self, part: list[Request], stopped: Callable[[], bool]) -> tuple[list[Completion], BaseException | None]:

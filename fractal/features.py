@@ -6,7 +6,6 @@ programs. Nothing is trained here.
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,6 +18,7 @@ import torch
 from transformers import AutoModel
 
 from fractal import console
+from fractal.batch import is_out_of_memory, read_shape
 from fractal.critic import PROMPT_VERSION, Asker, Half, question
 from fractal.models import preferred_dtype
 from fractal.records import OutsideError, Problem, Sample
@@ -54,8 +54,7 @@ class Features:
     ) -> None:
         """`digest` names the weights; `load` makes the model where they are not those of the folder `model`."""
         dtype = dtype or preferred_dtype()
-        config = json.loads((model / "config.json").read_bytes())
-        depth = int(config["num_hidden_layers"])
+        depth = read_shape(model).layers
         self._model, self._load = model, load or (lambda: load_model(model, dtype))
         self.layers = layers or sorted({round(x) for x in np.linspace(depth / 3, depth, LAYERS)})
         self._cache = cache
@@ -138,7 +137,9 @@ def read(
                 for batch, states in _problem(model, texts, layers, pad, batch_tokens):
                     texts = texts[len(batch) :]
                     yield batch, states
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 if batch_tokens < whole:
                     raise OutsideError(
                         f"out of memory while reading a program of {len(texts[0].ids)} tokens, also with batches of "

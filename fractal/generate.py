@@ -228,8 +228,7 @@ def run(
         free=("n", "base_url"),
     )
     name = files.name if files else model
-    known = served.tokenizer if served and served.tokenizer and not files else model
-    folder.manifest.setdefault("model_paths", {})[name] = str(Path(known).resolve()) if Path(known).exists() else known
+    folder.keep_model_path(name, served.tokenizer if served and served.tokenizer and not files else model)
     folder.set_problems(problem_set.problems)
     path = folder.file("samples.jsonl")
     done = unique(read_jsonl(path, Sample), path)

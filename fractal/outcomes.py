@@ -28,19 +28,12 @@ class Outcome:
     def logit(self) -> float | None:
         return None if self.score is None else self.score.score
 
-    @property
-    def mean_logprob(self) -> float | None:
-        """Log-probability of a token; None if the source gave none, or for an empty completion."""
-        if self.sample.sum_logprob is None or self.sample.tokens < 1:
-            return None
-        return self.sample.sum_logprob / self.sample.tokens
-
 
 # Of a problem's samples the highest is picked; None is "nothing known" and ranks last; ties: the lowest sample_id.
 RANKINGS: dict[str, Callable[[Outcome], float | None]] = {
     "critic": lambda one: one.logit,
     "first": lambda one: 0.0,
-    "mean_logprob": lambda one: one.mean_logprob,
+    "mean_logprob": lambda one: one.sample.mean_logprob,
     "sum_logprob": lambda one: one.sample.sum_logprob if one.sample.tokens else None,
     "shortest": lambda one: -len(one.sample.code),
     "zero_shot": lambda one: None if one.score is None else one.score.zero_shot,

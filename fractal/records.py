@@ -84,6 +84,11 @@ class Sample:
     max_tokens: int | None = None
     prompt_sha256: str | None = None  # of the text that the model continued
 
+    @property
+    def mean_logprob(self) -> float | None:
+        """Log-probability of a token; None if the source gave none, or for an empty completion."""
+        return None if self.sum_logprob is None or self.tokens < 1 else self.sum_logprob / self.tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Label:

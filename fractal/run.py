@@ -138,6 +138,15 @@ class RunDir:
             self.manifest["config"][section] = new
             self.save()
 
+    def keep_model_path(self, name: str, given: str) -> None:
+        """Remember where the model of that name was found: a folder, or a hub id. The caller saves."""
+        place = str(Path(given).resolve()) if Path(given).exists() else given
+        self.manifest.setdefault("model_paths", {})[name] = place
+
+    def model_path(self, name: str) -> str:
+        """Where the model of that name was found; the name itself if nobody said."""
+        return str(self.manifest.get("model_paths", {}).get(name, name))
+
     def problems(self) -> dict[int, Problem]:
         """The run's own problems by task_id. Raises InputError if generation has not been set up yet."""
         found = read_jsonl(self.file("problems.jsonl"), Problem)

@@ -5,20 +5,25 @@ cache, and is the faster one on a GPU. Both rank alike (tests/test_score.py).
 """
 
 import hashlib
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fractal import console, generate, models
+from fractal.batch import read_shape
 from fractal.records import InputError, Problem, Sample, Score, read_jsonl, unique, write_jsonl
 from fractal.run import RunDir
-from fractal.train import path_of
 
 BACKENDS = ("auto", "transformers", "vllm")
 
+if TYPE_CHECKING:
+    from fractal.critic import About, Head
+
 Pairs = list[tuple[Problem, Sample]]
+Loaded = tuple["Head", "About"]  # of critic.load
 Logits = NDArray[np.float64]
 
 
@@ -30,7 +35,7 @@ def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", b
     where = critic_dir or folder.file("critic/best")
     if not where.is_dir():
         raise InputError(f"{where}: holds no critic. Run `fractal train --run {folder.path}` first, or give --critic.")
-    _, about = critic.load(where)
+    head, about = critic.load(where)
     path = folder.file("samples.jsonl")
     samples = unique(read_jsonl(path, Sample), path)
     if not samples:
@@ -42,12 +47,15 @@ def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", b
     if known.get("critic_sha256") == digest and done.keys() == samples.keys():
         console.say(f"score: {len(done)} scores are there, nothing to do")
         return
-    files = models.resolve(base or path_of(folder, about.base))
+    files = models.resolve(base or folder.model_path(about.base))
     critic.check_base(where, about, files)
     pairs = [(problems[s.task_id], s) for s in samples.values()]
     with folder.stage("score", "scores.jsonl") as entry:
         cache = folder.file("critic/features")
-        judge: Any = VllmJudge(where, files) if chosen == "vllm" else TransformersJudge(where, files, cache)
+        loaded = head, about
+        judge: Any = (
+            VllmJudge(where, loaded, files) if chosen == "vllm" else TransformersJudge(where, loaded, files, cache)
+        )
         logits, zero_shot = judge.logits(pairs), judge.zero_shot(pairs)
         if not np.isfinite(logits).all():
             bad = [f"{s.task_id}/{s.sample_id}" for (_, s), x in zip(pairs, logits, strict=True) if not np.isfinite(x)]
@@ -64,8 +72,7 @@ def scores(pairs: Pairs, logits: Logits, zero_shot: Logits, about: Any) -> list[
     chances = 1 / (1 + np.exp(-np.clip(logits / about.temperature, -500, 500)))
     found = []
     for (_, sample), logit, chance, zero in zip(pairs, logits, chances, zero_shot, strict=True):
-        mean = sample.sum_logprob / sample.tokens if sample.sum_logprob is not None and sample.tokens else None
-        both = about.combination.logit(float(logit), mean) if about.combination else None
+        both = about.combination.logit(float(logit), sample.mean_logprob) if about.combination else None
         found.append(Score(sample.task_id, sample.sample_id, float(logit), float(chance), float(zero), both))
     return found
 
@@ -85,12 +92,13 @@ def choose_backend(backend: str) -> str:
 class TransformersJudge:
     """A critic that reads with transformers; what it has read is kept in `cache`."""
 
-    def __init__(self, where: Path, files: models.ModelFiles, cache: Path, dtype: str | None = None) -> None:
-        from fractal import critic
+    def __init__(
+        self, where: Path, loaded: Loaded, files: models.ModelFiles, cache: Path, dtype: str | None = None
+    ) -> None:
         from fractal.features import Features
 
         self._where, self._files, self._cache, self._dtype = where, files, cache, dtype
-        self._head, self._about = critic.load(where)
+        self._head, self._about = loaded
         self._base = Features(files.path, files.digest, cache, dtype=dtype)
 
     def logits(self, pairs: Pairs) -> Logits:
@@ -122,11 +130,9 @@ class TransformersJudge:
 class VllmJudge:
     """A critic, and the zero-shot judge, as sequence classification models in vLLM."""
 
-    def __init__(self, where: Path, files: models.ModelFiles, dtype: str | None = None) -> None:
-        from fractal import critic
-
+    def __init__(self, where: Path, loaded: Loaded, files: models.ModelFiles, dtype: str | None = None) -> None:
         self._where, self._files, self._dtype = where, files, dtype
-        self._head, self._about = critic.load(where)
+        self._head, self._about = loaded
 
     def logits(self, pairs: Pairs) -> Logits:
         """(N,) the critic's logits."""
@@ -141,16 +147,12 @@ class VllmJudge:
 
     def zero_shot(self, pairs: Pairs) -> Logits:
         """(N,) logit of Yes minus logit of No of the model before any training."""
-        import json
-
         from fractal import critic
 
-        depth = int(json.loads((self._files.path / "config.json").read_bytes())["num_hidden_layers"])
+        depth = read_shape(self._files.path).layers
         return self._classify(critic.Head(critic.answer_direction(self._files.path), 0.0), depth, pairs, None)
 
     def _classify(self, head: Any, depth: int, pairs: Pairs, weights: dict[str, Any] | None) -> Logits:
-        import tempfile
-
         from fractal import critic
         from fractal.scorer_vllm import VllmScorer
 

@@ -158,7 +158,7 @@ def _consensus(candidates: Sequence[Outcome]) -> Outcome | None:
     votes = Counter(text for text in texts if text is not None)
     best, best_rank = None, (-1, 0.0)
     for one, text in zip(candidates, texts, strict=True):
-        logprob = one.mean_logprob
+        logprob = one.sample.mean_logprob
         rank = (votes[text] if text is not None else 0, -math.inf if logprob is None else logprob)
         if rank > best_rank:
             best, best_rank = one, rank

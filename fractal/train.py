@@ -60,9 +60,9 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe", **recipe: 
             "verify samples of the train split."
         )
     base = base or folder.manifest["config"]["generate"]["model"]
-    files = models.resolve(path_of(folder, base))
-    if files.name != base:
-        folder.manifest.setdefault("model_paths", {})[files.name] = str(files.path)
+    place = folder.model_path(base)
+    files = models.resolve(place)
+    folder.keep_model_path(files.name, place)
     facts = b"".join(encode((s.task_id, s.sample_id, s.code, v.passed, s.sum_logprob, s.tokens)) for _, s, v in rows)
     config: dict[str, Any] = {
         "mode": mode,
@@ -97,6 +97,16 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe", **recipe: 
     folder.save()
 
 
+def _inputs(critic_dir: Path) -> Any:
+    """What a critic says that it was made from; None if it says nothing."""
+    from fractal import critic
+
+    try:
+        return critic.read_about(critic_dir).inputs
+    except critic.BrokenCritic:
+        return None
+
+
 def _known(critic_dir: Path) -> Any:
     """What a critic was made from; None if there is none that is whole."""
     from fractal import critic
@@ -108,12 +118,6 @@ def _known(critic_dir: Path) -> Any:
     except critic.BrokenCritic as error:
         console.warn(f"train: {error}")
         return None
-
-
-def path_of(folder: RunDir, base: str) -> str:
-    """A model given as a folder is recorded by its name; the path it had is in the manifest beside it."""
-    paths: dict[str, str] = folder.manifest.get("model_paths", {})
-    return paths.get(base, base)
 
 
 class _Training:
@@ -139,9 +143,9 @@ class _Training:
         )
         self.history: list[dict[str, Any]] = []
         # Whoever trains anew with other inputs starts with a clean folder; the same inputs go on.
-        known = [_known(one) for one in self.target.glob("epoch-*")]
-        if config["mode"] == "probe" or any(one not in (None, config) for one in known):
-            for old in self.target.glob("epoch-*"):
+        epochs = list(self.target.glob("epoch-*"))
+        if config["mode"] == "probe" or any(_inputs(one) not in (None, config) for one in epochs):
+            for old in epochs:
                 shutil.rmtree(old)
             self.target.joinpath("metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(self.target / "best", ignore_errors=True)
@@ -234,8 +238,8 @@ class _Training:
         try:
             if not self.exhausted(recipe.patience):
                 known = {row["epoch"] for row in self.history}
-                tune.fit(examples, self.files, recipe, self.target, self.about, known, evaluate)
-        except tune.TrainError as error:
+                tune.fit(examples, self.files, recipe, self.target, self.about, done, known, evaluate)
+        except tune.Diverged as error:
             if best := self.best_epoch():
                 self.conclude(best, held)
                 raise TrainError(f"{error} critic/best is epoch {best}'s.") from error
@@ -366,9 +370,7 @@ def _truth(rows: list[Row]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
 
 def _mean_logprobs(rows: list[Row]) -> NDArray[np.float64]:
     """(N,) log-probability of a token; NaN where the source gave none."""
-    return np.array(
-        [s.sum_logprob / s.tokens if s.sum_logprob is not None and s.tokens else np.nan for _, s, _ in rows]
-    )
+    return np.array([np.nan if s.mean_logprob is None else s.mean_logprob for _, s, _ in rows])
 
 
 def _history(path: Path) -> list[dict[str, Any]]:

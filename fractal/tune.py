@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import AutoModel
 
 from fractal import console, critic
+from fractal.batch import is_out_of_memory, release
 from fractal.critic import About, Array, Asker, Flags, Floats, Groups, Head
 from fractal.features import Asked, device, read
 from fractal.models import ModelFiles, preferred_dtype
@@ -35,8 +36,8 @@ RATES = {"lora": 1e-4, "full": 1e-5}
 OPTIMISER = "optimiser.pt"
 
 
-class TrainError(Exception):
-    """Training cannot go on, or the labels do not allow it. Exit code 1."""
+class Diverged(Exception):
+    """The loss is no number any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,19 +206,13 @@ class Judge:
 
             set_peft_model_state_dict(self.backbone, load_file(folder / "adapter_model.safetensors"))
         else:
-            self.backbone.load_state_dict(load_full(folder))
+            self.backbone.load_state_dict(critic.weights(folder, "model*.safetensors"))
         state = torch.load(folder / OPTIMISER, map_location=device(), weights_only=True)
         head, _ = critic.load(folder)
         with torch.no_grad():
             self.weight.copy_(torch.tensor(head.weight))
             self.bias.copy_(state["bias"])
         self.optimiser.load_state_dict(state["optimiser"])
-
-
-def load_full(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
-    }
 
 
 def tuned_model(folder: Path, about: About, files: ModelFiles, dtype: str | None = None) -> Any:
@@ -244,13 +239,14 @@ def fit(
     recipe: Recipe,
     target: Path,
     about: About,
+    done: int,
     known: set[int],
     evaluate: Callable[[Judge, int, float | None, float | None], bool],
 ) -> None:
-    """Train to the end of the recipe, from the last whole checkpoint in `target` on.
+    """Train to the end of the recipe, from epoch `done` on, the last whole checkpoint in `target`; 0 is none.
 
     `evaluate(judge, epoch, train_loss, seconds)` is told of each epoch that is not in `known` (0 is the untrained
-    judge) and says whether to go on. Raises TrainError if the loss is no number; the checkpoints before it stay.
+    judge) and says whether to go on. Raises Diverged if the loss is no number; the checkpoints before it stay.
     """
     pad = Asker(files.path).pad
     shift = critic.prior_shift(np.repeat([e.passed for e in examples], [e.weight for e in examples]))
@@ -258,13 +254,14 @@ def fit(
     while True:
         with console.quiet("loading the critic's model"):
             judge = Judge(files, recipe)
-        done = last_epoch(target, about)
         if done:
             judge.restore(target / f"epoch-{done}")
             console.say(f"train: going on after epoch {done}")
         try:
-            if not done and 0 not in known and not evaluate(judge, 0, None, None):
-                return
+            if not done and 0 not in known:
+                known = known | {0}
+                if not evaluate(judge, 0, None, None):
+                    return
             judge.shift = shift
             if done and done not in known:  # killed between a checkpoint and its evaluation
                 figures = critic.load(target / f"epoch-{done}")[1].figures
@@ -279,7 +276,7 @@ def fit(
                 for older in target.glob(f"epoch-*/{OPTIMISER}"):
                     if older.parent.name != f"epoch-{epoch}":
                         critic.forget(older.parent, OPTIMISER)
-                known |= {epoch}
+                done, known = epoch, known | {epoch}
                 if not evaluate(judge, epoch, loss, round(seconds, 3)):
                     return
             return
@@ -292,8 +289,7 @@ def fit(
             batch_tokens //= 2
             console.warn(f"train: out of memory; this epoch again with --batch-tokens {batch_tokens}")
             del judge
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release()
 
 
 def last_epoch(target: Path, about: About) -> int:
@@ -335,7 +331,7 @@ def _epoch(judge: Judge, examples: list[Example], epoch: int, batch_tokens: int,
                 bar.advance(len(batch), f"loss {value:.3f}, {seen / (time.monotonic() - begin):.1f} samples/s")
             norm = float(torch.nn.utils.clip_grad_norm_(judge.parameters, CLIP))
             if not math.isfinite(value) or not math.isfinite(norm):
-                raise TrainError(
+                raise Diverged(
                     f"the loss is no number any more (epoch {epoch}, step {number + 1} of {len(steps)}; problems "
                     f"{', '.join(str(t) for t in sorted({e.task_id for e in step})[:8])}). Checkpoints of earlier "
                     f"epochs are kept. Try a lower --learning-rate than {recipe.rate:g}."
@@ -361,7 +357,9 @@ def parts(
             logits = judge.logits(batch, pad)
             value = batch_loss(logits, batch, share, total, mixed)
             value.backward()  # type: ignore[no-untyped-call]
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             judge.optimiser.zero_grad(set_to_none=True)
             raise _Smaller from error
         yield batch, float(value.detach())

@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Path:
 BOTH = """
 import sys, numpy as np
 from pathlib import Path
-from fractal import models, score
+from fractal import critic, models, score
 from fractal.records import Sample, read_jsonl
 from fractal.run import RunDir
 where, run, out = (Path(word) for word in sys.argv[1:4])
@@ -43,7 +43,7 @@ files = models.resolve(sys.argv[4])
 with RunDir(run) as folder:
     problems = folder.problems()
 pairs = [(problems[s.task_id], s) for s in read_jsonl(run / "samples.jsonl", Sample)]
-judges = [score.TransformersJudge(where, files, out / "features", dtype="float32"), score.VllmJudge(where, files, dtype="float32")]
+judges = [score.TransformersJudge(where, critic.load(where), files, out / "features", dtype="float32"), score.VllmJudge(where, critic.load(where), files, dtype="float32")]
 np.save(out / "logits.npy", [judge.logits(pairs) for judge in judges])
 np.save(out / "zero.npy", [judge.zero_shot(pairs) for judge in judges])
 import os; os._exit(0)  # vLLM's threads
@@ -83,7 +83,10 @@ def test_every_sample_has_its_own_score(run: Path) -> None:
     with RunDir(run) as folder:
         problems = folder.problems()
         alone = score.TransformersJudge(
-            run / "critic/best", models.resolve(str(folder.manifest["model_paths"].popitem()[1])), run / "fresh"
+            run / "critic/best",
+            (head, about),
+            models.resolve(str(folder.manifest["model_paths"].popitem()[1])),
+            run / "fresh",
         )
         assert alone.logits([(problems[samples[7].task_id], samples[7])])[0] == pytest.approx(scores[7].score, abs=0.3)
     assert head.weight.shape == (64,)

@@ -237,7 +237,8 @@ def test_out_of_memory_halves_the_batch_once(qwen: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(tune.Judge, "logits", small)
     run = run_folder(tmp_path / "run", qwen)
     longest = 4 * max(map(len, _questions(run, qwen)))
-    trained(run, "lora", epochs=1, batch_tokens=longest)
+    rows = trained(run, "lora", epochs=1, batch_tokens=longest)
+    assert [row["epoch"] for row in rows] == [0, 1]  # the untrained judge is not judged again
     assert sizes[0] > 2
     assert set(sizes[1:]) <= {1, 2}
     limit[0] = 0
