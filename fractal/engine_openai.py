@@ -20,6 +20,7 @@ from fractal.records import InputError, OutsideError
 RETRIES = 8  # of 429, 5xx, timeouts and broken connections, with backoff; a Retry-After up to two minutes is heard
 GARBLED = 3  # answers in a row that are no completion
 TIMEOUT_S = 600.0  # of one completion
+MOST_STOPS = 4  # OpenAI's limit, and vLLM's server's; the rest is cut off here, after it was drawn
 LOOK_S = 0.2  # between looks at whether to stop
 
 
@@ -121,7 +122,7 @@ class OpenAiEngine:
         }
         if self._served.tokenizer:
             raw = self._client.completions.with_raw_response.create(
-                prompt=request.text, stop=prompts.STOPS, logprobs=1, **shared
+                prompt=request.text, stop=prompts.STOPS[:MOST_STOPS], logprobs=1, **shared
             )
         else:
             raw = self._client.chat.completions.with_raw_response.create(
