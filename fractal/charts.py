@@ -271,6 +271,8 @@ def training(epochs: Sequence[Epoch]) -> str:
         _line(panels[-1], epochs, [one.train_loss for one in epochs], ORANGE, "-")
         for axes in panels:
             axes.margins(y=0.25)
+            if axes is not panels[0]:  # a percentage's own formatter has none
+                axes.ticklabel_format(axis="y", useOffset=False)
         figure.align_ylabels()
         panels[-1].set_xlabel("epoch (0 = before training)")
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
