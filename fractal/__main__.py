@@ -547,7 +547,7 @@ def _critic(folder: RunDir, stage: Stage, base: str | None, mode: str, backend: 
             if stage is Stage.train:
                 raise
             console.warn(f"train: {error}")
-            if not folder.file("critic/best").exists():
+            if not error.kept:  # a critic that may be there is of other labels
                 console.warn("train: The report has no critic.")
                 return
     if stage in (Stage.all, Stage.score):

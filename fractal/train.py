@@ -25,7 +25,11 @@ Row = tuple[Problem, Sample, Label]
 
 
 class TrainError(Exception):
-    """The labels do not allow training, or it cannot go on. Exit code 1."""
+    """The labels do not allow training, or it cannot go on. Exit code 1. `kept`: critic/best is its last good epoch."""
+
+    def __init__(self, text: str, *, kept: bool = False) -> None:
+        super().__init__(text)
+        self.kept = kept
 
 
 def labelled(folder: RunDir, splits: set[str]) -> list[Row]:
@@ -242,7 +246,7 @@ class _Training:
         except tune.Diverged as error:
             if best := self.best_epoch():
                 self.conclude(best, held)
-                raise TrainError(f"{error} critic/best is epoch {best}'s.") from error
+                raise TrainError(f"{error} critic/best is epoch {best}'s.", kept=True) from error
             raise TrainError(str(error)) from error
         self.conclude(self.best_epoch(), held)
 

@@ -216,8 +216,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
         return original(*args) * (float("nan") if calls[0] > 8 else 1.0)
 
     monkeypatch.setattr(tune, "batch_loss", late)
-    with pytest.raises(train.TrainError, match=r"no number any more \(epoch 2.*--learning-rate.*epoch 1's"):
+    with pytest.raises(train.TrainError, match=r"no number any more \(epoch 2.*--learning-rate.*epoch 1's") as error:
         trained(run, "lora")
+    assert error.value.kept
     _, about = critic.load(run / "critic/best")
     assert about.epoch == 1
 
@@ -271,8 +272,9 @@ def relabel(run: Path, passed: Any) -> None:
 def test_labels_of_one_class_train_nothing(mode: str, qwen: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", qwen)
     relabel(run, lambda v: False)
-    with RunDir(run) as folder, pytest.raises(train.TrainError, match="all 32 train samples fail"):
+    with RunDir(run) as folder, pytest.raises(train.TrainError, match="all 32 train samples fail") as error:
         train.run(folder, None, mode)
+    assert not error.value.kept
 
 
 @pytest.mark.model
