@@ -1,8 +1,8 @@
 """Stage 5: labels, scores, outputs -> selection.jsonl: which of a problem's samples each strategy picks.
 
-`choose` decides, `evaluate` measures; both are pure and see the problems of the measured splits only, which the caller
-filters. The verdict of a sample decides whether a pick passed; no strategy but the oracle looks at it to pick, and the
-two that filter look at the verdict on the one test that the prompt shows.
+`choose` decides, `outcomes.evaluate` measures; both are pure and see the problems of the measured splits only, which
+the caller filters. The verdict of a sample decides whether a pick passed; no strategy but the oracle looks at it to
+pick, and the two that filter look at the verdict on the one test that the prompt shows.
 
 | strategy | picks | from |
 |---|---|---|
@@ -29,21 +29,15 @@ from fractal import console
 from fractal.outcomes import (
     BASELINE,
     RANKINGS,
-    LeftOut,
     Outcome,
-    StrategyResult,
-    evaluate,
     evaluation_splits,
     in_words,
-    left_out,
     outcomes,
     recorded_splits,
     splits_asked,
 )
 from fractal.records import Choice, InputError, Keyed, Label, Output, Sample, Score, read_jsonl, unique, write_jsonl
 from fractal.run import RunDir
-
-__all__ = ["STRATEGIES", "LeftOut", "StrategyResult", "choose", "evaluate", "left_out"]
 
 K = TypeVar("K", bound=Keyed)
 

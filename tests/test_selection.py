@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from fractal import selection
 from fractal.metrics import Interval
-from fractal.outcomes import LeftOut, left_out, recorded_splits, splits_asked
+from fractal.outcomes import LeftOut, evaluate, left_out, recorded_splits, splits_asked
 from fractal.records import Choice, InputError, Label, Output, Problem, Sample, Score, read_jsonl, write_jsonl
 from fractal.run import RunDir
-from fractal.selection import STRATEGIES, choose, evaluate
+from fractal.selection import STRATEGIES, choose
 
 settings.register_profile("untimed", deadline=None)  # a timed assertion is never a test
 settings.load_profile("untimed")
