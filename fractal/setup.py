@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -113,6 +114,16 @@ def last_error(output: list[str]) -> str:
     causes = [line for line in lines[starts[-1] + 1 :] if re.match("(cause|Caused by): ", line)]
     text = "; ".join([re.sub("^(ERROR|error): ", "", lines[starts[-1]]), *causes])
     return text[:400].rstrip(".")
+
+
+def no_room(error: str, free_mb: Mapping[Path, float]) -> str | None:
+    """What to do if this error of pip or uv is a full disk's; None if it is another's."""
+    if not re.search(r"No space left|os error 28|Disk quota exceeded", error):
+        return None
+    places = ", ".join(f"{place} has {free:.0f} MB" for place, free in free_mb.items())
+    return (
+        f"The disk is full: {places} left. Make room (the packages take 4 GB, with CUDA 12) and run the command again."
+    )
 
 
 def gpu_packages(names: list[str]) -> list[str]:
@@ -237,6 +248,11 @@ def installed_mb() -> float:
     return sum(path.lstat().st_size for path in VENV.rglob("*")) / 1e6
 
 
+def free_mb() -> dict[Path, float]:
+    """By the folders that pip fills: .venv, and the one for temporary files."""
+    return {place: shutil.disk_usage(place).free / 1e6 for place in (VENV, Path(tempfile.gettempdir()))}
+
+
 def drop_broken() -> None:
     """Forget packages whose installation was cut short (RECORD comes last), else pip would call them installed."""
     for info in site_packages().glob("*.dist-info"):
@@ -336,6 +352,8 @@ class Packages:
         try:
             return action()
         except SetupError as error:
+            if remedy := no_room(str(error), free_mb()):
+                raise SetupError(remedy) from None
             self.terminal.say(f"{step}: {error}. Trying once more.")
         try:
             action()

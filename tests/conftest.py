@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ from fractal import engine
 ROOT = Path(__file__).parents[1]
 SOCKET = os.environ.get("FRACTAL_SOCKET")  # of a sandbox that runs already: inside the pipeline's image
 SHARED = ROOT.parent / "shared"  # real data beside the checkout, where there is some
+FULL_BYTES = 500 * 2**20  # with less free, tests fail for want of room, one after the other
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """End at the first failure on a full disk: an hour of further ones would say nothing."""
+    if not report.failed:
+        return
+    for place in (tempfile.gettempdir(), "/var/lib/docker"):
+        if os.path.isdir(place) and (free := shutil.disk_usage(place).free) < FULL_BYTES:
+            pytest.exit(f"{report.nodeid} failed, and {place} has {free / 2**20:.0f} MB left. Make room.", returncode=3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

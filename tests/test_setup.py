@@ -103,6 +103,29 @@ def test_torch_is_the_one_in_pyproject() -> None:
     assert all(f'"torch=={version}"' in text for version in setup.TORCH.values())
 
 
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        ("Could not install packages due to an OSError: [Errno 28] No space left on device", True),  # pip
+        ("Failed to extract archive; cause: No space left on device (os error 28)", True),  # uv
+        ("No matching distribution found for torch==9", False),
+    ],
+)
+def test_a_full_disk_is_said_at_once_all_else_is_tried_twice(
+    error: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+    calls = []
+
+    def fail() -> None:
+        calls.append(error)
+        raise setup.SetupError(error)
+
+    with pytest.raises(setup.SetupError, match="disk is full" if full else "Check the network"):
+        setup.Packages(setup.Terminal(), 0).twice("packages", fail)
+    assert (len(calls), "once more" in capsys.readouterr().err) == ((1, False) if full else (2, True))
+
+
 def test_gpu_packages_are_found() -> None:
     names = ["nvidia_cublas_cu12", "numpy", "cuda-bindings", "triton", "cudagraph_docs", "torch"]
     assert setup.gpu_packages(names) == ["cuda-bindings", "nvidia_cublas_cu12", "triton"]
