@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from fractal import engine
 ROOT = Path(__file__).parents[1]
 SOCKET = os.environ.get("FRACTAL_SOCKET")  # of a sandbox that runs already: inside the pipeline's image
 SHARED = ROOT.parent / "shared"  # real data beside the checkout, where there is some
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script started us with &: our children would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 FULL_BYTES = 500 * 2**20  # with less free, tests fail for want of room, one after the other
 
 

@@ -147,14 +147,18 @@ def ensure_image(client: docker.DockerClient) -> str:
 
 def need(program: str, *packages: str, log: Path) -> None:
     """Install what a program comes in, unless it is there. Raises Unavailable."""
-    if shutil.which(program) is not None:
-        return
+    if shutil.which(program) is None:
+        install(*packages, log=log)
+
+
+def install(*packages: str, log: Path) -> None:
+    """Raises Unavailable."""
     if not apt.allowed():
-        raise Unavailable(f"no {program} for the test machine, and not root to install it")
+        raise Unavailable(f"no {' '.join(packages)}, and not root to install it")
     try:
         apt.install(*packages, log=log)
     except apt.AptError as error:
-        raise Unavailable(f"no {program} for the test machine: {error}") from error
+        raise Unavailable(f"no {' '.join(packages)}: {error}") from error
 
 
 def make_image(client: docker.DockerClient, name: str, log: Path) -> None:

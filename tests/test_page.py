@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from ctypes.util import find_library
 
 import pytest
 
@@ -38,13 +39,14 @@ CONTRAST = """() => {
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    """Debian's Chromium, installed if root may."""
+    """Debian's Chromium and the library that Playwright's Node.js needs, installed if root may."""
     playwright = pytest.importorskip("playwright.sync_api")
-    from tests.machine import Unavailable, need
+    from tests.machine import Unavailable, install
 
+    there = {"chromium": shutil.which("chromium"), "libatomic1": find_library("atomic")}
     try:
-        if not shutil.which("chromium"):
-            need("chromium", "chromium", log=tmp_path_factory.mktemp("apt") / "log")
+        if missing := [package for package, found in there.items() if not found]:
+            install(*missing, log=tmp_path_factory.mktemp("apt") / "log")
     except Unavailable as error:
         pytest.skip(str(error))
     with playwright.sync_playwright() as driver:
