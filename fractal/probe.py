@@ -4,6 +4,8 @@ On the last layer it may start from the zero-shot judge: then only what it adds 
 leaves the judge as it is. Everything here is convex: no random start, no chosen epoch. It sees train problems only.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +49,10 @@ class HeadFit:
 
     def epoch(self) -> float:
         """One round of steps; returns the loss before the penalty."""
+        with _one_thread():
+            return self._round()
 
+    def _round(self) -> float:
         def closure() -> torch.Tensor:
             self._steps.zero_grad()
             value = self._loss() + self.ridge * self._w.square().sum()
@@ -130,6 +135,17 @@ def _held_out(
         fit.epoch()
         logits[test] = fit.head().logits(states[test])
     return logits
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For steps of a millisecond: threads waiting for each other cost more than they give, twice on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _known(value: float | None) -> float:
