@@ -22,6 +22,17 @@ EPOCHS = 5  # rounds of L-BFGS; the loss is convex, so more only polish
 FOLDS = 5
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For steps of a millisecond: threads waiting for each other cost more than they give, twice on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class HeadFit:
     """The convex problem of one layer's states (N, D) and a ridge, solved by L-BFGS in rounds (`epoch`).
 
@@ -47,12 +58,10 @@ class HeadFit:
         free = [one for one in (self._a, self._w, self._b) if one.requires_grad]
         self._steps = torch.optim.LBFGS(free, max_iter=20, line_search_fn="strong_wolfe")
 
+    @_one_thread()
     def epoch(self) -> float:
         """One round of steps; returns the loss before the penalty."""
-        with _one_thread():
-            return self._round()
 
-    def _round(self) -> float:
         def closure() -> torch.Tensor:
             self._steps.zero_grad()
             value = self._loss() + self.ridge * self._w.square().sum()
@@ -135,17 +144,6 @@ def _held_out(
         fit.epoch()
         logits[test] = fit.head().logits(states[test])
     return logits
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For steps of a millisecond: threads waiting for each other cost more than they give, twice on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _known(value: float | None) -> float:

@@ -229,7 +229,7 @@ def lines(path: Path) -> int:
 @pytest.mark.docker
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])  # SIGKILL: tests/test_pipeline.py
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_loses_nothing_that_was_finished(tmp_path: Path, sign: signal.Signals, small_model: Path, image: str) -> None:  # fmt: skip
     """The real engine and sandbox: stopped while both work, then each stage goes on alone."""
     place = tmp_path / "r"
@@ -241,8 +241,9 @@ def test_a_signal_loses_nothing_that_was_finished(tmp_path: Path, sign: signal.S
     before = keys(place, "samples.jsonl", Sample)
     child.send_signal(sign)
     _, said = child.communicate(timeout=120)
-    assert child.returncode == 130, said
-    assert said.count("Traceback") == 0
+    if sign is not signal.SIGKILL:
+        assert child.returncode == 130, said
+        assert said.count("Traceback") == 0
     after = keys(place, "samples.jsonl", Sample)
     assert after[: len(before)] == before
     labels = keys(place, "labels.jsonl", Label)

@@ -218,7 +218,7 @@ def test_a_follower_that_ends_leaves_the_job_and_the_next_goes_on(rented: World,
     rented.whole(run, n=200)
 
 
-@pytest.mark.parametrize("kill_at", range(1, 60, 12))
+@pytest.mark.parametrize("kill_at", range(1, 60, 6))
 def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, kill_at: int) -> None:
     process = rented.begin(run, n=12, kill_at=kill_at)
     process.communicate(timeout=120)

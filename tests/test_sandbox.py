@@ -150,7 +150,6 @@ def test_a_forbidden_act_never_succeeds(sandbox: Sandbox, name: str) -> None:
         ("def f(x:\n", "syntax_error"),
         ("a\0b", "syntax_error"),
         ("(" * 5000 + ")" * 5000, "syntax_error"),
-        ("x = 1\n" * 10_000 + "#" * 1_200_000 + "\n" + CORRECT, "passed"),
         ("def g(x):\n    return x * 2\n", "missing"),
         ("", "missing"),
         ("def f(x):\n    return x + 1\n", "failed"),
@@ -171,6 +170,14 @@ def test_every_ending_has_its_status(sandbox: Sandbox, code: str, status: str) -
     label = judge(sandbox, code)
     assert label.status == status, label
     assert judge(sandbox, CORRECT + f"# after {status}").status == "passed"
+
+
+def test_a_program_of_200_000_lines_passes(place: dict[str, Any]) -> None:
+    """At the limits that a user has: compiling it takes about the second of CPU that the shared sandbox gives."""
+    with Sandbox(**place) as one:
+        label = judge(one, "x = 1\n" * 200_000 + CORRECT)
+        assert label.status == "passed", label
+        assert judge(one, CORRECT + "# after passed").status == "passed"
 
 
 HONEST: dict[str, tuple[str, list[str], str]] = {
