@@ -48,6 +48,10 @@ class SetupError(Exception):
     """Something outside is missing: one line with the remedy. Exit code 3."""
 
 
+class NoRoom(SetupError):
+    """A full disk: another try, or another source of the package, would end the same."""
+
+
 class UsageError(Exception):
     """Exit code 2."""
 
@@ -330,7 +334,10 @@ class Packages:
                 raise
         self.mb += progress.mb
         if child.returncode:
-            raise SetupError(last_error(output))
+            error = last_error(output)
+            if remedy := no_room(error, free_mb()):
+                raise NoRoom(remedy)
+            raise SetupError(error)
 
     def text(self, progress: Progress, before: int) -> str:
         count = f"{progress.seen}/{progress.total}" if progress.total else ""
@@ -351,12 +358,14 @@ class Packages:
         """A flaky download deserves a second try; what was downloaded is in pip's cache."""
         try:
             return action()
+        except NoRoom:
+            raise
         except SetupError as error:
-            if remedy := no_room(str(error), free_mb()):
-                raise SetupError(remedy) from None
             self.terminal.say(f"{step}: {error}. Trying once more.")
         try:
             action()
+        except NoRoom:
+            raise
         except SetupError as error:
             raise SetupError(
                 f"{step} failed: {error}. Check the network and run the command again; log: {LOG}"
@@ -370,6 +379,8 @@ class Packages:
             return
         try:
             self.pip("install", wanted, total=1)
+        except NoRoom:
+            raise
         except SetupError:
             self.terminal.say(f"pip finds no {wanted}: asking PyTorch's own index, through uv")
             python = str(VENV / "bin/python")

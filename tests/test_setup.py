@@ -114,15 +114,19 @@ def test_torch_is_the_one_in_pyproject() -> None:
 def test_a_full_disk_is_said_at_once_all_else_is_tried_twice(
     error: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "lib/python3.11/site-packages").mkdir(parents=True)
     monkeypatch.setattr(setup, "VENV", tmp_path)
+    monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
+    packages = setup.Packages(setup.Terminal(), os.open(os.devnull, os.O_RDONLY))
     calls = []
 
     def fail() -> None:
         calls.append(error)
-        raise setup.SetupError(error)
+        packages.run([sys.executable, "-c", f"print('ERROR: ' + {error!r}); exit(1)"])
 
     with pytest.raises(setup.SetupError, match="disk is full" if full else "Check the network"):
-        setup.Packages(setup.Terminal(), 0).twice("packages", fail)
+        packages.twice("packages", fail)
+    os.close(packages.lock_fd)
     assert (len(calls), "once more" in capsys.readouterr().err) == ((1, False) if full else (2, True))
 
 
