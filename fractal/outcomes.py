@@ -84,6 +84,12 @@ def outcomes(
     return found
 
 
+def without_score(evaluated: Mapping[int, Sequence[Outcome]]) -> int:
+    """How many usable samples the critic, having scored others, has not scored: it ranks them last."""
+    missing = [one.score is None for rows in evaluated.values() for one in rows]
+    return 0 if all(missing) else sum(missing)
+
+
 def passes_visible(label: Label) -> bool | None:
     """Whether the program passes the first test, which its prompt shows; None if the label does not tell.
 

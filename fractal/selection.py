@@ -35,6 +35,7 @@ from fractal.outcomes import (
     outcomes,
     recorded_splits,
     splits_asked,
+    without_score,
 )
 from fractal.records import Choice, InputError, Keyed, Label, Output, Sample, Score, read_jsonl, unique, write_jsonl
 from fractal.run import RunDir
@@ -71,10 +72,16 @@ def run(folder: RunDir, on: str | None = None) -> None:
         return
     splits = evaluation_splits(problems.values(), labels, asked)
     with folder.stage("select", "selection.jsonl"):
-        choices = made(folder, splits)
+        records = _inputs(folder, splits)
+        choices = choose(*records)
         write_jsonl(folder.file("selection.jsonl"), choices)
         count = len({choice.task_id for choice in choices})
         console.say(f"select: {len({c.strategy for c in choices})} strategies on {count} {in_words(splits)} problems")
+    if unscored := without_score(outcomes(*records)):
+        console.warn(
+            f"select: {unscored:,} usable {in_words(splits)} {'sample has' if unscored == 1 else 'samples have'} no "
+            f"score: the critic ranks them last. `fractal score --run {folder.path}` scores them."
+        )
     if "train" in splits:
         console.warn("select: these are train problems; the critic has seen them, so its figures flatter it.")
     folder.manifest["config"]["select"] = config
@@ -83,13 +90,20 @@ def run(folder: RunDir, on: str | None = None) -> None:
 
 def made(folder: RunDir, splits: Sequence[str] | None = None) -> list[Choice]:
     """The choices that a run folder's records lead to, on the splits that its manifest names; nothing is written."""
+    return choose(*_inputs(folder, splits))
+
+
+def _inputs(
+    folder: RunDir, splits: Sequence[str] | None
+) -> tuple[list[Sample], list[Label], list[Score], list[Output]]:
+    """What `choose` and `outcomes` take, with the samples of the splits only."""
     problems = folder.problems()
     labels = _records(folder, "labels.jsonl", Label)
     if splits is None:
         splits = recorded_splits(folder.manifest["config"], problems.values(), labels)
     inside = {task_id for task_id, problem in problems.items() if problem.split in splits}
     samples = [one for one in _records(folder, "samples.jsonl", Sample) if one.task_id in inside]
-    return choose(samples, labels, _records(folder, "scores.jsonl", Score), _records(folder, "outputs.jsonl", Output))
+    return samples, labels, _records(folder, "scores.jsonl", Score), _records(folder, "outputs.jsonl", Output)
 
 
 def _records(folder: RunDir, name: str, kind: type[K]) -> list[K]:

@@ -22,6 +22,7 @@ from fractal.outcomes import (
     in_words,
     left_out,
     outcomes,
+    without_score,
 )
 from fractal.records import SPLITS, STATUSES, Choice, Label, Problem, Sample, Score, Split
 
@@ -633,8 +634,7 @@ def _warnings(
         found.append(f"{_count(gone.unlabelled, f'{split} sample')} without a label left out.")
     if gone.sandbox_error:
         found.append(f"{_count(gone.sandbox_error, f'{split} sample')} left out: the sandbox failed, not the program.")
-    unscored = sum(one.score is None for rows in evaluated.values() for one in rows)
-    if any(one.strategy == "critic" for one in strategies) and unscored:
+    if unscored := without_score(evaluated):
         found.append(f"{_count(unscored, f'usable {split} sample')} without a score: the critic ranks them last.")
     for one in strategies:
         if one.problems < len(evaluated):

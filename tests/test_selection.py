@@ -272,6 +272,21 @@ def test_new_outputs_make_new_choices(tmp_path):
         assert picks(read_jsonl(folder.file("selection.jsonl"), Choice))["consensus"] == (0, 0.0)
 
 
+@pytest.mark.parametrize(("scored", "said"), [
+    (((2, 0), (2, 1)), ""),
+    ((), ""),
+    (((1, 0),), ""),
+    (((2, 1),), "1 usable test sample has no score: the critic ranks them last. `fractal score --run {run}` scores them."),
+])  # fmt: skip
+def test_samples_of_the_measured_splits_without_a_score_are_said(tmp_path, capsys, scored, said):
+    with RunDir(folder_with(tmp_path, ["train", "test"])) as folder:
+        write_jsonl(folder.file("scores.jsonl"), [score(*key, 1.0) for key in scored])
+        selection.run(folder)
+        warnings = " ".join(capsys.readouterr().err.split())
+        assert ("no score" in warnings) == bool(said)
+        assert said.format(run=folder.path) in warnings
+
+
 def test_ties_go_to_the_lowest_sample_id():
     samples = [sample(1, i) for i in (2, 0, 1)]
     labels = [label(1, i, "failed") for i in range(3)]
