@@ -23,15 +23,51 @@ FULL_BYTES = 500 * 2**20  # with less free, tests fail for want of room, one aft
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """End at the first failure on a full disk: an hour of further ones would say nothing."""
-    if not report.failed:
+    if not report.failed or "PYTEST_XDIST_WORKER" in os.environ:  # the process that started the workers is told, too
         return
     for place in (tempfile.gettempdir(), "/var/lib/docker"):
         if os.path.isdir(place) and (free := shutil.disk_usage(place).free) < FULL_BYTES:
             pytest.exit(f"{report.nodeid} failed, and {place} has {free / 2**20:.0f} MB left. Make room.", returncode=3)
 
 
+# With several workers (pytest-xdist) a file stays whole, and the files of one group take turns: they look at the engine's
+# containers and at ssh's processes for what is left, and fill both cores.
+GROUPS = {
+    "docker": "agreement attacks bench bench_generate bench_images containers image images losses overlap parity pipeline "
+    "repeat sandbox scan sidecar verify",
+    "ssh": "alias chain demo_cloud guard instance killed machine push ready remote rented",
+}
+GROUP_OF = {f"test_{name}": group for group, names in GROUPS.items() for name in names.split()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        """Not by xdist's own marks: it writes them into node ids, which pytest 9.2 does not read back."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return GROUP_OF.get(stem, stem)
+
+    return ByGroup(config, log)
+
+
+def needs(item: pytest.Item) -> set[str]:
+    """The groups that a test's marks and fixtures ask for."""
+    marks, fixtures = {mark.name for mark in item.iter_markers()}, getattr(item, "fixturenames", ())
+    found = {"ssh"} if "cloud" in marks or "openssh" in fixtures else set()
+    return found | ({"docker"} if marks & {"docker", "sandbox"} or "image" in fixtures else set())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine lacks."""
+    for item in items:
+        if (wanted := needs(item)) and (group := GROUP_OF.get(item.path.stem)) not in {*wanted, "ssh"}:
+            raise pytest.UsageError(
+                f"{item.nodeid}: its file is of group {group}. tests/conftest.py: add it to {wanted}."
+            )
     no_docker = engine.problem()
     no_sandbox = None if SOCKET else no_docker
     no_gpu = None if shutil.which("nvidia-smi") else "no NVIDIA GPU"

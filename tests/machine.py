@@ -156,7 +156,8 @@ def install(*packages: str, log: Path) -> None:
     if not apt.allowed():
         raise Unavailable(f"no {' '.join(packages)}, and not root to install it")
     try:
-        apt.install(*packages, log=log)
+        with filelock.FileLock(Path(tempfile.gettempdir(), "fractal-test-apt.lock")):  # two workers may come at once
+            apt.install(*packages, log=log)
     except apt.AptError as error:
         raise Unavailable(f"no {' '.join(packages)}: {error}") from error
 

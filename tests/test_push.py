@@ -641,7 +641,7 @@ def test_the_command_line_says_what_is_there_now(client: docker.DockerClient, se
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
+def machine(openssh: None) -> Iterator[Machine]:
     try:
         with Machine() as one:
             yield one
