@@ -37,9 +37,12 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Debian's Chromium and the library that Playwright's Node.js needs, installed if root may."""
+    """Debian's Chromium and the library that Playwright's Node.js needs, installed if root may.
+
+    For this module only: while Playwright runs, no other test can use an event loop.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     from tests.machine import Unavailable, install
 
