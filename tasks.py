@@ -253,7 +253,7 @@ def bench(c, what="verify", problems="", generations="", samples_count="", round
 @task(positional=[], help={"fast": "only what needs no Docker and no model", "keyword": "pytest's -k",
                            "workers": "tests at once; default 2, as rented machines mostly wait",
                            "image": "inside this image, without network, beside a sandbox container, as pipeline-cpu"})  # fmt: skip
-def test(c, fast=False, keyword="", workers=2, image=""):
+def test(c, fast=False, keyword="", workers="2", image=""):
     """Run all tests that this machine can; those skipped are listed with the reason."""
     words = ["-m", "not docker and not sandbox and not model and not slow and not gpu and not cloud"] if fast else []
     words += ["-k", keyword] if keyword else []
@@ -262,9 +262,13 @@ def test(c, fast=False, keyword="", workers=2, image=""):
 
         _do(lambda: containers.run_tests(image, words))
         return
-    shares = ["-n", str(workers), "--dist=loadscope"] if workers > 1 else []
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, workers)))}
-    c.run(shlex.join([sys.executable, "-m", "pytest", *shares, *words]), pty=sys.stdout.isatty(), env=threads)
+    if not workers.isdecimal() or int(workers) < 1:
+        raise Exit(f"test: --workers={workers} is no number of workers. Give 1 or more.", code=2)
+    threads = {}
+    if int(workers) > 1:
+        words = ["-n", workers, "--dist=loadscope", *words]
+        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+    c.run(shlex.join([sys.executable, "-m", "pytest", *words]), pty=sys.stdout.isatty(), env=threads)
 
 
 @task

@@ -22,7 +22,7 @@ pick, and the two that filter look at the verdict on the one test that the promp
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from fractal import console
@@ -72,12 +72,12 @@ def run(folder: RunDir, on: str | None = None) -> None:
         return
     splits = evaluation_splits(problems.values(), labels, asked)
     with folder.stage("select", "selection.jsonl"):
-        records = _inputs(folder, splits)
-        choices = choose(*records)
+        evaluated = _evaluated(folder, splits)
+        choices = _choices(evaluated)
         write_jsonl(folder.file("selection.jsonl"), choices)
         count = len({choice.task_id for choice in choices})
         console.say(f"select: {len({c.strategy for c in choices})} strategies on {count} {in_words(splits)} problems")
-    if unscored := without_score(outcomes(*records)):
+    if unscored := without_score(evaluated):
         console.warn(
             f"select: {unscored:,} usable {in_words(splits)} {'sample has' if unscored == 1 else 'samples have'} no "
             f"score: the critic ranks them last. `fractal score --run {folder.path}` scores them."
@@ -90,20 +90,18 @@ def run(folder: RunDir, on: str | None = None) -> None:
 
 def made(folder: RunDir, splits: Sequence[str] | None = None) -> list[Choice]:
     """The choices that a run folder's records lead to, on the splits that its manifest names; nothing is written."""
-    return choose(*_inputs(folder, splits))
+    return _choices(_evaluated(folder, splits))
 
 
-def _inputs(
-    folder: RunDir, splits: Sequence[str] | None
-) -> tuple[list[Sample], list[Label], list[Score], list[Output]]:
-    """What `choose` and `outcomes` take, with the samples of the splits only."""
+def _evaluated(folder: RunDir, splits: Sequence[str] | None) -> dict[int, list[Outcome]]:
+    """The usable samples of the splits, by problem."""
     problems = folder.problems()
     labels = _records(folder, "labels.jsonl", Label)
     if splits is None:
         splits = recorded_splits(folder.manifest["config"], problems.values(), labels)
     inside = {task_id for task_id, problem in problems.items() if problem.split in splits}
     samples = [one for one in _records(folder, "samples.jsonl", Sample) if one.task_id in inside]
-    return samples, labels, _records(folder, "scores.jsonl", Score), _records(folder, "outputs.jsonl", Output)
+    return outcomes(samples, labels, _records(folder, "scores.jsonl", Score), _records(folder, "outputs.jsonl", Output))
 
 
 def _records(folder: RunDir, name: str, kind: type[K]) -> list[K]:
@@ -121,8 +119,12 @@ def choose(
     knows nothing of any sample of a problem (no scores, log-probabilities or outputs; a visible test whose verdict is
     not known of each) makes no choice there. Raises ValueError if a score or log-probability is NaN.
     """
+    return _choices(outcomes(samples, labels, scores, outputs))
+
+
+def _choices(evaluated: Mapping[int, Sequence[Outcome]]) -> list[Choice]:
     choices = []
-    for task_id, candidates in outcomes(samples, labels, scores, outputs).items():
+    for task_id, candidates in evaluated.items():
         passing = _visibly_passing(candidates)
         for strategy in STRATEGIES:
             best: Outcome | None = None

@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (wanted := needs(item)) and (group := GROUP_OF.get(item.path.stem)) not in {*wanted, "ssh"}:
             raise pytest.UsageError(
-                f"{item.nodeid}: its file is of group {group}. tests/conftest.py: add it to {wanted}."
+                f"{item.nodeid}: its file is of group {group}. tests/conftest.py: add it to {' or '.join(sorted(wanted))}."
             )
     no_docker = engine.problem()
     no_sandbox = None if SOCKET else no_docker

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.fake_lambda import machines as factory
-from tests.fake_lambda.machines import Machines
+from tests.fake_lambda.machines import Machines, Running
 from tests.machine import Condition, Machine, Unavailable
 
 pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
@@ -39,22 +40,19 @@ def make_key(folder: Path) -> str:
     return (folder / "key.pub").read_text()
 
 
+def of_machine(instance: str) -> tuple[list[str], set[str]]:
+    """Names of an instance's containers and of their volumes."""
+    client = docker.from_env()
+    try:
+        found = client.containers.list(all=True, filters={"label": f"{factory.INSTANCE}={instance}"})
+        disks = {str(mount["Name"]) for one in found for mount in one.attrs["Mounts"] if mount["Type"] == "volume"}
+        return [str(one.name) for one in found], disks
+    finally:
+        client.close()
+
+
 def left(instance: str) -> list[str]:
-    client = docker.from_env()
-    try:
-        found = client.containers.list(all=True, filters={"label": f"{factory.INSTANCE}={instance}"})
-        return [str(one.name) for one in found]
-    finally:
-        client.close()
-
-
-def volumes_of(instance: str) -> set[str]:
-    client = docker.from_env()
-    try:
-        found = client.containers.list(all=True, filters={"label": f"{factory.INSTANCE}={instance}"})
-        return {str(mount["Name"]) for one in found for mount in one.attrs["Mounts"] if mount["Type"] == "volume"}
-    finally:
-        client.close()
+    return of_machine(instance)[0]
 
 
 def volumes() -> set[str]:
@@ -164,23 +162,36 @@ def test_a_user_script_runs_once_as_root() -> None:
 
 def test_a_factory_starts_many_at_once_and_leaves_nothing(tmp_path: Path) -> None:
     key, before = make_key(tmp_path), volumes()
+    times: list[tuple[float, float]] = []
+
+    def start(number: int) -> Running:
+        begin = time.monotonic()
+        one = machines.start(f"many-{number}", key, None)
+        times.append((begin, time.monotonic()))
+        return one
+
+    def disks() -> set[str]:
+        return {name for number in range(3) for name in of_machine(f"many-{number}")[1]} - before
+
     with Machines() as machines:
         with ThreadPoolExecutor(3) as pool:
-            started = list(pool.map(lambda number: machines.start(f"many-{number}", key, None), range(3)))
+            started = list(pool.map(start, range(3)))
         assert len({one.ip for one in started}) == 3
-        disks = {name for number in range(3) for name in volumes_of(f"many-{number}")} - before
-        assert len(disks) >= 3
+        assert max(begin for begin, _ in times) < min(end for _, end in times)  # at once
+        held = disks()
+        assert len(held) >= 3
         words = ["ssh", "-F", "none", "-i", str(tmp_path / "key"), "-oStrictHostKeyChecking=no"]
         words += ["-oUserKnownHostsFile=/dev/null", "-oConnectionAttempts=20", f"ubuntu@{started[2].ip}", "true"]
         assert subprocess.run(words, capture_output=True).returncode == 0
         old = started[1].ip
         assert started[1].restart() != old
+        held |= disks()
         started[0].stop()
         started[0].stop()
         assert set(machines.running) == {"many-1", "many-2"}
     assert not machines.running
     assert not [name for number in range(3) for name in left(f"many-{number}")]
-    assert not volumes() & disks
+    assert not volumes() & held
 
 
 def test_what_a_killed_owner_left_is_removed_by_the_next(tmp_path: Path) -> None:
