@@ -63,7 +63,12 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe", **recipe: 
             f"{folder.path}: no labelled sample belongs to a train problem, so no critic can be trained. Generate and "
             "verify samples of the train split."
         )
-    base = base or folder.manifest["config"]["generate"]["model"]
+    base = base or folder.manifest["config"].get("generate", {}).get("model")
+    if not base:
+        raise InputError(
+            f"{folder.path}: its manifest does not say which model drew the samples. Name the "
+            "critic's own: --base MODEL."
+        )
     place = folder.model_path(base)
     files = models.resolve(place)
     folder.keep_model_path(files.name, place)

@@ -300,6 +300,14 @@ def _problems(run: Path) -> list[Any]:
         return list(folder.problems().values())
 
 
+def test_a_run_that_names_no_generator_needs_a_base(tmp_path: Path) -> None:
+    with RunDir(run_folder(tmp_path / "run", tmp_path)) as folder:
+        del folder.manifest["config"]["generate"]
+        with pytest.raises(InputError, match=r"which model drew the samples\. Name the critic's own: --base MODEL"):
+            train.run(folder)
+        assert not folder.file("critic").exists()
+
+
 def test_options_of_lora_with_a_probe_are_refused(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run", create=True) as folder:
         with pytest.raises(InputError, match=r"--batch-tokens, --rank: of no use with --mode probe"):
