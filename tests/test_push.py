@@ -51,6 +51,7 @@ HTPASSWD = f"{USER}:$2b$04$1z8vIz2wKP8qBgQVLAcECu3uTzGpKaZuVOSbhpoLeSxJAf3H96dkS
         ('Get "https://r.example/v2/": x509: certificate signed by unknown authority', push.PushError, "/etc/docker/certs.d/reg.example:5000/ca.crt"),
         ("received unexpected HTTP status: 500 Internal Server Error", push.LostError, "broke off"),
         ('Patch "http://127.0.0.1:5000/v2/pt/blobs/uploads/7f?_state=c2VjcmV0": EOF', push.LostError, "broke off"),
+        ("http: server closed idle connection", push.LostError, "broke off"),
         ('Get "https://r.example/v2/": net/http: request canceled (Client.Timeout exceeded while awaiting headers)', push.LostError, "does not answer"),
         ("write /var/lib/docker/tmp/x: no space left on device", push.PushError, "Make room"),
         ("something new", push.PushError, "something new"),

@@ -400,7 +400,15 @@ def explain(message: str, repository: str) -> PushError:
         return LostError(f"Nothing listens at {place}: {said}. Start the registry, or check host and port.")
     if has("timeout", "timed out", "deadline exceeded", "no route to host", "network is unreachable"):
         return LostError(f"{place} does not answer: {said}. Check the network and the registry.")
-    if has("eof", "reset by peer", "broken pipe", "http status: 5", "closed network connection", "blob upload"):
+    if has(
+        "eof",
+        "reset by peer",
+        "broken pipe",
+        "http status: 5",
+        "closed network connection",
+        "closed idle connection",
+        "blob upload",
+    ):
         return LostError(f"{place} broke off: {said}. Look at its log.")
     return PushError(f"Pushing to {repository} failed: {said}. Mend that and push again.")
 
