@@ -365,7 +365,9 @@ class Registry:
             return probe.connect_ex((self.address, self.port)) == 0
 
     def blobs(self) -> int:
-        return len(list((self.folder / "data").rglob("blobs/sha256/*/*/data")))
+        """How many are there. By os.walk, which takes it that uploads' folders go meanwhile."""
+        folders = os.walk(self.folder / "data")
+        return sum("/blobs/sha256/" in folder and "data" in files for folder, _, files in folders)
 
     def digest(self, path: str, tag: str) -> str:
         reply = requests.get(
@@ -604,7 +606,7 @@ def test_a_registry_that_stays_dead_is_given_up(client: docker.DockerClient, ser
 def test_an_interrupted_push_leaves_no_tag_and_goes_on_later(
     number: int, code: int, client: docker.DockerClient, server: Registry
 ) -> None:
-    name = load(client, os.urandom(50 * KB), os.urandom(60 * KB), os.urandom(30 * MB))
+    name = load(client, os.urandom(50 * KB), os.urandom(60 * KB), os.urandom(60 * MB))
     with Proxy(("127.0.0.1", server.port), rate=4 * MB) as proxy:
         process = command(name, f"--registry=127.0.0.1:{proxy.port}")
         within(30, lambda: server.blobs() == 2, lambda: process.communicate(timeout=5))
@@ -615,7 +617,7 @@ def test_an_interrupted_push_leaves_no_tag_and_goes_on_later(
         assert "Traceback" not in words
         assert names(client, name) == [name]
         within(10, proxy.still)
-        assert proxy.sent < 25 * MB  # the engine gave up, too; kernels hold megabytes
+        assert proxy.sent < 50 * MB  # the engine gave up, too; kernels hold megabytes
         there = server.blobs()
         proxy.rate = 0
         pushed = push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=quiet)
@@ -708,7 +710,7 @@ def test_a_client_killed_in_the_middle_leaves_nothing_and_goes_on_later(
     number: int, client: docker.DockerClient, there: Machine
 ) -> None:
     over(client, load(client, b""), there)
-    name = load(client, os.urandom(50 * KB), os.urandom(60 * KB), os.urandom(20 * MB))
+    name = load(client, os.urandom(50 * KB), os.urandom(60 * KB), os.urandom(60 * MB))
     before, there_before = int(there.sh(BLOBS)), folders()
     with Proxy((there.ip, 22), rate=4 * MB) as proxy:
         config = there.config("proxy", HostName="127.0.0.1", Port=proxy.port)
