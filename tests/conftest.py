@@ -5,7 +5,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ SHARED = ROOT.parent / "shared"  # real data beside the checkout, where there is
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script started us with &: our children would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 FULL_BYTES = 500 * 2**20  # with less free, tests fail for want of room, one after the other
+
+
+def until(true: Callable[[], object], seconds: float = 60.0, words: Callable[[], object] = lambda: "") -> None:
+    """Wait for it; the limit is for what hangs, and says nothing about speed."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, words() or "it does not come true"
+        time.sleep(0.02)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

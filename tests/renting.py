@@ -3,20 +3,19 @@
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import psutil
-import pytest
 
 from fractal.cloud import guard
 from fractal.cloud.instance import Key, Wish, launch
 from fractal.cloud.lambda_api import Client, Pace
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.life import Waits
+from tests.conftest import until
 from tests.fake_lambda.server import FakeLambda
 
 QUICK = Waits(
@@ -103,11 +102,3 @@ def guards(folder: Path) -> list[int]:
             if "fractal.cloud.guard" in process.cmdline() and process.environ().get("FRACTAL_STATE") == str(folder):
                 found.append(process.pid)
     return found
-
-
-def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        if time.monotonic() > deadline:
-            pytest.fail("it does not come true")
-        time.sleep(0.02)

@@ -12,7 +12,7 @@ import pytest
 
 from fractal import engine
 from fractal.cloud.ledger import Ledger
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 from tests.fake_lambda.server import FakeLambda, lose_answer, status
 from tests.renting import end_guards
 
@@ -172,9 +172,7 @@ def test_up_ends_the_instance_on_every_way_out(number: int, environment: dict[st
     process = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while not fake.living() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(fake.living)
     time.sleep(2.0)
     process.send_signal(number)
     _, said = process.communicate(timeout=90)

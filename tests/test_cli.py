@@ -1,17 +1,17 @@
 """Bad input by hand: one line, the right exit code, no traceback, nothing half-written."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 
 PROBLEM = {"task_id": 11, "text": "Double.", "code": "def f(x): return 2 * x", "test_list": ["assert f(1) == 2"]}
 SAMPLE = {"task_id": 11, "solution": "def f(x): return 2 * x"}
@@ -143,9 +143,17 @@ def test_an_interrupt_is_one_line_and_130(tmp_path: Path, sign: signal.Signals) 
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fractal", *map(str, verify(tmp_path))]
     child = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-    time.sleep(1.5)
+    writers: list[int] = []
+
+    def read() -> bool:
+        with contextlib.suppress(OSError):  # ENXIO until it has opened its end
+            writers.append(os.open(tmp_path / "p", os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
+    until(read)
     child.send_signal(sign)
-    _, said = child.communicate(timeout=30)
+    _, said = child.communicate(timeout=60)
+    os.close(*writers)
     assert child.returncode == 130
     assert said.count("\n") == 1
     assert "interrupted" in said

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 from tests.fake_lambda.server import FakeLambda, cut, delay, garbage, hang, lose_answer, ok, status, tear
 
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAICN+lJwsONkwrdsSnQsu1ydUkIuIg5oOC+Eslvmtt60T me@here"
@@ -184,7 +184,7 @@ def test_file_systems(cloud: FakeLambda) -> None:
 
 
 def test_an_instance_has_the_documented_fields(cloud: FakeLambda) -> None:
-    cloud.boot_s = 0.2
+    cloud.boot_s = 1.0
     tags = [{"key": "a", "value": "b"}]
     id = launch(cloud, name="n", tags=tags, image={"family": "lambda-stack-24-04"}, user_data="#cloud-config")
     seen = get(cloud, id)
@@ -193,29 +193,27 @@ def test_an_instance_has_the_documented_fields(cloud: FakeLambda) -> None:
     assert (seen["status"], seen["name"], seen["tags"], "ip" in seen) == ("booting", "n", tags, False)
     cloud.ip_before_active = True
     assert get(cloud, id)["ip"] == "127.0.0.1"
-    time.sleep(0.25)
-    assert get(cloud, id)["status"] == "active"
+    until(lambda: get(cloud, id)["status"] == "active")
     assert data(send(cloud, "GET", "/instances")) == [get(cloud, id)]
     assert "name" not in get(cloud, launch(cloud))
 
 
 def test_an_end_takes_its_time_and_can_be_asked_for_twice(cloud: FakeLambda) -> None:
-    cloud.terminate_s = cloud.keep_terminated_s = 0.3
+    cloud.terminate_s, cloud.keep_terminated_s = 1.0, 2.0
     id, other = launch(cloud), launch(cloud)
     for _ in range(2):
         (ended,) = data(send(cloud, "POST", TERMINATE, {"instance_ids": [id]}))["terminated_instances"]
         assert (ended["status"], ended["actions"]["restart"]["available"]) == ("terminating", False)
     assert {one["id"] for one in cloud.living()} == {id, other}  # still billed
-    time.sleep(0.35)
-    assert get(cloud, id)["status"] == "terminated"
+    until(lambda: get(cloud, id)["status"] == "terminated")
     assert [one["id"] for one in cloud.living()] == [other]
-    assert 0.25 < cloud.billed_seconds(id) < 0.6
+    assert cloud.billed_seconds(id) == cloud.billed_seconds(id) >= 1.0
     assert refusal(send(cloud, "POST", RESTART, {"instance_ids": [id]})) == (400, "global/invalid-parameters")
     assert (
         data(send(cloud, "POST", TERMINATE, {"instance_ids": [id]}))["terminated_instances"][0]["status"]
         == "terminated"
     )
-    time.sleep(0.35)
+    until(lambda: send(cloud, "GET", f"/instances/{id}").status_code == 404)
     for reply in (send(cloud, "GET", f"/instances/{id}"), send(cloud, "POST", TERMINATE, {"instance_ids": [id]})):
         assert refusal(reply) == (404, "global/object-does-not-exist")
 
@@ -230,13 +228,13 @@ def test_one_unknown_instance_ends_none(cloud: FakeLambda) -> None:
 
 
 def test_an_instance_can_be_hidden_at_first(cloud: FakeLambda) -> None:
-    cloud.hidden_s = 0.3
+    cloud.hidden_s = 1.0
     id = launch(cloud)
     assert data(send(cloud, "GET", "/instances")) == []
     for reply in (send(cloud, "GET", f"/instances/{id}"), send(cloud, "POST", TERMINATE, {"instance_ids": [id]})):
         assert refusal(reply) == (404, "global/object-does-not-exist")
     assert [one["id"] for one in cloud.living()] == [id]
-    time.sleep(0.35)
+    until(lambda: send(cloud, "GET", f"/instances/{id}").status_code == 200)
     assert get(cloud, id)["status"] == "active"
 
 
@@ -263,12 +261,11 @@ def test_what_the_world_does_to_an_instance(cloud: FakeLambda) -> None:
 def test_a_restart_boots_again(cloud: FakeLambda) -> None:
     id = launch(cloud)
     get(cloud, id)
-    cloud.boot_s = 0.2
+    cloud.boot_s = 1.0
     (seen,) = data(send(cloud, "POST", RESTART, {"instance_ids": [id]}))["restarted_instances"]
     assert seen["status"] == "booting"
     assert refusal(send(cloud, "POST", RESTART, {"instance_ids": [id]})) == (400, "global/invalid-parameters")
-    time.sleep(0.25)
-    assert get(cloud, id)["status"] == "active"
+    until(lambda: get(cloud, id)["status"] == "active")
 
 
 # What there is to rent
@@ -284,10 +281,9 @@ def test_capacity_appears_vanishes_and_lies(cloud: FakeLambda) -> None:
     cloud.no_capacity()
     assert regions(cloud) == []
     assert refusal(send(cloud, "POST", LAUNCH, WISH)) == full
-    cloud.set_capacity("gpu_1x_a10", "us-east-1", 1, after_s=0.2)
+    cloud.set_capacity("gpu_1x_a10", "us-east-1", 1, after_s=1.0)
     assert regions(cloud) == []
-    time.sleep(0.25)
-    assert regions(cloud) == ["us-east-1"]
+    until(lambda: regions(cloud) == ["us-east-1"])
     id = launch(cloud)
     assert regions(cloud) == []
     assert refusal(send(cloud, "POST", LAUNCH, WISH)) == full
@@ -325,16 +321,17 @@ def test_images_are_listed_by_region(cloud: FakeLambda) -> None:
 
 
 def test_what_comes_too_soon_is_refused_with_how_long_to_wait() -> None:
-    with FakeLambda(request_interval_s=0.3, launch_interval_s=1.5) as cloud:
+    with FakeLambda(request_interval_s=1.0, launch_interval_s=6.0) as cloud:
         cloud.add_ssh_key("mine", PUBLIC_KEY)
         launch(cloud)
         soon = send(cloud, "GET", "/instances")
         assert (soon.status_code, soon.headers["Retry-After"]) == (429, "1")
-        time.sleep(0.35)
+        time.sleep(1.05)
         assert send(cloud, "GET", "/instances").status_code == 200
-        time.sleep(0.35)
+        time.sleep(1.05)
         again = send(cloud, "POST", LAUNCH, WISH)
-        assert (again.status_code, again.headers["Retry-After"]) == (429, "1")
+        assert again.status_code == 429
+        assert 1 <= int(again.headers["Retry-After"]) <= 4
         assert cloud.launches == 1
 
 
@@ -344,7 +341,7 @@ def test_faults_without_an_answer(cloud: FakeLambda, fault: Any, done: int) -> N
     with pytest.raises(requests.RequestException):
         send(cloud, "POST", LAUNCH, WISH, timeout=0.3)
     if fault.kind == "delay":
-        time.sleep(0.5)
+        until(cloud.living)
     assert cloud.launches == len(cloud.living()) == done
 
 
@@ -424,13 +421,6 @@ class Boxes:
             raise RuntimeError("no engine")
         self.made.append(Box(len(self.made) + 1))
         return self.made[-1]
-
-
-def until(what: Any, seconds: float = 3.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_an_instance_is_active_when_its_machine_is_there() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,9 @@ from fractal.cloud.lambda_api import AuthError, CloudError, ConnectionLost, Inst
 from fractal.cloud.ledger import Entry, Process, _started
 from fractal.cloud.offers import Place, Wish, places
 from fractal.records import InputError, OutsideError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 from tests.fake_lambda.server import Fault, cut, delay, garbage, lose_answer, ok, status, tear
-from tests.renting import QUICK, SETTINGS, TYPE, WISH, Renting, end_guards, guards, renting, until
+from tests.renting import QUICK, SETTINGS, TYPE, WISH, Renting, end_guards, guards, renting
 
 pytestmark = pytest.mark.usefixtures("openssh")
 LAUNCH = "POST /instance-operations/launch"
@@ -545,6 +546,24 @@ def test_terminate_goes_on_until_it_is_confirmed(rented: Renting, faults: list[F
     now = rented.ledger.find(entry.name)
     assert now is not None
     assert (now.state, now.end_reason) == ("ended", "done")
+
+
+@pytest.mark.usefixtures("no_guard")
+def test_who_only_saw_the_end_does_not_give_its_reason(rented: Renting, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, real = rented.launch(), life.end
+
+    def and_another_looks(*words: Any) -> None:
+        real(*words)
+        reconcile(rented.client(), rented.ledger, rented.say, SETTINGS)
+        seen = rented.ledger.find(entry.name)
+        assert seen is not None
+        assert seen.end_reason == life.OUTSIDE
+
+    monkeypatch.setattr(life, "end", and_another_looks)
+    terminate(rented.client(), rented.ledger, entry, rented.say, "done", QUICK)
+    now = rented.ledger.find(entry.name)
+    assert now is not None
+    assert now.end_reason == "done"
 
 
 @pytest.mark.usefixtures("no_guard")

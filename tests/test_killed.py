@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from fractal.cloud.instance import reap, terminate
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 from tests.fake_lambda.server import lose_answer
-from tests.renting import QUICK, Renting, end_guards, guard_pids, renting, until
+from tests.renting import QUICK, Renting, end_guards, guard_pids, renting
 from tests.test_ledger import entry as an_entry
 
 pytestmark = pytest.mark.usefixtures("openssh")

@@ -71,16 +71,20 @@ class LedgerMachine(RuleBasedStateMachine):
             self.model[name] = replace(self.model[name], **fields)  # type: ignore[arg-type]
             assert self.ledger.change(name, **fields) == self.model[name]
 
-    @rule(data=st.data(), stale=st.booleans())
-    def end(self, data: st.DataObject, stale: bool) -> None:
+    @rule(data=st.data(), stale=st.booleans(), why=st.sampled_from(["seen", "done", "limit"]), knows=st.booleans())
+    def end(self, data: st.DataObject, stale: bool, why: str, knows: bool) -> None:
         if name := self.some(data):
             before = self.model[name]
             expected = replace(before, asked_at=-1.0) if stale else before
-            done = self.ledger.end(name, "why", expected=expected)
-            assert done == (not stale and before.state != "ended")
+            done = self.ledger.end(name, why, expected=expected, instead_of=["seen"] if knows else [])
             now = self.ledger.find(name)
             assert now is not None
-            assert (now == before) != done
+            if before.state == "ended":
+                assert done == (knows and before.end_reason == "seen")
+                assert now == (replace(before, end_reason=why) if done else before)
+            else:
+                assert done == (not stale)
+                assert (now.end_reason, now.state) == (why, "ended") if done else now == before
             self.model[name] = now
 
     @rule(data=st.data())

@@ -24,7 +24,7 @@ from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.remote import Remote
 from fractal.images import push
 from fractal.images.build import ensure_sandbox_image
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 from tests.fake_lambda.machines import Machines, Running
 from tests.fake_lambda.server import FakeLambda, status
 from tests.machine import Unavailable
@@ -171,13 +171,6 @@ def rented(world: World) -> Iterator[World]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return tmp_path / f"run{time.time_ns()}"
-
-
-def until(what: Callable[[], object], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < deadline, "too late"
-        time.sleep(0.05)
 
 
 def seen(run: Path, count: int) -> Callable[[], bool]:

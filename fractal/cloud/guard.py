@@ -253,7 +253,10 @@ class Guard:
             return False  # told there; the next tick tries again, unless another has ended it
         log(f"{what} is ended")
         until = time.monotonic() + self._settings.linger_s
-        while not self._try(lambda: self._ledger.end(entry.name, reason)) and time.monotonic() < until:
+        while (
+            not self._try(lambda: self._ledger.end(entry.name, reason, instead_of=life.UNEXPLAINED))
+            and time.monotonic() < until
+        ):
             pass  # told there; in the end the next command finds it out
         return True
 

@@ -15,7 +15,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,17 +182,20 @@ class Ledger:
         self._edit(edit)
         return now[0]
 
-    def end(self, name: str, reason: str, *, expected: Entry | None = None) -> bool:
-        """It is over. The first reason stays; returns whether it was this one."""
+    def end(self, name: str, reason: str, *, expected: Entry | None = None, instead_of: Collection[str] = ()) -> bool:
+        """It is over. The first reason stays, unless it is one of `instead_of`; returns whether this was written."""
         ended: list[bool] = []
 
         def edit(entries: list[Entry]) -> None:
             index = self._index(entries, name)
             entry = entries[index]
-            ended.append(entry.state != "ended" and expected in (None, entry))
-            if ended[0]:
-                over = {"state": "ended", "ended_at": time.time(), "end_reason": reason, "owner": None}
-                entries[index] = replace(entry, **over)  # type: ignore[arg-type]
+            over = {"state": "ended", "ended_at": time.time(), "end_reason": reason, "owner": None}
+            if entry.state == "ended":
+                over = {"end_reason": reason} if entry.end_reason in instead_of else {}
+            elif expected not in (None, entry):
+                over = {}
+            ended.append(bool(over))
+            entries[index] = replace(entry, **over)  # type: ignore[arg-type]
 
         self._edit(edit)
         return ended[0]

@@ -15,6 +15,12 @@ from fractal.records import InputError, OutsideError
 Say = Callable[[str], None]
 ENDED = ("terminated", "preempted")
 NEVER = "never launched: no machine of this name came up"
+OUTSIDE = "ended from outside"
+FORGOTTEN = "gone: ended from outside, and forgotten"
+UNEXPLAINED = (
+    OUTSIDE,
+    FORGOTTEN,
+)  # what a process writes that saw the end, and yields to the reason of who asked for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +89,11 @@ def note(ledger: Ledger, entry: Entry, found: Instance | None, say: Say, waits: 
     if found is None:
         if time.time() < visible_from(entry, waits):
             return entry
-        reason = "gone: ended from outside, and forgotten"
+        reason = FORGOTTEN
     elif found.status == "preempted":
         reason = "preempted: Lambda took the machine back"
     elif found.status == "terminated":
-        reason = "ended from outside"
+        reason = OUTSIDE
     else:
         now: dict[str, Any] = {
             "ip": found.ip or entry.ip,
@@ -171,7 +177,7 @@ def terminate(
         assert entry.id is not None
         end(client, entry.id, f"{entry.name} ({entry.type_name}, {entry.id})", say, visible_from(entry, waits), waits)
         try:
-            ledger.end(entry.name, reason)
+            ledger.end(entry.name, reason, instead_of=UNEXPLAINED)
         except (InputError, OutsideError) as error:
             raise type(error)(f"{entry.name} is ended, it costs no more; but {error}") from error
         now = ledger.find(entry.name) or entry
