@@ -64,10 +64,12 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "x"}]})
 
     def allowed(self) -> bool:
-        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+        if not self.has_key():
             self.reply(401, {"error": {"message": "Incorrect API key", "type": "invalid_request_error"}})
-            return False
-        return True
+        return self.has_key()
+
+    def has_key(self) -> bool:
+        return self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -77,28 +79,27 @@ class Handler(BaseHTTPRequestHandler):
             server.most = max(server.most, server.now)
             server.times.append(time.monotonic())
             fault = server.script.pop(0) if server.script else None
-        try:
-            fields = FIELDS.get(self.path)
-            if fields is None or body.keys() != fields.keys():
-                server.faults.append(f"{self.path}: {sorted(body)}")
-            elif wrong := [k for k, t in fields.items() if type(body[k]) is not t]:
-                server.faults.append(f"{self.path}: types of {wrong}")
-            elif len(body.get("stop", [])) > 4:  # as OpenAI's API, and vLLM's server, have it
-                server.faults.append(f"{self.path}: {len(body['stop'])} stops")
-            if not self.allowed():
-                return
-            if body["model"] != "m":
-                self.reply(404, {"error": {"message": f"The model {body['model']} does not exist"}})
-            elif fault:
+        fields = FIELDS.get(self.path)
+        if fields is None or body.keys() != fields.keys():
+            server.faults.append(f"{self.path}: {sorted(body)}")
+        elif wrong := [k for k, t in fields.items() if type(body[k]) is not t]:
+            server.faults.append(f"{self.path}: types of {wrong}")
+        elif len(body.get("stop", [])) > 4:  # as OpenAI's API, and vLLM's server, have it
+            server.faults.append(f"{self.path}: {len(body['stop'])} stops")
+        good = fault is None and body["model"] == "m" and self.has_key()
+        if good:
+            time.sleep(server.pause_s)
+        with server.lock:  # before the answer: after it the client may look, or send its next
+            server.now -= 1
+            if good:
+                server.asked.append(body)
+        if good:
+            self.reply(200, answer(self.path, body, server.logprobs))
+        elif self.allowed():
+            if fault:
                 fault(self)
             else:
-                time.sleep(server.pause_s)
-                self.reply(200, answer(self.path, body, server.logprobs))
-                with server.lock:
-                    server.asked.append(body)
-        finally:
-            with server.lock:
-                server.now -= 1
+                self.reply(404, {"error": {"message": f"The model {body['model']} does not exist"}})
 
     def reply(self, code: int, body: Any, **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -66,7 +66,7 @@ def labels(place: dict[str, Any]) -> dict[str, Label]:
     """What the sandbox says, by name."""
     problems = {i: as_problem(i, one) for i, one in enumerate(HONEST.values())}
     samples = [Sample(i, 0, "", one.code, "stop", 0, None, None, "test") for i, one in enumerate(HONEST.values())]
-    with Sandbox(limits=Limits(cpu_s=2.0, wall_s=6.0), **place) as sandbox:
+    with Sandbox(limits=Limits(cpu_s=2.0, wall_s=20.0), **place) as sandbox:
         return dict(zip(HONEST, sandbox.verify(samples, problems), strict=True))
 
 
