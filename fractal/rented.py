@@ -205,7 +205,8 @@ def collect(remote: Remote, runs: Path) -> None:
     for job in jobs.jobs(remote):
         if job.state != "running":
             if job.ended and jobs.NAME.fullmatch(job.run):
-                jobs.follow(remote, job.id, jobs.log_file(runs / job.run, job.id), lambda _: None, once=True)
+                with contextlib.suppress(jobs.JobGone):  # its own follower was quicker
+                    jobs.follow(remote, job.id, jobs.log_file(runs / job.run, job.id), lambda _: None, once=True)
             jobs.end(remote, job.id)
 
 

@@ -12,14 +12,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fractal import ssh
+from fractal import rented, ssh
 from fractal.cloud import jobs, results
 from fractal.cloud.remote import Remote, RemoteError
 from fractal.records import InputError, OutsideError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 from tests.machine import Condition, Machine, Unavailable
 
 pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
@@ -196,6 +197,21 @@ def test_one_look_does_not_wait_for_the_end(remote: Remote, tmp_path: Path) -> N
     jobs.end(remote, job)
     with pytest.raises(RemoteError, match="is not on lambda any more"):
         jobs.follow(remote, job, tmp_path / "log", lambda _: None)
+
+
+def test_a_job_that_its_follower_removes_meanwhile_is_no_trouble(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, follow = begin(remote, "echo done"), jobs.follow
+    until(lambda: jobs.find(remote, job).ended)
+
+    def late(*words: Any, **more: Any) -> jobs.Job:
+        jobs.end(remote, job)
+        return follow(*words, **more)
+
+    monkeypatch.setattr(jobs, "follow", late)
+    rented.collect(remote, tmp_path)
+    assert jobs.jobs(remote) == []
 
 
 def test_a_container_that_goes_while_it_is_listed_is_no_trouble(remote: Remote) -> None:

@@ -120,12 +120,16 @@ def parse(lines: str) -> list[Job]:
     return sorted(found, key=lambda job: job.started)
 
 
+class JobGone(RemoteError):
+    """Its container is not there any more: whoever followed it has brought it home, or somebody removed it."""
+
+
 def find(remote: Remote, job: str) -> Job:
-    """One of them, as it is now. Raises RemoteError if it is gone."""
+    """One of them, as it is now. Raises JobGone."""
     for one in jobs(remote):
         if one.id == job:
             return one
-    raise RemoteError(
+    raise JobGone(
         f"The job {job} is not on {remote.host} any more: its container was removed there. What came home is kept; "
         "invoke run starts the rest."
     )
