@@ -17,10 +17,7 @@ ENDED = ("terminated", "preempted")
 NEVER = "never launched: no machine of this name came up"
 OUTSIDE = "ended from outside"
 FORGOTTEN = "gone: ended from outside, and forgotten"
-UNEXPLAINED = (
-    OUTSIDE,
-    FORGOTTEN,
-)  # what a process writes that saw the end, and yields to the reason of who asked for it
+UNEXPLAINED = (OUTSIDE, FORGOTTEN)  # written by who only saw the end: yields to the reason of who asked for it
 
 
 @dataclass(frozen=True, slots=True)
