@@ -152,7 +152,7 @@ def test_an_interrupt_is_one_line_and_130(tmp_path: Path, sign: signal.Signals) 
 
     until(read)
     child.send_signal(sign)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=30)
     os.close(*writers)
     assert child.returncode == 130
     assert said.count("\n") == 1

@@ -64,12 +64,13 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "x"}]})
 
     def allowed(self) -> bool:
-        if not self.has_key():
-            self.reply(401, {"error": {"message": "Incorrect API key", "type": "invalid_request_error"}})
-        return self.has_key()
+        if self.has_key():
+            return True
+        self.reply(401, {"error": {"message": "Incorrect API key", "type": "invalid_request_error"}})
+        return False
 
     def has_key(self) -> bool:
-        return self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
+        return not self.server.key or self.headers["Authorization"] == f"Bearer {self.server.key}"
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -207,7 +207,8 @@ def test_an_end_takes_its_time_and_can_be_asked_for_twice(cloud: FakeLambda) -> 
     assert {one["id"] for one in cloud.living()} == {id, other}  # still billed
     until(lambda: get(cloud, id)["status"] == "terminated")
     assert [one["id"] for one in cloud.living()] == [other]
-    assert cloud.billed_seconds(id) == cloud.billed_seconds(id) >= 1.0
+    assert cloud.billed_seconds(id) == cloud.billed_seconds(id)
+    assert 1.0 <= cloud.billed_seconds(id) < 2.0
     assert refusal(send(cloud, "POST", RESTART, {"instance_ids": [id]})) == (400, "global/invalid-parameters")
     assert (
         data(send(cloud, "POST", TERMINATE, {"instance_ids": [id]}))["terminated_instances"][0]["status"]
@@ -321,7 +322,7 @@ def test_images_are_listed_by_region(cloud: FakeLambda) -> None:
 
 
 def test_what_comes_too_soon_is_refused_with_how_long_to_wait() -> None:
-    with FakeLambda(request_interval_s=1.0, launch_interval_s=6.0) as cloud:
+    with FakeLambda(request_interval_s=1.0, launch_interval_s=3.0) as cloud:
         cloud.add_ssh_key("mine", PUBLIC_KEY)
         launch(cloud)
         soon = send(cloud, "GET", "/instances")
@@ -330,8 +331,7 @@ def test_what_comes_too_soon_is_refused_with_how_long_to_wait() -> None:
         assert send(cloud, "GET", "/instances").status_code == 200
         time.sleep(1.05)
         again = send(cloud, "POST", LAUNCH, WISH)
-        assert again.status_code == 429
-        assert 1 <= int(again.headers["Retry-After"]) <= 4
+        assert (again.status_code, again.headers["Retry-After"]) == (429, "1")
         assert cloud.launches == 1
 
 

@@ -46,7 +46,7 @@ def test_it_ends_the_instance_at_max_hours_and_goes(rented: Renting) -> None:
     ended = rented.ledger.find(entry.name)
     assert ended is not None
     assert (ended.end_reason or "").startswith("limit reached")
-    assert rented.cloud.billed_seconds(rented.cloud.launched[0]) < 20
+    assert rented.cloud.billed_seconds(rented.cloud.launched[0]) < 3
 
 
 def test_it_ends_the_instance_at_max_dollars(rented: Renting) -> None:
@@ -61,7 +61,9 @@ def test_it_ends_the_instance_at_max_dollars(rented: Renting) -> None:
 def test_waking_up_past_the_limit_it_acts_at_once(rented: Renting) -> None:
     entry = rented.launch()
     age(rented, entry, 9)
+    begin = time.monotonic()
     gone(rented)
+    assert time.monotonic() - begin < 3
 
 
 def test_limits_may_change_while_it_watches(rented: Renting) -> None:

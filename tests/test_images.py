@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from fractal.images.image import Image
 from fractal.images.recipes import Recipe
 from fractal.images.rendering import COMMITTED, Rendering
 from fractal.records import InputError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 from tests.engines import Engine
 
 pytestmark = pytest.mark.docker
@@ -412,19 +411,14 @@ def test_a_build_that_is_killed_leaves_no_name(
     recipe = made(Image.from_registry(base).run_commands(command))
     child = start(recipe.key, base, command, tmp_path)
     log = build.platformdirs.user_cache_path("fractal") / "images" / f"{recipe.name.replace(':', '-')}.log"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and " here\n" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: log.exists() and " here\n" in log.read_text())
     child.send_signal(sign)
     _, err = child.communicate(timeout=30)
     assert child.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[sign], err
     assert "Traceback" not in err
     if sign != signal.SIGKILL:
         assert not list(tmp_path.glob("fractal-build-*"))  # the secrets
-    while builders(command.rpartition(" ")[2]):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not builders(command.rpartition(" ")[2]))
     assert not build.has(client, recipe.name)
 
 

@@ -229,7 +229,7 @@ def test_patience_ends(cloud: FakeLambda, fault: Fault, kind: type, words: str) 
     with connect(cloud.url, patience_s=0.3, timeout_s=0.2) as client, pytest.raises(CloudError, match=words) as caught:
         client.instances()
     assert type(caught.value) is kind
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 3
     assert len(cloud.requests) > 1
 
 
@@ -367,7 +367,7 @@ def test_retry_after_is_heard(cloud: FakeLambda) -> None:
     begin = time.monotonic()
     with connect(cloud.url, patience_s=5) as client:
         client.instances()
-    assert 0.9 < time.monotonic() - begin < 4
+    assert 0.9 < time.monotonic() - begin < 2.5
 
 
 def test_retry_after_can_be_a_date() -> None:
@@ -382,7 +382,7 @@ def test_retry_after_is_not_believed_blindly(cloud: FakeLambda, client: Client, 
     begin = time.monotonic()
     with contextlib.suppress(BusyError):
         client.instances()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 1
 
 
 def test_a_wait_is_told(cloud: FakeLambda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -788,7 +788,7 @@ def test_the_dead_hold_no_lock(tmp_path: Path) -> None:
     os.utime(tmp_path / "pace-request", (0, 0))
     begin = time.monotonic()
     Pace(tmp_path, request_s=30).wait("request")
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 1
 
 
 def far_ahead(folder: Path) -> None:

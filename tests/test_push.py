@@ -261,7 +261,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.D
             found = names(client, image)
             client.images.remove(image, force=True)
             assert all(name.startswith("fractal-push-test:") for name in found), found
-    until(lambda: processes() | folders() <= before, words=lambda: f"left: {processes() | folders() - before}")
+    until(lambda: processes() | folders() <= before, 15, lambda: f"left: {processes() | folders() - before}")
     client.close()
 
 
@@ -346,7 +346,7 @@ class Registry:
         with (self.folder / "log").open("ab") as log:
             words = [self.program, "serve", self.folder / "registry.json"]
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        until(self.listens, words=lambda: (self.folder / "log").read_text())
+        until(self.listens, 10, lambda: (self.folder / "log").read_text())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -565,7 +565,7 @@ def test_a_registry_that_dies_in_the_middle_and_comes_back_gets_all(
     with Proxy(("127.0.0.1", server.port), rate=3 * MB) as proxy:
 
         def restart() -> None:
-            until(lambda: proxy.sent > MB)
+            until(lambda: proxy.sent > MB, 20)
             server.__exit__()
             time.sleep(1)
             server.__enter__()
@@ -585,7 +585,7 @@ def test_a_registry_that_stays_dead_is_given_up(client: docker.DockerClient, ser
     said: list[str] = []
     with Proxy(("127.0.0.1", server.port), rate=3 * MB) as proxy:
         proxy.cut_after = 2 * MB
-        threading.Thread(target=lambda: (until(lambda: proxy.sent > MB), setattr(proxy, "refuse", True))).start()
+        threading.Thread(target=lambda: (until(lambda: proxy.sent > MB, 20), setattr(proxy, "refuse", True))).start()
         with pytest.raises(push.PushError, match="The same command goes on from there"):
             push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=said.append)
         assert sum("Trying again" in line for line in said) == 2
@@ -602,14 +602,14 @@ def test_an_interrupted_push_leaves_no_tag_and_goes_on_later(
     name = load(client, os.urandom(50 * KB), os.urandom(60 * KB), os.urandom(60 * MB))
     with Proxy(("127.0.0.1", server.port), rate=4 * MB) as proxy:
         process = command(name, f"--registry=127.0.0.1:{proxy.port}")
-        until(lambda: server.blobs() == 2, words=lambda: process.communicate(timeout=5))
+        until(lambda: server.blobs() == 2, 30, lambda: process.communicate(timeout=5))
         time.sleep(1)  # the engine learns of it
         process.send_signal(number)
         _, words = process.communicate(timeout=20)
         assert process.returncode == code
         assert "Traceback" not in words
         assert names(client, name) == [name]
-        until(proxy.still)
+        until(proxy.still, 10)
         assert proxy.sent < 50 * MB  # the engine gave up, too; kernels hold megabytes
         there = server.blobs()
         proxy.rate = 0
@@ -652,10 +652,11 @@ BLOBS = 'find /var/lib/docker/volumes/fractal-registry -path "*/blobs/*" -name d
 def there(machine: Machine, client: docker.DockerClient) -> Iterator[Machine]:
     """The machine; afterwards it runs no container, and has no names but those of images that were pushed."""
     yield machine
-    until(lambda: machine.sh("docker ps -aq") == "", words=lambda: machine.sh("docker ps -a"))
+    until(lambda: machine.sh("docker ps -aq") == "", 15, lambda: machine.sh("docker ps -a"))
     until(
         lambda: "127.0.0.1" not in machine.sh("docker images --digests"),
-        words=lambda: machine.sh("docker images --digests"),
+        15,
+        lambda: machine.sh("docker images --digests"),
     )
 
 
@@ -707,15 +708,15 @@ def test_a_client_killed_in_the_middle_leaves_nothing_and_goes_on_later(
     with Proxy((there.ip, 22), rate=4 * MB) as proxy:
         config = there.config("proxy", HostName="127.0.0.1", Port=proxy.port)
         process = command(name, f"--host={there.alias}", "--program=debian", f"--ssh-config={config}")
-        until(lambda: int(there.sh(BLOBS)) == before + 2, words=lambda: process.communicate(timeout=5))
+        until(lambda: int(there.sh(BLOBS)) == before + 2, 30, lambda: process.communicate(timeout=5))
         time.sleep(1)  # the engine learns of it
         assert there.sh("docker ps -q")
         process.send_signal(number)
         _, words = process.communicate(timeout=30)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
         assert "Traceback" not in words
-        until(lambda: there.sh("docker ps -aq") == "")
-        until(lambda: not any(str(config) in one for one in processes()))
+        until(lambda: there.sh("docker ps -aq") == "", 15)
+        until(lambda: not any(str(config) in one for one in processes()), 15)
     assert there.sh(f"docker images -q {name}") == ""
     assert int(there.sh(BLOBS)) == before + 2
     pushed = over(client, name, there)
@@ -755,7 +756,7 @@ def test_the_far_registry_ends_when_we_fall_silent(
         time.sleep(3)  # beats keep it
         assert served.container in there.sh("docker ps")
         proxy.silent = True
-        until(lambda: there.sh("docker ps -aq") == "", 25)
+        until(lambda: there.sh("docker ps -aq") == "", 10)
 
 
 @pytest.mark.docker
@@ -946,11 +947,11 @@ def test_an_engine_that_dies_in_the_middle_is_one_line(
         words = ["ssh", "-F", str(other.ssh_config), "-N", "-oExitOnForwardFailure=yes", *tunnels, other.alias]
         tunnel = subprocess.Popen(words, stdin=subprocess.DEVNULL)
         try:
-            until((other.folder / "engine").exists)
+            until((other.folder / "engine").exists, 10)
             with contextlib.closing(docker.DockerClient(base_url=f"unix://{other.folder}/engine")) as far_client:
                 name = load(far_client, os.urandom(10 * MB))
                 threading.Thread(
-                    target=lambda: (until(lambda: proxy.sent > MB), other.sh("pkill -KILL dockerd"))
+                    target=lambda: (until(lambda: proxy.sent > MB, 20), other.sh("pkill -KILL dockerd"))
                 ).start()
                 with pytest.raises(push.PushError, match=r"^The Docker engine broke off"):
                     push.to_registry(far_client, name, "127.0.0.1:5000", say=quiet)

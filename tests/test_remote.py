@@ -286,9 +286,7 @@ def test_results_come_home_while_the_job_writes(remote: Remote, tmp_path: Path) 
                 "write",
                 f"cd fractal/runs/{name}; echo {{}} >> samples.jsonl; mkdir -p critic/epoch-{i}; echo {i} > critic/epoch-{i}/head",
             )
-        deadline = time.monotonic() + 20
-        while not (folder / "critic/epoch-9/head").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until((folder / "critic/epoch-9/head").exists, 20)
         cut(remote)
         remote.must("write", f"echo more >> fractal/runs/{name}/samples.jsonl")
     results.settle(remote, folder)

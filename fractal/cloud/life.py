@@ -238,4 +238,4 @@ def _overdue(entry: Entry, waits: Waits) -> bool:
 
 def given_up(entry: Entry) -> bool:
     """Ended because nothing was seen of it, not because its end was."""
-    return entry.end_reason == NEVER or (entry.end_reason or "").startswith("gone")
+    return entry.end_reason in (NEVER, FORGOTTEN)
