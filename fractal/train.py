@@ -101,7 +101,13 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe", **recipe: 
             f"train: {len(rows)} samples of {len(np.unique(groups))} train problems, {passed.mean():.1%} pass, "
             f"{files.name}, mode {mode}"
         )
-        _Training(folder, rows, files, config).run()
+        training = _Training(folder, rows, files, config)
+        if not training.watched:
+            console.warn(
+                "train: no labelled sample belongs to a validation problem, so no epoch has a figure of unseen "
+                "problems (Val Acc). Cross-validation and early stopping use train problems, as always."
+            )
+        training.run()
     folder.manifest["config"]["train"] = config
     folder.save()
 

@@ -280,7 +280,7 @@ def test_labels_of_one_class_train_nothing(mode: str, qwen: Path, tmp_path: Path
 @pytest.mark.model
 @pytest.mark.parametrize("mode", ["probe", "lora"])
 def test_few_problems_with_one_sample_each_and_nothing_held_out_still_train(
-    mode: str, qwen: Path, tmp_path: Path
+    mode: str, qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_folder(tmp_path / "run", qwen, per_split=3, n=1)
     relabel(run, lambda v: v.task_id % 2 == 0)
@@ -292,6 +292,7 @@ def test_few_problems_with_one_sample_each_and_nothing_held_out_still_train(
         train.run(folder, None, mode, **({} if mode == "probe" else {"epochs": 1}))
     rows = [json.loads(line) for line in (run / "critic/metrics.jsonl").read_text().splitlines()]
     assert all(row["val_acc"] is None for row in rows)
+    assert "no labelled sample belongs to a validation problem" in capsys.readouterr().err
     assert critic.load(run / "critic/best")[1].combination is None
 
 
