@@ -264,14 +264,16 @@ def headline(summary: Summary) -> str:
         return f"No strategy measured: {summary.reasons.get('strategies', 'there are no choices')}."
     if critic is None:
         return "No critic yet: nothing chooses better than chance here."
+    # whatever a critic does on problems that it was trained on is no result
+    who = "On train problems, which it has seen, the critic" if summary.split == "train" else "The critic"
     ours = _standing(critic.gain_over_random)
     duel = _duel(summary, "mean_logprob")
     if duel is None:
-        return f"The critic {ours} random choice."
+        return f"{who} {ours} random choice."
     theirs = _standing(duel.gain)
     if ours == theirs:
-        return f"The critic {ours} random choice {'or' if ours.endswith('from') else 'and'} mean log-probability."
-    return f"The critic {ours} random choice and {theirs} mean log-probability."
+        return f"{who} {ours} random choice {'or' if ours.endswith('from') else 'and'} mean log-probability."
+    return f"{who} {ours} random choice and {theirs} mean log-probability."
 
 
 def findings(summary: Summary) -> list[str]:

@@ -622,11 +622,13 @@ def _warnings(
     curves: Curves | None,
 ) -> list[str]:
     split, found = evaluation.split, []
+    if split == "train" and any(one.strategy == "critic" for one in strategies):
+        found.append("These are train problems: the critic has seen them, so its figures flatter it.")
     mixed = sum(0 < _passed(rows) < len(rows) for rows in evaluated.values())
     if evaluated and mixed < FEW_PROBLEMS:
         found.append(
             f"Only {_count(mixed, f'{split} problem')} of {evaluation.problems} {'has' if mixed == 1 else 'have'} both "
-            "a passing and a failing sample. On the others every choice is the same: intervals are wide."
+            "a passing and a failing sample, and only there does a choice matter: intervals are wide."
         )
     if missing := evaluation.problems - len(evaluated):
         found.append(f"{_count(missing, f'{split} problem')} without a usable sample left out of every rate.")

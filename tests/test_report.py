@@ -296,6 +296,17 @@ def test_the_headline_claims_only_what_the_intervals_show(whole, random, logprob
         )  # fmt: skip
 
 
+def test_a_critic_measured_on_the_problems_that_it_was_trained_on_says_so(whole):
+    problems, samples, labels, scores = run()
+    found = build(problems, samples, labels, scores, split="train")
+    assert pages.headline(found).startswith("On train problems, which it has seen, the critic ")
+    seen = "These are train problems: the critic has seen them, so its figures flatter it."
+    assert found.warnings[0] == seen
+    assert seen in Reader(pages.page(found)).text
+    assert seen not in whole.warnings
+    assert seen not in build(problems, samples, labels, split="train").warnings  # no critic, nothing seen
+
+
 def test_a_part_without_data_says_why_and_shows_no_chart(whole):
     bare = replace(
         whole,
