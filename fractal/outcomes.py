@@ -11,6 +11,7 @@ from fractal.metrics import Interval, bootstrap_difference, bootstrap_interval
 from fractal.records import SPLITS, Choice, InputError, Label, Output, Problem, Sample, Score, Split
 
 BASELINE = "random"  # every gain is measured against it
+SEEN = "these are train problems: the critic has seen them, so its figures flatter it."
 IMPORTED = "imported from"  # how the detail of a label begins that another tool gave: its tests are not known
 
 

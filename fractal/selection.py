@@ -29,6 +29,7 @@ from fractal import console
 from fractal.outcomes import (
     BASELINE,
     RANKINGS,
+    SEEN,
     Outcome,
     evaluation_splits,
     in_words,
@@ -83,7 +84,7 @@ def run(folder: RunDir, on: str | None = None) -> None:
             f"score: the critic ranks them last. `fractal score --run {folder.path}` scores them."
         )
     if "train" in splits:
-        console.warn("select: these are train problems; the critic has seen them, so its figures flatter it.")
+        console.warn(f"select: {SEEN}")
     folder.manifest["config"]["select"] = config
     folder.save()
 

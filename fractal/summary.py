@@ -15,6 +15,7 @@ from fractal.metrics import Bin, Interval, WithinProblemAuc
 from fractal.outcomes import (
     BASELINE,
     RANKINGS,
+    SEEN,
     LeftOut,
     Outcome,
     StrategyResult,
@@ -623,7 +624,7 @@ def _warnings(
 ) -> list[str]:
     split, found = evaluation.split, []
     if split == "train" and any(one.strategy == "critic" for one in strategies):
-        found.append("These are train problems: the critic has seen them, so its figures flatter it.")
+        found.append(SEEN.capitalize())
     mixed = sum(0 < _passed(rows) < len(rows) for rows in evaluated.values())
     if evaluated and mixed < FEW_PROBLEMS:
         found.append(
