@@ -129,6 +129,11 @@ class Expected:
     verdicts: dict[str, str]
     sample_s: dict[str, float]
 
+    @property
+    def late(self) -> list[str]:
+        """The samples that do not end within the limit."""
+        return sorted(name for name, verdict in self.verdicts.items() if verdict == "timeout")
+
     def of(self, kind: str) -> list[str]:
         """The samples whose own time is nothing beside a harness's (quick), or is not (slow)."""
         late = {name for name, v in self.verdicts.items() if v == "timeout" or self.sample_s[name] > QUICK_S}
@@ -244,7 +249,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 def table(rows: Sequence[dict[str, Any]], plan: Plan, expected: Expected) -> Table:
     quick, slow = len(expected.of("quick")), len(expected.of("slow"))
-    late = sum(v == "timeout" for v in expected.verdicts.values())
+    late = len(expected.late)
     title = (
         f"{quick + slow} samples, {slow} over {QUICK_S} s plainly, {late} over {plan.limit_s:g} s; {plan.rounds} rounds"
     )
@@ -715,7 +720,7 @@ def run(given: argparse.Namespace) -> Path:
     raw_turns = [{k: v for k, v in asdict(t).items() if k != "verdicts"} for t in turns]
     described = {
         "kinds": kinds(samples.values()),
-        "quick": len(expected.of("quick")), "slow": sorted(expected.of("slow")),
+        "quick": len(expected.of("quick")), "slow": sorted(expected.of("slow")), "late": expected.late,
         "unstable": sorted(unstable(turns, expected)), "passed": sum(v == "passed" for v in expected.verdicts.values()),
     }  # fmt: skip
     after = {**facts, "load_after": list(os.getloadavg())}

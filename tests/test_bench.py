@@ -267,19 +267,20 @@ def test_a_quick_run_has_every_figure_and_fractal_agrees_with_plain(image: str, 
     left_out = {c for c in verify.FROM_LOCK | {"docker-run"} if f"left out {c}" in done.stderr}
     rows = {row["contestant"]: row for row in values["rows"]}
     assert rows.keys() == verify.TITLES.keys() - left_out
+    plan = values["plan"]
+    slow = set(verify.part(values["samples"]["slow"], 2 * plan["workers"], 1, plan["seed"]))
     for name, row in rows.items():
         assert row["rate"] > 0
         assert row["to_plain"] > 0
         assert row["to_raw"] > 0
         if name not in verify.RAW:
-            # one round: a contestant's turns on a set, its pilot's too, begin with the same sample
-            taken = {"quick": 0, "slow": 0}
-            for turn in values["turns"]:
-                if turn["contestant"] == name:
-                    taken[turn["set"]] = max(taken[turn["set"]], turn["samples"])
-            # which are slow is the machine's to say, and of these some end at the limit: not compared
-            least = taken["quick"] - len(values["samples"]["unstable"])
-            assert least <= row["compared"] <= sum(taken.values())
+            turns = [t for t in values["turns"] if t["contestant"] == name]
+            # one round: the pilot's samples and the round's begin with the same one
+            quick = max(t["samples"] for t in turns if t["set"] == "quick")
+            # which are slow is the machine's to say; of these some end at the limit and are not compared
+            assert [t["samples"] for t in turns if t["set"] == "slow"] == ([len(slow)] if slow else [])
+            count = quick + len(slow - set(values["samples"]["late"]))
+            assert count - len(values["samples"]["unstable"]) <= row["compared"] <= count
     for name in ("fractal", "fractal-steady", "fractal-cache", "plain", "zygote"):
         assert rows[name]["differ"] == {}
     assert {"cores", "kernel", "python", "docker", "commit"} <= values["machine"].keys()
