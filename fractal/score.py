@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fractal import console, generate, models
+from fractal import console, generate, gpu, models
 from fractal.batch import read_shape
 from fractal.records import InputError, Problem, Sample, Score, read_jsonl, unique, write_jsonl
 from fractal.run import RunDir
@@ -86,7 +86,7 @@ def choose_backend(backend: str) -> str:
         raise InputError(f"--score-backend vllm: {trouble}. Or take transformers.")
     if backend != "auto":
         return backend
-    return "vllm" if models.has_gpu() and not trouble else "transformers"
+    return "vllm" if gpu.usable() and not trouble else "transformers"
 
 
 class TransformersJudge:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from fractal import apt, engine
+from fractal import apt, engine, gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -160,16 +160,6 @@ class Terminal:
             print("\r\x1b[K", end="", file=sys.stderr)
             self.shown = ""
         print(f"setup: {text}", file=sys.stderr, flush=True)
-
-
-def has_gpu() -> bool:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return False
-    try:
-        return subprocess.run([program], stdin=subprocess.DEVNULL, capture_output=True, timeout=20).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
 
 
 def find_python() -> str:
@@ -404,9 +394,7 @@ def check_no_cuda() -> None:
 def setup_python(terminal: Terminal, lock_fd: int) -> None:
     """.venv holds exactly what the lock of the chosen accelerator says. Raises SetupError, AptError, UsageError."""
     stamp = read_stamp()
-    # nvidia-smi takes up to a second: a .venv for CUDA was made where it worked, and elsewhere it is not there.
-    known = stamp.get("accelerator") == "cuda" and shutil.which("nvidia-smi") is not None
-    accelerator = choose_accelerator(os.environ, (lambda: True) if known else has_gpu)
+    accelerator = choose_accelerator(os.environ, gpu.has_gpu)
     key = key_for(accelerator)
     if stamp.get("key") == key and (VENV / "bin/python").exists():
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fractal import engine
+from fractal import engine, gpu
 
 ROOT = Path(__file__).parents[1]
 SOCKET = os.environ.get("FRACTAL_SOCKET")  # of a sandbox that runs already: inside the pipeline's image
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
     no_docker = engine.problem()
     no_sandbox = None if SOCKET else no_docker
-    no_gpu = None if shutil.which("nvidia-smi") else "no NVIDIA GPU"
+    no_gpu = None if gpu.usable() else gpu.trouble() or "the installed torch is built for the CPU"
     for item in items:
         found = getattr(item, "_fixtureinfo", None)
         defined = found.name2fixturedefs.get("image", ()) if found else ()

@@ -21,7 +21,7 @@ import docker.errors
 import docker.types
 import requests
 
-from fractal import engine, models, setup
+from fractal import engine, gpu, models
 from fractal.console import note
 from fractal.images import recipes
 from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line
@@ -319,9 +319,7 @@ def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool =
     command = ["run", "--run", f"{WORK}/runs/{folder.name}", *map(str, words)]
     client = connect()
     try:
-        return run(
-            client, recipe, command, lambda volume: run_setup(volume, folder, gpus=gpus or setup.has_gpu()), note
-        )
+        return run(client, recipe, command, lambda volume: run_setup(volume, folder, gpus=gpus or gpu.has_gpu()), note)
     finally:
         client.close()
 
