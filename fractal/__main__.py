@@ -64,6 +64,13 @@ Batch = Annotated[
     int | None,
     typer.Option(help="Samples decoded together. Default: what free memory holds; halved once if it does not."),
 ]
+Engines = Annotated[
+    int | None,
+    typer.Option(
+        help="vLLM engines that share one GPU, each in a process of its own: a small model leaves a GPU idle with one "
+        "engine. Default: by the sizes of model and GPU; 1 on a CPU."
+    ),
+]
 BaseUrl = Annotated[
     str | None,
     typer.Option(
@@ -212,6 +219,7 @@ def _generate(
     backend: str,
     server: dict[str, Any],
     batch: int | None,
+    engines: int | None,
     overlap: Any = None,
     **asked: Any,
 ) -> None:
@@ -234,7 +242,9 @@ def _generate(
         raise InputError("--tokenizer goes with --backend openai; a model's folder brings its own.")
     if model is None:
         model = folder.model_path(known.get("model", models.EMBEDDED))
-    generate.run(folder, problem_set, model, sampling, backend, batch=batch, served=served, beside=overlap)
+    generate.run(
+        folder, problem_set, model, sampling, backend, batch=batch, engines=engines, served=served, beside=overlap
+    )
 
 
 def _criteria(folder: RunDir, texts: list[str] | None, plan: Path | None) -> None:
@@ -270,6 +280,7 @@ def generate(
     seed: Seed = None,
     backend: Backend = "auto",
     batch: Batch = None,
+    engines: Engines = None,
     base_url: BaseUrl = None,
     tokenizer: Tokenizer = None,
     concurrency: Concurrency = 32,
@@ -282,7 +293,7 @@ def generate(
         _criteria(folder, criterion, plan)
         asked = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
         server = {"base_url": base_url, "tokenizer": tokenizer, "concurrency": concurrency}
-        _generate(folder, found, model, backend, server, batch, **asked)
+        _generate(folder, found, model, backend, server, batch, engines, **asked)
 
 
 @app.command(
@@ -470,6 +481,7 @@ def run_stages(
     seed: Seed = None,
     backend: Backend = "auto",
     batch: Batch = None,
+    engines: Engines = None,
     base_url: BaseUrl = None,
     tokenizer: Tokenizer = None,
     concurrency: Concurrency = 32,
@@ -507,14 +519,14 @@ def run_stages(
             _check_sandbox(image, socket)
         _criteria(folder, criterion, plan)
         if found and stage is Stage.generate:
-            _generate(folder, found, model, backend, server, batch, **sampling)
+            _generate(folder, found, model, backend, server, batch, engines, **sampling)
         if stage in (Stage.all, Stage.verify):
             from fractal import verify as verify_stage
             from fractal.overlap import Overlap
 
             with Overlap(folder, limits, **sandbox) as overlap:
                 if found:
-                    _generate(folder, found, model, backend, server, batch, overlap, **sampling)
+                    _generate(folder, found, model, backend, server, batch, engines, overlap, **sampling)
                 tally = verify_stage.run(folder, limits, overlap, **sandbox)
             _failed_labels(tally.errors)
         if stage in (Stage.all, Stage.train, Stage.score):

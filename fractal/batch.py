@@ -7,6 +7,7 @@ A sample under way holds keys and values for each of its tokens; these, not the 
 
 import gc
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,22 @@ STATES = 16  # hidden-sized rows for each token of a prompt while it is read: at
 GROWTH = 1.5  # transformers grows its cache by copying it, a layer at a time
 REMEDY = "Give a smaller --batch or --max-tokens, take a smaller model, or free memory."
 BLOCK = 128  # tokens that vLLM's cache gives out at once, at most
-LACKS = ("out of memory", "allocate memory", "not enough memory", "cache blocks", "kv cache", "available memory on")
+LACKS = (
+    *("out of memory", "allocate memory", "not enough memory", "available memory on"),  # torch's
+    *("cache blocks", "kv cache", "less than desired", "engine's budget"),  # vLLM's, at its start
+)
+WAITING = 2  # samples handed to an engine of vLLM ahead of time, for each that it decodes
+SHARE_GPU, SHARE_GPU_LESS = 0.92, 0.85  # of a GPU's memory: what vLLM may take, and once memory has run out
+PAGE = 16  # tokens that vLLM's cache on a GPU gives out at once
+# Of the tokens that a sample may have, the share that it is counted with on a GPU. Most end early (70 of 320 tokens in
+# the mission's first run), and where they do not, vLLM sets some samples back and draws them again later.
+EXPECTED = 0.5
+LOGITS_GPU = 4  # float32 rows of logits for each sample that vLLM's sampler holds at its peak
+# Where several engines pay on one card: Python needs about 25 us a token to schedule and read it (18 us of CPU time on
+# an EPYC of 2024, docs/log.md 2026-11-29), a card of A100's class 2 FLOPs a parameter at half of its 312 TFLOP/s.
+HOST_S, CARD_FLOPS = 25e-6, 156e12
+CARD_BYTES = 70 << 30  # a card with as much memory is of that class or faster
+MOST_ENGINES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +94,32 @@ def transformers_batch(shape: Shape, free_bytes: int, length: int, dtype: str, *
 def paged_batch(shape: Shape, kv_bytes: int, length: int, dtype: str, *, most: int) -> int:
     """Samples of `length` tokens whose keys and values vLLM's cache of `kv_bytes` holds; 0 if not even one, ..most."""
     return min(most, kv_bytes // shape.kv_bytes(length + BLOCK, BYTES[dtype]))
+
+
+def gpu_batch(shape: Shape, free_bytes: int, length: int, new: int, dtype: str, *, most: int) -> tuple[int, int]:
+    """Samples that vLLM decodes together on a GPU, and the bytes of its cache; 0 samples if not even a whole one fits.
+
+    A sample has up to `length` tokens, `new` of them drawn; `free_bytes` is what is left beside weights and workspace.
+    """
+    width = BYTES[dtype]
+    logits = 4 * LOGITS_GPU * shape.vocab
+    sample = shape.kv_bytes(length - round((1 - EXPECTED) * new) + PAGE, width) + logits
+    if free_bytes < shape.kv_bytes(length + PAGE, width) + logits:
+        return 0, 0
+    found = max(1, min(most, free_bytes // sample))
+    return found, free_bytes - found * logits
+
+
+def engines(weights_bytes: int, card_bytes: int, processors: int) -> int:
+    """How many engines should share a GPU: as many as keep it busy, if its memory and the processors carry them.
+
+    `weights_bytes`: of the model in 16 bits; `card_bytes`: of the card's memory in all.
+    """
+    if card_bytes < CARD_BYTES:
+        return 1
+    wanted = math.ceil(HOST_S * CARD_FLOPS / weights_bytes)  # 2 FLOPs for each parameter, which has 2 bytes
+    carried = card_bytes // 4 // weights_bytes  # a quarter of it for weights, the rest for their caches
+    return max(1, min(wanted, carried, MOST_ENGINES, processors - 2))
 
 
 def cache_bytes(shape: Shape, free_bytes: int, length: int, dtype: str, *, most: int, share: float) -> int:

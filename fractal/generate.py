@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
+from fractal import batch as memory
 from fractal import console, gpu, models, prompts
 from fractal.problems import ProblemSet
 from fractal.records import Appender, InputError, OutsideError, Problem, Sample, read_jsonl, unique
@@ -186,15 +187,19 @@ def run(
     backend: str = "auto",
     *,
     batch: int | None = None,
+    engines: int | None = None,
     served: Served | None = None,
     beside: Beside | None = None,
 ) -> None:
-    """Draw what is missing. `batch`: samples decoded together, None to find it from free memory.
+    """Draw what is missing. `batch`: samples decoded together, None to find it from free memory; `engines` of vLLM that
+    share the GPU, None to find it from the model's size.
 
     Raises InputError, OutsideError; nothing that was finished is lost by any exit.
     """
     if batch is not None and batch < 1:
         raise InputError(f"--batch {batch}: must be at least 1.")
+    if engines is not None and not 1 <= engines <= 16:
+        raise InputError(f"--engines {engines}: must be from 1 to 16.")
     before = folder.manifest["config"].get("generate", {})
     chosen = choose_backend(backend, before.get("backend"))
     files: models.ModelFiles | None = None
@@ -257,12 +262,14 @@ def run(
             if files:
                 assert dtype is not None
                 longest = max(len(r.prompt) for r in requests)
-                engine = _engine(chosen, files.path, sampling, dtype, longest, batch)
+                engine = _engine(chosen, files.path, sampling, dtype, longest, batch, engines)
             else:
                 assert served is not None
                 engine = _served(model, sampling, served)
-            _draw(engine, requests, problem_set.by_id(), path, sampling, name, entry, beside)
-            engine.close()
+            try:
+                _draw(engine, requests, problem_set.by_id(), path, sampling, name, entry, beside)
+            finally:
+                engine.close()
     if entry.get("skipped"):
         console.warn(
             f"generate: {len(entry['skipped'])} problems skipped, their prompts do not fit the model's context with "
@@ -325,17 +332,50 @@ def _requests(
     ]
 
 
-def _engine(backend: str, path: Path, sampling: Sampling, dtype: str, longest: int, batch: int | None = None) -> Engine:
-    """Load the model; what the libraries print while they load goes to the log."""
+def _engine(
+    backend: str,
+    path: Path,
+    sampling: Sampling,
+    dtype: str,
+    longest: int,
+    batch: int | None = None,
+    engines: int | None = None,
+) -> Engine:
+    """Load the model; what the libraries print while they load goes to the log. Raises OutsideError."""
     length = longest + sampling.max_tokens
     with console.quiet("loading the model"):
         if backend == "vllm":
-            from fractal.engine_vllm import VllmEngine
+            from fractal.engine_process import EngineProcesses
 
-            return VllmEngine(path, sampling, dtype, length, batch)
+            cards = gpu.gpus(fresh=True)[:1] if gpu.usable() else ()
+            budget = None
+            if engines is None:
+                processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+                engines = (
+                    memory.engines(memory.weight_bytes(path, dtype), cards[0].total_bytes, processors) if cards else 1
+                )
+            if cards and engines > 1:
+                budget = int(min(0.92 * cards[0].total_bytes, 0.98 * cards[0].free_bytes))
+            return EngineProcesses(path, sampling, dtype, length, batch, engines=engines, budget_bytes=budget)
         from fractal.engine_transformers import TransformersEngine
 
         return TransformersEngine(path, sampling, dtype, length, batch)
+
+
+def _engines(path: Path, dtype: str) -> int:
+    """How many engines of vLLM should draw: one on a CPU."""
+    if not gpu.usable():
+        return 1
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return memory.engines(memory.weight_bytes(path, dtype), gpu.gpus()[0].total_bytes, processors)
+
+
+def gpu_budget() -> int | None:
+    """Bytes of the first GPU's memory that engines which share it may take now; None without a GPU."""
+    if not gpu.usable():
+        return None
+    card = gpu.gpus(fresh=True)[0]
+    return int(min(memory.SHARE_GPU * card.total_bytes, 0.98 * card.free_bytes))
 
 
 def _served(model: str, sampling: Sampling, served: Served) -> Engine:
@@ -359,8 +399,7 @@ def _draw(
     """Write samples as they finish. Raises KeyboardInterrupt once all that was finished is written."""
     tokens = count = 0
     begin = time.monotonic()
-    if size := getattr(engine, "batch", None):
-        entry["batch"] = size
+    entry |= {name: value for name in ("batch", "engines") if (value := getattr(engine, name, None))}
     try:
         with Halt() as halt, Appender(path) as out, console.bar("generate", len(requests)) as bar:
             if beside:

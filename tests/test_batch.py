@@ -45,6 +45,51 @@ def test_batches_grow_with_memory_and_stay_within_it(a: int, b: int, length: int
         assert held == most
 
 
+@given(sizes, sizes, st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 1024))
+def test_a_gpus_batch_and_cache_stay_within_its_memory(a: int, b: int, prompt: int, new: int, most: int) -> None:
+    less, more = sorted((a, b))
+    found = [batch.gpu_batch(SHAPE, free, prompt + new, new, "bfloat16", most=most) for free in (less, more)]
+    assert 0 <= found[0][0] <= found[1][0] <= most
+    for free, (samples, cache) in zip((less, more), found, strict=True):
+        assert cache + samples * 4 * batch.LOGITS_GPU * SHAPE.vocab <= free
+        if samples:
+            assert cache >= SHAPE.kv_bytes(prompt + new, 2), "one sample of full length always fits"
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "gigabytes", "least"),
+    [
+        ({"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064}, 15.23e9, 24, 200),
+        ({"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064}, 15.23e9, 40, 800),
+        ({"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 28, "vocab_size": 151936}, 3.09e9, 24, 1000),
+    ],
+)  # fmt: skip
+def test_a_large_model_is_not_starved(model: dict[str, int], weights: float, gigabytes: int, least: int) -> None:
+    """Qwen2.5-Coder 7B on an A10 and an A100 of 40 GB, 1.5B on an A10: prompts of 200 tokens, up to 320 new ones."""
+    free = 0.92 * 0.985 * gigabytes * (1 << 30) - weights - (2.5 * (1 << 30))
+    samples, cache = batch.gpu_batch(shape_of(model), int(free), 520, 320, "bfloat16", most=1024)
+    assert samples >= least
+    assert cache >= samples * shape_of(model).kv_bytes(360, 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "gigabytes", "processors", "expected"),
+    [
+        (1.0e9, 80, 26, 3),  # 0.5B on an A100: Python is the limit
+        (3.1e9, 80, 26, 2),  # 1.5B
+        (3.1e9, 141, 26, 2),  # on an H200
+        (15.2e9, 80, 26, 1),  # 7B: the GPU is
+        (3.1e9, 24, 26, 1),  # a smaller card is slower, too
+        (1.0e9, 80, 4, 2),  # each engine keeps a processor busy
+        (1.0e9, 80, 2, 1),
+    ],
+)
+def test_engines_are_as_many_as_keep_the_gpu_busy(
+    weights: float, gigabytes: int, processors: int, expected: int
+) -> None:
+    assert batch.engines(int(weights), int(0.99 * gigabytes * (1 << 30)), processors) == expected
+
+
 def test_free_memory_hears_a_containers_limit(tmp_path: Path) -> None:
     machine = batch.free_memory(tmp_path)
     assert machine > 1 << 20
@@ -78,11 +123,15 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"), True),
         (ValueError("No available memory for the cache blocks."), True),
         (ValueError("Available memory on node 0 (1.2/23 GiB) on kv cache allocation is less"), True),
+        # vllm 0.33.0, v1/worker/utils.py and v1/core/kv_cache_utils.py
+        (ValueError("Free memory on device cuda:0 (3.1/23.7 GiB) on startup is less than desired GPU memory utilization (0.92, 21.8 GiB)."), True),
+        (ValueError("Free memory on device cuda:0 (3.1/23.7 GiB) on startup is less than the engine's budget after excluding"), True),
+        (ValueError("To serve at least one request with the model's max seq len (520), (0.03 GiB KV cache is needed, which is larger than the available KV cache memory (0.01 GiB)."), True),
         (RuntimeError("shapes do not match"), False),
         (KeyError("out of memory"), False),
         (KeyboardInterrupt(), False),
     ],
-)
+)  # fmt: skip
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
     assert batch.is_out_of_memory(error) is expected
 

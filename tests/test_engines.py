@@ -118,7 +118,8 @@ def draw():
     return sorted((c.request.task_id, c.request.sample_id, c.text) for d in engine.generate(requests) for c in d)
 
 before = draw()
-real, calls = engine._llm.llm_engine.step, []
+core, calls = engine._llm.llm_engine.engine_core, []
+real = core.get_output
 
 def step():
     calls.append(1)
@@ -126,7 +127,7 @@ def step():
         raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB")
     return real()
 
-engine._llm.llm_engine.step = step
+core.get_output = step
 after = draw()
 print("RESULT", json.dumps([len(before), before == after, engine.batch, len(calls)]))
 count = []
