@@ -1,9 +1,13 @@
 """The generator's speed, as ratios in one run: `invoke bench --what=generate`; `python benchmarks/generate.py --help`.
 
-On the same prompts, settings and seeds, in turns: vLLM's own `LLM.generate` with all of it at once (bare), our vLLM
-engine, bare without seeds (what a seed for each sample costs), our generation stage alone and with verification beside
-it, and transformers. Ratios are taken within a round, and their median is told: a machine that slows down does so for
-all. Each engine lives in a process of its own and waits while another has its turn.
+On the same prompts and seeds, in turns: vLLM's own `LLM.generate` with all of it at once, with our settings (bare) and
+with its own (defaults); our vLLM engine, one and several of them; bare without seeds (what a seed for each sample
+costs); our generation stage alone and with verification beside it; the same stage over vLLM's own output processor, in
+one process (stock); and transformers. Ratios are taken within a round, and their median is told: a machine that slows
+down does so for all. Each engine lives in a process of its own and waits while another has its turn; on a GPU, whose
+memory holds one of them, they come one after the other.
+
+`--instant` puts a model that answers at once in the place of the real one: what is left is the time of Python.
 
 Exit codes: 0 done; 1 an engine failed; 2 bad input or usage; 3 something outside is missing; 130 interrupted.
 """
@@ -16,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
 from benchmarks.verify import SHARED, BenchError, chosen, machine, order, outcome, save, show
-from fractal import console, engine, generate, gpu, models
+from fractal import console, engine, generate, gpu, models, prompts
 from fractal.problems import load
 from fractal.records import InputError, OutsideError, Problem
 from fractal.run import RunDir
@@ -36,15 +40,26 @@ from fractal.run import RunDir
 ROOT = Path(__file__).resolve().parents[1]
 MISSION = 90.6  # samples a second of the earlier project, 8,150 in 90 s on an A100 with a 1.5B model
 TITLES = {
-    "bare": "bare LLM.generate",
+    "bare": "bare LLM.generate, our settings",
+    "defaults": "bare LLM.generate, vLLM's settings",
     "ours": "our vLLM engine",
     "unseeded": "bare, without seeds",
+    "stock": "stage on vLLM's output processor",
     "alone": "generate, stage alone",
+    "several": "the stage on several engines",
     "overlapped": "generate with verify beside",
     "transformers": "our transformers engine",
 }
+KINDS = {"bare": "bare", "unseeded": "bare", "stock": "bare", "ours": "ours", "alone": "ours", "overlapped": "ours"}
+INSTANT = ("bare", "stock", "ours", "alone", "several")  # of use with a model that answers at once
+REPLY_CHARACTERS = 160
+SEQUENCES = 1024  # decoded together by such a model, as by a GPU
 RATIOS = [  # name, numerator, denominator, of what, the target
     ("ours to bare", "ours", "bare", "rate", ">= 0.95"),
+    ("ours to vLLM's defaults", "ours", "defaults", "rate", ""),
+    ("the stage to the same on vLLM's output processor", "alone", "stock", "rate", ""),
+    ("several engines to the same", "several", "stock", "rate", ""),
+    ("several engines to one", "several", "alone", "rate", ""),
     ("what seeds cost: bare to bare without", "bare", "unseeded", "rate", ""),
     ("verification hidden: wall time with to without", "overlapped", "alone", "seconds", "<= 1.05"),
     ("vLLM to transformers", "ours", "transformers", "rate", ""),
@@ -64,6 +79,8 @@ class Plan:
     max_tokens: int = 256
     temperature: float = 0.8
     seed: int = 0
+    engines: int = 2  # of the contestant "several"
+    instant: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +179,7 @@ def work(kind: str) -> int:
     plan = Plan(**json.loads(sys.stdin.readline()))
     try:
         bench = Bench(plan, kind)
-        print("{}", file=said)
+        print(json.dumps({"start_s": bench.start_s}), file=said)
         for line in sys.stdin:
             print(json.dumps(asdict(bench.turn(line.strip()))), file=said)
     except (InputError, OutsideError) as error:
@@ -184,18 +201,41 @@ class Bench:
         self.requests = generate._requests(wanted, tokenizer, context, self.sampling, {})
         if not self.requests:
             raise InputError(f"--problems {plan.problems}: no prompt fits the model's context.")
-        longest = max(len(r.prompt) for r in self.requests)
-        self.engine: Any = generate._engine(kind, files.path, self.sampling, models.preferred_dtype(), longest)
+        dtype, length = models.preferred_dtype(), max(len(r.prompt) for r in self.requests) + plan.max_tokens
+        options: dict[str, Any] = {}
+        if plan.instant:
+            answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in replies(self.problems)]
+            executor = "benchmarks.instant.Instant"
+            options = {"distributed_executor_backend": executor, "additional_config": {"answers": answers}}
+        size = SEQUENCES if plan.instant else None
+        begin = time.perf_counter()
+        self.engine: Any
+        if kind in ("ours", "several"):
+            from fractal.engine_process import EngineProcesses
+
+            count = plan.engines if kind == "several" else 1
+            budget = generate.gpu_budget() if count > 1 else None
+            self.engine = EngineProcesses(
+                files.path, self.sampling, dtype, length, size, engines=count, budget_bytes=budget, options=options
+            )
+        elif kind == "bare":
+            from fractal.engine_vllm import VllmEngine
+
+            self.engine = VllmEngine(files.path, self.sampling, dtype, length, size, options=options)
+        elif kind == "defaults":
+            self.engine = Defaults(files.path, self.sampling)
+        else:
+            from fractal.engine_transformers import TransformersEngine
+
+            self.engine = TransformersEngine(files.path, self.sampling, dtype, length)
+        self.start_s = time.perf_counter() - begin
 
     def turn(self, contestant: str) -> Turn:
-        if contestant in ("bare", "unseeded", "ours", "alone", "overlapped"):
-            self.engine._llm.reset_prefix_cache()
         texts: dict[str, str] = {}
-        verify_s = None
         begin = time.perf_counter()
-        if contestant in ("bare", "unseeded"):
-            tokens = self._bare(contestant == "bare", texts)
-        elif contestant in ("alone", "overlapped"):
+        if contestant in ("bare", "unseeded", "defaults"):
+            tokens = self._bare(contestant != "unseeded", texts)
+        elif contestant in ("alone", "overlapped", "several", "stock"):
             return self._stage(contestant)
         else:
             tokens = 0
@@ -203,12 +243,12 @@ class Bench:
                 tokens += sum(c.tokens for c in done)
                 texts |= {f"{c.request.task_id}/{c.request.sample_id}": c.text for c in done}
         seconds = time.perf_counter() - begin
-        return Turn(0, contestant, len(self.requests), tokens, seconds, digest(texts), verify_s)
+        return Turn(0, contestant, len(self.requests), tokens, seconds, digest(texts))
 
     def _bare(self, seeded: bool, texts: dict[str, str]) -> int:
         params = [self.engine.params(r if seeded else replace(r, seed=None)) for r in self.requests]
-        prompts = [{"prompt_token_ids": r.prompt} for r in self.requests]
-        outputs = self.engine._llm.generate(prompts, params, use_tqdm=False)
+        asked = [{"prompt_token_ids": r.prompt} for r in self.requests]
+        outputs = self.engine._llm.generate(asked, params, use_tqdm=False)
         for request, output in zip(self.requests, outputs, strict=True):
             texts[f"{request.task_id}/{request.sample_id}"] = output.outputs[0].text
         return sum(len(output.outputs[0].token_ids) for output in outputs)
@@ -220,6 +260,7 @@ class Bench:
         from fractal.sandbox.container import Limits
 
         problems = {p.task_id: p for p in self.problems}
+        source = Stock(self.engine) if contestant == "stock" else self.engine
         verify_s = None
         with (
             tempfile.TemporaryDirectory(prefix="fractal-bench-") as place,
@@ -233,15 +274,66 @@ class Bench:
                 beside = overlap if contestant == "overlapped" else None
                 if beside:
                     beside.start()
-                generate._draw(self.engine, self.requests, problems, path, self.sampling, "m", entry, beside)
+                generate._draw(source, self.requests, problems, path, self.sampling, "m", entry, beside)
                 if beside:
                     verify.run(run, Limits(), beside)
             seconds = time.perf_counter() - begin
-            if contestant == "alone" and engine.problem() is None:
+            if contestant == "alone" and not self.plan.instant and engine.problem() is None:
                 begin = time.perf_counter()
                 verify.run(run, Limits())
                 verify_s = time.perf_counter() - begin
         return Turn(0, contestant, len(self.requests), entry["tokens"], seconds, "", verify_s)
+
+
+def replies(problems: list[Problem]) -> list[str]:
+    """References one after the other, as replies of about 70 tokens (the mission's), with the fence that ends them."""
+    found, text = [], ""
+    for problem in problems:
+        text += problem.reference.strip() + "\n\n"
+        if len(text) > REPLY_CHARACTERS:
+            found.append(text.rstrip() + prompts.FENCE_END)
+            text = ""
+    return found or [text.rstrip() + prompts.FENCE_END]
+
+
+class Defaults:
+    """vLLM as its user gets it who names a model and nothing else."""
+
+    def __init__(self, path: Path, sampling: generate.Sampling) -> None:
+        from fractal.engine_vllm import VllmEngine
+
+        from vllm import LLM  # isort: skip
+
+        self._llm = LLM(str(path), disable_log_stats=True)
+        self._sampling = sampling
+        self.params = lambda request: VllmEngine.params(self, request)  # type: ignore[arg-type]
+
+
+class Stock:
+    """Reads what vLLM's own output processor makes of each step, in the process that writes the files."""
+
+    def __init__(self, loaded: Any) -> None:
+        self._loaded = loaded
+
+    def generate(
+        self, requests: list[generate.Request], stopped: Callable[[], bool] = generate.never
+    ) -> Iterator[list[generate.Completion]]:
+        llm_engine = self._loaded._llm.llm_engine
+        under_way = {f"{r.task_id}/{r.sample_id}": r for r in requests}
+        for name, request in under_way.items():
+            prompt = {"prompt_token_ids": request.prompt}
+            llm_engine.add_request(name, prompt, self._loaded.params(request))
+        while llm_engine.has_unfinished_requests() and not stopped():
+            done = []
+            for output in llm_engine.step():
+                one = output.outputs[0]
+                stop, count = one.finish_reason == "stop", len(one.token_ids)
+                request = under_way[output.request_id]
+                done.append(generate.Completion(request, one.text, stop, count, float(one.cumulative_logprob)))
+            if done:
+                yield done
+
+    def close(self) -> None: ...
 
 
 def digest(texts: dict[str, str]) -> str:
@@ -251,57 +343,78 @@ def digest(texts: dict[str, str]) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def process(kind: str, plan: Plan, log: Path) -> Any:
-    """An engine's process; yields a function from a contestant to its turn."""
-    command = [sys.executable, __file__, "--worker", kind]
-    with log.open("ab") as said:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+class Process:
+    """An engine's process. A context manager: left, it is ended."""
 
-    def ask(line: str) -> dict[str, Any]:
-        assert child.stdin is not None
-        assert child.stdout is not None
+    def __init__(self, kind: str, plan: Plan, log: Path) -> None:
+        self.kind = kind
+        self._log = log
+        with log.open("ab") as said:
+            command = [sys.executable, __file__, "--worker", kind]
+            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+        try:
+            self.start_s = float(self._ask(json.dumps(asdict(plan)))["start_s"])
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def turn(self, contestant: str) -> Turn:
+        return Turn(**self._ask(contestant))
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
         with suppress(BrokenPipeError):
-            child.stdin.write(line.encode() + b"\n")
-            child.stdin.flush()
-        answer = child.stdout.readline()
+            self._child.stdin.write(line.encode() + b"\n")
+            self._child.stdin.flush()
+        answer = self._child.stdout.readline()
         if not answer:
-            words = log.read_text(errors="replace").strip().splitlines()
-            raise BenchError(f"{kind}: ended with {child.wait()}: {words[-1][:300] if words else 'it said nothing'}")
+            words = self._log.read_text(errors="replace").strip().splitlines()
+            last = words[-1][:300] if words else "it said nothing"
+            raise BenchError(f"{self.kind}: ended with {self._child.wait()}: {last}")
         found: dict[str, Any] = json.loads(answer)
         if "error" in found:
             raise (InputError if found["code"] == 2 else OutsideError)(found["error"])
         return found
 
-    try:
-        ask(json.dumps(asdict(plan)))
-        yield lambda contestant: Turn(**ask(contestant))
-    finally:
-        child.kill()
-        child.wait()
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+        self._child.wait()
 
 
-def measure(plan: Plan) -> list[Turn]:
-    """A turn that warms each engine up, and the rounds, each in an order of its own."""
-    warm = {_kind(contestant): contestant for contestant in plan.contestants}  # one contestant warms an engine up
+def measure(plan: Plan) -> tuple[list[Turn], dict[str, float]]:
+    """A turn that warms each engine up, and the rounds, each in an order of its own; and seconds to load, by kind."""
+    kinds = {_kind(contestant): contestant for contestant in plan.contestants}  # one contestant warms an engine up
     turns: list[Turn] = []
-    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="fractal-bench-") as place:
-        asks: dict[str, Callable[[str], Turn]] = {}
-        with console.bar("bench", len(plan.contestants) * plan.rounds + 2 * len(warm)) as bar:
-            for kind in warm:
-                asks[kind] = stack.enter_context(process(kind, plan, Path(place) / f"{kind}.log"))
-                bar.advance(note=f"{kind} is loaded")
-            for number in range(plan.rounds + 1):
-                for contestant in order(plan.contestants, number, plan.seed) if number else warm.values():
-                    turn = replace(asks[_kind(contestant)](contestant), round=number)
-                    turns.append(turn)
-                    bar.advance(note=f"{contestant} {turn.rate:.0f} tokens/s")
-    return turns
+    start_s: dict[str, float] = {}
+    together = [[kind] for kind in kinds] if gpu.usable() else [list(kinds)]
+    with (
+        tempfile.TemporaryDirectory(prefix="fractal-bench-") as place,
+        console.bar("bench", len(plan.contestants) * plan.rounds + 2 * len(kinds)) as bar,
+    ):
+        for group in together:
+            with ExitStack() as stack:
+                loaded: dict[str, Process] = {}
+                for kind in group:
+                    loaded[kind] = stack.enter_context(Process(kind, plan, Path(place) / f"{kind}.log"))
+                    start_s[kind] = loaded[kind].start_s
+                    bar.advance(note=f"{kind} is loaded")
+                for number in range(plan.rounds + 1):
+                    mine = [contestant for contestant in plan.contestants if _kind(contestant) in group]
+                    warm = [kinds[kind] for kind in group]
+                    for contestant in order(mine, number, plan.seed) if number else warm:
+                        turn = replace(loaded[_kind(contestant)].turn(contestant), round=number)
+                        turns.append(turn)
+                        bar.advance(note=f"{contestant} {turn.rate:.0f} tokens/s")
+    return turns, start_s
 
 
 def _kind(contestant: str) -> str:
     """Whose process it is."""
-    return "transformers" if contestant == "transformers" else "vllm"
+    return KINDS.get(contestant, contestant)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -315,6 +428,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=256, help="new tokens of each sample at most [256]")
     add("--temperature", type=float, default=0.8, help="[0.8]")
     add("--seed", type=int, default=0, help="of the samples and of all orders [0]")
+    add("--engines", type=int, default=2, help="engines of the contestant several [2]")
+    add("--instant", action="store_true", help="a model that answers at once: what Python costs")
     add("--only", help=f"some of: {','.join(TITLES)}")
     add("--quick", action="store_true", help="a smoke run: 2 problems a split, 2 samples, 24 tokens, one round")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the JSON files [runs/bench]")
@@ -325,14 +440,19 @@ def parser() -> argparse.ArgumentParser:
 def plan_of(given: argparse.Namespace) -> Plan:
     """The options, checked. Raises InputError."""
     contestants = chosen(given.only, TITLES)
-    if min(given.limit, given.n, given.rounds) < 1:
-        raise InputError("--limit, --n and --rounds must be positive.")
+    if given.instant and not given.only:
+        contestants = list(INSTANT)
+    if given.instant and (wrong := [c for c in contestants if c not in INSTANT]):
+        raise InputError(f"--instant with --only {wrong[0]}: of no use; what can be had: {', '.join(INSTANT)}.")
+    if min(given.limit, given.n, given.rounds, given.engines) < 1:
+        raise InputError("--limit, --n, --rounds and --engines must be positive.")
     generate.Sampling(given.n, given.temperature, 1.0, given.max_tokens, given.seed)
     beside = SHARED / "mbpp" / "mbpp.jsonl"
     problems = given.problems or (str(beside) if beside.exists() else "starter")
     size = {"limit": 2, "n": 2, "rounds": 1, "max_tokens": 24} if given.quick else {
         "limit": given.limit, "n": given.n, "rounds": given.rounds, "max_tokens": given.max_tokens}  # fmt: skip
-    return Plan(contestants, given.model, problems, temperature=given.temperature, seed=given.seed, **size)
+    more = {"engines": given.engines, "instant": given.instant}
+    return Plan(contestants, given.model, problems, temperature=given.temperature, seed=given.seed, **size, **more)
 
 
 def available(plan: Plan) -> Plan:
@@ -358,13 +478,14 @@ def run(given: argparse.Namespace) -> Path:
     models.resolve(plan.model)
     plan = available(plan)
     facts = machine()
-    turns = measure(plan)
+    turns, start_s = measure(plan)
     found = summary(turns)
     for one in tables(found, plan):
         show(one)
     for line in remarks(found, gpu.usable()):
         console.say(line)
-    return save(given.out, "generate", plan, {"machine": facts, **found, "turns": [asdict(t) for t in turns]})
+    values = {"machine": facts, **found, "start_s": start_s, "turns": [asdict(t) for t in turns]}
+    return save(given.out, "generate", plan, values)
 
 
 def main() -> int:
