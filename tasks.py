@@ -15,6 +15,7 @@ BENCHES = {
     "images": "benchmarks/images.py",
     "generate": "benchmarks/generate.py",
     "critic": "benchmarks/critic.py",
+    "card": "benchmarks/card.py",
 }
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
 RENTS = {"launch", "up", "run"}  # tasks that make a chain one that may cost money
@@ -222,7 +223,7 @@ def verify(c, run="", problems="", samples="", out="", cpu="", wall="", memory="
     _fractal(c, "verify", *given, *_options(slots=slots), *([] if cache else ["--no-cache"]))
 
 
-@task(positional=[], help={"what": "verify, images, generate or critic", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
+@task(positional=[], help={"what": "verify, images, generate, critic, or card: all of a GPU in one file", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
                            "generations": "completions of a model; default: ../shared/generations/*.jsonl.gz, if there",
                            "samples_count": "samples in all; default 1500", "rounds": "turns of each contestant; default 3",
                            "seed": "of samples and orders; default 0",
@@ -234,9 +235,12 @@ def verify(c, run="", problems="", samples="", out="", cpu="", wall="", memory="
                            "runtime": "a second container runtime for Fractal, such as runsc", "quick": "a smoke run",
                            "linear": "Fractal alone at growing numbers of samples: seconds and memory",
                            "counts": "those numbers; default 1000,10000,100000", "out": "folder of the JSON files",
-                           "image": "images, or all; default sandbox,pipeline-cpu", "cold": "images: also all anew"})  # fmt: skip
+                           "image": "images, or all; default sandbox,pipeline-cpu", "cold": "images: also all anew",
+                           "instant": "generate: a model that answers at once: what Python costs",
+                           "engines": "generate: engines of the contestant several; default 2"})  # fmt: skip
 def bench(c, what="verify", problems="", generations="", samples_count="", rounds="", seed="", limit="", workers="",
-          only="", turn="", runtime="", quick=False, linear=False, counts="", out="", image="", cold=False, model="", n=""):  # fmt: skip
+          only="", turn="", runtime="", quick=False, linear=False, counts="", out="", image="", cold=False, model="", n="",
+          instant=False, engines=""):  # fmt: skip
     """Measure, in one run: verifier against other harnesses, images' cost, generator against bare vLLM, critic's speed.
 
     The figures go to runs/bench.
@@ -245,8 +249,9 @@ def bench(c, what="verify", problems="", generations="", samples_count="", round
         raise Exit(f"bench: unknown --what={what}; known: {', '.join(BENCHES)}.", code=2)
     given = _options(problems=problems, generations=generations, samples_count=samples_count, rounds=rounds, seed=seed,
                      limit=limit, workers=workers, only=only, turn=turn, runtime=runtime, counts=counts, out=out, image=image,
-                     model=model, n=n)  # fmt: skip
-    given += [word for word, wanted in (("--quick", quick), ("--linear", linear), ("--cold", cold)) if wanted]
+                     model=model, n=n, engines=engines)  # fmt: skip
+    flags = {"--quick": quick, "--linear": linear, "--cold": cold, "--instant": instant}
+    given += [word for word, wanted in flags.items() if wanted]
     _become(c, sys.executable, ROOT / BENCHES[what], *given)
 
 

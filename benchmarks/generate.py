@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -81,6 +82,7 @@ class Plan:
     seed: int = 0
     engines: int = 2  # of the contestant "several"
     instant: bool = False
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Turn:
     samples: int
     tokens: int
     seconds: float
-    digest: str  # of all completions by request: equal where the samples are
+    texts: list[int]  # a hash of each completion, by request: equal where the samples are; none for a stage
     verify_s: float | None = None  # alone: what verifying the same samples takes afterwards
+    busy: float | None = None  # share of the time in which the GPU computed, as nvidia-smi has it
 
     @property
     def rate(self) -> float:
@@ -128,25 +131,35 @@ def summary(turns: Sequence[Turn]) -> dict[str, Any]:
             "seconds": statistics.median(seconds),
             "samples_per_s": statistics.median(t.samples / t.seconds for t in mine),
             "verify_s": statistics.median(after) if (after := [t.verify_s for t in mine if t.verify_s]) else None,
+            "busy": statistics.median(busy) if (busy := [t.busy for t in mine if t.busy is not None]) else None,
         })  # fmt: skip
     ratios = []
     for name, over, under, what, target in RATIOS:
         if found := ratio(turns, over, under, what):
             ratios.append({"name": name, "median": statistics.median(found), "min": min(found), "max": max(found),
                            "target": target, "rounds": found})  # fmt: skip
-    same = {t.digest for t in turns if t.contestant in ("bare", "ours")}
-    return {"rows": rows, "ratios": ratios, "same_samples": len(same) == 1 if len(same) else None}
+    return {"rows": rows, "ratios": ratios, "same_samples": same_samples(turns)}
+
+
+def same_samples(turns: Sequence[Turn]) -> float | None:
+    """The share of samples that are the same text in every turn of bare and ours; None without one of these."""
+    mine = {name: [t.texts for t in turns if t.contestant == name] for name in ("bare", "ours")}
+    if not all(mine.values()):
+        return None
+    columns = list(zip(*(texts for lists in mine.values() for texts in lists), strict=True))
+    return sum(len(set(column)) == 1 for column in columns) / len(columns)
 
 
 def tables(found: dict[str, Any], plan: Plan) -> list[Table]:
     first = Table(title=f"{plan.model}, n = {plan.n}, {plan.rounds} rounds", box=box.SIMPLE_HEAD, pad_edge=False)
     first.add_column("contestant")
-    for column in ("samples", "tokens", "tokens/s", "min-max", "samples/s", "s"):
+    for column in ("samples", "tokens", "tokens/s", "min-max", "samples/s", "s", "GPU busy"):
         first.add_column(column, justify="right", no_wrap=True)
     for row in found["rows"]:
         rate, spread = f"{row['tokens_per_s']:,.1f}", f"{row['min']:,.1f}-{row['max']:,.1f}"
         counts, each = (f"{row['samples']:,}", f"{row['tokens']:,}"), f"{row['samples_per_s']:,.2f}"
-        first.add_row(TITLES[row["contestant"]], *counts, rate, spread, each, f"{row['seconds']:,.1f}")
+        seconds = f"{row['seconds']:,.1f}"
+        first.add_row(TITLES[row["contestant"]], *counts, rate, spread, each, seconds, share(row["busy"]))
     second = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("ratio, within a round", "median", "min-max", "target"):
         second.add_column(column, justify="left" if column.startswith("ratio") else "right", no_wrap=True)
@@ -155,12 +168,28 @@ def tables(found: dict[str, Any], plan: Plan) -> list[Table]:
     return [first, second]
 
 
+def verdict(same: float, gpu: bool) -> str:
+    """How far bare and ours drew the same samples, and whether that is as it should be."""
+    if same == 1:
+        return "bare and ours drew the same samples: yes"
+    if not gpu:
+        return f"bare and ours drew the same samples: NO, {1 - same:.1%} differ"
+    return (
+        f"bare and ours drew the same text for {same:.1%} of the samples. On a GPU no two runs need agree to the bit: "
+        "logits in bfloat16 depend on which samples are computed together"
+    )
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
 def remarks(found: dict[str, Any], gpu: bool) -> list[str]:
     """What the tables have no column for, a line each."""
     lines = []
     rows = {row["contestant"]: row for row in found["rows"]}
-    if found["same_samples"] is not None and {"bare", "ours"} <= rows.keys():
-        lines.append(f"bare and ours drew the same samples: {'yes' if found['same_samples'] else 'NO'}")
+    if (same := found["same_samples"]) is not None:
+        lines.append(verdict(same, gpu))
     if verify_s := rows.get("alone", {}).get("verify_s"):
         lines.append(f"verified after generation instead, with the sandbox's start: {verify_s:.1f} s more")
     if gpu and "ours" in rows:
@@ -192,7 +221,7 @@ class Bench:
 
     def __init__(self, plan: Plan, kind: str) -> None:
         self.plan = plan
-        self.problems: list[Problem] = load(plan.problems, None, plan.limit).problems
+        self.problems: list[Problem] = load(plan.problems, plan.split, plan.limit).problems
         files = models.resolve(plan.model)
         self.sampling = generate.Sampling(plan.n, plan.temperature, 1.0, plan.max_tokens, plan.seed)
         tokenizer = generate._tokenizer(str(files.path))
@@ -231,7 +260,7 @@ class Bench:
         self.start_s = time.perf_counter() - begin
 
     def turn(self, contestant: str) -> Turn:
-        texts: dict[str, str] = {}
+        texts: dict[tuple[int, int], str] = {}
         begin = time.perf_counter()
         if contestant in ("bare", "unseeded", "defaults"):
             tokens = self._bare(contestant != "unseeded", texts)
@@ -241,16 +270,17 @@ class Bench:
             tokens = 0
             for done in self.engine.generate(self.requests):
                 tokens += sum(c.tokens for c in done)
-                texts |= {f"{c.request.task_id}/{c.request.sample_id}": c.text for c in done}
+                texts |= {(c.request.task_id, c.request.sample_id): c.text for c in done}
         seconds = time.perf_counter() - begin
-        return Turn(0, contestant, len(self.requests), tokens, seconds, digest(texts))
+        hashes = [zlib.crc32(texts[key].encode("utf-8", "surrogatepass")) for key in sorted(texts)]
+        return Turn(0, contestant, len(self.requests), tokens, seconds, hashes)
 
-    def _bare(self, seeded: bool, texts: dict[str, str]) -> int:
+    def _bare(self, seeded: bool, texts: dict[tuple[int, int], str]) -> int:
         params = [self.engine.params(r if seeded else replace(r, seed=None)) for r in self.requests]
         asked = [{"prompt_token_ids": r.prompt} for r in self.requests]
         outputs = self.engine._llm.generate(asked, params, use_tqdm=False)
         for request, output in zip(self.requests, outputs, strict=True):
-            texts[f"{request.task_id}/{request.sample_id}"] = output.outputs[0].text
+            texts[request.task_id, request.sample_id] = output.outputs[0].text
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def _stage(self, contestant: str) -> Turn:
@@ -282,7 +312,7 @@ class Bench:
                 begin = time.perf_counter()
                 verify.run(run, Limits())
                 verify_s = time.perf_counter() - begin
-        return Turn(0, contestant, len(self.requests), entry["tokens"], seconds, "", verify_s)
+        return Turn(0, contestant, len(self.requests), entry["tokens"], seconds, [], verify_s)
 
 
 def replies(problems: list[Problem]) -> list[str]:
@@ -336,10 +366,6 @@ class Stock:
     def close(self) -> None: ...
 
 
-def digest(texts: dict[str, str]) -> str:
-    return generate.prompt_sha256(json.dumps(texts, sort_keys=True))
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -385,6 +411,27 @@ class Process:
         self._child.wait()
 
 
+class Busy:
+    """Watches how busy the first GPU is while something runs: `share`, afterwards; None where there is none."""
+
+    def __init__(self) -> None:
+        self.share: float | None = None
+        self._watch: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Busy":
+        if gpu.usable():
+            query = ["--id=0", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
+            self._watch = subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._watch:
+            self._watch.terminate()
+            said, _ = self._watch.communicate()
+            if figures := [float(line) for line in said.splitlines() if line.strip().isdecimal()]:
+                self.share = statistics.mean(figures) / 100
+
+
 def measure(plan: Plan) -> tuple[list[Turn], dict[str, float]]:
     """A turn that warms each engine up, and the rounds, each in an order of its own; and seconds to load, by kind."""
     kinds = {_kind(contestant): contestant for contestant in plan.contestants}  # one contestant warms an engine up
@@ -406,7 +453,9 @@ def measure(plan: Plan) -> tuple[list[Turn], dict[str, float]]:
                     mine = [contestant for contestant in plan.contestants if _kind(contestant) in group]
                     warm = [kinds[kind] for kind in group]
                     for contestant in order(mine, number, plan.seed) if number else warm:
-                        turn = replace(loaded[_kind(contestant)].turn(contestant), round=number)
+                        with Busy() as busy:
+                            turn = loaded[_kind(contestant)].turn(contestant)
+                        turn = replace(turn, round=number, busy=busy.share)
                         turns.append(turn)
                         bar.advance(note=f"{contestant} {turn.rate:.0f} tokens/s")
     return turns, start_s
@@ -422,6 +471,7 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--model", default=models.EMBEDDED, help=f"a folder or a hub id [{models.EMBEDDED}]")
     add("--problems", help="as for fractal generate [default: ../shared/mbpp/mbpp.jsonl, else starter]")
+    add("--split", help="as for fractal generate [all]")
     add("--limit", type=int, default=16, help="problems of each split [16]")
     add("--n", type=int, default=4, help="samples a problem [4]")
     add("--rounds", type=int, default=3, help="turns of each contestant [3]")
@@ -451,7 +501,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
     problems = given.problems or (str(beside) if beside.exists() else "starter")
     size = {"limit": 2, "n": 2, "rounds": 1, "max_tokens": 24} if given.quick else {
         "limit": given.limit, "n": given.n, "rounds": given.rounds, "max_tokens": given.max_tokens}  # fmt: skip
-    more = {"engines": given.engines, "instant": given.instant}
+    more = {"engines": given.engines, "instant": given.instant, "split": given.split}
     return Plan(contestants, given.model, problems, temperature=given.temperature, seed=given.seed, **size, **more)
 
 
@@ -474,7 +524,7 @@ def available(plan: Plan) -> Plan:
 def run(given: argparse.Namespace) -> Path:
     """Measure, print, and return the path of the figures."""
     plan = plan_of(given)
-    load(plan.problems, None, plan.limit)
+    load(plan.problems, plan.split, plan.limit)
     models.resolve(plan.model)
     plan = available(plan)
     facts = machine()
@@ -484,7 +534,7 @@ def run(given: argparse.Namespace) -> Path:
         show(one)
     for line in remarks(found, gpu.usable()):
         console.say(line)
-    values = {"machine": facts, **found, "start_s": start_s, "turns": [asdict(t) for t in turns]}
+    values = {"machine": facts, **found, "start_s": start_s, "turns": [asdict(replace(t, texts=[])) for t in turns]}
     return save(given.out, "generate", plan, values)
 
 

@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 STARTER = ROOT / "fractal" / "starter.jsonl"
 
 
-def turn(number: int, contestant: str, seconds: float, tokens: int = 1000, digest: str = "d") -> Turn:
-    return Turn(number, contestant, 10, tokens, seconds, digest, 3.0 if contestant == "alone" else None)
+def turn(number: int, contestant: str, seconds: float, tokens: int = 1000, texts: tuple[int, ...] = (1, 2)) -> Turn:
+    return Turn(number, contestant, 10, tokens, seconds, list(texts), 3.0 if contestant == "alone" else None)
 
 
 TURNS = [
@@ -38,14 +38,18 @@ def test_ratios_are_medians_of_what_one_round_says() -> None:
     rows = {row["contestant"]: row for row in found["rows"]}
     assert rows["bare"]["tokens_per_s"] == pytest.approx(100.0)
     assert (rows["alone"]["verify_s"], rows["ours"]["verify_s"]) == (3.0, None)
-    assert found["same_samples"] is True
+    assert found["same_samples"] == 1
+    assert any(line.endswith(": yes") for line in bench.remarks(found, gpu=False))
 
 
 def test_other_samples_are_told() -> None:
-    found = bench.summary([*TURNS, turn(3, "ours", 8.0, digest="e")])
-    assert found["same_samples"] is False
-    assert any(line.endswith("NO") for line in bench.remarks(found, gpu=False))
+    """A fault on a CPU; on a GPU to be expected, and how many they are."""
+    found = bench.summary([*TURNS, turn(3, "ours", 8.0, texts=(1, 3))])
+    assert found["same_samples"] == 0.5
+    assert any("NO, 50.0% differ" in line for line in bench.remarks(found, gpu=False))
+    assert any("the same text for 50.0% of the samples. On a GPU" in line for line in bench.remarks(found, gpu=True))
     assert any("of the mission's 90.6" in line for line in bench.remarks(found, gpu=True))
+    assert bench.same_samples([one for one in TURNS if one.contestant != "bare"]) is None
 
 
 def run(*words: object, cwd: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -59,6 +63,7 @@ def run(*words: object, cwd: Path, **environ: str) -> "subprocess.CompletedProce
         (["--only", "ours,nobody"], "unknown 'nobody'; known: bare, "),
         (["--rounds", "0"], "must be positive"),
         (["--temperature", "-1"], "--temperature -1"),
+        (["--instant", "--only", "transformers"], "--instant with --only transformers: of no use"),
         (["--problems", "none.jsonl"], "none.jsonl: no such file"),
         (["--problems", STARTER, "--model", "./none"], "--model ./none: no such folder"),
     ],

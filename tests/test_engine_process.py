@@ -127,6 +127,8 @@ def test_a_lost_engine_gives_its_requests_to_the_others(small_model: Path, capfd
     pytest.importorskip("vllm")
     pool = engines(small_model, 2)
     requests = [Request(1, i, [1, 2, 3], i) for i in range(400)]
+    while not all(process.batch for process in pool._processes):  # the second one loads while the first draws
+        assert len(list(pool.generate(requests[:1]))) == 1
     came: list[int] = []
     killed = 0
     for done in pool.generate(requests):
@@ -134,7 +136,7 @@ def test_a_lost_engine_gives_its_requests_to_the_others(small_model: Path, capfd
         assert all(
             (c.text, c.stopped, c.sum_logprob) == ("def f(x):\n    return x", True, -0.25 * c.tokens) for c in done
         )
-        if not killed and all(process.under_way for process in pool._processes):  # both have loaded
+        if not killed and all(process.under_way for process in pool._processes):
             killed = pool._processes[0]._child.pid
             os.kill(killed, signal.SIGKILL)
     assert killed
