@@ -1,4 +1,4 @@
-# The pipeline on an NVIDIA GPU (driver 580 or newer): vLLM, torch, transformers and Fractal's stages.
+# The pipeline on an NVIDIA GPU (driver 580.65 or newer): vLLM, torch, transformers and Fractal's stages.
 # Rendered from fractal/images/recipes.py by `invoke render`; a test fails where they differ.
 #
 #   docker run --rm -v fractal-cache:/cache -v $PWD/runs:/work/runs ... run --run runs/NAME
@@ -88,6 +88,7 @@ ENV CUDA_CACHE_PATH=/cache/cuda \
     USER=fractal \
     VLLM_CACHE_ROOT=/cache/vllm \
     VLLM_NO_USAGE_STATS=1 \
+    VLLM_USE_FLASHINFER_SAMPLER=0 \
     XDG_CACHE_HOME=/cache
 
 USER 1000:1000

@@ -16,6 +16,7 @@ BASES_LOCK = "docker/images.lock"
 BASE = {"cuda": "nvidia/cuda:13.0.1-base-ubuntu24.04", "cpu": "debian:bookworm-slim"}
 LOCKS = {accelerator: tuple(f"docker/{name}" for name in names) for accelerator, names in setup.LOCKS.items()}
 CACHE, WORK = "/cache", "/work"  # volumes: models and compiled kernels; runs
+MINIMUM_DRIVER = (580, 65)  # of the CUDA image, without compat libraries: the driver that CUDA 13.0 came with
 USER = "1000:1000"  # as the first user of Ubuntu and Debian, so that results belong to them; any other works too
 RENDERED = "Rendered from fractal/images/recipes.py by `invoke render`; a test fails where they differ."
 
@@ -94,7 +95,8 @@ def choose(key: str) -> list[Recipe]:
 def pipeline(accelerator: Literal["cuda", "cpu"]) -> Image:
     """The stages with everything that they need, and no weights: these lie in a volume."""
     what = {
-        "cuda": "The pipeline on an NVIDIA GPU (driver 580 or newer): vLLM, torch, transformers and Fractal's stages.",
+        "cuda": f"The pipeline on an NVIDIA GPU (driver {'.'.join(map(str, MINIMUM_DRIVER))} or newer): "
+        "vLLM, torch, transformers and Fractal's stages.",
         "cpu": "The pipeline without a GPU: the same stages with the CPU builds of torch and vLLM.",
     }
     return (
@@ -205,5 +207,8 @@ def _environment(accelerator: str) -> dict[str, str]:
         "FLASHINFER_WORKSPACE_BASE": CACHE,
         "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
         "NVIDIA_VISIBLE_DEVICES": "all",
+        # vLLM's profiling draws once with top-k and top-p and without a seed, for which FlashInfer would compile with
+        # nvcc for minutes; our samples have seeds, for which vLLM never asks FlashInfer.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
     return common | (gpu if accelerator == "cuda" else {})
