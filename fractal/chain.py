@@ -30,7 +30,8 @@ from fractal.images import containers, push, recipes
 from fractal.records import InputError, OutsideError
 
 # A100 with 80 GB, the project's first; what is listed at https://lambda.ai/service/gpu-cloud as next in price and size.
-PREFERRED = ("gpu_1x_a100_sxm4", "gpu_1x_a100", "gpu_1x_h100_pcie", "gpu_1x_gh200", "gpu_1x_a10")
+PREFERRED = ("gpu_1x_a100_sxm4", "gpu_1x_a100", "gpu_1x_h100_pcie", "gpu_1x_a10")
+ARM = ("gh200", "gb200", "gb300")  # in a type's name: Grace is NVIDIA's Arm processor; the API has no field for it
 HUB = ("starter", "mbpp", "mbpp-sanitized")
 
 
@@ -148,8 +149,14 @@ def _end_armed() -> None:
 def wish(options: Mapping[str, Any]) -> Wish:
     """What instance is wanted. Raises InputError."""
     wait_h = _number(options["wait_for_capacity"], "--wait-for-capacity", "hours")
+    types = _list(options["type"])
+    if arm := [name for name in types if any(word in name for word in ARM)]:
+        raise InputError(
+            f"--type={arm[0]}: its processor is an Arm, and our images are for x86-64 only. Name another type, as "
+            f"{PREFERRED[0]}."
+        )
     return Wish(
-        types=_list(options["type"]),
+        types=types,
         regions=_list(options["region"]),
         max_price_usd=_number(options["max_price"], "--max-price", "dollars an hour"),
         wait_s=(wait_h or 0.0) * 3600,

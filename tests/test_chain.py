@@ -92,6 +92,15 @@ def test_a_wrong_limit_is_refused(words: tuple[str, ...], invoke: Invoke, fake: 
     assert fake.requests == []
 
 
+@pytest.mark.parametrize("types", ["gpu_1x_gh200", "gpu_1x_a10,gpu_1x_gh200"])
+def test_an_arm_machine_is_refused_before_money_is_spent(types: str, invoke: Invoke, fake: FakeLambda) -> None:
+    """The list of preferences has none either."""
+    for words in (("launch",), ("up",)):
+        one_line(invoke(*words, f"--type={types}"), 2, "--type=gpu_1x_gh200: its processor is an Arm")
+    assert fake.requests == []
+    assert "gh200" not in invoke("--dry", "launch").stdout
+
+
 def test_a_dry_run_says_what_would_happen_and_touches_nothing(invoke: Invoke, fake: FakeLambda, tmp_path: Path) -> None:
     done = invoke(
         "--dry", "launch", "--type=gpu_1x_a10", "build", "push", "run", "--stage=all", "-n", "50", "--terminate"
