@@ -16,22 +16,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import docker.errors
 import typer
 from rich.prompt import Confirm
 from rich.table import Table
 
 from fractal import console, engine, models, problems
-from fractal.cloud import alias, instance, jobs, lambda_api, ledger, ready
+from fractal.cloud import alias, instance, jobs, lambda_api, ledger, ready, results
 from fractal.cloud.instance import Wish
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.remote import ALIAS, Remote
 from fractal.images import build as images
-from fractal.images import containers, push, recipes
+from fractal.images import containers, driver, push, recipes
 from fractal.records import InputError, OutsideError
 
 # A100 with 80 GB, the project's first; what is listed at https://lambda.ai/service/gpu-cloud as next in price and size.
 PREFERRED = ("gpu_1x_a100_sxm4", "gpu_1x_a100", "gpu_1x_h100_pcie", "gpu_1x_a10")
 ARM = ("gh200", "gb200", "gb300")  # in a type's name: Grace is NVIDIA's Arm processor; the API has no field for it
+DRIVER_REMEDY = (
+    "Take a family of images with a newer one (--family=), or upgrade it there; --image=pipeline-cpu needs none. "
+    f"{ready.BILL}."
+)
 HUB = ("starter", "mbpp", "mbpp-sanitized")
 
 
@@ -335,6 +340,10 @@ def make_ready(client: lambda_api.Client, book: Ledger, *, anew: bool = False, e
         gpus = kind is None or kind.gpus > 0
         found = ready.wait(book.folder, active, say, gpus=gpus, refresh=lambda: present(client, book, active))
     say(f"{ALIAS} is ready: {found}")
+    try:
+        driver.environment(found.driver, found.cards, base="", remedy=DRIVER_REMEDY)
+    except driver.DriverError as error:  # a push and a run of the CUDA image will stop there
+        say(str(error))
     return book.change(active.name, ready_at=time.time())
 
 
@@ -389,11 +398,32 @@ def send_images(image: str, registry: str, host: str, *, as_json: bool, dry: boo
     book = Ledger(ledger.state_dir())
     config = None
     if not registry and host == ALIAS and book.open() and not dry:
-        with cloud() as (client, _):
-            make_ready(client, book)
+        with cloud() as (client, _), machine(client, book) as (remote, _):
+            if any(recipe.key == "pipeline" for recipe in recipes.choose(image)):
+                driver_environment(remote, base_of(image_name("pipeline")))
         config = alias.config_file(book.folder)
     with timed("push") if not dry else contextlib.nullcontext():
         _sent.update(push.push_all(image, registry, host, as_json=as_json, dry=dry, ssh_config=config))
+
+
+def driver_environment(remote: Remote, base: str) -> dict[str, str]:
+    """What the CUDA image needs there beside the machine's driver. Raises DriverError before anything large is sent.
+
+    `base`: the image's label of where its base came from, "" if unknown.
+    """
+    found = results.driver(remote)
+    return driver.environment(found.version, found.cards, base=base, remedy=DRIVER_REMEDY)
+
+
+def base_of(name: str) -> str:
+    """The label of an image that the engine here has; "" where it has none."""
+    client = images.connect()
+    try:
+        return str(client.images.get(name).labels.get(images.BASE_LABEL, ""))
+    except docker.errors.ImageNotFound:
+        return ""
+    finally:
+        client.close()
 
 
 def up(options: Mapping[str, Any]) -> int:

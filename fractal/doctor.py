@@ -90,10 +90,10 @@ def _gpu() -> Finding:
         return Finding("GPU", "optional", gpu.trouble(), "the CPU decodes; a GPU does it a hundred times faster")
     cards = "; ".join(f"{card.name}, {card.total_bytes / 2**30:.0f} GiB" for card in gpu.gpus())
     text = f"{cards}, driver {gpu.driver_version()}"
-    if not gpu.torch_has_cuda():
-        return Finding(
-            "GPU", "optional", text, "the installed torch is for the CPU: unset FRACTAL_ACCELERATOR; make setup"
-        )
+    if gpu.torch_cuda() is None:
+        return Finding("GPU", "optional", text, "the installed torch is for the CPU: run make setup")
+    if trouble := gpu.driver_trouble():
+        return Finding("GPU", "missing", text, trouble)
     return Finding("GPU", "ok", text)
 
 

@@ -153,6 +153,8 @@ def choose_backend(backend: str, before: str | None) -> str:
     if backend not in BACKENDS:
         raise InputError(f"--backend {backend}: unknown; known: {', '.join(BACKENDS)}.")
     trouble = vllm_trouble()
+    if backend != "openai" and (old := gpu.driver_trouble()):
+        raise OutsideError(old)
     chosen = backend if backend != "auto" else before or ("transformers" if trouble else "vllm")
     if chosen == "openai" and importlib.util.find_spec("openai") is None:
         raise OutsideError("--backend openai: the package openai is not installed; `make setup` installs it.")

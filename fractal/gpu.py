@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from importlib import metadata
+from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ class Reading(NamedTuple):
 
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None  # "580.95.05"
+    cuda: tuple[int, int] | None = None  # the newest CUDA that the loaded libcuda.so.1 runs, a compat library's too
     trouble: str = ""  # why there are none, in a line
 
 
@@ -58,7 +60,7 @@ def has_gpu() -> bool:
 
 def usable() -> bool:
     """Whether there is a GPU and the installed torch was built for it."""
-    return has_gpu() and torch_has_cuda()
+    return has_gpu() and torch_cuda() is not None
 
 
 def driver_version() -> str | None:
@@ -73,12 +75,35 @@ def trouble() -> str:
     return _read().trouble or f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides every GPU"
 
 
-def torch_has_cuda() -> bool:
-    """Whether the installed torch is a build with CUDA; without loading it. Builds for the CPU are called so."""
+def driver_trouble() -> str:
+    """Why torch cannot compute on the GPU that is here, with the remedy, in a line; empty where it can, or has none.
+
+    A driver runs every CUDA of its own major version and of older ones (CUDA Compatibility, "Minor Version
+    Compatibility").
+    """
+    found, wanted = _read(), torch_cuda()
+    if not has_gpu() or wanted is None or found.cuda is None or found.cuda[0] >= wanted[0]:
+        return ""
+    return (
+        f"NVIDIA's driver {found.driver} runs CUDA {_dotted(found.cuda)}, the installed torch needs {_dotted(wanted)}. "
+        "Upgrade the driver, or set up for the CPU: FRACTAL_ACCELERATOR=cpu make setup."
+    )
+
+
+@lru_cache(maxsize=1)
+def torch_cuda() -> tuple[int, int] | None:
+    """The CUDA that the installed torch was built for; None for the CPU's. Reads its version.py, loads nothing."""
     try:
-        return not metadata.version("torch").endswith("+cpu")
-    except metadata.PackageNotFoundError:
-        return False
+        found = util.find_spec("torch")
+        text = Path(found.origin).with_name("version.py").read_text() if found and found.origin else ""
+    except (OSError, ImportError, ValueError):
+        return None
+    match = re.search(r"^cuda\b.*= *'(\d+)\.(\d+)", text, re.MULTILINE)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def visible(found: tuple[Gpu, ...], environ: Mapping[str, str]) -> tuple[Gpu, ...]:
@@ -167,10 +192,15 @@ def _machine(library: Any) -> Reading:
         name, uuid = text("nvmlDeviceGetName", device), text("nvmlDeviceGetUUID", device)
         return Gpu(name, memory.total, memory.free, (major.value, minor.value), uuid)
 
-    driver, count = text("nvmlSystemGetDriverVersion"), ctypes.c_uint()
+    driver, count, cuda = text("nvmlSystemGetDriverVersion"), ctypes.c_uint(), ctypes.c_int()
+    try:
+        call("nvmlSystemGetCudaDriverVersion_v2", ctypes.byref(cuda))  # 13020: CUDA 13.2
+    except NvmlError:  # there is no libcuda.so.1
+        cuda.value = 0
     call("nvmlDeviceGetCount_v2", ctypes.byref(count))
     found = tuple(card(index) for index in range(count.value))
-    return Reading(found, driver, "" if found else f"no GPU, though NVIDIA's driver {driver} answers")
+    version = (cuda.value // 1000, cuda.value % 1000 // 10) if cuda.value else None
+    return Reading(found, driver, version, "" if found else f"no GPU, though NVIDIA's driver {driver} answers")
 
 
 def _error(library: Any, code: int) -> str:

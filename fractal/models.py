@@ -112,7 +112,7 @@ def context_length(path: Path) -> int:
 def preferred_dtype() -> str:
     """bfloat16 where the processor or GPU computes in it, else float32."""
     if gpu.usable():
-        return "bfloat16"
+        return "bfloat16" if gpu.gpus()[0].capability >= (8, 0) else "float32"  # from Ampere on
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -119,6 +119,9 @@ def _running(remote: Remote, wanted: Work) -> str | None:
 
 def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> str:
     words, name = list(wanted.words), wanted.run.name
+    on_gpu = wanted.image == "pipeline" and bool(place.gpus)
+    if on_gpu:
+        chain.driver_environment(remote, base="")  # before the inputs, which may be large
     for option in ("--problems", "--model"):
         if path := chain.local(words, option):
             words[words.index(option) + 1] = f"{INPUTS}/{results.send_input(remote, path, say)}"
@@ -129,6 +132,8 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
     pushed = chain.plan().options("push") or chain.plan().options("up")
     registry = (pushed["to"] if pushed else "") or os.environ.get("FRACTAL_REGISTRY", "")
     job = jobs.new_id(words[1])
+
+    compat: dict[str, str] = {}
 
     def setup(volume: str) -> containers.Setup:
         return containers.Setup(
@@ -143,15 +148,21 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
             environment={
                 "FRACTAL_MODELS": containers.MODELS,
                 "FRACTAL_PRICE_USD_PER_HOUR": f"{entry.price_cents_per_hour / 100:.4f}",
+                **compat,
             },
         )
 
     with remote.engine() as engine:
         need_images(engine, (pipeline, sandbox), wanted.image, registry)
+        if on_gpu:
+            base = engine.images.get(pipeline).labels.get(images.BASE_LABEL, "")
+            compat |= chain.driver_environment(remote, base)
         containers.start(
             engine, recipe, pipeline, sandbox, ["run", "--run", f"{recipes.WORK}/runs/{name}", *words], setup,
             job=job, labels=jobs.labels(job, name, wanted.words), size=containers.terminal(),
         )  # fmt: skip
+    if compat:
+        say("the driver there is older than the image's CUDA: its compatibility libraries stand in for it")
     return job
 
 

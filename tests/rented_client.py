@@ -29,7 +29,7 @@ def main() -> int:
     results.EVERY_S = 0.5
     options = {
         "run": job["run"], "stage": job.get("stage", "all"), "problems": "", "model": job["model"], "n": str(job["n"]),
-        "split": "", "limit": "", "more": job.get("more", ""), "image": "pipeline-cpu", "where": "lambda",
+        "split": "", "limit": "", "more": job.get("more", ""), "image": job.get("image", "pipeline-cpu"), "where": "lambda",
         "terminate": job.get("terminate", False),
     }  # fmt: skip
     asked = [("run", options)]

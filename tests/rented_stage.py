@@ -17,6 +17,7 @@ print(
     os.getuid(),
     os.environ["FRACTAL_PRICE_USD_PER_HOUR"],
     os.path.exists(os.environ["FRACTAL_SOCKET"]),
+    os.environ.get("LD_LIBRARY_PATH", "-"),
     flush=True,
 )
 manifest = folder / "manifest.json"

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fractal import doctor, gpu, models, setup
+from fractal import doctor, generate, gpu, models, setup
 from fractal.gpu import Gpu, Reading, visible
+from fractal.records import OutsideError
 
 GIB = 2**30
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0), "GPU-11111111-aaaa")
@@ -43,6 +44,9 @@ class Nvml:
 
     def _nvmlSystemGetDriverVersion(self, text: Any, size: Any) -> None:
         text.value = b"580.95.05"
+
+    def _nvmlSystemGetCudaDriverVersion_v2(self, version: Any) -> None:
+        version._obj.value = 13020
 
     def _nvmlDeviceGetCount_v2(self, count: Any) -> None:
         count._obj.value = len(self.cards)
@@ -77,6 +81,7 @@ int nvmlInit_v2(void) { users++; return 0; }
 int nvmlShutdown(void) { users--; return 0; }
 const char *nvmlErrorString(int code) { return "some error"; }
 int nvmlSystemGetDriverVersion(char *to, unsigned size) { return copy(to, size, "580.95.05"); }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13000; return 0; }
 int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = (void *)0x7fffdeadbeef0000; return 0; }
 int nvmlDeviceGetName(void *device, char *to, unsigned size) { return copy(to, size, "NVIDIA H100 80GB HBM3"); }
@@ -104,7 +109,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_everything_is_read_from_the_driver() -> None:
     library = Nvml(H100, A10)
-    assert gpu.ask(lambda name: library) == Reading((H100, A10), "580.95.05")
+    assert gpu.ask(lambda name: library) == Reading((H100, A10), "580.95.05", (13, 2))
     assert library.users == 0  # shut down again
 
 
@@ -206,12 +211,55 @@ def test_free_memory_is_read_again_on_demand(machine: Path, monkeypatch: pytest.
 
 def test_a_gpu_with_a_torch_for_the_cpu_is_not_used(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(A10))
-    monkeypatch.setattr(gpu.metadata, "version", lambda name: "2.13.0+cpu")
+    monkeypatch.setattr(gpu, "torch_cuda", lambda: None)
     assert (gpu.has_gpu(), gpu.usable()) == (True, False)
     finding = doctor._gpu()
     assert (finding.state, finding.found) == ("optional", "NVIDIA A10, 24 GiB, driver 580.95.05")
-    monkeypatch.setattr(gpu.metadata, "version", lambda name: "2.14.0")
+    monkeypatch.setattr(gpu, "torch_cuda", lambda: (13, 0))
     assert (gpu.usable(), models.preferred_dtype(), doctor._gpu().state) == (True, "bfloat16", "ok")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(A10._replace(capability=(7, 5))))
+    gpu.gpus(fresh=True)
+    assert models.preferred_dtype() == "float32"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "torch", "old"),
+    [
+        (13020, (13, 0), False),
+        (13000, (13, 2), False),  # within a major version, a newer torch runs
+        (12080, (13, 0), True),
+        (14010, (13, 0), False),
+        (12080, None, False),
+    ],
+)
+def test_a_driver_too_old_for_torch_is_said_before_anything_is_loaded(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, cuda: int, torch: tuple[int, int] | None, old: bool
+) -> None:
+    def answer(self: Nvml, version: Any) -> None:
+        version._obj.value = cuda
+
+    monkeypatch.setattr(Nvml, "_nvmlSystemGetCudaDriverVersion_v2", answer)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(H100))
+    monkeypatch.setattr(gpu, "torch_cuda", lambda: torch)
+    said = gpu.driver_trouble()
+    assert bool(said) == old
+    assert (doctor._gpu().state == "missing") == old
+    if old:
+        assert "driver 580.95.05 runs CUDA 12.8, the installed torch needs 13.0" in said
+        with pytest.raises(OutsideError, match="Upgrade the driver"):
+            generate.choose_backend("auto", None)
+        assert generate.choose_backend("openai", None) == "openai"
+
+
+def test_without_libcuda_nothing_is_said_of_cuda() -> None:
+    assert gpu.ask(lambda name: Nvml(H100, fails={"nvmlSystemGetCudaDriverVersion_v2": NOT_SUPPORTED})).cuda is None
+
+
+def test_the_installed_torch_is_read_as_it_was_built() -> None:
+    torch = pytest.importorskip("torch")
+    gpu.torch_cuda.cache_clear()
+    built = torch.version.cuda
+    assert gpu.torch_cuda() == (tuple(int(part) for part in built.split(".")[:2]) if built else None)
 
 
 def test_no_part_of_torch_is_loaded() -> None:

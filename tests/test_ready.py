@@ -128,6 +128,12 @@ def test_what_cannot_be_repaired_is_named_with_the_remedy(climb: Climb, says: st
     assert "invoke terminate" in str(caught.value)
 
 
+@pytest.mark.parametrize("climb", [Condition(gpus=2, driver="535.183.01", docker_group=True)], indirect=True)
+def test_names_and_driver_are_found_on_the_way_up(climb: Climb) -> None:
+    found = climb()
+    assert (found.cards, found.driver) == (["NVIDIA A100-SXM4-80GB"] * 2, "535.183.01")
+
+
 @pytest.mark.parametrize("climb", [Condition(gpus=0, toolkit="absent")], indirect=True)
 def test_a_type_without_a_gpu_needs_none(climb: Climb) -> None:
     assert climb(gpus=False).gpu is None

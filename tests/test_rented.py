@@ -22,7 +22,7 @@ from fractal.cloud import alias, guard, instance, ready
 from fractal.cloud.lambda_api import Client, Pace
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.remote import Remote
-from fractal.images import push
+from fractal.images import driver, push
 from fractal.images.build import ensure_sandbox_image
 from tests.conftest import ROOT, until
 from tests.fake_lambda.machines import Machines, Running
@@ -73,7 +73,8 @@ class World:
             with tarfile.open(fileobj=packed, mode="w") as tar:
                 tar.add(ROOT / "tests/rented_stage.py", "stage.py")
             container.put_archive("/", packed.getvalue())
-            container.commit(*STAND_IN.split(":"), changes='ENTRYPOINT ["python3", "-u", "/stage.py"]')
+            changes = ['ENTRYPOINT ["python3", "-u", "/stage.py"]', 'LABEL fractal.base="nvidia/cuda:1 pulled"']
+            container.commit(*STAND_IN.split(":"), changes=changes)
             container.remove()
         return entry
 
@@ -181,7 +182,7 @@ def seen(run: Path, count: int) -> Callable[[], bool]:
 def test_a_run_comes_home_whole(rented: World, run: Path) -> None:
     code, out, err = rented.call(run)
     assert (code, out.count("sample ")) == (0, 60)
-    assert "begin 1000 0.7500 True" in out  # the owner of the files, the price, the sidecar's socket
+    assert "begin 1000 0.7500 True -" in out  # the owner of the files, the price, the sidecar's socket
     assert "digests equal" in err
     assert "goes on and costs" in err
     rented.whole(run)
@@ -316,6 +317,37 @@ def test_an_image_that_is_not_there_is_said(rented: World, run: Path) -> None:
     assert code == 3
     assert "invoke push --image=pipeline-cpu,sandbox" in err
     assert rented.containers() == []
+
+
+def drives(rented: World, version: str) -> None:
+    rented.machine.machine.sh(f"sed -i 's/^driver=.*/driver={version}/' /etc/machine.conf")
+
+
+def test_a_driver_too_old_for_the_image_is_said_before_anything_is_sent(rented: World, run: Path) -> None:
+    drives(rented, "470.256.02")
+    try:
+        pushed = rented.invoke("push", "--image=pipeline,sandbox")
+        code, _, err = rented.call(run, image="pipeline")
+    finally:
+        drives(rented, "580.95.05")
+    for said in (pushed.stderr, err):
+        (line,) = [line for line in said.splitlines() if "too old" in line]
+        assert "driver 470.256.02 is too old for the CUDA image, which needs 580.65" in line
+        assert "--family" in line
+        assert "invoke terminate" in line
+    assert (pushed.returncode, code) == (3, 3)
+    assert rented.containers() == []
+
+
+def test_an_older_driver_gets_the_images_compatibility_libraries(rented: World, run: Path) -> None:
+    drives(rented, "570.195.03")
+    try:
+        code, out, err = rented.call(run, n=2, image="pipeline")
+    finally:
+        drives(rented, "580.95.05")
+    assert code == 0, err
+    assert f"True {driver.COMPAT}" in out
+    assert "compatibility libraries stand in" in err
 
 
 def test_a_full_disk_here_keeps_the_job_and_says_so(rented: World, run: Path, tiny_disk: Path) -> None:

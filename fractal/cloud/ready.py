@@ -121,6 +121,8 @@ class Ready:
 
     docker: str = ""  # how its user calls Docker
     gpu: str | None = None  # "NVIDIA A100-SXM4-80GB, 580.95.05": name and driver; "8 x ..." of several
+    cards: list[str] = field(default_factory=list)  # the GPUs' names
+    driver: str = ""  # "580.95.05"
     repaired: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # of each rung
 
@@ -361,6 +363,8 @@ def _gpu(link: ssh.Link, found: Ready, say: Say, there: str) -> None:
     if works:
         names = lines[1:]
         found.gpu = f"{len(names)} x {names[0]}" if len(names) > 1 else names[0]
+        found.cards = [name.rpartition(", ")[0] for name in names]
+        found.driver = names[0].rpartition(", ")[2]
         return
     why, said = _joined(lines), "\n".join(lines)
     if any(word in said for word in DRIVER):

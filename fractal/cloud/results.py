@@ -6,12 +6,13 @@ rsync carries; this module decides the direction. The run belongs to whoever has
 import contextlib
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -28,6 +29,7 @@ cd && mkdir -p "{ROOT}/runs/$1" {ROOT}/inputs {ROOT}/models || exit 1
 echo "$(id -u):$(id -g)"; pwd
 if nvidia-smi -L 2> /dev/null; then :; fi
 """
+DRIVER = "nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2> /dev/null"
 LOOK = f"""\
 cd "{ROOT}/runs/$1" 2> /dev/null || exit 0
 for name in {" ".join(RECORDS)}; do [ -e $name ] && echo "$(wc -c < $name) $name"; done
@@ -49,6 +51,13 @@ class Place:
     gpus: tuple[str, ...]  # as `nvidia-smi -L` names them
 
 
+class Driver(NamedTuple):
+    """The machine's NVIDIA driver, and the GPUs that it drives."""
+
+    version: str  # "580.95.05"; empty where there is none
+    cards: tuple[str, ...]  # names
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """How far a run's folder got, on one side."""
@@ -60,6 +69,16 @@ class State:
 def prepare(remote: Remote, run: str) -> Place:
     lines = remote.must("make the run's folder", PREPARE, run).splitlines()
     return Place(lines[0], lines[1], tuple(line for line in lines[2:] if line.startswith("GPU ")))
+
+
+def driver(remote: Remote) -> Driver:
+    return parse_driver(remote.run(DRIVER).stdout)
+
+
+def parse_driver(text: str) -> Driver:
+    """`text`: a line "580.95.05, NVIDIA H100 80GB HBM3" for each GPU; what is no such line counts for nothing."""
+    pairs = [line.strip().split(", ", 1) for line in text.splitlines() if re.match(r"\d+\.\d+[\d.]*, ", line)]
+    return Driver(pairs[0][0] if pairs else "", tuple(name for _, name in pairs))
 
 
 def there(remote: Remote, run: str) -> State:

@@ -23,7 +23,7 @@ import requests
 
 from fractal import engine, gpu, models
 from fractal.console import note
-from fractal.images import recipes
+from fractal.images import driver, recipes
 from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
 from fractal.records import InputError, OutsideError
@@ -96,7 +96,9 @@ def suite_setup(sidecar: str, root: Path = ROOT) -> Setup:
     )
 
 
-def run_setup(sidecar: str, folder: Path, *, gpus: bool, network: bool = True) -> Setup:
+def run_setup(
+    sidecar: str, folder: Path, *, gpus: bool, network: bool = True, more: Mapping[str, str] | None = None
+) -> Setup:
     """A run: its folder is this machine's, the only one that the container sees, and what is in it has its owner."""
     owner = folder.stat()
     return Setup(
@@ -105,7 +107,7 @@ def run_setup(sidecar: str, folder: Path, *, gpus: bool, network: bool = True) -
         gpus=gpus,
         network=network,
         binds=(f"{folder}:{WORK}/runs/{folder.name}", *model_binds()),
-        environment={"FRACTAL_MODELS": MODELS},
+        environment={"FRACTAL_MODELS": MODELS, **(more or {})},
     )
 
 
@@ -319,9 +321,20 @@ def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool =
     command = ["run", "--run", f"{WORK}/runs/{folder.name}", *map(str, words)]
     client = connect()
     try:
-        return run(client, recipe, command, lambda volume: run_setup(volume, folder, gpus=gpus or gpu.has_gpu()), note)
+        on_gpu = gpus or gpu.has_gpu()
+        compat = _compat(client, recipe) if on_gpu and key == "pipeline" else {}
+        return run(client, recipe, command, lambda volume: run_setup(volume, folder, gpus=on_gpu, more=compat), note)
     finally:
         client.close()
+
+
+def _compat(client: docker.DockerClient, recipe: Recipe) -> dict[str, str]:
+    """What the CUDA image needs beside this machine's driver. Raises DriverError."""
+    version, cards = gpu.driver_version() or "", [card.name for card in gpu.gpus()]
+    remedy = "Upgrade the driver, or take --image=pipeline-cpu."
+    if not driver.environment(version, cards, base="", remedy=remedy):
+        return {}
+    return driver.environment(version, cards, base=ensure(client, recipe, note).base, remedy=remedy)
 
 
 def run_tests(key: str, words: Iterable[str]) -> int:
