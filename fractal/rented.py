@@ -23,7 +23,7 @@ from fractal.cloud import guard, instance, jobs, ledger, results
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.remote import ALIAS, ROOT, Remote
 from fractal.images import build as images
-from fractal.images import containers, recipes
+from fractal.images import containers, hub_token, recipes
 from fractal.records import InputError, OutsideError
 
 INPUTS = "/inputs"  # files and models from here, in the container
@@ -125,7 +125,7 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
     for option in ("--problems", "--model"):
         if path := chain.local(words, option):
             words[words.index(option) + 1] = f"{INPUTS}/{results.send_input(remote, path, say)}"
-    if "--model" not in words and _model(wanted.run) in (None, models.EMBEDDED):
+    if "--model" not in words and hub_token.model_of(words, wanted.run) in (None, models.EMBEDDED):
         results.send_model(remote, models.resolve(models.EMBEDDED).path, say)  # images hold no weights
     (recipe,) = recipes.choose(wanted.image)
     pipeline, sandbox = chain.image_name(wanted.image), chain.image_name("sandbox")
@@ -134,6 +134,8 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
     job = jobs.new_id(words[1])
 
     compat: dict[str, str] = {}
+    if token := hub_token.find(wanted.words, wanted.run):
+        say(f"your Hugging Face token goes into the job's container, as a file; {hub_token.SWITCH}=1 keeps it here")
 
     def setup(volume: str) -> containers.Setup:
         return containers.Setup(
@@ -150,6 +152,7 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
                 "FRACTAL_PRICE_USD_PER_HOUR": f"{entry.price_cents_per_hour / 100:.4f}",
                 **compat,
             },
+            token=token,
         )
 
     with remote.engine() as engine:
@@ -164,14 +167,6 @@ def _start(remote: Remote, entry: Entry, wanted: Work, place: results.Place) -> 
     if compat:
         say("the driver there is older than the image's CUDA: its compatibility libraries stand in for it")
     return job
-
-
-def _model(folder: Path) -> str | None:
-    """The model that a run was made with."""
-    try:
-        return str(_manifest(folder)["config"]["generate"]["model"])
-    except (KeyError, TypeError):
-        return None
 
 
 def _explain(job: jobs.Job, log: Path) -> None:

@@ -1,15 +1,19 @@
 """The pipeline's container beside a sandbox: what it is given, what it may not do, and that it does the work."""
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import docker
 import pytest
 
-from fractal.images import build, containers, recipes
+from fractal.images import build, containers, hub_token, recipes
 from fractal.images.containers import Setup, options
 from fractal.records import InputError, Label, Sample, read_jsonl, write_jsonl
 from fractal.run import RunDir, commit, own_image
@@ -86,6 +90,87 @@ def test_the_manifest_knows_the_image_and_the_commit(tmp_path: Path, monkeypatch
         "base": "debian:bookworm-slim (no digest known)",
     }
     assert (manifest["git_commit"], manifest["git_dirty"]) == ("f00", True)
+
+
+TOKEN = "hf_" + "Ab3" * 11 + "x"
+READS_TOKEN = """
+import hashlib, os, time
+path = os.environ.get("HF_TOKEN_PATH", "/run/secrets/hf_token")
+if os.path.exists(path):
+    state = os.stat(path)
+    print(hashlib.sha256(open(path, "rb").read()).hexdigest(), oct(state.st_mode), state.st_uid, flush=True)
+else:
+    print("nothing", flush=True)
+time.sleep(60)
+"""
+
+
+def processes() -> bytes:
+    """Command lines and environments of all that runs on this machine and in its containers."""
+    found = b""
+    for name in ("cmdline", "environ"):
+        for path in Path("/proc").glob(f"[0-9]*/{name}"):
+            with contextlib.suppress(OSError):
+                found += path.read_bytes()
+    return found
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("token", [TOKEN, ""])
+def test_a_token_is_a_file_of_the_job_and_seen_nowhere_else(image: str, token: str) -> None:
+    before = left_over()
+    client = build.connect()
+    (recipe,) = recipes.choose("sandbox")
+
+    def make_setup(volume: str) -> Setup:
+        entrypoint = ("python3", "-c", READS_TOKEN)
+        return Setup(sidecar=volume, user="1234:5678", network=False, entrypoint=entrypoint, token=token)
+
+    job = f"token-{os.getpid()}"
+    try:
+        containers.start(client, recipe, image, image, [], make_setup, job=job, labels={}, size=None)
+        container = client.containers.get(f"fractal-job-{job}")
+        (said,) = next(container.logs(stream=True)).decode().splitlines()
+        expected = f"{hashlib.sha256(TOKEN.encode()).hexdigest()} 0o100400 1234" if token else "nothing"
+        assert said == expected
+        if os.geteuid() == 0:  # the container's environment is among what we look at
+            assert b"FRACTAL_SOCKET" in processes()
+        assert TOKEN.encode() not in processes()
+        inspected = client.api.inspect_container(container.id)
+        for shown in (make_setup("v"), inspected, container.logs()):
+            assert TOKEN not in str(shown)
+        assert (f"HF_TOKEN_PATH={hub_token.PATH}" in inspected["Config"]["Env"]) == bool(token)
+        other = container.exec_run(["cat", hub_token.PATH], user="1235:5678")
+        assert other.exit_code != 0
+    finally:
+        containers.end(client, job)
+        client.close()
+    assert left_over() <= before
+
+
+def test_the_token_is_found_for_models_of_the_hub_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (tmp_path / "folder").mkdir()
+    for words in ([], ["--model", "smollm2-135m-instruct"], ["--model", str(tmp_path / "folder")], ["--model=./x"]):
+        assert hub_token.find(words, tmp_path) == ""
+    for words in (["--n", "2", "--model", "someone/gated"], ["--model=someone/gated"]):
+        assert hub_token.find(words, tmp_path) == TOKEN
+    (tmp_path / "manifest.json").write_text(json.dumps({"config": {"generate": {"model": "someone/gated"}}}))
+    assert hub_token.find(["--stage", "score"], tmp_path) == TOKEN  # the run's own model
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert hub_token.find([], tmp_path) == ""
+
+
+def test_the_hubs_client_reads_the_token_where_we_put_it(tmp_path: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    (tmp_path / "token").write_text(TOKEN)
+    code = "import huggingface_hub; print(huggingface_hub.get_token())"
+    for name, expected in (("token", TOKEN), ("none", "None")):
+        environ = {**kept, "HOME": str(tmp_path), "HF_TOKEN_PATH": str(tmp_path / name)}
+        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 def left_over() -> set[str]:

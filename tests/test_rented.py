@@ -3,6 +3,7 @@
 A real simulated machine with the real sandbox image; the pipeline's image has a stand-in, so that a run takes seconds.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -93,7 +94,7 @@ class World:
         return self.fake.machine(str(self.entry.id))  # type: ignore[return-value]
 
     def begin(self, run: Path, n: int = 60, **job: Any) -> subprocess.Popen[str]:
-        job |= {"run": str(run), "n": n, "model": str(self.model)}
+        job = {"model": str(self.model), **job, "run": str(run), "n": n}
         return subprocess.Popen(
             [sys.executable, "-m", "tests.rented_client", json.dumps(job)], cwd=ROOT, env=self.environment, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -317,6 +318,36 @@ def test_an_image_that_is_not_there_is_said(rented: World, run: Path) -> None:
     assert code == 3
     assert "invoke push --image=pipeline-cpu,sandbox" in err
     assert rented.containers() == []
+
+
+def test_a_token_of_the_hub_reaches_the_job_and_nothing_else(
+    rented: World, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "hf_" + "Qz7" * 11 + "x"
+    monkeypatch.setitem(rented.environment, "HF_TOKEN", token)
+    process = rented.begin(run, n=400, model="someone/gated")
+    until(seen(run, 5))
+    sh = rented.machine.machine.sh
+    inspected = sh("docker inspect $(docker ps -aq)")
+    assert "HF_TOKEN_PATH=/run/secrets/hf_token" in inspected
+    there = sh(
+        "docker ps -aq | while read id; do docker logs $id 2>&1; docker top $id axeww; done; cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | tr '\\0' '\\n'"
+    )
+    assert "FRACTAL_SOCKET" in there
+    files = sh("grep -rl hf_Qz7 /home/ubuntu /tmp /var/log /dev/shm /run 2> /dev/null || true")
+    code, out, err = rented.finish(process)
+    assert code == 0, err
+    assert f"token {hashlib.sha256(token.encode()).hexdigest()}" in out
+    here = "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
+    state = "".join(path.read_text(errors="replace") for path in rented.ledger.folder.rglob("*") if path.is_file())
+    for text in (inspected, there, files, out, err, here, state):
+        assert token not in text
+    assert files == ""
+    assert "Hugging Face token goes into the job's container" in err
+    rented.whole(run, n=400)
+    assert sh("grep -rl hf_Qz7 /var/lib/docker 2> /dev/null || true") == ""  # gone with the container
+    _, out, _ = rented.call(run.with_name("other"), n=1)  # a model from here
+    assert "token none" in out
 
 
 def drives(rented: World, version: str) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import requests
 
 from fractal import engine, gpu, models
 from fractal.console import note
-from fractal.images import driver, recipes
+from fractal.images import driver, hub_token, recipes
 from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
 from fractal.records import InputError, OutsideError
@@ -66,6 +66,7 @@ class Setup:
     environment: Mapping[str, str] = field(default_factory=dict)
     entrypoint: tuple[str, ...] = ()
     workdir: str = WORK
+    token: str = field(default="", repr=False)  # of the model hub; becomes a file, not a part of the configuration
 
 
 def options(wanted: Setup) -> dict[str, Any]:
@@ -96,9 +97,7 @@ def suite_setup(sidecar: str, root: Path = ROOT) -> Setup:
     )
 
 
-def run_setup(
-    sidecar: str, folder: Path, *, gpus: bool, network: bool = True, more: Mapping[str, str] | None = None
-) -> Setup:
+def run_setup(sidecar: str, folder: Path, *, gpus: bool, network: bool = True) -> Setup:
     """A run: its folder is this machine's, the only one that the container sees, and what is in it has its owner."""
     owner = folder.stat()
     return Setup(
@@ -107,7 +106,7 @@ def run_setup(
         gpus=gpus,
         network=network,
         binds=(f"{folder}:{WORK}/runs/{folder.name}", *model_binds()),
-        environment={"FRACTAL_MODELS": MODELS, **(more or {})},
+        environment={"FRACTAL_MODELS": MODELS},
     )
 
 
@@ -275,6 +274,8 @@ def _create(
     size: os.terminal_size | None,
 ) -> str:
     environment = {"FRACTAL_SOCKET": SOCKET, **facts, **wanted.environment}
+    if wanted.token:
+        environment["HF_TOKEN_PATH"] = hub_token.PATH
     if size:
         environment |= {"TERM": os.environ.get("TERM", "xterm"), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
     logs = docker.types.LogConfig(type=docker.types.LogConfig.types.JSON, config={"max-size": "1000g"})  # never cut
@@ -291,6 +292,12 @@ def _create(
         host_config=client.api.create_host_config(**options(wanted), log_config=logs),
     )
     identity: str = created["Id"]
+    if wanted.token:
+        try:
+            client.api.put_archive(identity, "/", hub_token.archive(wanted.token, wanted.user))
+        except BaseException:
+            client.api.remove_container(identity, force=True)
+            raise
     return identity
 
 
@@ -318,12 +325,20 @@ def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool =
     """`fractal run` in an image; the run's folder is this machine's. Returns the exit code."""
     recipe = pipeline(key)
     folder = prepare_run(run_folder)
-    command = ["run", "--run", f"{WORK}/runs/{folder.name}", *map(str, words)]
+    given = [str(word) for word in words]
+    command = ["run", "--run", f"{WORK}/runs/{folder.name}", *given]
+    if token := hub_token.find(given, folder):
+        note(f"your Hugging Face token goes into the container, as a file; {hub_token.SWITCH}=1 keeps it out")
     client = connect()
     try:
         on_gpu = gpus or gpu.has_gpu()
         compat = _compat(client, recipe) if on_gpu and key == "pipeline" else {}
-        return run(client, recipe, command, lambda volume: run_setup(volume, folder, gpus=on_gpu, more=compat), note)
+
+        def make_setup(volume: str) -> Setup:
+            wanted = run_setup(volume, folder, gpus=on_gpu)
+            return replace(wanted, environment={**wanted.environment, **compat}, token=token)
+
+        return run(client, recipe, command, make_setup, note)
     finally:
         client.close()
 
