@@ -13,6 +13,7 @@ from pathlib import Path
 import docker
 import docker.errors
 import requests
+from packaging.requirements import Requirement
 
 from fractal import console, setup
 from fractal.images import network, recipes
@@ -23,6 +24,10 @@ from fractal.records import InputError, OutsideError, write_whole
 UV_TIMEOUT_S = 900
 # First of the locks for a GPU: PyTorch and what NVIDIA ships for it, which is large and changes little.
 TORCH_FAMILY = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
+# What nvcc compiles with and against: of two releases of CUDA, CUDA's own headers refuse to compile (vllm#44305).
+COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
+HEADERS = ("nvidia-cuda-runtime", "nvidia-cuda-nvrtc")
+GPU_MACHINES = ("x86_64", "aarch64")
 HEADER = """\
 # Base images: TAG SHA256-DIGEST, by `invoke lock`. A tag without a digest has not been looked up yet: no registry
 # answered where it was locked. What it names may change then, and `invoke images` and the manifest of a run say so.
@@ -53,13 +58,12 @@ def lock_bases(client: docker.DockerClient, say: Say) -> None:
 
 def lock_python(say: Say, *, upgrade: bool = False) -> None:
     """Write the locks of Python packages. Raises LockError with uv's reason; then no lock has changed."""
-    docker_folder = recipes.ROOT / "docker"
     made: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fractal-lock-") as name:
         folder = Path(name)
         uv = _uv(folder)
         for accelerator, names in setup.LOCKS.items():
-            before = {lock: (docker_folder / lock).read_text() for lock in names}
+            before = {lock: (recipes.ROOT / "docker" / lock).read_text() for lock in names}
             out = folder / f"{accelerator}.txt"
             if not upgrade:
                 out.write_text("".join(before.values()))  # uv keeps what the old output holds
@@ -71,6 +75,12 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
             source.write_text(wanted + "\n")
             _run([*uv, "pip", "compile", "--no-deps", *STYLE, str(source), "-o", str(out)])
             made[lock] = out.read_text()
+    write_python(made, say)
+
+
+def write_python(made: dict[str, str], say: Say, docker_folder: Path = recipes.ROOT / "docker") -> None:
+    """Write locks, by name. Raises LockError for a compiler that does not fit its headers; then none is written."""
+    check_cuda("".join(made[lock] for lock in setup.LOCKS["cuda"]))
     for lock, text in made.items():
         same = (docker_folder / lock).exists() and (docker_folder / lock).read_text() == text
         write_whole(docker_folder / lock, text.encode())
@@ -80,6 +90,39 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
 def entries(text: str) -> list[str]:
     """A lock's requirements, each with its hashes."""
     return re.findall(r"^[A-Za-z0-9].*?(?=^[A-Za-z0-9]|\Z)", text, re.MULTILINE | re.DOTALL)
+
+
+def check_cuda(text: str) -> None:
+    """Of locks for a GPU: CUDA's compiler and headers are of one release. Raises LockError."""
+    for machine in GPU_MACHINES:
+        where = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": machine, "extra": ""}
+        releases: dict[str, list[str]] = {}
+        for requirement in map(Requirement, (entry.partition(" \\")[0] for entry in entries(text))):
+            if requirement.name not in COMPILER + HEADERS or (
+                requirement.marker and not requirement.marker.evaluate(where)
+            ):
+                continue
+            (version,) = requirement.specifier
+            releases.setdefault(cuda_release(requirement.name, version.version), []).append(
+                f"{requirement.name} {version.version}"
+            )
+        if len(releases) > 1:
+            both = "; ".join(f"of CUDA {release} {', '.join(names)}" for release, names in sorted(releases.items()))
+            raise LockError(
+                f"CUDA's compiler does not fit its headers on {machine}: {both}. No lock has changed; name "
+                "cuda-toolkit[cccl,nvcc] in pyproject.toml, in the version that torch asks for."
+            )
+
+
+def cuda_release(package: str, version: str) -> str:
+    """The release of CUDA that one of NVIDIA's packages belongs to, as cuda-toolkit's metadata pairs them: 13.0.
+
+    The first two numbers, but for cccl since 13.3, which has its own behind CUDA's first: 13.3.5.0.6 is CCCL 3.5.0.6 of
+    CUDA 13.5.
+    """
+    parts = version.split(".")
+    minor = parts[2] if package == "nvidia-cuda-cccl" and len(parts) > 3 else parts[1]
+    return f"{parts[0]}.{minor}"
 
 
 def split(text: str, names: tuple[str, ...]) -> dict[str, str]:
