@@ -173,6 +173,70 @@ def test_the_hubs_client_reads_the_token_where_we_put_it(tmp_path: Path) -> None
         assert done.stdout.strip() == expected
 
 
+def test_each_user_has_a_cache_of_its_own() -> None:
+    mine, other = (options(Setup(sidecar="v", user=user))["binds"][0] for user in (recipes.USER, "1234:5678"))
+    assert (mine, other) == ("fractal-cache:/cache", "fractal-cache-1234:/cache")
+
+
+@pytest.fixture
+def cache(image: str) -> Iterator[tuple[docker.DockerClient, str]]:
+    """A cache volume as something else may have made it: root's, closed, and with another user's closed folder in it."""
+    user = "54321:54321"
+    client = docker.from_env()
+    volume = client.volumes.create(containers.cache_volume(user))
+    shut = "mkdir -p /cache/theirs && touch /cache/theirs/file && ln -s /etc/passwd /cache/link && chown -R 1001 /cache/theirs && chmod 700 /cache/theirs && chmod 755 /cache"
+    try:
+        client.containers.run(
+            image, ["-c", shut], entrypoint=["sh"], user="0", volumes=[f"{volume.name}:/cache"], remove=True
+        )
+        yield client, user
+    finally:
+        volume.remove(force=True)
+        client.close()
+
+
+@pytest.mark.docker
+def test_a_cache_volume_is_its_users_whoever_made_it(cache: tuple[docker.DockerClient, str], image: str) -> None:
+    client, user = cache
+    write = [
+        "-c",
+        "mkdir /cache/mine && echo new > /cache/theirs/file && cat /cache/theirs/file && stat -Lc %u /cache/link",
+    ]
+    given = options(Setup(sidecar="v", user=user, network=False))
+    wanted = {**given, "binds": given["binds"][:1]}
+
+    def run() -> str:
+        made = client.api.create_container(
+            image, write, entrypoint=["sh"], user=user, host_config=client.api.create_host_config(**wanted)
+        )["Id"]
+        try:
+            client.api.start(made)
+            code = client.api.wait(made)["StatusCode"]
+            return str(code) if code else client.api.logs(made).decode()
+        finally:
+            client.api.remove_container(made, force=True)
+
+    assert run() != "0"  # as it was found, it is closed
+    containers.own_cache(client, image, user)
+    assert run() == "new\n0\n"  # the link's target stays root's
+
+
+@pytest.mark.docker
+def test_a_cache_that_cannot_be_given_away_is_one_line_with_a_remedy(image: str) -> None:
+    client = docker.from_env()
+    user = "54322:54322"
+    volume = client.volumes.create(
+        containers.cache_volume(user), driver_opts={"type": "tmpfs", "device": "tmpfs", "o": "ro"}
+    )
+    try:
+        with pytest.raises(containers.ContainerError, match="docker volume rm fractal-cache-54322") as caught:
+            containers.own_cache(client, image, user)
+        assert len(str(caught.value).splitlines()) == 1
+    finally:
+        volume.remove(force=True)
+        client.close()
+
+
 def left_over() -> set[str]:
     """Containers and volumes of runs."""
     client = docker.from_env()

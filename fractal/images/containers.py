@@ -30,7 +30,7 @@ from fractal.records import InputError, OutsideError
 from fractal.run import commit
 from fractal.sandbox.container import SOCKET, start_sidecar, stop_sidecar
 
-CACHE_VOLUME = "fractal-cache"  # models and compiled kernels, kept between runs
+CACHE_VOLUME = "fractal-cache"  # models and compiled kernels, kept between runs; see cache_volume
 MODELS = "/models"  # models that this machine has prepared, read-only
 SIDECAR_TIMEOUT_S = 30
 LABEL = "fractal.pipeline"
@@ -72,7 +72,7 @@ class Setup:
 def options(wanted: Setup) -> dict[str, Any]:
     """Options of the Docker SDK's create_host_config. No Docker socket, no capability, no new privilege."""
     return {
-        "binds": [f"{CACHE_VOLUME}:{CACHE}", f"{wanted.sidecar}:{Path(SOCKET).parent}", *wanted.binds],
+        "binds": [f"{cache_volume(wanted.user)}:{CACHE}", f"{wanted.sidecar}:{Path(SOCKET).parent}", *wanted.binds],
         "network_mode": "bridge" if wanted.network else "none",
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
@@ -80,6 +80,39 @@ def options(wanted: Setup) -> dict[str, Any]:
         "init": True,  # reaps what vLLM leaves, and hands signals on
         **({"device_requests": [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]} if wanted.gpus else {}),
     }
+
+
+def cache_volume(user: str) -> str:
+    """Each user has a volume: what one writes, with whatever modes, another may have to replace."""
+    uid = user.partition(":")[0]
+    return CACHE_VOLUME if user == USER else f"{CACHE_VOLUME}-{uid}"
+
+
+def own_cache(client: docker.DockerClient, image: str, user: str) -> None:
+    """Give the user's cache volume to the user, whoever made it and filled it. Raises ContainerError.
+
+    An engine gives a new volume the modes of the image's folder, but one that something else made belongs to root.
+    """
+    volume, (uid, _, _) = cache_volume(user), user.partition(":")
+    try:
+        client.containers.run(
+            image,
+            ["-c", f"find {CACHE} ! -user {uid} -exec chown -h {user} {{}} +"],
+            entrypoint=["sh"],
+            user="0:0",
+            volumes=[f"{volume}:{CACHE}"],
+            network_mode="none",
+            cap_drop=["ALL"],
+            cap_add=["CHOWN", "DAC_READ_SEARCH"],
+            security_opt=["no-new-privileges"],
+            labels={LABEL: "1"},
+            remove=True,
+        )
+    except docker.errors.ContainerError as error:
+        reason = bytes(error.stderr or b"no reason given").decode(errors="replace").strip().splitlines()[0][:200]
+        raise ContainerError(
+            f"The volume {volume} cannot be given to user {user}: {reason}. Remove it: docker volume rm {volume}"
+        ) from error
 
 
 def suite_setup(sidecar: str, root: Path = ROOT) -> Setup:
@@ -278,6 +311,7 @@ def _create(
         environment["HF_TOKEN_PATH"] = hub_token.PATH
     if size:
         environment |= {"TERM": os.environ.get("TERM", "xterm"), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
+    own_cache(client, image, wanted.user)
     logs = docker.types.LogConfig(type=docker.types.LogConfig.types.JSON, config={"max-size": "1000g"})  # never cut
     created = client.api.create_container(
         image,
