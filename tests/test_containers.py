@@ -174,8 +174,10 @@ def test_the_hubs_client_reads_the_token_where_we_put_it(tmp_path: Path) -> None
 
 
 def test_each_user_has_a_cache_of_its_own() -> None:
-    mine, other = (options(Setup(sidecar="v", user=user))["binds"][0] for user in (recipes.USER, "1234:5678"))
-    assert (mine, other) == ("fractal-cache:/cache", "fractal-cache-1234:/cache")
+    volumes = {user: containers.cache_volume(user) for user in (recipes.USER, "1000:50", "1234:5678")}
+    assert list(volumes.values()) == ["fractal-cache", "fractal-cache", "fractal-cache-1234"]
+    for user, volume in volumes.items():
+        assert options(Setup(sidecar="v", user=user))["binds"][0] == f"{volume}:/cache"
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def options(wanted: Setup) -> dict[str, Any]:
 def cache_volume(user: str) -> str:
     """Each user has a volume: what one writes, with whatever modes, another may have to replace."""
     uid = user.partition(":")[0]
-    return CACHE_VOLUME if user == USER else f"{CACHE_VOLUME}-{uid}"
+    return CACHE_VOLUME if uid == USER.partition(":")[0] else f"{CACHE_VOLUME}-{uid}"
 
 
 def own_cache(client: docker.DockerClient, image: str, user: str) -> None:

@@ -1,6 +1,6 @@
 """Starts vLLM in the CUDA image on a stand-in card, draws or scores, and prints what was compiled, as JSON.
 
-    start.py 80|90|100 generate|pooling
+    start.py 80|86|89|90|100 generate|pooling
 
 Two things only a card can do and are left out: CUDA graphs, which compile nothing, and inductor's timing of its kernels.
 """
