@@ -42,8 +42,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 # With several workers (pytest-xdist) a file stays whole, and the files of one group take turns: they look at the engine's
 # containers and at ssh's processes for what is left, and fill both cores.
 GROUPS = {
-    "docker": "agreement attacks bench bench_generate bench_images containers image images losses overlap parity pipeline "
-    "repeat sandbox scan sidecar verify",
+    "docker": "agreement attacks bench bench_generate bench_images containers cuda_image image images losses overlap parity "
+    "pipeline repeat sandbox scan sidecar verify",
     "ssh": "alias chain demo_cloud guard instance killed machine push ready remote rented",
 }
 GROUP_OF = {f"test_{name}": group for group, names in GROUPS.items() for name in names.split()}

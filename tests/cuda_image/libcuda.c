@@ -17,6 +17,7 @@ int cuGetErrorString(int error, const char **text) { *text = "the stand-in knows
 int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
 int cuCtxGetDevice(int *device) { *device = 0; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cuModuleLoadData(void **module, const void *image) { *module = (void *)1; return 0; }
 int cuModuleLoad(void **module, const char *file) { *module = (void *)1; return 0; }
 int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)1; return 0; }
