@@ -8,7 +8,7 @@ Validation problems are only watched.
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe", **recipe: 
     if mode != "probe":
         from fractal.tune import Recipe
 
-        config["recipe"] = asdict(Recipe(mode=mode, **given))  # type: ignore[arg-type]
+        config["recipe"] = Recipe(mode=mode, **given).inputs()  # type: ignore[arg-type]
     if _known(folder.file("critic/best")) == config:
         console.say("train: the critic of these labels is there, nothing to do")
         return
@@ -163,7 +163,6 @@ class _Training:
             for old in epochs:
                 shutil.rmtree(old)
             self.target.joinpath("metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(self.target / "best", ignore_errors=True)
         self.target.joinpath("splits.json").unlink(missing_ok=True)
 
     def run(self) -> None:
@@ -359,7 +358,12 @@ class _Training:
         )
         (draft / "head.safetensors").unlink()  # written anew: not through the link
         critic.save(draft, head, replace(about, epoch=epoch))
-        draft.rename(self.target / "best")
+        best, old = self.target / "best", self.target / ".old"
+        shutil.rmtree(old, ignore_errors=True)
+        if best.exists():  # of other inputs, and good until this one is whole
+            best.rename(old)
+        draft.rename(best)
+        shutil.rmtree(old, ignore_errors=True)
         for row in self.history:
             row["chosen"] = row["epoch"] == epoch
         write_jsonl(self.target / "metrics.jsonl", self.history)

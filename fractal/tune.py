@@ -1,6 +1,7 @@
 """`--mode lora` and `--mode full`: the language model itself is trained to judge, from the zero-shot judge on.
 
-Loss: binary cross-entropy plus a pairwise term within each problem, so a micro-batch holds programs of one problem.
+Loss: binary cross-entropy plus a pairwise term within each problem. A forward pass holds programs of one problem; on a
+GPU, where a small pass costs as much as a larger one, those of several problems, with the same loss.
 Some of the train problems (the dev problems) are held out and say when to stop. Each epoch is a folder with weights and
 optimiser state: a killed training goes on from the last whole one and, on a CPU, comes to the same weights.
 """
@@ -11,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModel
+from transformers import AutoModel, DynamicCache
 
 from fractal import console, critic
 from fractal.batch import is_out_of_memory, release
@@ -34,6 +35,10 @@ CLIP = 1.0  # norm of the gradient
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RATES = {"lora": 1e-4, "full": 1e-5}
 OPTIMISER = "optimiser.pt"
+# What is tried in turn when memory runs out: batch_tokens divided by the first; gradient checkpointing. Halving comes
+# first: passes of 2,048 tokens still fill a GPU, while checkpointing runs each layer forward twice (6 to 8 FLOPs for a
+# parameter and token, LoRA 4 to 6). The last has about a tenth of the activations of the first.
+FALLBACKS = ((1, False), (2, False), (2, True))
 
 
 class Diverged(Exception):
@@ -47,11 +52,12 @@ class Recipe:
     mode: Literal["lora", "full"]
     epochs: int = 4
     learning_rate: float | None = None  # default: RATES
-    batch_tokens: int = 4096  # padded tokens in one forward pass; out of memory, it is halved once
+    batch_tokens: int = 4096  # padded tokens in one forward pass; out of memory: FALLBACKS
     problems: int = 8  # whose gradients are added up before a step
     rank: int = 16  # of LoRA's matrices
     patience: int = 2  # epochs without a better dev AUC before it stops
     seed: int = 0
+    dropout: float = 0.0  # of what LoRA's matrices read; it was 0.05 before this was a field, and cost a pass each time
 
     def __post_init__(self) -> None:
         for name, low, high in (("epochs", 1, 1000), ("batch_tokens", 64, 1 << 24), ("rank", 1, 1024)):
@@ -63,6 +69,35 @@ class Recipe:
     @property
     def rate(self) -> float:
         return self.learning_rate or RATES[self.mode]
+
+    def inputs(self) -> dict[str, Any]:
+        """The fields that decide what comes out, for `About.inputs`. Dropout is LoRA's alone."""
+        fields = asdict(self)
+        if self.mode == "full":
+            del fields["dropout"]
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How training uses a device."""
+
+    device: str  # cpu or cuda
+    autocast: bool  # products in bfloat16; what is trained stays float32
+    fused: bool  # AdamW in one kernel
+    pinned: bool  # batches are sent from pinned memory, while the device computes
+    packed: bool  # several problems in one forward pass; a CPU would pay for the padding
+    watched: bool  # the loss is looked at after each step; else after the epoch: looking makes the host wait
+
+
+def placement(device: str, dtype: str) -> Placement:
+    """`dtype`: models.preferred_dtype.
+
+    No TF32 on a GPU: under autocast no large product is of float32, and it would round what is: the angles of the
+    rotary embedding (position times frequency) and the head's logits.
+    """
+    gpu = device == "cuda"
+    return Placement(device, dtype == "bfloat16", fused=gpu, pinned=gpu, packed=gpu, watched=not gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +145,22 @@ def micro_batches(examples: list[Example], batch_tokens: int) -> list[list[Examp
     return [ordered] if count == 1 else [[one] for one in ordered]
 
 
+def packed(groups: list[list[Example]], batch_tokens: int) -> list[list[list[Example]]]:
+    """Groups (of `micro_batches`) that go through the model together: at most `batch_tokens` padded tokens a pass.
+
+    Like lengths together. A group is never split, so pairs are those of unpacked groups; 0 leaves each group alone.
+    """
+    found: list[list[list[Example]]] = []
+    rows = 0
+    for group in sorted(groups, key=lambda one: max(len(e.ids) for e in one)) if batch_tokens else groups:
+        rows += len(group)
+        if not found or max(len(e.ids) for e in group) * rows > batch_tokens:
+            found.append([])
+            rows = len(group)
+        found[-1].append(group)
+    return found
+
+
 def steps_of_epoch(examples: list[Example], recipe: Recipe, epoch: int) -> list[list[Example]]:
     """The epoch's steps, each with the programs of `recipe.problems` problems; epoch and seed decide the order."""
     by_problem: dict[int, list[Example]] = {}
@@ -135,40 +186,60 @@ def learning_rate(step: int, steps: int, rate: float) -> float:
 class Judge:
     """A model that is trained to judge: backbone, head and optimiser."""
 
-    def __init__(self, files: ModelFiles, recipe: Recipe) -> None:
+    def __init__(
+        self, files: ModelFiles, recipe: Recipe, *, checkpointing: bool = False, where: Placement | None = None
+    ) -> None:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
 
         torch.manual_seed(recipe.seed)  # before LoRA's random matrices are made
         self.files, self.recipe = files, recipe
         dtype = preferred_dtype()
-        self.cast = recipe.mode == "full" and dtype == "bfloat16"  # weights stay float32, products are bfloat16
+        self.where = where or placement(device(), dtype)
         backbone: Any = AutoModel.from_pretrained(
             files.path, dtype=torch.float32 if recipe.mode == "full" else getattr(torch, dtype)
         )
         self.depth = int(backbone.config.num_hidden_layers)
+        if checkpointing:
+            backbone.gradient_checkpointing_enable()
         if recipe.mode == "lora":
-            adapter = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=0.05, target_modules=TARGETS)
-            backbone = get_peft_model(backbone, adapter)
-        self.backbone = backbone.to(device())
-        start = torch.tensor(critic.answer_direction(files.path), device=device())
+            adapter = LoraConfig(
+                r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=recipe.dropout, target_modules=TARGETS
+            )
+            backbone = get_peft_model(backbone, adapter)  # its matrices are float32
+            for layer in backbone.modules():
+                if isinstance(layer, LoraLayer):  # else states are cast to float32 before each matrix
+                    layer.cast_input_dtype_enabled = not self.where.autocast
+        self.backbone = backbone.to(self.where.device)
+        start = torch.tensor(critic.answer_direction(files.path), device=self.where.device)
         self.weight = torch.nn.Parameter(start)
-        self.bias = torch.nn.Parameter(torch.zeros((), device=device()))
+        self.bias = torch.nn.Parameter(torch.zeros((), device=self.where.device))
         self.shift = 0.0  # of the prior (critic.prior_shift): what training with balanced classes leaves out
         self.parameters = [p for p in self.backbone.parameters() if p.requires_grad] + [self.weight, self.bias]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=recipe.rate, weight_decay=0.01)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=recipe.rate, weight_decay=0.01, fused=True if self.where.fused else None
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(device(), torch.bfloat16) if self.cast else nullcontext()
+        return torch.autocast(self.where.device, torch.bfloat16) if self.where.autocast else nullcontext()
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device, without waiting for it."""
+        return (tensor.pin_memory() if self.where.pinned else tensor).to(self.where.device, non_blocking=True)
 
     def logits(self, batch: list[Example], pad: int) -> torch.Tensor:
-        """(B,) with gradients."""
+        """(B,) with gradients.
+
+        Padding is on the right, where no earlier token looks: causal attention needs no mask for it, and takes the
+        device's fastest kernel. The empty cache says so to transformers, which would otherwise read positions or a mask
+        back from the device to find out.
+        """
         rows = [torch.tensor(one.ids) for one in batch]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(device())  # (B, T)
-        last = torch.tensor([len(row) - 1 for row in rows], device=device())
-        mask = (torch.arange(padded.shape[1], device=device())[None] <= last[:, None]).long()
+        padded = self.send(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad))  # (B, T)
+        last = self.send(torch.tensor([[i, len(row) - 1] for i, row in enumerate(rows)]).T.contiguous())
         with self.autocast():
-            states = self.backbone(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
-        kept = states[torch.arange(len(batch), device=device()), last].float()  # (B, D)
+            states = self.backbone(input_ids=padded, past_key_values=DynamicCache(), use_cache=False).last_hidden_state
+        kept = states[last[0], last[1]].float()  # (B, D)
         logits: torch.Tensor = kept @ self.weight + self.bias
         return logits
 
@@ -207,7 +278,7 @@ class Judge:
             set_peft_model_state_dict(self.backbone, load_file(folder / "adapter_model.safetensors"))
         else:
             self.backbone.load_state_dict(critic.weights(folder, "model*.safetensors"))
-        state = torch.load(folder / OPTIMISER, map_location=device(), weights_only=True)
+        state = torch.load(folder / OPTIMISER, map_location=self.where.device, weights_only=True)
         head, _ = critic.load(folder)
         with torch.no_grad():
             self.weight.copy_(torch.tensor(head.weight))
@@ -215,22 +286,20 @@ class Judge:
         self.optimiser.load_state_dict(state["optimiser"])
 
 
-def tuned_model(folder: Path, about: About, files: ModelFiles, dtype: str | None = None) -> Any:
-    """The backbone of a trained critic, for reading."""
+def tuned_model(
+    folder: Path, about: About, files: ModelFiles, dtype: str | None = None, place: str | None = None
+) -> Any:
+    """The backbone of a trained critic, for reading, on the device `place`."""
     kind = getattr(torch, dtype or preferred_dtype())
     if about.mode == "full":
-        return AutoModel.from_pretrained(folder, dtype=kind).to(device()).eval()
+        return AutoModel.from_pretrained(folder, dtype=kind).to(place or device()).eval()
     from peft import PeftModel
 
     base = AutoModel.from_pretrained(files.path, dtype=kind)
-    return PeftModel.from_pretrained(base, folder).merge_and_unload().to(device()).eval()
+    return PeftModel.from_pretrained(base, folder).merge_and_unload().to(place or device()).eval()
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
-
-
-class _Smaller(Exception):
-    """Out of memory: once more with half the batch."""
 
 
 def fit(
@@ -250,46 +319,53 @@ def fit(
     """
     pad = Asker(files.path).pad
     shift = critic.prior_shift(np.repeat([e.passed for e in examples], [e.weight for e in examples]))
-    batch_tokens = recipe.batch_tokens
-    while True:
+
+    def attempt(batch_tokens: int, checkpointing: bool) -> None:
+        nonlocal done, known
         with console.quiet("loading the critic's model"):
-            judge = Judge(files, recipe)
+            judge = Judge(files, recipe, checkpointing=checkpointing)
         if done:
             judge.restore(target / f"epoch-{done}")
             console.say(f"train: going on after epoch {done}")
+        if not done and 0 not in known:
+            known = known | {0}
+            if not evaluate(judge, 0, None, None):
+                return
+        judge.shift = shift
+        if done and done not in known:  # killed between a checkpoint and its evaluation
+            figures = critic.load(target / f"epoch-{done}")[1].figures
+            if not evaluate(judge, done, figures["train_loss"], figures["seconds"]):
+                return
+        for epoch in range(done + 1, recipe.epochs + 1):
+            begin = time.monotonic()
+            loss = _epoch(judge, examples, epoch, batch_tokens, pad)
+            seconds = time.monotonic() - begin
+            figures = {"train_loss": loss, "seconds": round(seconds, 3)}
+            judge.save(target / f"epoch-{epoch}", replace(about, epoch=epoch, figures=figures))
+            for older in target.glob(f"epoch-*/{OPTIMISER}"):
+                if older.parent.name != f"epoch-{epoch}":
+                    critic.forget(older.parent, OPTIMISER)
+            done, known = epoch, known | {epoch}
+            if not evaluate(judge, epoch, loss, round(seconds, 3)):
+                return
+
+    for number, (divisor, checkpointing) in enumerate(FALLBACKS, 1):
+        batch_tokens = recipe.batch_tokens // divisor
+        way = f"--batch-tokens {batch_tokens}{' and gradient checkpointing' if checkpointing else ''}"
+        if number > 1:
+            release()  # here, outside of `except`: the error held the tensors
+            console.warn(f"train: out of memory; this epoch again with {way}")
         try:
-            if not done and 0 not in known:
-                known = known | {0}
-                if not evaluate(judge, 0, None, None):
-                    return
-            judge.shift = shift
-            if done and done not in known:  # killed between a checkpoint and its evaluation
-                figures = critic.load(target / f"epoch-{done}")[1].figures
-                if not evaluate(judge, done, figures["train_loss"], figures["seconds"]):
-                    return
-            for epoch in range(done + 1, recipe.epochs + 1):
-                begin = time.monotonic()
-                loss = _epoch(judge, examples, epoch, batch_tokens, pad)
-                seconds = time.monotonic() - begin
-                figures = {"train_loss": loss, "seconds": round(seconds, 3)}
-                judge.save(target / f"epoch-{epoch}", replace(about, epoch=epoch, figures=figures))
-                for older in target.glob(f"epoch-*/{OPTIMISER}"):
-                    if older.parent.name != f"epoch-{epoch}":
-                        critic.forget(older.parent, OPTIMISER)
-                done, known = epoch, known | {epoch}
-                if not evaluate(judge, epoch, loss, round(seconds, 3)):
-                    return
+            attempt(batch_tokens, checkpointing)
             return
-        except _Smaller as error:
-            if batch_tokens < recipe.batch_tokens:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if number == len(FALLBACKS):
                 raise OutsideError(
-                    f"out of memory while training, also with --batch-tokens {batch_tokens}. Take a smaller --base, "
-                    "--mode lora or probe, or a machine with more memory."
+                    f"out of memory while training, also with {way}. Take a smaller --base, --mode lora or probe, or a "
+                    "machine with more memory."
                 ) from error
-            batch_tokens //= 2
-            console.warn(f"train: out of memory; this epoch again with --batch-tokens {batch_tokens}")
-            del judge
-            release()
 
 
 def last_epoch(target: Path, about: About) -> int:
@@ -311,76 +387,98 @@ def _number(folder: Path) -> int:
 
 
 def _epoch(judge: Judge, examples: list[Example], epoch: int, batch_tokens: int, pad: int) -> float:
-    """One pass over all examples; returns the mean loss over its steps."""
+    """One pass over all examples; returns the mean loss over its steps. Raises Diverged.
+
+    Where the placement is not watched, nothing is read from the device before the last step.
+    """
     recipe = judge.recipe
-    torch.manual_seed(recipe.seed * 1_000_003 + epoch)  # dropout: the same after a resumption
+    torch.manual_seed(recipe.seed * 1_000_003 + epoch)  # dropout, where there is any: the same after a resumption
     judge.backbone.train()
     steps = steps_of_epoch(examples, recipe, epoch)
     share = sum(e.weight for e in examples if e.passed) / sum(e.weight for e in examples)
-    losses: list[float] = []
+    losses = torch.zeros(len(steps), dtype=torch.float64, device=judge.where.device)
+    norms = torch.zeros(len(steps), device=judge.where.device)
+
+    def check(first: int, after: int) -> None:
+        good = (losses[first:after].isfinite() & norms[first:after].isfinite()).tolist()
+        if not all(good):
+            number = first + good.index(False)
+            tasks = sorted({e.task_id for e in steps[number]})[:8]
+            raise Diverged(
+                f"the loss is no number any more (epoch {epoch}, step {number + 1} of {len(steps)}; problems "
+                f"{', '.join(map(str, tasks))}). Checkpoints of earlier epochs are kept. Try a lower --learning-rate "
+                f"than {recipe.rate:g}."
+            )
+
     begin = time.monotonic()
     seen = 0
     with console.bar(f"epoch {epoch}", len(examples)) as bar:
         for number, step in enumerate(steps):
             for group in judge.optimiser.param_groups:
                 group["lr"] = learning_rate((epoch - 1) * len(steps) + number, recipe.epochs * len(steps), recipe.rate)
-            value = 0.0
             for batch, part in parts(judge, step, share, batch_tokens, pad):
-                value += part
+                losses[number] += part
                 seen += len(batch)
-                bar.advance(len(batch), f"loss {value:.3f}, {seen / (time.monotonic() - begin):.1f} samples/s")
-            norm = float(torch.nn.utils.clip_grad_norm_(judge.parameters, CLIP))
-            if not math.isfinite(value) or not math.isfinite(norm):
-                raise Diverged(
-                    f"the loss is no number any more (epoch {epoch}, step {number + 1} of {len(steps)}; problems "
-                    f"{', '.join(str(t) for t in sorted({e.task_id for e in step})[:8])}). Checkpoints of earlier "
-                    f"epochs are kept. Try a lower --learning-rate than {recipe.rate:g}."
-                )
+                loss = f"loss {float(losses[number]):.3f}, " if judge.where.watched else ""
+                bar.advance(len(batch), f"{loss}{seen / (time.monotonic() - begin):.1f} samples/s")
+            norms[number] = torch.nn.utils.clip_grad_norm_(judge.parameters, CLIP)
+            if judge.where.watched:
+                check(number, number + 1)
             judge.optimiser.step()
             judge.optimiser.zero_grad(set_to_none=True)
-            losses.append(value)
-    return float(np.mean(losses))
+    check(0, len(steps))
+    return float(losses.mean())
 
 
 def parts(
     judge: Judge, step: list[Example], share: float, batch_tokens: int, pad: int
-) -> Iterator[tuple[list[Example], float]]:
-    """Run a step's micro-batches and add up their gradients; yields each with its part of the step's loss."""
+) -> Iterator[tuple[list[Example], torch.Tensor]]:
+    """Run a step's forward passes and add up their gradients; yields each one's examples and part of the step's loss.
+
+    The part is a scalar on the device: to read it is to wait for it.
+    """
     by_problem: dict[int, list[Example]] = {}
     for one in step:
         by_problem.setdefault(one.task_id, []).append(one)
-    batches = [batch for problem in by_problem.values() for batch in micro_batches(problem, batch_tokens)]
+    groups = [group for problem in by_problem.values() for group in micro_batches(problem, batch_tokens)]
     total = sum(one.weight for one in step)
-    mixed = sum(len({one.passed for one in batch}) == 2 for batch in batches)
-    for batch in batches:
-        try:
-            logits = judge.logits(batch, pad)
-            value = batch_loss(logits, batch, share, total, mixed)
-            value.backward()  # type: ignore[no-untyped-call]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            judge.optimiser.zero_grad(set_to_none=True)
-            raise _Smaller from error
-        yield batch, float(value.detach())
+    mixed = sum(len({one.passed for one in group}) == 2 for group in groups)
+    for some in packed(groups, batch_tokens if judge.where.packed else 0):
+        batch = [one for group in some for one in group]
+        logits = judge.logits(batch, pad)
+        entropy, pairs = (judge.send(w) for w in loss_weights(some, share, total, mixed, logits.dtype))
+        value = batch_loss(logits, entropy, pairs)
+        value.backward()  # type: ignore[no-untyped-call]
+        yield batch, value.detach()
 
 
-def batch_loss(logits: torch.Tensor, batch: list[Example], share: float, total: int, mixed: int) -> torch.Tensor:
-    """A micro-batch's part of a step's loss: `critic.loss` with a weight for each example.
+def loss_weights(
+    groups: list[list[Example]], share: float, total: int, mixed: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the terms of `batch_loss` weigh, on the CPU: (2, B) of passing and of failing, and (B, B) of pairs.
 
-    logits (B,) of one problem; `share` of all training samples that pass; `total` weight of the step; `mixed` batches
-    of the step that have pairs.
+    Rows of `groups` in order; pairs (passing, failing) are of one group. `share` of all training samples that pass;
+    `total` weight of the step; `mixed` groups of the step that have pairs.
     """
-    y = torch.tensor([float(one.passed) for one in batch], device=logits.device)
-    w = torch.tensor([float(one.weight) for one in batch], device=logits.device)
-    balance = y * 0.5 / share + (1 - y) * 0.5 / (1 - share)
-    value = functional.binary_cross_entropy_with_logits(logits, y, weight=w * balance, reduction="sum") / total
-    good, bad = y == 1, y == 0
-    if good.any() and bad.any():
-        gaps = functional.softplus(logits[bad][None, :] - logits[good][:, None])  # (good, bad)
-        weights = w[good][:, None] * w[bad][None, :]
-        value = value + (gaps * weights).sum() / weights.sum() / mixed
-    return value
+    batch = [one for group in groups for one in group]
+    y = np.array([one.passed for one in batch], dtype=np.float64)
+    w = np.array([one.weight for one in batch], dtype=np.float64)
+    entropy = np.stack([w * y * 0.5 / share, w * (1 - y) * 0.5 / (1 - share)]) / total
+    pairs = np.zeros((len(batch), len(batch)))
+    start = 0
+    for group in groups:
+        own = slice(start, start + len(group))
+        start += len(group)
+        both = np.outer(w[own] * y[own], w[own] * (1 - y[own]))
+        if both.any():
+            pairs[own, own] = both / both.sum() / mixed
+    return torch.tensor(entropy, dtype=dtype), torch.tensor(pairs, dtype=dtype)
+
+
+def batch_loss(logits: torch.Tensor, entropy: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """A forward pass's part of a step's loss: `critic.loss` with the weights of `loss_weights`; logits (B,)."""
+    value = (functional.softplus(-logits) * entropy[0] + functional.softplus(logits) * entropy[1]).sum()
+    return value + (functional.softplus(logits[None, :] - logits[:, None]) * pairs).sum()
 
 
 def examples_of(

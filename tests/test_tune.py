@@ -6,16 +6,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fractal import console, critic, train, tune
+from fractal import console, critic, models, train, tune
 from fractal.records import InputError, Label, OutsideError, Sample, read_jsonl, write_jsonl
 from fractal.run import RunDir
 from fractal.tune import Example, Recipe
@@ -67,6 +69,10 @@ def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
     assert tune.learning_rate(0, 1, 1e-3) > 0
 
 
+def part_of(logits: torch.Tensor, groups: list[list[Example]], share: float, total: int, mixed: int) -> torch.Tensor:
+    return tune.batch_loss(logits, *tune.loss_weights(groups, share, total, mixed, logits.dtype))
+
+
 def test_the_loss_of_a_step_is_the_sum_of_its_parts() -> None:
     """Two problems in one step: entropy over all, pairs a mean within each problem."""
     torch.manual_seed(0)
@@ -74,7 +80,7 @@ def test_the_loss_of_a_step_is_the_sum_of_its_parts() -> None:
         [Example(t, [0], p, 1) for p in kinds] for t, kinds in ((1, [True, False, False]), (2, [True, True, False]))
     ]
     logits = [torch.randn(3), torch.randn(3)]
-    parts = sum(tune.batch_loss(x, b, 0.5, 6, 2) for x, b in zip(logits, batches, strict=True))
+    parts = sum(part_of(x, [b], 0.5, 6, 2) for x, b in zip(logits, batches, strict=True))
     y = torch.tensor([1.0, 0, 0, 1, 1, 0])
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(torch.cat(logits), y)
     pairs = [critic.loss(x, yy, torch.tensor(p), 0.5) - critic.loss(x, yy, torch.zeros(0, 2, dtype=torch.long), 0.5)
@@ -85,9 +91,83 @@ def test_the_loss_of_a_step_is_the_sum_of_its_parts() -> None:
 def test_a_program_drawn_twice_counts_twice() -> None:
     once = [Example(1, [0], True, 2), Example(1, [0], False, 1)]
     twice = [Example(1, [0], True, 1), Example(1, [0], True, 1), Example(1, [0], False, 1)]
-    a = tune.batch_loss(torch.tensor([0.3, -0.2]), once, 2 / 3, 3, 1)
-    b = tune.batch_loss(torch.tensor([0.3, 0.3, -0.2]), twice, 2 / 3, 3, 1)
+    a = part_of(torch.tensor([0.3, -0.2]), [once], 2 / 3, 3, 1)
+    b = part_of(torch.tensor([0.3, 0.3, -0.2]), [twice], 2 / 3, 3, 1)
     assert float(a) == pytest.approx(float(b), rel=1e-6)
+
+
+step_of_groups = st.lists(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 3), st.integers(1, 60)), min_size=1, max_size=6),
+    min_size=1,
+    max_size=5,
+)
+
+
+def groups_of(data: list[list[tuple[bool, int, int]]]) -> list[list[Example]]:
+    return [[Example(t, [0] * size, p, w) for p, w, size in group] for t, group in enumerate(data)]
+
+
+@given(step_of_groups, st.integers(0, 400))
+def test_packing_splits_no_group_and_keeps_the_bound(data: list[list[tuple[bool, int, int]]], bound: int) -> None:
+    groups = groups_of(data)
+    found = tune.packed(groups, bound)
+    assert sorted(id(group) for some in found for group in some) == sorted(map(id, groups))
+    for some in found:
+        batch = [e for group in some for e in group]
+        assert len(some) == 1 or max(len(e.ids) for e in batch) * len(batch) <= bound
+
+
+def test_small_problems_share_a_pass() -> None:
+    groups = groups_of([[(True, 1, 10), (False, 1, 12)]] * 4 + [[(True, 1, 100), (False, 1, 90)]])
+    assert [len(some) for some in tune.packed(groups, 200)] == [4, 1]
+    assert [len(some) for some in tune.packed(groups, 0)] == [1] * 5
+
+
+@settings(deadline=None)
+@given(step_of_groups, st.integers(0, 1000))
+def test_a_packed_loss_and_its_gradients_are_those_of_its_groups(
+    data: list[list[tuple[bool, int, int]]], seed: int
+) -> None:
+    """In float64, to 1e-12; the oracle goes through all pairs of each group alone."""
+    groups = groups_of(data)
+    total = sum(e.weight for group in groups for e in group)
+    mixed = sum(len({e.passed for e in group}) == 2 for group in groups)
+    logits = torch.randn(sum(map(len, groups)), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
+    logits.requires_grad_()
+    together = part_of(logits, groups, 0.3, total, mixed)
+    alone = sum(
+        part_of(x, [group], 0.3, total, mixed)
+        for x, group in zip(logits.split([len(group) for group in groups]), groups, strict=True)
+    )
+    oracle, start = 0.0, 0
+    for group in groups:
+        rows = [(float(logits[start + i].detach()), e) for i, e in enumerate(group)]
+        start += len(group)
+        for x, e in rows:
+            oracle += (0.5 / 0.3 if e.passed else 0.5 / 0.7) * e.weight * np.logaddexp(0, -x if e.passed else x) / total
+        pairs = [(a.weight * b.weight, np.logaddexp(0, y - x)) for x, a in rows for y, b in rows if a.passed > b.passed]
+        if pairs:
+            oracle += sum(w * loss for w, loss in pairs) / sum(w for w, _ in pairs) / mixed
+    (a,), (b,) = (torch.autograd.grad(value, logits) for value in (together, alone))
+    assert float(together.detach()) == pytest.approx(float(alone.detach()), abs=1e-12)
+    assert float(together.detach()) == pytest.approx(oracle, abs=1e-8)  # softplus is linear beyond 20
+    assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_how_a_device_is_used() -> None:
+    cpu = {"fused": False, "pinned": False, "packed": False, "watched": True}
+    gpu = {"fused": True, "pinned": True, "packed": True, "watched": False}
+    assert tune.placement("cpu", "float32") == tune.Placement("cpu", autocast=False, **cpu)
+    assert tune.placement("cpu", "bfloat16") == tune.Placement("cpu", autocast=True, **cpu)
+    assert tune.placement("cuda", "bfloat16") == tune.Placement("cuda", autocast=True, **gpu)
+
+
+def test_inputs_tell_the_old_lora_apart_and_know_the_old_full() -> None:
+    """A run made before dropout was a field is trained again in LoRA, which had 0.05, and not in full, which had none."""
+    before = {"epochs": 4, "learning_rate": None, "batch_tokens": 4096, "problems": 8, "rank": 16, "patience": 2,
+              "seed": 0}  # fmt: skip
+    assert Recipe("full").inputs() == {"mode": "full"} | before
+    assert Recipe("lora").inputs() == {"mode": "lora", "dropout": 0.0} | before
 
 
 @pytest.mark.parametrize(
@@ -224,14 +304,17 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
 
 
 @pytest.mark.model
-def test_out_of_memory_halves_the_batch_once(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_batch_then_checkpoints_then_gives_up(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = tune.Judge.logits
-    sizes: list[int] = []
-    limit = [2]
+    tried: list[tuple[int, bool]] = []
+    room = {False: 2, True: 2}  # programs at once, with checkpointing and without
 
     def small(self: tune.Judge, batch: list[Example], pad: int) -> torch.Tensor:
-        sizes.append(len(batch))
-        if len(batch) > limit[0]:
+        checkpointing = bool(self.backbone.base_model.model.is_gradient_checkpointing)
+        tried.append((len(batch), checkpointing))
+        if len(batch) > room[checkpointing]:
             raise torch.OutOfMemoryError
         return original(self, batch, pad)
 
@@ -240,11 +323,138 @@ def test_out_of_memory_halves_the_batch_once(qwen: Path, tmp_path: Path, monkeyp
     longest = 4 * max(map(len, _questions(run, qwen)))
     rows = trained(run, "lora", epochs=1, batch_tokens=longest)
     assert [row["epoch"] for row in rows] == [0, 1]  # the untrained judge is not judged again
-    assert sizes[0] > 2
-    assert set(sizes[1:]) <= {1, 2}
-    limit[0] = 0
-    with pytest.raises(OutsideError, match=r"out of memory.*--batch-tokens"):
+    assert tried[0][0] > 2
+    assert {size for size, _ in tried[1:]} <= {1, 2}
+    assert not any(checkpointing for _, checkpointing in tried)
+    tried.clear()
+    room[False] = 0
+    trained(run_folder(tmp_path / "checkpointed", qwen), "lora", epochs=1, batch_tokens=longest)
+    assert [checkpointing for _, checkpointing in tried[:3]] == [False, False, True]
+    room[True] = 0
+    with pytest.raises(OutsideError, match=r"out of memory.*--batch-tokens \d+ and gradient checkpointing"):
         trained(run_folder(tmp_path / "other", qwen), "lora", epochs=1, batch_tokens=longest)
+
+
+def examples_of(qwen: Path, tmp_path: Path, problems: int = 5) -> list[Example]:
+    """Programs of different lengths; weights of 1 and 2; one problem with passing ones only."""
+    run = run_folder(tmp_path / "examples", qwen, per_split=problems)
+    asker = critic.Asker(qwen)
+    known = {p.task_id: p for p in _problems(run) if p.split == "train"}
+    return [
+        Example(s.task_id, asker.ids(critic.question(known[s.task_id], s.code)), s.sample_id % 2 == 0, 1 + i % 2)
+        for i, s in enumerate(s for s in read_jsonl(run / "samples.jsonl", Sample) if s.task_id in known)
+        if s.task_id != min(known) or s.sample_id % 2 == 0
+    ]
+
+
+def gradients(judge: tune.Judge, examples: list[Example], batch_tokens: int) -> tuple[float, int, list[torch.Tensor]]:
+    """Loss of a step of all examples, its number of passes, and what it leaves at each parameter."""
+    judge.backbone.train()
+    found = [float(value) for _, value in tune.parts(judge, examples, 0.4, batch_tokens, 0)]
+    return sum(found), len(found), [p.grad.clone() for p in judge.parameters if p.grad is not None]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_packed_and_checkpointed_steps_have_the_gradients_of_plain_ones(
+    mode: Any, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: the loss to 1e-6, gradients to 1e-4 of the largest of each parameter."""
+    monkeypatch.setattr(tune, "preferred_dtype", lambda: "float32")
+    examples = examples_of(qwen, tmp_path)
+    plain = tune.placement("cpu", "float32")
+    results = {}
+    for name, where, checkpointing in (
+        ("plain", plain, False),
+        ("packed", replace(plain, packed=True), False),
+        ("checkpointed", plain, True),
+    ):
+        judge = tune.Judge(models.resolve(str(qwen)), Recipe(mode), checkpointing=checkpointing, where=where)
+        with torch.no_grad():
+            for parameter in judge.parameters:  # LoRA's second matrix starts at zero, which would hide the first
+                parameter.add_(0.01)
+        results[name] = gradients(judge, examples, 4096)
+    assert results["plain"][1] > results["packed"][1] >= 1
+    for name in ("packed", "checkpointed"):
+        assert results[name][0] == pytest.approx(results["plain"][0], rel=1e-6), name
+        assert len(results[name][2]) == len(results["plain"][2])
+        for a, b in zip(results[name][2], results["plain"][2], strict=True):
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-9, name
+
+
+class Calls(TorchDispatchMode):
+    """What reaches torch's operators: those that make the host wait for a GPU, and products of float32."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.products: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name in self.WAIT:
+            self.waits.append(name)
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            matrices = args[-2:]
+            if matrices[0].dtype == torch.float32:
+                self.products.add(tuple(m.shape for m in matrices))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_an_epoch_on_a_gpu_waits_once_and_multiplies_in_bfloat16(mode: Any, qwen: Path, tmp_path: Path) -> None:
+    """All of a GPU's settings but pinned memory, on the CPU. What a watched epoch reads shows that the count counts."""
+    examples = examples_of(qwen, tmp_path, problems=8)
+    gpu = replace(tune.placement("cuda", "bfloat16"), device="cpu", pinned=False)
+    waits = {}
+    for watched in (False, True):
+        judge = tune.Judge(models.resolve(str(qwen)), Recipe(mode, problems=2), where=replace(gpu, watched=watched))
+        with Calls() as calls:
+            loss = tune._epoch(judge, examples, 1, 1024, 0)
+        waits[watched] = calls.waits
+        assert np.isfinite(loss)
+    assert waits[False] == ["_local_scalar_dense"]  # the mean loss, after the last step
+    assert len(waits[True]) > 4
+    # Of float32 is the outer product of positions and frequencies (rotary embedding), with one inner place.
+    assert all(left[-1] == 1 for left, _ in calls.products), calls.products
+
+
+@pytest.mark.model
+def test_a_loss_that_is_no_number_is_found_after_an_unwatched_epoch(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = tune.batch_loss, [0]
+
+    def once(*args: Any) -> torch.Tensor:
+        calls[0] += 1
+        return original(*args) * (float("nan") if calls[0] == 2 else 1.0)
+
+    monkeypatch.setattr(tune, "batch_loss", once)
+    where = replace(tune.placement("cpu", "float32"), watched=False)
+    judge = tune.Judge(models.resolve(str(qwen)), Recipe("lora", problems=1), where=where)
+    with pytest.raises(tune.Diverged, match=r"epoch 1, step 2 of 5; problems \d+\)"):
+        tune._epoch(judge, examples_of(qwen, tmp_path), 1, 4096, 0)
+
+
+@pytest.mark.model
+def test_a_critic_stays_until_the_next_one_is_whole(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_folder(tmp_path / "run", qwen)
+    with RunDir(run) as folder:
+        train.run(folder, None, "probe")
+    before = critic.load(run / "critic/best")[1].inputs
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "batch_loss", lambda logits, *rest: logits.sum() * float("nan"))
+        with pytest.raises(train.TrainError, match="no number any more"):
+            trained(run, "lora")
+    assert critic.load(run / "critic/best")[1].inputs == before
+    trained(run, "lora", epochs=1)
+    assert critic.load(run / "critic/best")[1].mode == "lora"
+    assert {p.name for p in (run / "critic").iterdir() if p.name.startswith(".")} == set()
 
 
 def _questions(run: Path, qwen: Path) -> list[list[int]]:
@@ -259,8 +469,6 @@ def _questions(run: Path, qwen: Path) -> list[list[int]]:
 
 def relabel(run: Path, passed: Any) -> None:
     labels = read_jsonl(run / "labels.jsonl", Label)
-    from dataclasses import replace
-
     write_jsonl(
         run / "labels.jsonl",
         [replace(v, passed=p, status="passed" if p else "failed") for v in labels for p in [passed(v)]],
