@@ -96,9 +96,7 @@ def test_a_torn_shard_costs_its_features_and_no_more(
     assert read == [4]
 
 
-def test_out_of_memory_halves_the_batches_once_and_then_says_what_to_do(
-    qwen: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_halves_the_batches_and_then_says_what_to_do(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = features.load_model(qwen, "float32")
     asker = critic.Asker(qwen)
     asked = [Asked(str(i), p.task_id, asker.ids(critic.question(p, s.code))) for i, (p, s) in enumerate(pairs())]
@@ -124,19 +122,85 @@ def test_out_of_memory_halves_the_batches_once_and_then_says_what_to_do(
         for batch, rows in features.read(model, asked, [DEPTH], asker.pad, 400)
         for one, row in zip(batch, rows, strict=True)
     }
-    assert len(warned) == 1
+    assert len(warned) == 1  # 200 tokens are few enough
     assert found.keys() == calm.keys()
     assert all(torch.allclose(found[key], calm[key], atol=1e-4) for key in calm)
     limit = [0]
     with pytest.raises(OutsideError, match=r"out of memory.*smaller --base"):
         list(features.read(model, asked, [DEPTH], asker.pad, 400))
+    assert warned[1:] == [f"out of memory: going on with batches of {n} tokens" for n in (200, 100, 50, 25)]
 
 
 def test_batches_keep_order_and_bound() -> None:
-    texts = [Asked(str(n), 0, [0] * n) for n in (10, 20, 3000, 3000, 5000)]
-    found = features.batches(texts, 4096)
-    assert [one for batch in found for one in batch] == texts
-    assert all(len(batch) == 1 or len(batch[-1].ids) * len(batch) <= 4096 for batch in found)
+    lengths = [10, 20, 3000, 3000, 5000]
+    found = [lengths[part] for part in features.batches(lengths, 4096)]
+    assert [length for batch in found for length in batch] == lengths
+    assert all(len(batch) == 1 or batch[-1] * len(batch) <= 4096 for batch in found)
+    assert features.batches([], 4096) == []
+
+
+def test_blocks_hold_every_problem_and_keep_those_without_a_prefix_apart() -> None:
+    problems = [(shared, [Asked(str(i), i, [0] * 200)]) for i, shared in enumerate([50, 0, 30, 60, 0, 40])]
+    assert [[shared for shared, _ in block] for block in features.blocks(problems, 110)] == [
+        [0, 0],
+        [30, 40],
+        [50],
+        [60],
+    ]
+    assert [[shared for shared, _ in block] for block in features.blocks(problems, 1000)] == [[0, 0], [30, 40, 50, 60]]
+
+
+def test_problems_read_together_have_the_states_that_they_have_alone(qwen: Path) -> None:
+    """A GPU's way, on the CPU, in float32: different prefixes, some problems of one text, and far fewer passes."""
+    model, asker = features.load_model(qwen, "float32"), critic.Asker(qwen)
+    some = [pair for i, pair in enumerate(pairs(5)) if pair[0].task_id not in (1, 3) or i % 4 == 0]
+    asked = [Asked(str(i), p.task_id, asker.ids(critic.question(p, s.code))) for i, (p, s) in enumerate(some)]
+    layers = [1, DEPTH]
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = {}
+    for across in (False, True):
+        passes.clear()
+        found[across] = {
+            one.key: row
+            for batch, rows in features.read(model, asked, layers, asker.pad, 4096, across)
+            for one, row in zip(batch, rows, strict=True)
+        }
+        assert len(passes) == (3 if across else 8)
+    assert found[True].keys() == found[False].keys() == {one.key for one in asked}
+    scale = max(row.abs().max() for row in found[False].values())
+    assert all(torch.allclose(found[True][key], found[False][key], rtol=0, atol=1e-4 * scale) for key in found[True])
+
+
+def test_states_of_another_model_are_not_read(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Features(qwen, "another", tmp_path / "cache").of(pairs())
+    first = Features(qwen, "d", tmp_path / "cache").of(pairs())
+    read: list[str] = []
+    original = features._read_shard
+
+    def watch(shard: Path, name: str) -> object:
+        read.append(name)
+        return original(shard, name)
+
+    monkeypatch.setattr(features, "_read_shard", watch)
+    again = Features(qwen, "d", tmp_path / "cache").of(pairs())
+    assert np.array_equal(again, first)
+    assert read == ["keys", "keys", "keys", "states"]  # both shards' keys, then the one with these states
+
+
+def test_a_shard_whose_states_are_damaged_costs_its_features(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Features(qwen, "d", tmp_path / "cache").of(pairs())
+    (shard,) = (tmp_path / "cache").glob("*.npz")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 255  # within the states: the keys come first and are small
+    shard.write_bytes(bytes(data))
+    warned: list[str] = []
+    monkeypatch.setattr(console, "warn", warned.append)
+    assert np.allclose(Features(qwen, "d", tmp_path / "cache").of(pairs()), first, atol=5e-3)
+    assert len(warned) == 1
+    assert "computed again" in warned[0]
 
 
 def test_a_program_too_long_for_the_context_loses_its_middle(qwen: Path) -> None:
