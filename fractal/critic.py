@@ -2,8 +2,8 @@
 
     logit = rms_norm(state of the last token after `depth` layers) @ weight + bias
 
-`depth` is the whole model's for a critic that was fine-tuned, and a layer that cross-validation chose for a probe. Such
-a critic is what transformers and vLLM call a sequence classification model (`export`). The head starts as the row of
+`depth` is the whole model's for a critic that was fine-tuned, and a layer that cross-validation chose for a probe. vLLM
+calls such a critic a sequence classification model (`export`). The head starts as the row of
 "Yes" minus the row of "No" of the model's own output layer: the zero-shot judge. What trains it is in probe.py (frozen
 features) and tune.py (LoRA and full); this module holds what they share, and the files.
 """
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
-from safetensors.torch import save_file as save_tensors
 from scipy.optimize import minimize_scalar
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -312,40 +311,34 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def export(base: Path, head: Head, depth: int, target: Path, tuned: dict[str, torch.Tensor] | None = None) -> None:
-    """Write the critic as a sequence classification model that transformers and vLLM load; `target` is made anew.
+def export(base: Path, heads: Array, target: Path) -> None:
+    """Write a sequence classification model for vLLM into `target`, made anew: one label for each of `heads` (L, D).
 
-    `tuned`: the weights after training, by the names of the base's files; else those of the base. Layers from
-    `depth` on are left out, which saves their time, too.
+    Gigabytes are not copied: the base's weights are linked, and only heads and configuration are written. The heads
+    have no bias: vLLM cannot exchange the weights of a model whose head has one (VllmScorer.exchange).
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    kept = {name: tensor for name, tensor in (tuned or weights(base)).items() if _layer_of(name) < depth}
-    kept = {name: tensor.contiguous() for name, tensor in kept.items() if not name.startswith("lm_head.")}
-    kept["score.weight"] = torch.tensor(head.weight)[None]
-    kept["score.bias"] = torch.tensor([head.bias])
-    save_tensors(kept, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_bytes())
-    kind = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
-    config |= {"architectures": [kind], "num_hidden_layers": depth, "num_labels": 1, "id2label": {"0": "passes"}}
-    config |= {
-        "label2id": {"passes": 0},
-        "problem_type": "multi_label_classification",
-    }  # one label alone means regression
-    if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = config["layer_types"][:depth]
-    (target / "config.json").write_text(json.dumps(config, indent=1))
+    index = base / "model.safetensors.index.json"  # a folder may hold the same weights in other files, too
+    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else None
     for file in base.iterdir():
-        if file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "chat_template")):
+        if file.suffix == ".safetensors" and (names is None or file.name in names):
+            (target / file.name).symlink_to(file.absolute())
+        elif file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "chat_template")):
             shutil.copy(file, target / file.name)
+    save_file({"score.weight": heads}, target / "score.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_bytes())
+    labels = {str(i): f"head {i}" for i in range(len(heads))}
+    config |= {
+        "architectures": [config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")],
+        "num_labels": len(heads),
+        "id2label": labels,
+        "label2id": {name: int(i) for i, name in labels.items()},
+        "problem_type": "multi_label_classification",  # one label alone means regression
+    }
+    (target / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def weights(folder: Path, files: str = "*.safetensors") -> dict[str, torch.Tensor]:
     """The tensors of a folder's files by their names."""
     return {name: tensor for file in sorted(folder.glob(files)) for name, tensor in load_tensors(file).items()}
-
-
-def _layer_of(name: str) -> int:
-    """The layer that a weight belongs to, -1 for the others: model.layers.7.mlp.up_proj.weight."""
-    parts = name.split(".")
-    return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1

@@ -1,13 +1,14 @@
 """Stage 4, the soft verifier: samples and a critic -> scores.jsonl. Runs no program.
 
 transformers reads each problem's tokens once for all of its samples; vLLM's pooling runner does so with its prefix
-cache, and is the faster one on a GPU. Both rank alike (tests/test_score.py).
+cache. Both rank alike (tests/test_score.py).
 """
 
 import hashlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +28,22 @@ Loaded = tuple["Head", "About"]  # of critic.load
 Logits = NDArray[np.float64]
 
 
+class Judged(NamedTuple):
+    """What is said of N pairs, in their order."""
+
+    critic: Logits  # (N,)
+    zero_shot: Logits  # (N,) Yes minus No of the model before any training
+
+
 def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", base: str | None = None) -> None:
     """Score every sample of the run, unless this critic has done so. Raises InputError."""
     from fractal import critic
 
-    chosen = choose_backend(backend)
     where = critic_dir or folder.file("critic/best")
     if not where.is_dir():
         raise InputError(f"{where}: holds no critic. Run `fractal train --run {folder.path}` first, or give --critic.")
     head, about = critic.load(where)
+    chosen = choose_backend(backend, about.mode)
     path = folder.file("samples.jsonl")
     samples = unique(read_jsonl(path, Sample), path)
     if not samples:
@@ -56,7 +64,7 @@ def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", b
         judge: Any = (
             VllmJudge(where, loaded, files) if chosen == "vllm" else TransformersJudge(where, loaded, files, cache)
         )
-        logits, zero_shot = judge.logits(pairs), judge.zero_shot(pairs)
+        logits, zero_shot = judge.judge(pairs)
         if not np.isfinite(logits).all():
             bad = [f"{s.task_id}/{s.sample_id}" for (_, s), x in zip(pairs, logits, strict=True) if not np.isfinite(x)]
             raise InputError(f"{where}: gives no number for {len(bad)} samples ({', '.join(bad[:5])}). Train it again.")
@@ -77,8 +85,12 @@ def scores(pairs: Pairs, logits: Logits, zero_shot: Logits, about: Any) -> list[
     return found
 
 
-def choose_backend(backend: str) -> str:
-    """vLLM on a GPU where it is installed; transformers on a CPU, where it uses the features that training kept."""
+def choose_backend(backend: str, mode: str) -> str:
+    """vLLM on a GPU where it is installed, for a critic of its own weights; else transformers.
+
+    A probe reads with the base: what training has read is kept, one pass gives both heads' states, and no engine needs
+    to start.
+    """
     if backend not in BACKENDS:
         raise InputError(f"--score-backend {backend}: unknown; known: {', '.join(BACKENDS)}.")
     trouble = generate.vllm_trouble()
@@ -86,7 +98,7 @@ def choose_backend(backend: str) -> str:
         raise InputError(f"--score-backend vllm: {trouble}. Or take transformers.")
     if backend != "auto":
         return backend
-    return "vllm" if gpu.usable() and not trouble else "transformers"
+    return "vllm" if mode != "probe" and gpu.usable() and not trouble else "transformers"
 
 
 class TransformersJudge:
@@ -101,11 +113,13 @@ class TransformersJudge:
         self._head, self._about = loaded
         self._base = Features(files.path, files.digest, cache, dtype=dtype)
 
-    def logits(self, pairs: Pairs) -> Logits:
-        """(N,) the critic's logits."""
+    def judge(self, pairs: Pairs) -> Judged:
+        from fractal import critic
+
+        states = self._base.of(pairs)
+        zero_shot = critic.Head(critic.answer_direction(self._files.path), 0.0).logits(states[:, -1])
         if self._about.mode == "probe":
-            place = self._base.layers.index(self._about.depth)
-            return self._head.logits(self._base.of(pairs)[:, place])
+            return Judged(self._head.logits(states[:, self._base.layers.index(self._about.depth)]), zero_shot)
         from fractal.features import Features
         from fractal.tune import tuned_model
 
@@ -118,57 +132,61 @@ class TransformersJudge:
             load=lambda: tuned_model(self._where, self._about, self._files, self._dtype),
             dtype=self._dtype,
         )
-        return self._head.logits(tuned.of(pairs)[:, 0])
-
-    def zero_shot(self, pairs: Pairs) -> Logits:
-        """(N,) logit of Yes minus logit of No of the model before any training."""
-        from fractal import critic
-
-        return critic.Head(critic.answer_direction(self._files.path), 0.0).logits(self._base.of(pairs)[:, -1])
+        return Judged(self._head.logits(tuned.of(pairs)[:, 0]), zero_shot)
 
 
 class VllmJudge:
-    """A critic, and the zero-shot judge, as sequence classification models in vLLM."""
+    """A critic and the zero-shot judge as two labels of one model in vLLM: one engine for both."""
 
     def __init__(self, where: Path, loaded: Loaded, files: models.ModelFiles, dtype: str | None = None) -> None:
         self._where, self._files, self._dtype = where, files, dtype
         self._head, self._about = loaded
 
-    def logits(self, pairs: Pairs) -> Logits:
-        """(N,) the critic's logits."""
-        weights = None
-        if self._about.mode != "probe":
-            from fractal.tune import tuned_model
-
-            with console.quiet("loading the critic's weights"):
-                model = tuned_model(self._where, self._about, self._files, self._dtype)
-            weights = {f"model.{name}": tensor.cpu() for name, tensor in model.state_dict().items()}
-        return self._classify(self._head, self._about.depth, pairs, weights)
-
-    def zero_shot(self, pairs: Pairs) -> Logits:
-        """(N,) logit of Yes minus logit of No of the model before any training."""
-        from fractal import critic
-
-        depth = read_shape(self._files.path).layers
-        return self._classify(critic.Head(critic.answer_direction(self._files.path), 0.0), depth, pairs, None)
-
-    def _classify(self, head: Any, depth: int, pairs: Pairs, weights: dict[str, Any] | None) -> Logits:
+    def judge(self, pairs: Pairs) -> Judged:
+        """Two passes, since the critic is of other layers or weights than the zero-shot judge; one if of the same."""
         from fractal import critic
         from fractal.scorer_vllm import VllmScorer
 
         asker = critic.Asker(self._files.path)
         order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].task_id)  # neighbours share their prefix
         asked = [asker.ids(critic.question(pairs[i][0], pairs[i][1].code)) for i in order]
-        with tempfile.TemporaryDirectory(prefix="fractal-critic-") as place:
+        heads = np.stack([self._head.weight, critic.answer_direction(self._files.path)])
+        tuned = self._about.mode != "probe"
+        once = not tuned and self._about.depth == read_shape(self._files.path).layers
+        with (
+            tempfile.TemporaryDirectory(prefix="fractal-critic-") as place,
+            console.bar("score", len(asked) * (1 if once else 2)) as bar,
+        ):
+
+            def read() -> Logits:
+                found = np.zeros((len(pairs), len(heads)))
+                for place_in_order, logits in scorer.logits(asked):
+                    found[order[place_in_order]] = logits
+                    bar.advance()
+                return found
+
             with console.quiet("loading the critic into vLLM"):
-                critic.export(self._files.path, head, depth, Path(place) / "critic", weights)
+                critic.export(self._files.path, heads, Path(place) / "critic")
                 scorer = VllmScorer(
                     Path(place) / "critic", self._dtype or models.preferred_dtype(), max(map(len, asked))
                 )
-            found = np.zeros(len(pairs))
-            with console.bar("score", len(asked)) as bar:
-                for place_in_order, logit in scorer.logits(asked):
-                    found[order[place_in_order]] = logit
-                    bar.advance()
+            whole = read()
+            if tuned:
+                with console.quiet("loading the critic's weights"):
+                    scorer.exchange(self._weights(heads))
+            elif not once:
+                scorer.shorten(self._about.depth)
+            own = whole if once else read()
             scorer.close()
-        return found
+        return Judged(own[:, 0] + self._head.bias, whole[:, 1])
+
+    def _weights(self, heads: Any) -> Iterator[tuple[str, Any]]:
+        """Of the trained model, merged on the CPU: the GPU belongs to vLLM."""
+        import torch
+
+        from fractal.tune import tuned_model
+
+        model = tuned_model(self._where, self._about, self._files, self._dtype, place="cpu")
+        for name, tensor in model.state_dict().items():
+            yield f"model.{name}", tensor
+        yield "score.weight", torch.tensor(heads)

@@ -4,15 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fractal import critic, generate, models, score, train
+from fractal import critic, generate, gpu, models, score, train
 from fractal.records import InputError, Sample, Score, read_jsonl
 from fractal.run import RunDir
-from tests.judged import run_folder, tiny_qwen
+from tests.judged import DEPTH, run_folder, tiny_qwen
 
 pytestmark = pytest.mark.model
 
@@ -35,28 +36,38 @@ def run(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Path:
 BOTH = """
 import sys, numpy as np
 from pathlib import Path
-from fractal import critic, models, score
+from fractal import critic, models, score, scorer_vllm
 from fractal.records import Sample, read_jsonl
 from fractal.run import RunDir
+start, starts = scorer_vllm.VllmScorer.__init__, []
+def counted(self, *rest):
+    starts.append(rest)
+    start(self, *rest)
+scorer_vllm.VllmScorer.__init__ = counted
 where, run, out = (Path(word) for word in sys.argv[1:4])
 files = models.resolve(sys.argv[4])
 with RunDir(run) as folder:
     problems = folder.problems()
 pairs = [(problems[s.task_id], s) for s in read_jsonl(run / "samples.jsonl", Sample)]
 judges = [score.TransformersJudge(where, critic.load(where), files, out / "features", dtype="float32"), score.VllmJudge(where, critic.load(where), files, dtype="float32")]
-np.save(out / "logits.npy", [judge.logits(pairs) for judge in judges])
-np.save(out / "zero.npy", [judge.zero_shot(pairs) for judge in judges])
+found = [judge.judge(pairs) for judge in judges]
+assert len(starts) == 1, starts  # one engine for both heads
+np.save(out / "logits.npy", [one.critic for one in found])
+np.save(out / "zero.npy", [one.zero_shot for one in found])
 import os; os._exit(0)  # vLLM's threads
 """
 
 
-@pytest.mark.parametrize("mode", ["probe", "lora", "full"])
+@pytest.mark.parametrize("mode", ["probe of a layer", "probe of the last layer", "lora", "full"])
 @pytest.mark.skipif(generate.vllm_trouble() is not None, reason="vLLM is not here")
 def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_path: Path) -> None:
     """The same logits but for rounding, so every pair that is further apart than that stands in the same order."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    if mode != "probe":
+    if mode.startswith("probe"):
+        head, about = critic.load(copy / "critic/best")
+        critic.save(copy / "critic/best", head, replace(about, depth=2 if mode == "probe of a layer" else DEPTH))
+    else:
         with RunDir(copy) as folder:
             train.run(folder, None, mode, epochs=1, learning_rate=1e-2 if mode == "lora" else 1e-3)
     command = [sys.executable, "-c", BOTH, str(copy / "critic/best"), str(copy), str(tmp_path), str(qwen)]
@@ -70,6 +81,32 @@ def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_
         gaps = ours[:, None] - ours[None]
         far = np.abs(gaps) > 0.05 * spread
         assert (np.sign(gaps)[far] == np.sign(theirs[:, None] - theirs[None])[far]).all(), name
+
+
+def test_a_probe_reads_with_transformers_and_others_with_vllm_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generate, "vllm_trouble", lambda: None)
+    monkeypatch.setattr(gpu, "usable", lambda: True)
+    found = {mode: score.choose_backend("auto", mode) for mode in train.MODES}
+    assert found == {"probe": "transformers", "lora": "vllm", "full": "vllm"}
+    assert score.choose_backend("vllm", "probe") == "vllm"
+    monkeypatch.setattr(gpu, "usable", lambda: False)
+    assert score.choose_backend("auto", "lora") == "transformers"
+    with pytest.raises(InputError, match="unknown; known: auto"):
+        score.choose_backend("best", "probe")
+
+
+def test_weights_are_linked_and_only_those_that_the_index_names(run: Path, qwen: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(qwen, base)
+    (base / "consolidated.safetensors").write_bytes(b"the same weights by other names")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model.safetensors"}}')
+    critic.export(base, np.ones((2, 64), dtype=np.float32), tmp_path / "out")
+    weights = {p.name: p for p in (tmp_path / "out").glob("*.safetensors")}
+    assert weights.keys() == {"model.safetensors", "score.safetensors"}
+    assert weights["model.safetensors"].resolve() == (base / "model.safetensors").resolve()
+    assert json.loads((tmp_path / "out/config.json").read_bytes())["num_labels"] == 2
 
 
 def test_every_sample_has_its_own_score(run: Path) -> None:
@@ -88,7 +125,9 @@ def test_every_sample_has_its_own_score(run: Path) -> None:
             models.resolve(str(folder.manifest["model_paths"].popitem()[1])),
             run / "fresh",
         )
-        assert alone.logits([(problems[samples[7].task_id], samples[7])])[0] == pytest.approx(scores[7].score, abs=0.3)
+        assert alone.judge([(problems[samples[7].task_id], samples[7])]).critic[0] == pytest.approx(
+            scores[7].score, abs=0.3
+        )
     assert head.weight.shape == (64,)
 
 
