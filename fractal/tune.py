@@ -338,7 +338,7 @@ def fit(
                 return
         for epoch in range(done + 1, recipe.epochs + 1):
             begin = time.monotonic()
-            loss = _epoch(judge, examples, epoch, batch_tokens, pad)
+            loss = train_epoch(judge, examples, epoch, batch_tokens, pad)
             seconds = time.monotonic() - begin
             figures = {"train_loss": loss, "seconds": round(seconds, 3)}
             judge.save(target / f"epoch-{epoch}", replace(about, epoch=epoch, figures=figures))
@@ -386,7 +386,7 @@ def _number(folder: Path) -> int:
     return int(tail) if tail.isdigit() else 0
 
 
-def _epoch(judge: Judge, examples: list[Example], epoch: int, batch_tokens: int, pad: int) -> float:
+def train_epoch(judge: Judge, examples: list[Example], epoch: int, batch_tokens: int, pad: int) -> float:
     """One pass over all examples; returns the mean loss over its steps. Raises Diverged.
 
     Where the placement is not watched, nothing is read from the device before the last step.

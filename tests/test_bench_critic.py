@@ -19,12 +19,36 @@ def test_ratios_are_taken_within_a_round() -> None:
     turns = [
         Turn(1, "shared", 100, 1000, 1.0), Turn(1, "plain", 100, 1000, 2.0),
         Turn(2, "shared", 100, 1000, 2.0), Turn(2, "plain", 100, 1000, 4.0),
-        Turn(2, "lora", 10, 100, 2.0, 6e9),
+        Turn(2, "lora", 10, 100, 2.0, 6e9, 7.5), Turn(2, "lora-unpacked", 10, 100, 4.0, 6e9, 7.0),
     ]  # fmt: skip
     found = bench.summary(turns)
-    assert found["ratios"] == {"ours to plain": {"median": 2.0, "low": 2.0, "high": 2.0}}
+    assert found["ratios"] == {
+        "ours to plain": {"median": 2.0, "low": 2.0, "high": 2.0},
+        "packed to unpacked, LoRA": {"median": 2.0, "low": 2.0, "high": 2.0},
+    }
     assert found["rates"]["shared"] == 75.0
-    assert found["flops_per_s"] == {"lora": 3e9}
+    assert found["flops_per_s"] == {"lora": 3e9, "lora-unpacked": 1.5e9}
+    assert found["seconds"]["lora"] == 2.0
+    assert found["start_s"]["lora"] == 7.5
+    used = bench.utilisation(found, 30e9)
+    assert used == {"lora": 0.1, "lora-unpacked": 0.05}
+    assert bench.utilisation(found, None) == {}
+    assert [table.row_count for table in bench.tables(found, used)] == [4, 2]
+
+
+def test_peaks_are_found_by_the_names_that_drivers_give() -> None:
+    names = {
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA A10": 125e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA GH200 480GB": 989e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA RTX A6000": 155e12,
+        "Tesla V100-SXM2-16GB": None,
+    }
+    assert {name: bench.peak_of(name) for name in names} == names
 
 
 @pytest.mark.parametrize(
@@ -51,12 +75,13 @@ def test_a_smoke_run_measures_every_contestant(tmp_path: Path, small_model: Path
         "--out",
         tmp_path,
         "--only",
-        "shared,plain,cached,lora,full",
+        "shared,plain,cached,lora,full,lora-unpacked",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads(Path(done.stdout.splitlines()[-1]).read_bytes())
-    assert set(found["rates"]) == {"shared", "plain", "cached", "lora", "full"}
+    assert set(found["rates"]) == {"shared", "plain", "cached", "lora", "full", "lora-unpacked"}
     assert all(rate > 0 for rate in found["rates"].values())
-    assert found["ratios"].keys() == {"ours to plain"}
+    assert all(0 < start < 500 for start in found["start_s"].values())
+    assert found["ratios"].keys() == {"ours to plain", "packed to unpacked, LoRA"}
     assert "Ratios within a round" in done.stdout

@@ -413,7 +413,7 @@ def test_an_epoch_on_a_gpu_waits_once_and_multiplies_in_bfloat16(mode: Any, qwen
     for watched in (False, True):
         judge = tune.Judge(models.resolve(str(qwen)), Recipe(mode, problems=2), where=replace(gpu, watched=watched))
         with Calls() as calls:
-            loss = tune._epoch(judge, examples, 1, 1024, 0)
+            loss = tune.train_epoch(judge, examples, 1, 1024, 0)
         waits[watched] = calls.waits
         assert np.isfinite(loss)
     assert waits[False] == ["_local_scalar_dense"]  # the mean loss, after the last step
@@ -436,7 +436,7 @@ def test_a_loss_that_is_no_number_is_found_after_an_unwatched_epoch(
     where = replace(tune.placement("cpu", "float32"), watched=False)
     judge = tune.Judge(models.resolve(str(qwen)), Recipe("lora", problems=1), where=where)
     with pytest.raises(tune.Diverged, match=r"epoch 1, step 2 of 5; problems \d+\)"):
-        tune._epoch(judge, examples_of(qwen, tmp_path), 1, 4096, 0)
+        tune.train_epoch(judge, examples_of(qwen, tmp_path), 1, 4096, 0)
 
 
 @pytest.mark.model
