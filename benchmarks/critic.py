@@ -27,7 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
 from benchmarks.verify import BenchError, chosen, machine, order, outcome, save, show
-from fractal import console, generate, models
+from fractal import console, generate, gpu, models
 from fractal.batch import read_shape
 from fractal.problems import load
 from fractal.records import InputError, Problem, Sample
@@ -39,8 +39,8 @@ TITLES = {
     "cached": "features from the cache",
     "lora": "training epoch, LoRA",
     "full": "training epoch, whole model",
-    "lora-unpacked": "the same, LoRA, each problem in a pass of its own",
-    "full-unpacked": "the same, whole model, each problem in a pass of its own",
+    "lora-unpacked": "training epoch, LoRA, unpacked",
+    "full-unpacked": "training epoch, whole model, unpacked",
 }
 UNPACKED = ["lora-unpacked", "full-unpacked"]  # on a CPU nothing is packed
 RATIOS = [
@@ -272,7 +272,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
     contestants = chosen(given.only, TITLES)
     if min(given.limit, given.n, given.rounds) < 1:
         raise InputError("--limit, --n and --rounds must be positive.")
-    if not models.has_gpu() and not given.only:
+    if not gpu.usable() and not given.only:
         contestants = [one for one in contestants if one not in UNPACKED]
     if "vllm" in contestants and (trouble := generate.vllm_trouble()):
         console.warn(f"bench: left out vllm: {trouble}")

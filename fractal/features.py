@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, DynamicCache
 
-from fractal import console
+from fractal import console, gpu
 from fractal.batch import is_out_of_memory, read_shape
 from fractal.critic import PROMPT_VERSION, Asker, Half, question
 from fractal.models import preferred_dtype
@@ -126,7 +126,7 @@ def _read_shard(shard: Path, name: str) -> NDArray[Any] | None:
 
 
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if gpu.usable() else "cpu"
 
 
 def load_model(path: Path, dtype: str | None = None) -> Any:
