@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 CACHES = (
     "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH",
 )  # fmt: skip
+CRITIC_PROBLEMS = 90  # of each split
 CONTESTANTS = "bare,defaults,ours,alone,several,overlapped"
 
 
@@ -103,7 +104,8 @@ def measure(plan: Plan, out: Path) -> dict[str, Any]:
         for count in plan.engines[1:]
     }
     words = ["--model", plan.model, "--problems", plan.problems]
-    values["critic"] = bench("critic.py", [*words, "--quick"] if plan.quick else words, out)
+    size = ["--quick"] if plan.quick else ["--limit", str(CRITIC_PROBLEMS), "--n", str(plan.n), "--rounds", "2"]
+    values["critic"] = bench("critic.py", [*words, *size], out)
     return values
 
 
@@ -138,11 +140,13 @@ def entry(plan: Plan, values: dict[str, Any], facts: dict[str, Any], where: str,
 def _critic(found: dict[str, Any]) -> list[str]:
     from benchmarks.critic import TITLES
 
-    text = [f"         {'critic':<40} samples/s   TFLOP/s"]
+    text = [f"         {'critic':<40} samples/s   seconds  start, s   TFLOP/s   MFU"]
     for contestant, rate in found["rates"].items():
-        flops = found["flops_per_s"].get(contestant)
-        work = f"{flops / 1e12:>9,.1f}" if flops else ""
-        text += [f"         {TITLES[contestant]:<40} {rate:>9,.1f} {work}".rstrip()]
+        seconds, start_s = found["seconds"][contestant], found["start_s"][contestant]
+        flops, used = found["flops_per_s"].get(contestant), found["utilisation"].get(contestant)
+        work = f"{flops / 1e12:>9,.2f}" if flops else ""
+        row = f"{TITLES[contestant]:<40} {rate:>9,.1f} {seconds:>9,.1f} {start_s:>9,.1f} {work:>9} "
+        text += [f"         {row}{generation.share(used):>5}".rstrip()]
     return text
 
 

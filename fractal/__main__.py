@@ -120,7 +120,11 @@ LearningRate = Annotated[
     float | None, typer.Option(help="lora, full: highest learning rate. [default: 1e-4 lora, 1e-5 full]")
 ]
 BatchTokens = Annotated[
-    int | None, typer.Option(help="lora, full: padded tokens in one forward pass; halved once. [default: 4096]")
+    int | None,
+    typer.Option(
+        help="lora, full: padded tokens in one forward pass; out of memory halved, then with gradient checkpointing. "
+        "[default: 4096]"
+    ),
 ]
 Rank = Annotated[int | None, typer.Option(help="lora: rank of its matrices. [default: 16]")]
 ScoreBackend = Annotated[

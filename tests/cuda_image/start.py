@@ -1,4 +1,4 @@
-"""Starts vLLM in the CUDA image on a stand-in card, draws or scores, and prints what was compiled, as JSON.
+"""Starts our engine or scorer in the CUDA image on a stand-in card, draws or scores, and prints what was compiled, as JSON.
 
     start.py 80|86|89|90|100 generate|pooling
 
@@ -6,6 +6,7 @@ Two things only a card can do and are left out: CUDA graphs, which compile nothi
 """
 
 import collections
+import functools
 import json
 import os
 import sys
@@ -27,11 +28,18 @@ import card  # noqa: E402
 CAPABILITY, RUNNER = int(sys.argv[1]), sys.argv[2]
 card.insert(CAPABILITY)
 
+from fractal import gpu  # noqa: E402
+
+gpu.usable = lambda: True  # NVML has no stand-in
+
 import triton  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
-from vllm import LLM, PoolingParams, SamplingParams, TokensPrompt  # noqa: E402
 from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sampler_supported  # noqa: E402
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment  # noqa: E402
+
+from fractal import scorer_vllm  # noqa: E402
+from fractal.engine_vllm import VllmEngine  # noqa: E402
+from fractal.generate import Request, Sampling  # noqa: E402
 
 # Qwen2.5-Coder-1.5B's shape with one layer, since all are compiled alike.
 SHAPE = {
@@ -76,27 +84,21 @@ def main() -> None:
         kernels[src.name] = [metadata["target"].arch if isinstance(metadata, dict) else metadata.target.arch, cubin]
 
     triton.knobs.compilation.listener = compiled
-    # As fractal/engine_vllm.py and scorer_vllm.py start it on a GPU.
-    llm = LLM(
-        model(),
-        runner=RUNNER,  # type: ignore[arg-type]
-        dtype="bfloat16",
-        max_model_len=1024,
-        enable_prefix_caching=True,
-        max_num_seqs=64,
-        max_num_batched_tokens=1024,
-        disable_log_stats=True,
-        attention_config={"backend": "FLASH_ATTN"},
-        load_format="dummy",
-        worker_cls="__main__.StandInWorker",
-        compilation_config={"cudagraph_mode": "NONE", "inductor_compile_config": {"benchmark_combo_kernel": False}},
-    )
-    prompts = [TokensPrompt(prompt_token_ids=list(range(5, 25)))] * 4
+    options: dict[str, Any] = {
+        "load_format": "dummy",
+        "worker_cls": "__main__.StandInWorker",
+        "compilation_config": {"cudagraph_mode": "NONE", "inductor_compile_config": {"benchmark_combo_kernel": False}},
+    }
+    tokens = list(range(5, 25))
     if RUNNER == "generate":
-        params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=4, seed=7, logprobs=0, detokenize=False)
-        outputs = len(llm.generate(prompts, params, use_tqdm=False))
+        sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=4)
+        engine = VllmEngine(Path(model()), sampling, "bfloat16", 1024, options=options)
+        requests = [Request(1, i, tokens, i) for i in range(4)]
+        outputs = sum(len(done) for done in engine.generate(requests))
     else:
-        outputs = len(llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False))
+        scorer_vllm.LLM = functools.partial(scorer_vllm.LLM, **options)  # type: ignore[misc]
+        scorer = scorer_vllm.VllmScorer(Path(model()), "bfloat16", 1000)
+        outputs = len(list(scorer.logits([tokens] * 4)))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(
         json.dumps(
