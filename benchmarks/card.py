@@ -32,7 +32,7 @@ CACHES = (
     "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH",
 )  # fmt: skip
 CRITIC_PROBLEMS = 90  # of each split
-CONTESTANTS = "bare,defaults,ours,alone,several,overlapped"
+CONTESTANTS = "bare,defaults,ours,alone,overlapped"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
         return words + (["--split", self.split] if self.split else [])
 
 
-QUICK = Plan(models.EMBEDDED, "starter", "test", 2, 2, 1, 16, (2,), quick=True)
+QUICK = Plan(models.EMBEDDED, "starter", "test", 2, 2, 1, 16, (), quick=True)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def measure(plan: Plan, out: Path) -> dict[str, Any]:
     )
     values["several"] = {
         str(count): bench("generate.py", [*plan.words, "--only", "several", "--engines", str(count)], out)
-        for count in plan.engines[1:]
+        for count in plan.engines
     }
     words = ["--model", plan.model, "--problems", plan.problems]
     size = ["--quick"] if plan.quick else ["--limit", str(CRITIC_PROBLEMS), "--n", str(plan.n), "--rounds", "2"]
@@ -114,8 +114,8 @@ def measure(plan: Plan, out: Path) -> dict[str, Any]:
 
 def entry(plan: Plan, values: dict[str, Any], facts: dict[str, Any], where: str, day: str) -> str:
     """The table as Markdown, in the form of docs/log.md. Pure."""
-    rows = values["generate"]["rows"]
-    several = [dict(one["rows"][0], engines=int(count)) for count, one in values["several"].items()]
+    rows = [(generation.TITLES[row["contestant"]], row) for row in values["generate"]["rows"]]
+    rows += [(f"{generation.TITLES['several']} ({count})", one["rows"][0]) for count, one in values["several"].items()]
     text = [f"## {day}: generation and critic on {where}"]
     size = f"n = {plan.n}, at most {plan.max_tokens} tokens, temperature 0.8, {plan.rounds} rounds"
     text += [f"Setup    {plan.model}, {plan.problems} {plan.split}, {size}; {facts.get('commit') or 'no commit'}"]
@@ -123,10 +123,7 @@ def entry(plan: Plan, values: dict[str, Any], facts: dict[str, Any], where: str,
     start = values["start_s"]
     text += [f"Result   start with empty caches {start['cold']:.0f} s, again {start['warm']:.0f} s"]
     text += [f"         {'':<40} samples/s  of {generation.MISSION}  tokens/s  GPU busy"]
-    for row in [*rows, *several]:
-        name = generation.TITLES[row["contestant"]]
-        if row["contestant"] == "several":
-            name += f" ({row.get('engines', plan.engines[0])})"
+    for name, row in rows:
         rate, tokens, busy = row["samples_per_s"], row["tokens_per_s"], generation.share(row["busy"]) or "-"
         text += [f"         {name:<40} {rate:>9,.1f} {rate / generation.MISSION:>8.2f} {tokens:>9,.0f} {busy:>9}"]
     text += [f"         ratios within a round{'':<21} median  low to high"]

@@ -512,6 +512,10 @@ def available(plan: Plan) -> Plan:
         left_out |= dict.fromkeys([c for c in TITLES if c != "transformers"], trouble)
     if trouble := engine.problem():
         left_out.setdefault("overlapped", trouble)
+    if not gpu.usable():
+        left_out.setdefault("defaults", "vLLM's own settings take 92 % of a machine's memory")
+        if not plan.instant:
+            left_out.setdefault("several", "one engine fills all processors")
     for contestant in plan.contestants:
         if contestant in left_out:
             console.warn(f"bench: left out {contestant}: {left_out[contestant]}")
