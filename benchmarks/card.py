@@ -96,9 +96,7 @@ def bench(script: str, words: list[str], out: Path) -> dict[str, Any]:
 
 def measure(plan: Plan, out: Path) -> dict[str, Any]:
     values: dict[str, Any] = {"start_s": start_seconds(plan)}
-    values["generate"] = bench(
-        "generate.py", [*plan.words, "--only", CONTESTANTS, "--engines", str(plan.engines[0])], out
-    )
+    values["generate"] = bench("generate.py", [*plan.words, "--only", CONTESTANTS], out)
     values["several"] = {
         str(count): bench("generate.py", [*plan.words, "--only", "several", "--engines", str(count)], out)
         for count in plan.engines
