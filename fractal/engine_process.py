@@ -201,7 +201,7 @@ class _Process:
     """One engine's process, with the requests that it has."""
 
     def __init__(self, events: "queue.SimpleQueue[tuple[_Process, FromEngine | None]]") -> None:
-        """Its words go where standard error goes now (console.quiet: the log)."""
+        """What it prints goes where standard error goes now: to the log, within `console.quiet`."""
         self.batch = 0  # samples decoded at once; 0 until the model is loaded
         self.under_way: dict[int, Request] = {}  # by number
         self._numbers = itertools.count()
@@ -322,7 +322,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Read Start and then Draw from standard input until it ends; write what comes of it to standard output."""
+    """Load what Start on standard input names, then draw what follows; answers go to standard output."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print
     stream = frames(sys.stdin.buffer)

@@ -18,8 +18,8 @@ from fractal import gpu
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # its words go to our log
-# Compiled for minutes at the first start, because profiling draws without a seed; our requests have seeds, which it
-# does not support (v1/sample/ops/topk_topp_sampler.py).
+# FlashInfer's sampler would be compiled for minutes at the first start, because vLLM's profiling draws without a seed.
+# Our requests have seeds, which it does not support (vllm/v1/sample/ops/topk_topp_sampler.py).
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 ON_GPU = gpu.usable()
 if not ON_GPU:  # else torch.compile asks for a C++ compiler, which a bare machine lacks; as fast without (docs/log.md)
@@ -74,9 +74,9 @@ class VllmEngine:
 
     def _fit(self, size: int | None) -> tuple[int, dict[str, Any]]:
         share = SHARE_GPU_LESS if self._stepped else SHARE_GPU
-        return memory(
-            self._path, self._dtype, self._length, size, new=self._sampling.max_tokens, budget=self._budget, share=share
-        )
+        budget = None if self._budget is None else int(self._budget * share / SHARE_GPU)
+        new = self._sampling.max_tokens
+        return memory(self._path, self._dtype, self._length, size, new=new, budget=budget, share=share)
 
     def _load(self) -> Any:
         """With one step down where memory runs out."""
@@ -123,7 +123,7 @@ class VllmEngine:
         self._warn(f"generate: out of memory; goes on with {self.batch} samples at once")
 
     def close(self) -> None:
-        """Give the memory back: the critic needs it, in the same process."""
+        """Give the memory back."""
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         batch.release()
@@ -155,9 +155,7 @@ class VllmEngine:
                     raise
                 self._step_down(error)
                 self._llm = self._load()
-                again += [
-                    one.request for one in under_way.values()
-                ]  # a sample's seed is its own: they come out the same
+                again += [one.request for one in under_way.values()]  # they come out the same: each has its seed
                 under_way.clear()
 
     def _decode(
