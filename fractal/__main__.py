@@ -68,7 +68,7 @@ Engines = Annotated[
     int | None,
     typer.Option(
         help="vLLM engines that share one GPU, each in a process of its own: a small model leaves a GPU idle with one "
-        "engine. Default: by the sizes of model and GPU; 1 on a CPU."
+        "engine. Default: by the sizes of model, GPU and run; 1 on a CPU."
     ),
 ]
 BaseUrl = Annotated[
@@ -128,7 +128,7 @@ BatchTokens = Annotated[
 ]
 Rank = Annotated[int | None, typer.Option(help="lora: rank of its matrices. [default: 16]")]
 ScoreBackend = Annotated[
-    str, typer.Option(help="auto, transformers or vllm (pooling); auto takes vLLM on a GPU, where it is installed.")
+    str, typer.Option(help="auto, transformers or vllm (pooling); auto takes vLLM for lora and full on a GPU.")
 ]
 On = Annotated[
     str | None,

@@ -41,6 +41,7 @@ LOGITS_GPU = 4  # float32 rows of logits for each sample that vLLM's sampler hol
 HOST_S, CARD_FLOPS = 25e-6, 156e12
 CARD_BYTES = 70 << 30  # a card with as much memory is of that class or faster
 MOST_ENGINES = 3
+ENGINE_SAMPLES = 35_000  # what one engine draws in the minute that the next one takes to load: 70 tokens at HOST_S each
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +111,16 @@ def gpu_batch(shape: Shape, free_bytes: int, length: int, new: int, dtype: str, 
     return found, free_bytes - found * logits
 
 
-def engines(weights_bytes: int, card_bytes: int, processors: int) -> int:
+def engines(weights_bytes: int, card_bytes: int, processors: int, samples: int) -> int:
     """How many engines should share a GPU: as many as keep it busy, if its memory and the processors carry them.
 
-    `weights_bytes`: of the model in 16 bits; `card_bytes`: of the card's memory in all.
+    `weights_bytes`: of the model in 16 bits; `card_bytes`: of the card's memory in all; `samples`: to be drawn.
     """
     if card_bytes < CARD_BYTES:
         return 1
     wanted = math.ceil(HOST_S * CARD_FLOPS / weights_bytes)  # 2 FLOPs for each parameter, which has 2 bytes
     carried = card_bytes // 4 // weights_bytes  # a quarter of it for weights, the rest for their caches
-    return max(1, min(wanted, carried, MOST_ENGINES, processors - 2))
+    return max(1, min(wanted, carried, MOST_ENGINES, processors - 2, samples // ENGINE_SAMPLES))
 
 
 def cache_bytes(shape: Shape, free_bytes: int, length: int, dtype: str, *, most: int, share: float) -> int:

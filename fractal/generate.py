@@ -264,7 +264,8 @@ def run(
             if files:
                 assert dtype is not None
                 longest = max(len(r.prompt) for r in requests)
-                engine = _engine(chosen, files.path, sampling, dtype, longest, batch, engines)
+                count = engines or _engines(files.path, dtype, len(requests))
+                engine = _engine(chosen, files.path, sampling, dtype, longest, batch, count)
             else:
                 assert served is not None
                 engine = _served(model, sampling, served)
@@ -341,7 +342,7 @@ def _engine(
     dtype: str,
     longest: int,
     batch: int | None = None,
-    engines: int | None = None,
+    engines: int = 1,
 ) -> Engine:
     """Load the model; what the libraries print while they load goes to the log. Raises OutsideError."""
     length = longest + sampling.max_tokens
@@ -364,12 +365,12 @@ def _engine(
         return TransformersEngine(path, sampling, dtype, length, batch)
 
 
-def _engines(path: Path, dtype: str) -> int:
+def _engines(path: Path, dtype: str, samples: int) -> int:
     """How many engines of vLLM should draw: one on a CPU."""
     if not gpu.usable():
         return 1
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return memory.engines(memory.weight_bytes(path, dtype), gpu.gpus()[0].total_bytes, processors)
+    return memory.engines(memory.weight_bytes(path, dtype), gpu.gpus()[0].total_bytes, processors, samples)
 
 
 def gpu_budget() -> int | None:

@@ -73,21 +73,23 @@ def test_a_large_model_is_not_starved(model: dict[str, int], weights: float, gig
 
 
 @pytest.mark.parametrize(
-    ("weights", "gigabytes", "processors", "expected"),
+    ("weights", "gigabytes", "processors", "samples", "expected"),
     [
-        (1.0e9, 80, 26, 3),  # 0.5B on an A100: Python is the limit
-        (3.1e9, 80, 26, 2),  # 1.5B
-        (3.1e9, 141, 26, 2),  # on an H200
-        (15.2e9, 80, 26, 1),  # 7B: the GPU is
-        (3.1e9, 24, 26, 1),  # a smaller card is slower, too
-        (1.0e9, 80, 4, 2),  # each engine keeps a processor busy
-        (1.0e9, 80, 2, 1),
+        (1.0e9, 80, 26, 1_000_000, 3),  # 0.5B on an A100: Python is the limit
+        (3.1e9, 80, 26, 1_000_000, 2),  # 1.5B
+        (3.1e9, 141, 26, 1_000_000, 2),  # on an H200
+        (15.2e9, 80, 26, 1_000_000, 1),  # 7B: the GPU is
+        (3.1e9, 24, 26, 1_000_000, 1),  # a smaller card is slower, too
+        (1.0e9, 80, 4, 1_000_000, 2),  # each engine keeps a processor busy
+        (1.0e9, 80, 2, 1_000_000, 1),
+        (3.1e9, 80, 26, 8_150, 1),  # drawn before a second engine has loaded
+        (1.0e9, 80, 26, 80_000, 2),
     ],
 )
 def test_engines_are_as_many_as_keep_the_gpu_busy(
-    weights: float, gigabytes: int, processors: int, expected: int
+    weights: float, gigabytes: int, processors: int, samples: int, expected: int
 ) -> None:
-    assert batch.engines(int(weights), int(0.99 * gigabytes * (1 << 30)), processors) == expected
+    assert batch.engines(int(weights), int(0.99 * gigabytes * (1 << 30)), processors, samples) == expected
 
 
 def test_free_memory_hears_a_containers_limit(tmp_path: Path) -> None:
