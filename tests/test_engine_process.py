@@ -169,6 +169,13 @@ def test_stopped_it_hands_out_what_is_finished_and_closes(small_model: Path) -> 
     assert children() == []
 
 
+def runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 PARENT = """
 import sys, time
 from pathlib import Path
@@ -190,9 +197,9 @@ def test_an_engine_ends_with_its_parent(small_model: Path, number: signal.Signal
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         (pid,) = map(int, parent.stdout.readline().split())
-        assert psutil.pid_exists(pid)
+        assert runs(pid)
         parent.send_signal(number)
-    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 10.0)
+    until(lambda: not runs(pid), 30.0)
 
 
 @pytest.mark.model
