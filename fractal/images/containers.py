@@ -103,7 +103,7 @@ def own_cache(client: docker.DockerClient, image: str, user: str) -> None:
             volumes=[f"{volume}:{CACHE}"],
             network_mode="none",
             cap_drop=["ALL"],
-            cap_add=["CHOWN", "DAC_READ_SEARCH"],
+            cap_add=["CHOWN", "DAC_OVERRIDE"],  # of Docker's own set: a machine in a container may have no other
             security_opt=["no-new-privileges"],
             labels={LABEL: "1"},
             remove=True,
