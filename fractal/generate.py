@@ -204,6 +204,8 @@ def run(
         raise InputError(f"--engines {engines}: must be from 1 to 16.")
     before = folder.manifest["config"].get("generate", {})
     chosen = choose_backend(backend, before.get("backend"))
+    if engines is not None and chosen != "vllm":
+        raise InputError(f"--engines {engines}: goes with --backend vllm, and here {chosen} draws. Leave it out.")
     files: models.ModelFiles | None = None
     dtype = None
     if chosen == "openai":

@@ -100,6 +100,11 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, starter: P
     with RunDir(tmp_path / "r", create=True) as folder:
         with pytest.raises(InputError, match="--batch 0"):
             generate.run(folder, starter, models.EMBEDDED, Sampling(), batch=0)
+        for wrong in (0, 17):
+            with pytest.raises(InputError, match=f"--engines {wrong}: must be from 1 to 16"):
+                generate.run(folder, starter, models.EMBEDDED, Sampling(), engines=wrong)
+        with pytest.raises(InputError, match="--engines 2: goes with --backend vllm, and here transformers draws"):
+            generate.run(folder, starter, models.EMBEDDED, Sampling(), "transformers", engines=2)
         with pytest.raises(InputError, match="--base-url"):
             generate.run(folder, starter, "m", Sampling(), "openai")
     assert not (tmp_path / "r").exists()
