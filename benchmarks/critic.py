@@ -218,9 +218,7 @@ def peak_of(name: str) -> float | None:
 
 def peak_flops() -> float | None:
     """Of the GPU here; None where there is none, or an unknown one."""
-    import torch
-
-    return peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return peak_of(gpu.gpus()[0].name) if gpu.usable() else None
 
 
 def utilisation(found: dict[str, Any], peak: float | None) -> dict[str, float]:

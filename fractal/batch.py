@@ -26,8 +26,8 @@ GROWTH = 1.5  # transformers grows its cache by copying it, a layer at a time
 REMEDY = "Give a smaller --batch or --max-tokens, take a smaller model, or free memory."
 BLOCK = 128  # tokens that vLLM's cache gives out at once, at most
 LACKS = (
-    *("out of memory", "allocate memory", "not enough memory", "available memory on"),  # torch's
-    *("cache blocks", "kv cache", "less than desired", "engine's budget"),  # vLLM's, at its start
+    *("out of memory", "allocate memory", "not enough memory"),  # torch's words
+    *("cache blocks", "kv cache", "available memory on", "less than desired", "engine's budget"),  # vLLM's
 )
 WAITING = 2  # samples handed to an engine of vLLM ahead of time, for each that it decodes
 SHARE_GPU, SHARE_GPU_LESS = 0.92, 0.85  # of a GPU's memory: what vLLM may take, and once memory has run out

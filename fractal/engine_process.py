@@ -128,14 +128,14 @@ class EngineProcesses:
 
     def generate(self, requests: list[Request], stopped: Callable[[], bool] = never) -> Iterator[list[Completion]]:
         waiting = deque(requests)
-        while True:
-            for process in self._processes:
-                process.fill(waiting)
-            if not waiting and not any(process.under_way for process in self._processes):
-                return
-            if done := self._collect(waiting, 0.0 if stopped() else POLL_S):
+        while waiting or any(process.under_way for process in self._processes):
+            stop = stopped()
+            if not stop:
+                for process in self._processes:
+                    process.fill(waiting)
+            if done := self._collect(waiting, 0.0 if stop else POLL_S):
                 yield done
-            elif stopped():
+            if stop:
                 return
 
     def _collect(self, waiting: deque[Request], wait_s: float) -> list[Completion]:
@@ -172,7 +172,7 @@ class EngineProcesses:
         return []
 
     def close(self) -> None:
-        """Give the memory back: the critic needs it."""
+        """End the engines; their memory is free then."""
         for process in self._processes:
             process.close()
         for process in self._processes:

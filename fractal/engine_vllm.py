@@ -45,6 +45,12 @@ WORKSPACE = 2 << 30  # bytes of GPU memory for activations, CUDA graphs and CUDA
 # Tokens in one step: the prompts of a few problems beside a full batch. More needs memory that a 7B model lacks on
 # 24 GB, and gains nothing: the samples of a problem share their prompt.
 BATCHED_TOKENS = 8192
+# Options of vLLM on a GPU. On compute capability 10 the default attention is FlashInfer's, which is compiled at the
+# start; the tuning looks for the best of FlashInfer's kernels, of which a dense model in bfloat16 uses none.
+GPU_KERNELS: dict[str, Any] = {
+    "attention_config": {"backend": "FLASH_ATTN"},
+    "kernel_config": {"enable_flashinfer_autotune": False},
+}
 
 
 class VllmEngine:
@@ -106,7 +112,7 @@ class VllmEngine:
             max_num_seqs=size,
             seed=self._sampling.seed,
             disable_log_stats=True,
-            **(gpu_options(size) if ON_GPU else {"enforce_eager": True}),
+            **({**GPU_KERNELS, "cudagraph_capture_sizes": graph_sizes(size)} if ON_GPU else {"enforce_eager": True}),
             **self._memory,
             **self._options,
         )
@@ -231,7 +237,7 @@ class _Decoding:
     """A request under way: its text so far, and the sum of its tokens' log-probabilities."""
 
     request: Request
-    text: IncrementalDetokenizer
+    detokenizer: IncrementalDetokenizer
     sum_logprob: float = 0.0
 
     def read(self, output: EngineCoreOutput) -> Completion | None:
@@ -239,7 +245,7 @@ class _Decoding:
         ended = output.finish_reason
         if ended not in (None, FinishReason.STOP, FinishReason.LENGTH):
             raise RuntimeError(f"vLLM gave up sample {output.request_id}: {ended}")
-        stop = self.text.update(output.new_token_ids, ended == FinishReason.STOP)
+        stop = self.detokenizer.update(output.new_token_ids, ended == FinishReason.STOP)
         if output.new_logprobs is not None:
             for row in output.new_logprobs.logprobs:  # (tokens, 1) float32
                 self.sum_logprob += float(row[0])
@@ -247,26 +253,21 @@ class _Decoding:
             return None
         return Completion(
             request=self.request,
-            text=self.text.get_next_output_text(finished=True, delta=False),
+            text=self.detokenizer.get_next_output_text(finished=True, delta=False),
             stopped=stop is not None or ended == FinishReason.STOP,
-            tokens=self.text.num_output_tokens(),
+            tokens=self.detokenizer.num_output_tokens(),
             sum_logprob=self.sum_logprob,
         )
 
 
-def gpu_options(size: int) -> dict[str, Any]:
-    """Of vLLM's LLM, for a card that decodes up to `size` samples at once."""
-    return {
-        # vLLM's own list ends at 512; a larger batch would then run without CUDA graphs. Coarser steps than its own, 8
-        # and 16: each size costs time at the start, and rounding up to the next one at most a few percent.
-        "cudagraph_capture_sizes": sorted(
-            {*(n for n in (1, 2, 4, 8, 16) if n < size), *range(32, min(size, 256), 32), *range(256, size, 64), size}
-        ),
-        # On compute capability 10 the default is FlashInfer's, which is compiled at the start.
-        "attention_config": {"backend": "FLASH_ATTN"},
-        # Looks for the best of FlashInfer's kernels; a dense model in bfloat16 uses none of them.
-        "kernel_config": {"enable_flashinfer_autotune": False},
-    }
+def graph_sizes(size: int) -> list[int]:
+    """For how many samples at once CUDA graphs are captured, up to `size`.
+
+    vLLM's own list ends at 512; a larger batch would then run without graphs. Its steps of 8 and 16 are coarser here:
+    each size costs time at the start, and rounding up to the next one at most a few percent.
+    """
+    few = (n for n in (1, 2, 4, 8, 16) if n < size)
+    return sorted({*few, *range(32, min(size, 256), 32), *range(256, size, 64), size})
 
 
 def memory(

@@ -352,15 +352,7 @@ def _engine(
         if backend == "vllm":
             from fractal.engine_process import EngineProcesses
 
-            cards = gpu.gpus(fresh=True)[:1] if gpu.usable() else ()
-            budget = None
-            if engines is None:
-                processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-                engines = (
-                    memory.engines(memory.weight_bytes(path, dtype), cards[0].total_bytes, processors) if cards else 1
-                )
-            if cards and engines > 1:
-                budget = int(min(0.92 * cards[0].total_bytes, 0.98 * cards[0].free_bytes))
+            budget = gpu_budget() if engines > 1 else None
             return EngineProcesses(path, sampling, dtype, length, batch, engines=engines, budget_bytes=budget)
         from fractal.engine_transformers import TransformersEngine
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fractal import batch
-from fractal.engine_vllm import ON_GPU, gpu_options, memory  # first: it sets vLLM's environment
+from fractal.engine_vllm import GPU_KERNELS, ON_GPU, memory  # first: it sets vLLM's environment
 from fractal.records import OutsideError
 
 from vllm import LLM, PoolingParams, TokensPrompt  # isort: skip
@@ -27,8 +27,6 @@ class VllmScorer:
     def __init__(self, path: Path, dtype: str, longest: int) -> None:
         """`longest`: tokens of the longest text. Raises OutsideError where the memory holds not even that."""
         size, options = memory(path, dtype, longest + 1, None)
-        if ON_GPU:
-            options |= {name: value for name, value in gpu_options(size).items() if name != "cudagraph_capture_sizes"}
         self._llm = LLM(
             str(path),
             runner="pooling",
@@ -39,6 +37,7 @@ class VllmScorer:
             max_num_batched_tokens=max(STEP_TOKENS, longest + 1),
             max_num_seqs=size,
             disable_log_stats=True,
+            **(GPU_KERNELS if ON_GPU else {}),
             **options,
         )
 

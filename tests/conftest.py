@@ -112,6 +112,16 @@ def image() -> str:
         client.close()
 
 
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    """A Docker client."""
+    from fractal.images import build
+
+    client = build.connect()
+    yield client
+    client.close()
+
+
 @pytest.fixture(scope="session")
 def sandbox(place: dict[str, Any]) -> Iterator["object"]:
     from fractal.sandbox.container import Limits, Sandbox

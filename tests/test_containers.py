@@ -220,7 +220,7 @@ def test_a_cache_volume_is_its_users_whoever_made_it(cache: tuple[docker.DockerC
             client.api.remove_container(made, force=True)
 
     assert run() != "0"  # as it was found, it is closed
-    containers.own_cache(client, image, user)
+    containers.chown_cache(client, image, user)
     assert run() == "new\n0\n"  # the link's target stays root's
 
 
@@ -233,7 +233,7 @@ def test_a_cache_that_cannot_be_given_away_is_one_line_with_a_remedy(image: str)
     )
     try:
         with pytest.raises(containers.ContainerError, match="docker volume rm fractal-cache-54322") as caught:
-            containers.own_cache(client, image, user)
+            containers.chown_cache(client, image, user)
         assert len(str(caught.value).splitlines()) == 1
     finally:
         volume.remove(force=True)

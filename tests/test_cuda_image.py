@@ -38,13 +38,6 @@ done
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[docker.DockerClient]:
-    client = build.connect()
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="module")
 def cuda_image(client: docker.DockerClient) -> str:
     try:
         (recipe,) = recipes.choose("pipeline")

@@ -36,13 +36,6 @@ def quiet(_: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[docker.DockerClient]:
-    client = build.connect()
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="module")
 def base(client: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small base with Python: Debian's, pulled, or ours."""
     log = tmp_path_factory.mktemp("base") / "log"

@@ -146,13 +146,6 @@ def test_layers_are_read_from_pieces_of_any_size_and_known_by_their_hash(size: i
 # --- a real engine
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[docker.DockerClient]:
-    found = docker.from_env()
-    yield found
-    found.close()
-
-
 def make(client: docker.DockerClient, *layers: dict[str, bytes], lines: str = "USER 1000") -> Iterator[str]:
     """An image of these layers, on nothing; gone afterwards."""
     name = f"fractal-test-scan:{secrets.token_hex(6)}"

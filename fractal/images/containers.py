@@ -88,7 +88,7 @@ def cache_volume(user: str) -> str:
     return CACHE_VOLUME if uid == USER.partition(":")[0] else f"{CACHE_VOLUME}-{uid}"
 
 
-def own_cache(client: docker.DockerClient, image: str, user: str) -> None:
+def chown_cache(client: docker.DockerClient, image: str, user: str) -> None:
     """Give the user's cache volume to the user, whoever made it and filled it. Raises ContainerError.
 
     An engine gives a new volume the modes of the image's folder, but one that something else made belongs to root.
@@ -311,7 +311,7 @@ def _create(
         environment["HF_TOKEN_PATH"] = hub_token.PATH
     if size:
         environment |= {"TERM": os.environ.get("TERM", "xterm"), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
-    own_cache(client, image, wanted.user)
+    chown_cache(client, image, wanted.user)
     logs = docker.types.LogConfig(type=docker.types.LogConfig.types.JSON, config={"max-size": "1000g"})  # never cut
     created = client.api.create_container(
         image,
