@@ -10,7 +10,7 @@ help:
 
 setup:
 	@command -v $(PYTHON) > /dev/null || { echo 'setup: there is no $(PYTHON). Install Python 3.11 or newer.' >&2; exit 3; }
-	@$(PYTHON) -m fractal.setup
+	@$(PYTHON) -m fractal.install.setup
 
 image: setup
 	@.venv/bin/python -m fractal.images.build

@@ -27,7 +27,7 @@ class Chain(Executor):
     def execute(self, *tasks):
         if not RENTS & {one.name for one in tasks}:
             return super().execute(*tasks)
-        from fractal import chain
+        from fractal.cloud import chain
 
         execute = super().execute
         asked = [(one.name, one.as_kwargs) for one in tasks]
@@ -71,7 +71,7 @@ def build(c, image="", json=False, base="", ca="", wheels="", cache=True):
     Examples: invoke build; invoke build --image=pipeline-cpu; invoke build --image=all --json
     Settings of pip and apt, SSL_CERT_FILE, FRACTAL_BASE_IMAGE, FRACTAL_WHEELS and FRACTAL_DEBIAN_MIRROR are heard.
     """
-    from fractal import chain
+    from fractal.cloud import chain
     from fractal.images.build import Options
 
     options = Options(base or None, Path(ca) if ca else None, Path(wheels) if wheels else None, not cache)
@@ -88,7 +88,7 @@ def push(c, image="pipeline,sandbox", to="", host="", json=False):
     Examples: invoke push --to=registry.example/team; invoke push --image=pipeline-cpu,sandbox --host=lambda
     Credentials are Docker's (docker login) or ssh's. Interrupted and repeated, it goes on where it stopped.
     """
-    from fractal import chain
+    from fractal.cloud import chain
 
     to = to or ("" if host else os.environ.get("FRACTAL_REGISTRY", ""))
     _do(lambda: chain.send_images(image, to, host or "lambda", as_json=json, dry=c.config.run.dry), "push")
@@ -187,7 +187,7 @@ def run(c, run="runs/default", stage="all", problems="", model="", n="", split="
     Examples: invoke launch build push run --stage=all --terminate; invoke run --problems=mbpp -n 50; invoke run --where=here
     Over there the job goes on if this command ends; the same command, or invoke logs --follow, goes on following it.
     """
-    from fractal import chain
+    from fractal.cloud import chain
 
     options = dict(run=run, stage=stage, problems=problems, model=model, n=n, split=split, limit=limit, more=more,
                    image=image, terminate=terminate, where=where)  # fmt: skip
@@ -197,7 +197,7 @@ def run(c, run="runs/default", stage="all", problems="", model="", n="", split="
                 f"run: on the rented machine, {image or 'pipeline'}: fractal run --run {run} {' '.join(chain.work(options).words)}"
             )
             return
-        from fractal import rented
+        from fractal.cloud import rented
 
         _do(lambda: rented.run(options), "run")
         return
@@ -299,7 +299,7 @@ def launch(c, type="", region="", max_price="", wait_for_capacity="", max_hours=
     Examples: invoke launch; invoke launch --type=gpu_1x_a10 --max-price=1 --wait-for-capacity=6; invoke launch build push run
     LAMBDA_API_KEY holds the key. A living instance is used again. A guard ends it at the limits, also without this command.
     """
-    from fractal import chain
+    from fractal.cloud import chain
 
     options = dict(type=type, region=region, max_price=max_price, wait_for_capacity=wait_for_capacity, max_hours=max_hours,
                    max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key)  # fmt: skip
@@ -318,7 +318,7 @@ def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4",
 
     Example: invoke up --problems=mbpp-sanitized --split=train,validation --model=Qwen/Qwen2.5-Coder-1.5B-Instruct -n 50 --max-dollars=5
     """
-    from fractal import chain
+    from fractal.cloud import chain
 
     options = dict(type=type, region=region, max_price=max_price, wait_for_capacity=wait_for_capacity, max_hours=max_hours,
                    max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key, run=run,
@@ -338,7 +338,7 @@ def _rented(c, what, *values, **options):
     if c.config.run.dry:
         print(f"{what}: would ask the rented machine")
         return
-    from fractal import chain, rented
+    from fractal.cloud import chain, rented
 
     _do(lambda: (getattr(chain, what, None) or getattr(rented, what))(*values, **options), what)
 

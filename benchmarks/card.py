@@ -23,8 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a
 
 from benchmarks import generate as generation
 from benchmarks.verify import BenchError, machine, outcome, save
-from fractal import console, gpu, models
-from fractal.records import OutsideError, write_whole
+from fractal import console
+from fractal.errors import OutsideError
+from fractal.generate import models
+from fractal.install import gpu
+from fractal.jsonl import write_whole
 
 HERE = Path(__file__).parent
 # Where vLLM, torch, Triton, FlashInfer and CUDA keep what they have compiled.

@@ -27,10 +27,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
 from benchmarks.verify import BenchError, chosen, machine, order, outcome, save, show
-from fractal import console, generate, gpu, models
-from fractal.batch import read_shape
-from fractal.problems import load
-from fractal.records import InputError, Problem, Sample
+from fractal import console
+from fractal.errors import InputError
+from fractal.generate import models, stage
+from fractal.generate.memory import read_shape
+from fractal.install import gpu
+from fractal.problems.sets import load
+from fractal.records import Problem, Sample
 
 TITLES = {
     "shared": "transformers, problem read once",
@@ -115,8 +118,8 @@ def programs(plan: Plan) -> list[tuple[Problem, Sample]]:
 def turn(plan: Plan, contestant: str) -> Turn:
     """Load, then measure."""
     called = time.perf_counter()
-    from fractal import critic
-    from fractal.features import Asked, Features, load_model, read
+    from fractal.critic import critic
+    from fractal.critic.features import Asked, Features, load_model, read
 
     files = models.resolve(plan.model)
     pairs = programs(plan)
@@ -132,7 +135,7 @@ def turn(plan: Plan, contestant: str) -> Turn:
         done = sum(len(batch) for batch, states in read(model, texts, [depth], asker.pad) if states.isfinite().all())
         return Turn(0, contestant, done, tokens, time.perf_counter() - begin, start_s=begin - called)
     if contestant == "vllm":
-        from fractal.scorer_vllm import VllmScorer
+        from fractal.critic.vllm_pooling import VllmScorer
 
         with tempfile.TemporaryDirectory() as folder:
             critic.export(files.path, critic.answer_direction(files.path)[None], Path(folder) / "c")
@@ -153,20 +156,22 @@ def turn(plan: Plan, contestant: str) -> Turn:
 def _training(
     plan: Plan, contestant: str, texts: list[tuple[int, list[int]]], tokens: int, pad: int, called: float
 ) -> Turn:
-    from fractal import tune
-    from fractal.features import device
+    from fractal.critic import finetune
+    from fractal.critic.features import device
 
     mode: Any = contestant.removesuffix("-unpacked")
-    recipe = tune.Recipe(mode)
-    where = tune.placement(device(), models.preferred_dtype())
+    recipe = finetune.Recipe(mode)
+    where = finetune.placement(device(), models.preferred_dtype())
     if contestant in UNPACKED:
         where = replace(where, packed=False)
-    judge = tune.Judge(models.resolve(plan.model), recipe, where=where)
-    examples = [tune.Example(task, ids, i % 2 == 0, 1) for i, (task, ids) in enumerate(texts)]
+    judge = finetune.Judge(models.resolve(plan.model), recipe, where=where)
+    examples = [finetune.Example(task, ids, i % 2 == 0, 1) for i, (task, ids) in enumerate(texts)]
     size = sum(p.numel() for n, p in judge.backbone.named_parameters() if "lora_" not in n and "embed" not in n)
-    tune.train_epoch(judge, examples[:2], 1, recipe.batch_tokens, pad)
+    finetune.train_epoch(judge, examples[:2], 1, recipe.batch_tokens, pad)
     begin = time.perf_counter()
-    tune.train_epoch(judge, examples, 1, recipe.batch_tokens, pad)  # its last act reads the loss: the GPU has finished
+    finetune.train_epoch(
+        judge, examples, 1, recipe.batch_tokens, pad
+    )  # its last act reads the loss: the GPU has finished
     seconds = time.perf_counter() - begin
     return Turn(0, contestant, len(examples), tokens, seconds, FLOPS[mode] * size * tokens, begin - called)
 
@@ -272,7 +277,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
         raise InputError("--limit, --n and --rounds must be positive.")
     if not gpu.usable() and not given.only:
         contestants = [one for one in contestants if one not in UNPACKED]
-    if "vllm" in contestants and (trouble := generate.vllm_trouble()):
+    if "vllm" in contestants and (trouble := stage.vllm_trouble()):
         console.warn(f"bench: left out vllm: {trouble}")
         contestants.remove("vllm")
     size = (

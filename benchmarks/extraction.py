@@ -15,8 +15,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from fractal import foreign, problems, prompts
+from fractal.generate import prompts
+from fractal.problems import sets
 from fractal.records import Sample
+from fractal.verify import foreign
 
 
 def draw(samples: Iterable[Sample], seed: int) -> list[Sample]:
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="leave out so many of the draw (default 0)")
     parser.add_argument("--count", type=int, default=500, help="show so many (default 500)")
     options = parser.parse_args()
-    by_id = {p.task_id: p for p in problems.read(options.problems)}
+    by_id = {p.task_id: p for p in sets.read(options.problems)}
     samples = [found.sample for found in foreign.read_samples(options.samples, by_id)]
     counts: Counter[str] = Counter()
     for sample in draw(samples, options.seed)[options.start : options.start + options.count]:

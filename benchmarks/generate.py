@@ -33,10 +33,14 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
 from benchmarks.verify import SHARED, BenchError, chosen, machine, order, outcome, save, show
-from fractal import console, engine, generate, gpu, models, prompts
-from fractal.problems import load
-from fractal.records import InputError, OutsideError, Problem
-from fractal.run import RunDir
+from fractal import console
+from fractal.errors import InputError, OutsideError
+from fractal.generate import models, prompts
+from fractal.generate import stage as generate_stage
+from fractal.install import docker_engine, gpu
+from fractal.problems.sets import load
+from fractal.records import Problem
+from fractal.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 MISSION = 90.6  # samples a second of the earlier project, 8,150 in 90 s on an A100 with a 1.5B model
@@ -223,11 +227,11 @@ class Bench:
         self.plan = plan
         self.problems: list[Problem] = load(plan.problems, plan.split, plan.limit).problems
         files = models.resolve(plan.model)
-        self.sampling = generate.Sampling(plan.n, plan.temperature, 1.0, plan.max_tokens, plan.seed)
-        tokenizer = generate._tokenizer(str(files.path))
+        self.sampling = generate_stage.Sampling(plan.n, plan.temperature, 1.0, plan.max_tokens, plan.seed)
+        tokenizer = generate_stage._tokenizer(str(files.path))
         wanted = [(p, i) for p in self.problems for i in range(plan.n)]
         context = models.context_length(files.path)
-        self.requests = generate._requests(wanted, tokenizer, context, self.sampling, {})
+        self.requests = generate_stage._requests(wanted, tokenizer, context, self.sampling, {})
         if not self.requests:
             raise InputError(f"--problems {plan.problems}: no prompt fits the model's context.")
         dtype, length = models.preferred_dtype(), max(len(r.prompt) for r in self.requests) + plan.max_tokens
@@ -240,21 +244,21 @@ class Bench:
         begin = time.perf_counter()
         self.engine: Any
         if kind in ("ours", "several"):
-            from fractal.engine_process import EngineProcesses
+            from fractal.generate.vllm_processes import EngineProcesses
 
             count = plan.engines if kind == "several" else 1
-            budget = generate.gpu_budget() if count > 1 else None
+            budget = generate_stage.gpu_budget() if count > 1 else None
             self.engine = EngineProcesses(
                 files.path, self.sampling, dtype, length, size, engines=count, budget_bytes=budget, options=options
             )
         elif kind == "bare":
-            from fractal.engine_vllm import VllmEngine
+            from fractal.generate.vllm import VllmEngine
 
             self.engine = VllmEngine(files.path, self.sampling, dtype, length, size, options=options)
         elif kind == "defaults":
             self.engine = Defaults(files.path, self.sampling)
         else:
-            from fractal.engine_transformers import TransformersEngine
+            from fractal.generate.transformers import TransformersEngine
 
             self.engine = TransformersEngine(files.path, self.sampling, dtype, length)
         self.start_s = time.perf_counter() - begin
@@ -285,9 +289,9 @@ class Bench:
 
     def _stage(self, contestant: str) -> Turn:
         """The stage as `fractal run` has it, from the first request to the last sample, or label, on disk."""
-        from fractal import verify
-        from fractal.overlap import Overlap
-        from fractal.sandbox.container import Limits
+        from fractal.sandbox.host.container import Limits
+        from fractal.verify import stage as verify_stage
+        from fractal.verify.overlap import Overlap
 
         problems = {p.task_id: p for p in self.problems}
         source = Stock(self.engine) if contestant == "stock" else self.engine
@@ -304,13 +308,13 @@ class Bench:
                 beside = overlap if contestant == "overlapped" else None
                 if beside:
                     beside.start()
-                generate._draw(source, self.requests, problems, path, self.sampling, "m", entry, beside)
+                generate_stage._draw(source, self.requests, problems, path, self.sampling, "m", entry, beside)
                 if beside:
-                    verify.run(run, Limits(), beside)
+                    verify_stage.run(run, Limits(), beside)
             seconds = time.perf_counter() - begin
-            if contestant == "alone" and not self.plan.instant and engine.problem() is None:
+            if contestant == "alone" and not self.plan.instant and docker_engine.problem() is None:
                 begin = time.perf_counter()
-                verify.run(run, Limits())
+                verify_stage.run(run, Limits())
                 verify_s = time.perf_counter() - begin
         return Turn(0, contestant, len(self.requests), entry["tokens"], seconds, [], verify_s)
 
@@ -329,8 +333,8 @@ def replies(problems: list[Problem]) -> list[str]:
 class Defaults:
     """vLLM as its user gets it who names a model and nothing else."""
 
-    def __init__(self, path: Path, sampling: generate.Sampling) -> None:
-        from fractal.engine_vllm import VllmEngine
+    def __init__(self, path: Path, sampling: generate_stage.Sampling) -> None:
+        from fractal.generate.vllm import VllmEngine
 
         from vllm import LLM  # isort: skip
 
@@ -346,8 +350,8 @@ class Stock:
         self._loaded = loaded
 
     def generate(
-        self, requests: list[generate.Request], stopped: Callable[[], bool] = generate.never
-    ) -> Iterator[list[generate.Completion]]:
+        self, requests: list[generate_stage.Request], stopped: Callable[[], bool] = generate_stage.never
+    ) -> Iterator[list[generate_stage.Completion]]:
         llm_engine = self._loaded._llm.llm_engine
         under_way = {f"{r.task_id}/{r.sample_id}": r for r in requests}
         for name, request in under_way.items():
@@ -359,7 +363,7 @@ class Stock:
                 one = output.outputs[0]
                 stop, count = one.finish_reason == "stop", len(one.token_ids)
                 request = under_way[output.request_id]
-                done.append(generate.Completion(request, one.text, stop, count, float(one.cumulative_logprob)))
+                done.append(generate_stage.Completion(request, one.text, stop, count, float(one.cumulative_logprob)))
             if done:
                 yield done
 
@@ -496,7 +500,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
         raise InputError(f"--instant with --only {wrong[0]}: of no use; what can be had: {', '.join(INSTANT)}.")
     if min(given.limit, given.n, given.rounds, given.engines) < 1:
         raise InputError("--limit, --n, --rounds and --engines must be positive.")
-    generate.Sampling(given.n, given.temperature, 1.0, given.max_tokens, given.seed)
+    generate_stage.Sampling(given.n, given.temperature, 1.0, given.max_tokens, given.seed)
     beside = SHARED / "mbpp" / "mbpp.jsonl"
     problems = given.problems or (str(beside) if beside.exists() else "starter")
     size = {"limit": 2, "n": 2, "rounds": 1, "max_tokens": 24} if given.quick else {
@@ -508,9 +512,9 @@ def plan_of(given: argparse.Namespace) -> Plan:
 def available(plan: Plan) -> Plan:
     """The plan without the contestants that this machine cannot have, each with one line that says why."""
     left_out: dict[str, str] = {}
-    if trouble := generate.vllm_trouble():
+    if trouble := generate_stage.vllm_trouble():
         left_out |= dict.fromkeys([c for c in TITLES if c != "transformers"], trouble)
-    if trouble := engine.problem():
+    if trouble := docker_engine.problem():
         left_out.setdefault("overlapped", trouble)
     if not gpu.usable():
         left_out.setdefault("defaults", "vLLM's own settings take 92 % of a machine's memory")

@@ -270,9 +270,10 @@ def raw(job: Row) -> Result:
 
 def fractal(job: Row) -> Result:
     """The library, without the container's start: as a training loop calls it that keeps one sandbox."""
-    from fractal.problems import read
-    from fractal.records import Sample, read_jsonl
-    from fractal.sandbox.container import Limits, Sandbox
+    from fractal.jsonl import read_jsonl
+    from fractal.problems.sets import read
+    from fractal.records import Sample
+    from fractal.sandbox.host.container import Limits, Sandbox
 
     problems = {p.task_id: p for p in read(Path(job["problems"]))}
     samples = read_jsonl(Path(job["samples"]), Sample)

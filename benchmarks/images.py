@@ -37,15 +37,20 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
 from benchmarks.verify import BenchError, machine, outcome, save, show
-from fractal import apt, console, engine
+from fractal import console
+from fractal.errors import InputError, OutsideError
 from fractal.images import build, recipes, scan
-from fractal.records import InputError, OutsideError
+from fractal.install import apt, docker_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = "sandbox,pipeline-cpu"  # pipeline is 11 GB: --image=all
 BUILD_TIMEOUT_S = 3600
 # A line of these is changed; each is in its image.
-CODE = {"sandbox": "fractal/sandbox/judge.py", "pipeline-cpu": "fractal/verify.py", "pipeline": "fractal/verify.py"}
+CODE = {
+    "sandbox": "fractal/sandbox/inside/judge.py",
+    "pipeline-cpu": "fractal/verify/stage.py",
+    "pipeline": "fractal/verify/stage.py",
+}
 # Small, pure Python, with older releases: one that the lock has is changed.
 DEPENDENCIES = ("idna", "tqdm", "certifi", "packaging", "attrs")
 TEST_PACKAGES = ("pytest", "_pytest", "pytest_docker", "pytest_timeout", "mypy", "mypyc", "ruff", "hypothesis")
@@ -371,7 +376,7 @@ def registry() -> Iterator[Registry]:
             apt.install("docker-registry", log=platformdirs.user_cache_path("fractal") / "bench-registry.log")
         except apt.AptError as error:
             raise OutsideError(str(error)) from error
-    if not engine.address().startswith("unix:"):
+    if not docker_engine.address().startswith("unix:"):
         raise OutsideError("the engine is on another machine, whose loopback is not ours")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -419,7 +424,7 @@ def second_engine() -> Iterator[str]:
         stack.callback(tunnel.wait, 30)
         stack.callback(tunnel.terminate)
         host, deadline = f"unix://{folder}/engine.sock", time.monotonic() + 30
-        while engine.probe(host) != "answers":
+        while docker_engine.probe(host) != "answers":
             if tunnel.poll() is not None or time.monotonic() > deadline:
                 raise OutsideError("the second engine's socket cannot be reached over ssh")
             time.sleep(0.1)
@@ -797,7 +802,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
 def run(given: argparse.Namespace) -> Path:
     """Measure, print, and return the path of the figures."""
     plan = plan_of(given)
-    if trouble := engine.problem():
+    if trouble := docker_engine.problem():
         raise OutsideError(trouble)
     facts = machine()
     skipped: dict[str, str] = {}

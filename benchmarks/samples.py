@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fractal.prompts import extract_code, tree
-from fractal.records import Problem, Sample, decode_object, read_lines
+from fractal.generate.prompts import extract_code, tree
+from fractal.jsonl import decode_object, read_lines
+from fractal.records import Problem, Sample
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.FloorDiv, ast.FloorDiv: ast.Div,

@@ -41,10 +41,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a script
 
 from benchmarks import samples as sampling
-from fractal import console, engine
-from fractal.problems import load
-from fractal.records import InputError, Label, OutsideError, Problem, Sample, encode, read_jsonl
-from fractal.sandbox.source import image_name
+from fractal import console
+from fractal.errors import InputError, OutsideError
+from fractal.install import docker_engine
+from fractal.jsonl import encode, read_jsonl
+from fractal.problems.sets import load
+from fractal.records import Label, Problem, Sample
+from fractal.sandbox.host.source import image_name
 
 ROOT = Path(__file__).resolve().parents[1]
 HARNESSES = Path(__file__).with_name("harnesses.py")
@@ -701,7 +704,7 @@ def run(given: argparse.Namespace) -> Path:
     """Measure, print, and return the path of the figures."""
     plan = plan_of(given)
     counts = counts_of(given.counts)
-    if (given.linear or needs_docker(plan.contestants)) and (trouble := engine.problem()):
+    if (given.linear or needs_docker(plan.contestants)) and (trouble := docker_engine.problem()):
         raise OutsideError(trouble)
     problems, samples = read_inputs(given, plan)
     facts = machine()

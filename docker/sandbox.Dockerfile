@@ -1,8 +1,8 @@
 # The sandbox: Python's standard library and the judge, nothing else.
 # Rendered from fractal/images/recipes.py by `invoke render`; a test fails where they differ.
 #
-# What walls it in are options of `docker run` (fractal/sandbox/container.py). The supervisor starts as
-# root because each untrusted program gets a user of its own.
+# Options of `docker run` wall it in (fractal/sandbox/host/container.py). The supervisor starts as root,
+# because each untrusted program gets a user of its own.
 ARG BASE=debian:bookworm-slim
 FROM ${BASE} AS base
 # It sets back the times of what a RUN wrote: the same contents are the same layer on any machine.
@@ -26,7 +26,8 @@ FROM part1 AS local1
 USER 0
 SHELL ["/bin/sh", "-ec"]
 COPY fractal/__init__.py /local/sandbox/fractal/__init__.py
-COPY fractal/sandbox/ /local/sandbox/fractal/sandbox
+COPY fractal/sandbox/__init__.py /local/sandbox/fractal/sandbox/__init__.py
+COPY fractal/sandbox/inside/ /local/sandbox/fractal/sandbox/inside
 RUN cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \
  && find . -type d -exec sh -ec 'for d; do \
       if [ -L "/$d" ]; then echo "error: ${d#.} is a link to $(readlink "/$d"): add files there"; exit 1; fi; \
@@ -39,4 +40,4 @@ COPY --from=local1 /local/ /
 # The root file system is read-only at run time: without this, every start would compile.
 RUN python3 -m compileall -q --invalidation-mode unchecked-hash /sandbox
 
-ENTRYPOINT ["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/supervisor.py"]
+ENTRYPOINT ["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/inside/supervisor.py"]

@@ -6,10 +6,10 @@ One sandbox serves all batches, from any number of threads; a program that comes
 
 from collections.abc import Sequence
 
-from fractal.problems import STARTER, read
-from fractal.prompts import extract_code
+from fractal.generate.prompts import extract_code
+from fractal.problems.sets import STARTER, read
 from fractal.records import Problem, Sample
-from fractal.sandbox.container import Limits, Sandbox
+from fractal.sandbox.host.container import Limits, Sandbox
 
 
 class Reward:

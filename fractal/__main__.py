@@ -16,9 +16,10 @@ import typer
 from rich.text import Text
 
 from fractal import console
-from fractal.problems import ProblemSet, load
-from fractal.records import NO_SPACE, InputError, OutsideError
-from fractal.run import RunDir
+from fractal.errors import InputError, OutsideError
+from fractal.jsonl import NO_SPACE
+from fractal.problems.sets import ProblemSet, load
+from fractal.rundir import RunDir
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -171,7 +172,7 @@ class Form(StrEnum):
 
 
 def _limits(cpu_s: float, wall_s: float, memory_mib: int) -> Any:
-    from fractal.sandbox.container import Limits
+    from fractal.sandbox.host.container import Limits
 
     try:
         return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mib=memory_mib)
@@ -228,17 +229,18 @@ def _generate(
     **asked: Any,
 ) -> None:
     """`server`: base_url, tokenizer and concurrency, of --backend openai."""
-    from fractal import generate, models
+    from fractal.generate import models
+    from fractal.generate import stage as generate_stage
 
     known = folder.manifest["config"].get("generate", {})
     values = {k: asked[k] if asked[k] is not None else known.get(k, d) for k, d in DEFAULTS.items()}
-    sampling = generate.Sampling(**values)
+    sampling = generate_stage.Sampling(**values)
     served = None
     if backend == "openai" or (backend == "auto" and known.get("backend") == "openai"):
         for name in ("base_url", "tokenizer"):
             server[name] = server[name] or known.get(name)
         if server["base_url"]:
-            served = generate.Served(**server)
+            served = generate_stage.Served(**server)
         model = model or known.get("model")
         if model is None:
             raise InputError("--backend openai: give --model, the name under which the server has it.")
@@ -246,7 +248,7 @@ def _generate(
         raise InputError("--tokenizer goes with --backend openai; a model's folder brings its own.")
     if model is None:
         model = folder.model_path(known.get("model", models.EMBEDDED))
-    generate.run(
+    generate_stage.run(
         folder, problem_set, model, sampling, backend, batch=batch, engines=engines, served=served, beside=overlap
     )
 
@@ -254,7 +256,7 @@ def _generate(
 def _criteria(folder: RunDir, texts: list[str] | None, plan: Path | None) -> None:
     """Note what the run is to reach. Raises InputError for what is no criterion."""
     if texts or plan is not None:
-        from fractal import criteria
+        from fractal.report import criteria
 
         for one in criteria.record(folder, criteria.asked(texts, plan)):
             late = f", after {one.samples:,} samples were there" if one.samples else ""
@@ -313,7 +315,7 @@ def adopt(
     limit: Limit = None,
 ) -> None:
     """Begin a run with samples that were drawn elsewhere (samples.jsonl)."""
-    from fractal import adopt as stage
+    from fractal.generate import adopt as stage
 
     with RunDir(run, create=True) as folder:
         stage.run(folder, _problem_set(folder, problems, split, limit), samples, model)
@@ -348,8 +350,8 @@ def verify(
 
     Either --run RUN, or --problems P --samples S --out L.
     """
-    from fractal import tally
-    from fractal import verify as stage
+    from fractal.verify import counts as verify_counts
+    from fractal.verify import stage
 
     limits = _limits(cpu, wall, memory)
     _check_slots(slots)
@@ -361,8 +363,8 @@ def verify(
         counts = stage.run_files(problems, samples, out, limits, **options)
     else:
         raise InputError("give either --run RUN, or all of --problems P --samples S --out L.")
-    console.say(tally.problem_table(counts, complete=by_problem))
-    console.say(tally.status_table(counts))
+    console.say(verify_counts.problem_table(counts, complete=by_problem))
+    console.say(verify_counts.status_table(counts))
     _failed_labels(counts.errors)
 
 
@@ -385,7 +387,7 @@ def convert(
     evalplus: *_eval_results.json; humaneval: *_results.jsonl. evalplus-samples and humaneval-samples write what those
     tools evaluate. Imported labels say so in `detail`.
     """
-    from fractal import convert as files
+    from fractal.verify import convert as files
 
     if to is not None and from_ is None and samples and results is None:
         files.export(to.value, problems, samples, labels, out, prefix)
@@ -412,7 +414,7 @@ def train(
 
     Epoch 0 is the model asked "does it pass?" without any training; held-out train problems choose the best epoch.
     """
-    from fractal import train as stage
+    from fractal.critic import train as stage
 
     with RunDir(run) as folder:
         stage.run(folder, base, mode, epochs=epochs, learning_rate=learning_rate, batch_tokens=batch_tokens, rank=rank)
@@ -428,7 +430,7 @@ def score(
     ] = None,
 ) -> None:
     """Score every sample by the critic, without running it (scores.jsonl)."""
-    from fractal import score as stage
+    from fractal.critic import score as stage
 
     with RunDir(run) as folder:
         stage.run(folder, critic, backend, base)
@@ -437,10 +439,10 @@ def score(
 @app.command()
 def select(run: Run, on: On = None) -> None:
     """Let each strategy choose one sample for each problem of the measured splits (selection.jsonl)."""
-    from fractal import selection
+    from fractal.selection import stage as selection_stage
 
     with RunDir(run) as folder:
-        selection.run(folder, on)
+        selection_stage.run(folder, on)
 
 
 @app.command(
@@ -461,10 +463,10 @@ def report(
     --check computes every figure again, from the records, and names those that differ; exit code 1 if there are any.
     """
     if check:
-        from fractal import check as checks
+        from fractal.report import check as checks
 
         raise typer.Exit(checks.run(RunDir(run)))
-    from fractal import report as stage
+    from fractal.report import stage
 
     with RunDir(run) as folder:
         stage.run(folder)
@@ -525,8 +527,8 @@ def run_stages(
         if found and stage is Stage.generate:
             _generate(folder, found, model, backend, server, batch, engines, **sampling)
         if stage in (Stage.all, Stage.verify):
-            from fractal import verify as verify_stage
-            from fractal.overlap import Overlap
+            from fractal.verify import stage as verify_stage
+            from fractal.verify.overlap import Overlap
 
             with Overlap(folder, limits, **sandbox) as overlap:
                 if found:
@@ -536,25 +538,25 @@ def run_stages(
         if stage in (Stage.all, Stage.train, Stage.score):
             _critic(folder, stage, base, mode, score_backend, **recipe)
         if stage in (Stage.all, Stage.select):
-            from fractal import selection
+            from fractal.selection import stage as selection_stage
 
-            selection.run(folder, on)
+            selection_stage.run(folder, on)
         if stage in (Stage.all, Stage.report):
-            from fractal import report as report_stage
+            from fractal.report import stage as report_stage
 
             report_stage.run(folder)
 
 
 def _check_sandbox(image: str | None, socket: Path | None) -> None:
     """Before hours of generation: is there an engine with the sandbox image?"""
-    from fractal.sandbox.container import Sandbox
+    from fractal.sandbox.host.container import Sandbox
 
     Sandbox(image=image, socket=socket).check()
 
 
 def _critic(folder: RunDir, stage: Stage, base: str | None, mode: str, backend: str, **recipe: Any) -> None:
-    from fractal import score as score_stage
-    from fractal import train as train_stage
+    from fractal.critic import score as score_stage
+    from fractal.critic import train as train_stage
 
     if stage in (Stage.all, Stage.train):
         try:
@@ -586,7 +588,7 @@ def serve(
     runtime: Runtime = None,
 ) -> None:
     """Start a sandbox as a sidecar: it serves other containers over a Unix socket in a volume, until it is stopped."""
-    from fractal.sandbox.container import SOCKET, Limits, start_sidecar, stop_sidecar
+    from fractal.sandbox.host.container import SOCKET, Limits, start_sidecar, stop_sidecar
 
     _check_slots(slots)
     if stop:
@@ -605,7 +607,7 @@ def serve(
 @app.command()
 def doctor() -> None:
     """Say what this machine can do, each line with its remedy. Exit code 3 if the main job cannot run here."""
-    from fractal import doctor as checks
+    from fractal.install import doctor as checks
 
     raise typer.Exit(checks.run())
 

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 
 out = Console(soft_wrap=True)  # results
 err = Console(stderr=True)  # progress and warnings

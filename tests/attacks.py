@@ -1211,7 +1211,7 @@ def f(x):
     return None
 ## patch / __main__ and its neighbours
 import sys
-for name in ('__main__', 'fractal', 'fractal.sandbox.judge', 'fractal.sandbox.protocol', 'tests', 'solution'):
+for name in ('__main__', 'fractal', 'fractal.sandbox.inside.judge', 'fractal.sandbox.inside.protocol', 'tests', 'solution'):
     sys.modules[name] = sys
 def f(x):
     return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fractal import engine, gpu
+from fractal.install import docker_engine, gpu
 
 ROOT = Path(__file__).parents[1]
 SOCKET = os.environ.get("FRACTAL_SOCKET")  # of a sandbox that runs already: inside the pipeline's image
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(
                 f"{item.nodeid}: its file is of group {group}. tests/conftest.py: add it to {' or '.join(sorted(wanted))}."
             )
-    no_docker = engine.problem()
+    no_docker = docker_engine.problem()
     no_sandbox = None if SOCKET else no_docker
     no_gpu = None if gpu.usable() else gpu.trouble() or "the installed torch is built for the CPU"
     for item in items:
@@ -124,7 +124,7 @@ def client() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def sandbox(place: dict[str, Any]) -> Iterator["object"]:
-    from fractal.sandbox.container import Limits, Sandbox
+    from fractal.sandbox.host.container import Limits, Sandbox
 
     with Sandbox(limits=Limits(cpu_s=1.0, wall_s=3.0), **place) as one:
         yield one
@@ -133,7 +133,7 @@ def sandbox(place: dict[str, Any]) -> Iterator["object"]:
 @pytest.fixture(scope="session")
 def small_model() -> Path:
     """The embedded model's folder."""
-    from fractal import models
+    from fractal.generate import models
 
     return models.resolve(models.EMBEDDED).path
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import docker
 import pytest
 
-from fractal.engine import daemon_path
+from fractal.install.docker_engine import daemon_path
 
 
 class Engine:

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from fractal import problems
-from fractal.records import Label, Sample, code_sha256, write_jsonl
-from fractal.run import RunDir
+from fractal.jsonl import write_jsonl
+from fractal.problems import sets
+from fractal.records import Label, Sample, code_sha256
+from fractal.rundir import RunDir
 
 DEPTH, WIDTH = 4, 64  # two heads of 32: vLLM on a CPU knows no smaller ones
 
@@ -36,7 +37,7 @@ def tiny_qwen(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
 
 def run_folder(path: Path, model: Path, *, per_split: int = 8, n: int = 4) -> Path:
     """A run of the starter problems: the passing programs are the references, the others return nothing."""
-    chosen = problems.load("starter", "train,validation,test", per_split).problems
+    chosen = sets.load("starter", "train,validation,test", per_split).problems
     samples, labels = [], []
     for problem in chosen:
         for i in range(n):

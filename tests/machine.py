@@ -33,8 +33,8 @@ import docker
 import docker.errors
 import filelock
 
-from fractal import apt
 from fractal.images import debian
+from fractal.install import apt
 
 USER = "ubuntu"
 PACKAGES = (

@@ -4,10 +4,9 @@ import math
 import random
 from dataclasses import replace
 
-from fractal import criteria, page, selection, summary
-from fractal.metrics import Interval
 from fractal.records import STATUSES, Label, Problem, Sample, Score
-from fractal.summary import (
+from fractal.report import criteria, page, summary
+from fractal.report.summary import (
     DifficultyRow,
     Duel,
     Epoch,
@@ -17,6 +16,8 @@ from fractal.summary import (
     SelectiveCurve,
     SplitAccuracy,
 )
+from fractal.selection import stage
+from fractal.selection.metrics import Interval
 
 ATTACK = "</script></style></pre><img src=x onerror=alert(1)><script>alert('x')</script>"
 HOSTILE = f"Write f.\n\n{ATTACK} <img src=http://evil.example/x.png> {{{{ 7*7 }}}} \u202e\ud800\x1b[31m & more"
@@ -86,7 +87,7 @@ def run(tests=12, n=8, seed=1, words=HOSTILE, repeat=1):
 
 def choose(problems, samples, labels, scores=(), *, split="test"):
     tasks = {one.task_id for one in problems if one.split == split}
-    return selection.choose(*([one for one in rows if one.task_id in tasks] for rows in (samples, labels, scores)))
+    return stage.choose(*([one for one in rows if one.task_id in tasks] for rows in (samples, labels, scores)))
 
 
 def build(problems, samples, labels, scores=(), *, facts=FACTS, split="test"):

@@ -10,8 +10,8 @@ import sys
 
 import requests
 
-from fractal import chain, console, rented
-from fractal.cloud import results
+from fractal import console
+from fractal.cloud import chain, rented, results
 from tests.killed_client import Steps
 
 STAND_IN = "stand-in:1"

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from fractal import adopt, problems
-from fractal.records import InputError, RecordError, Sample, read_jsonl
-from fractal.run import RunDir
+from fractal.errors import InputError, RecordError
+from fractal.generate import adopt
+from fractal.jsonl import read_jsonl
+from fractal.problems import sets
+from fractal.records import Sample
+from fractal.rundir import RunDir
 
 pytestmark = pytest.mark.model
 
@@ -20,7 +23,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def rows() -> list[dict[str, Any]]:
     found = []
-    for problem in problems.load("starter", None, 1).problems:
+    for problem in sets.load("starter", None, 1).problems:
         reply = f"Sure:\n```python\n{problem.reference}\n```\nDone."
         found += [
             {"task_id": problem.task_id, "completion": reply, "tokens": 9, "sum_logprob": -2.5, "temperature": 0.8,
@@ -32,7 +35,7 @@ def test_foreign_replies_become_a_run_with_their_parameters(tmp_path: Path, smal
     file = written(tmp_path / "samples.jsonl", rows())
     for _ in range(2):  # the second call repeats nothing
         with RunDir(tmp_path / "run", create=True) as folder:
-            adopt.run(folder, problems.load("starter"), file, str(small_model))
+            adopt.run(folder, sets.load("starter"), file, str(small_model))
     found = read_jsonl(tmp_path / "run/samples.jsonl", Sample)
     assert len(found) == len(rows())
     first = found[0]
@@ -48,9 +51,9 @@ def test_foreign_replies_become_a_run_with_their_parameters(tmp_path: Path, smal
 
 def test_other_samples_are_another_run(tmp_path: Path, small_model: Path) -> None:
     with RunDir(tmp_path / "run", create=True) as folder:
-        adopt.run(folder, problems.load("starter"), written(tmp_path / "a.jsonl", rows()), str(small_model))
+        adopt.run(folder, sets.load("starter"), written(tmp_path / "a.jsonl", rows()), str(small_model))
         with pytest.raises(InputError, match="samples_sha256 is"):
-            adopt.run(folder, problems.load("starter"), written(tmp_path / "b.jsonl", rows()[:3]), str(small_model))
+            adopt.run(folder, sets.load("starter"), written(tmp_path / "b.jsonl", rows()[:3]), str(small_model))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(
     bad = rows()
     bad[1] |= change
     with RunDir(tmp_path / "run", create=True) as folder, pytest.raises(RecordError, match=words):
-        adopt.run(folder, problems.load("starter"), written(tmp_path / "a.jsonl", bad), str(small_model))
+        adopt.run(folder, sets.load("starter"), written(tmp_path / "a.jsonl", bad), str(small_model))
     assert not (tmp_path / "run").exists()
 
 
@@ -71,6 +74,6 @@ def test_a_file_that_is_missing_or_empty_is_one_line(tmp_path: Path, small_model
     (tmp_path / "empty.jsonl").write_bytes(b"")
     with RunDir(tmp_path / "run", create=True) as folder:
         with pytest.raises(InputError, match="no such file"):
-            adopt.run(folder, problems.load("starter"), tmp_path / "none.jsonl", str(small_model))
+            adopt.run(folder, sets.load("starter"), tmp_path / "none.jsonl", str(small_model))
         with pytest.raises(InputError, match="empty"):
-            adopt.run(folder, problems.load("starter"), tmp_path / "empty.jsonl", str(small_model))
+            adopt.run(folder, sets.load("starter"), tmp_path / "empty.jsonl", str(small_model))

@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from fractal import agreement
-from fractal.records import Label, Output, Problem, Sample, encode, read_jsonl, write_jsonl
-from fractal.run import RunDir
-from fractal.sandbox.container import Limits
+from fractal.jsonl import encode, read_jsonl, write_jsonl
+from fractal.records import Label, Output, Problem, Sample
+from fractal.rundir import RunDir
+from fractal.sandbox.host.container import Limits
+from fractal.verify import outputs as verify_outputs
 
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0)
 
@@ -23,9 +24,9 @@ def program(body, sample_id=0, task_id=1):
 
 
 def outputs(sandbox, test, bodies, **options):
-    asked = agreement.probe(problem(test, **options))
+    asked = verify_outputs.probe(problem(test, **options))
     labels = sandbox.verify([program(body, i) for i, body in enumerate(bodies)], {1: asked})
-    return [agreement.output_of(label) for label in labels]
+    return [verify_outputs.output_of(label) for label in labels]
 
 
 # ---- which calls -----------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def outputs(sandbox, test, bodies, **options):
     ],
 )
 def test_the_calls_are_taken_without_the_expected_value(test, values):
-    asked = agreement.probe(problem(test))
+    asked = verify_outputs.probe(problem(test))
     (text,) = asked.tests
     assert f"fx_text(({values},))" in text
     if "f(777)" not in values:
@@ -58,14 +59,14 @@ def test_the_calls_are_taken_without_the_expected_value(test, values):
     ["assert g(1) == 2", "assert all(f(i) for i in [1])", "def check(f): pass", "assert f(", "x = f(1)", ""],
 )
 def test_a_test_without_a_call_that_can_be_taken_out_has_no_probe(test):
-    assert agreement.probe(problem(test)) is None
+    assert verify_outputs.probe(problem(test)) is None
 
 
 def test_a_verdict_that_is_not_the_probe_s_is_no_output():
-    words = f"{agreement.MARK}3 (1,"
+    words = f"{verify_outputs.MARK}3 (1,"
     label = Label(1, 0, "error", False, ["error"], 0, 0, f"test 1: AssertionError: {words}", "")
-    assert agreement.output_of(label) is None
-    assert agreement.output_of(Label(1, 0, "passed", True, ["passed"], 0, 0, "", "")) is None
+    assert verify_outputs.output_of(label) is None
+    assert verify_outputs.output_of(Label(1, 0, "passed", True, ["passed"], 0, 0, "", "")) is None
 
 
 # ---- what they return ------------------------------------------------------------------------------------------------
@@ -104,15 +105,15 @@ def test_equal_values_have_equal_texts_and_others_do_not(sandbox):
     texts = [{next(found) for _ in group} for group in groups]
     assert all(len(group) == 1 and None not in group for group in texts), texts
     assert len(set.union(*texts)) == len(texts)
-    assert max(len(text) for group in texts for text in group) <= agreement.LONGEST
+    assert max(len(text) for group in texts for text in group) <= verify_outputs.LONGEST
 
 
 FORGED = [
     "class L:\n    __eq__ = lambda s, o: True\n    __repr__ = lambda s: '1'\n    __hash__ = lambda s: 1\ndef f(x): return L()",
     "class L(int):\n    __eq__ = lambda s, o: True\n    __hash__ = lambda s: 1\ndef f(x): return L(1)",
     "def f(x): return iter([1])",
-    f"def f(x): raise AssertionError('{agreement.MARK}4 (1,)')",
-    f"def f(x): assert None, '{agreement.MARK}4 (1,)'",
+    f"def f(x): raise AssertionError('{verify_outputs.MARK}4 (1,)')",
+    f"def f(x): assert None, '{verify_outputs.MARK}4 (1,)'",
     "def f(x): return 1 / 0",
     "def f(x):\n    while True: pass",
     "import os\ndef f(x): os._exit(0)",
@@ -152,16 +153,16 @@ def test_the_stage_fills_what_is_missing_and_skips_the_silent(tmp_path, place):
         folder.set_problems(problems)
         write_jsonl(folder.file("samples.jsonl"), samples)
         write_jsonl(folder.file("labels.jsonl"), labels[:2])
-        agreement.run(folder, LIMITS, **place)
+        verify_outputs.run(folder, LIMITS, **place)
         path = folder.file("outputs.jsonl")
         assert len(read_jsonl(path, Output)) == 2
         with path.open("ab") as file:
             file.write(encode(Output(1, 2, "torn"))[:-4])
         write_jsonl(folder.file("labels.jsonl"), labels)
-        agreement.run(folder, LIMITS, **place)
+        verify_outputs.run(folder, LIMITS, **place)
         found = read_jsonl(path, Output)
         assert {(one.task_id, one.sample_id): one.output for one in found} == expected
         assert len(found) == len(expected)
         before = path.stat()
-        agreement.run(folder, LIMITS, image="no-such-image")  # nothing is missing: nothing is started
+        verify_outputs.run(folder, LIMITS, image="no-such-image")  # nothing is missing: nothing is started
         assert path.stat().st_mtime_ns == before.st_mtime_ns

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fractal.cloud import alias
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 
 ID = "0123456789abcdef0123456789abcdef"
 OTHERS = b"# mine\r\nHost work\n\tHostName 10.9.9.9\n\n\xff\xfeHost *\n  User joe"  # neither UTF-8 nor a last newline

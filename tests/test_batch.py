@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal import batch
-from fractal.batch import Shape, shape_of
-from fractal.records import OutsideError
+from fractal.errors import OutsideError
+from fractal.generate import memory
+from fractal.generate.memory import Shape, shape_of
 
 QWEN = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896, "vocab_size": 151936}  # 0.5B  # fmt: skip
 SHAPE = shape_of(QWEN)
@@ -30,17 +30,17 @@ def test_an_unknown_kind_of_model_is_refused_with_the_way_out() -> None:
 sizes = st.integers(0, 1 << 40)
 
 
-@given(sizes, sizes, st.integers(1, 4096), st.sampled_from(sorted(batch.BYTES)), st.integers(1, 1024))
+@given(sizes, sizes, st.integers(1, 4096), st.sampled_from(sorted(memory.BYTES)), st.integers(1, 1024))
 def test_batches_grow_with_memory_and_stay_within_it(a: int, b: int, length: int, dtype: str, most: int) -> None:
     less, more = sorted((a, b))
-    found = [batch.transformers_batch(SHAPE, free, length, dtype, most=most, share=0.5) for free in (less, more)]
+    found = [memory.transformers_batch(SHAPE, free, length, dtype, most=most, share=0.5) for free in (less, more)]
     assert 1 <= found[0] <= found[1] <= most
     if found[1] > 1:
-        assert found[1] * SHAPE.kv_bytes(length, batch.BYTES[dtype]) <= more / 2
-    cache = batch.cache_bytes(SHAPE, more, length, dtype, most=most, share=0.5)
+        assert found[1] * SHAPE.kv_bytes(length, memory.BYTES[dtype]) <= more / 2
+    cache = memory.cache_bytes(SHAPE, more, length, dtype, most=most, share=0.5)
     assert cache <= more / 2
-    held = batch.paged_batch(SHAPE, cache, length, dtype, most=most)
-    assert held * SHAPE.kv_bytes(length, batch.BYTES[dtype]) <= cache
+    held = memory.paged_batch(SHAPE, cache, length, dtype, most=most)
+    assert held * SHAPE.kv_bytes(length, memory.BYTES[dtype]) <= cache
     if cache < more // 2 - 1:  # memory did not bound it
         assert held == most
 
@@ -48,10 +48,10 @@ def test_batches_grow_with_memory_and_stay_within_it(a: int, b: int, length: int
 @given(sizes, sizes, st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 1024))
 def test_a_gpus_batch_and_cache_stay_within_its_memory(a: int, b: int, prompt: int, new: int, most: int) -> None:
     less, more = sorted((a, b))
-    found = [batch.gpu_batch(SHAPE, free, prompt + new, new, "bfloat16", most=most) for free in (less, more)]
+    found = [memory.gpu_batch(SHAPE, free, prompt + new, new, "bfloat16", most=most) for free in (less, more)]
     assert 0 <= found[0][0] <= found[1][0] <= most
     for free, (samples, cache) in zip((less, more), found, strict=True):
-        assert cache + samples * 4 * batch.LOGITS_GPU * SHAPE.vocab <= free
+        assert cache + samples * 4 * memory.LOGITS_GPU * SHAPE.vocab <= free
         if samples:
             assert cache >= SHAPE.kv_bytes(prompt + new, 2), "one sample of full length always fits"
 
@@ -67,7 +67,7 @@ def test_a_gpus_batch_and_cache_stay_within_its_memory(a: int, b: int, prompt: i
 def test_a_large_model_is_not_starved(model: dict[str, int], weights: float, gigabytes: int, least: int) -> None:
     """Qwen2.5-Coder 7B on an A10 and an A100 of 40 GB, 1.5B on an A10: prompts of 200 tokens, up to 320 new ones."""
     free = 0.92 * 0.985 * gigabytes * (1 << 30) - weights - (2.5 * (1 << 30))
-    samples, cache = batch.gpu_batch(shape_of(model), int(free), 520, 320, "bfloat16", most=1024)
+    samples, cache = memory.gpu_batch(shape_of(model), int(free), 520, 320, "bfloat16", most=1024)
     assert samples >= least
     assert cache >= samples * shape_of(model).kv_bytes(360, 2)
 
@@ -89,19 +89,19 @@ def test_a_large_model_is_not_starved(model: dict[str, int], weights: float, gig
 def test_engines_are_as_many_as_keep_the_gpu_busy(
     weights: float, gigabytes: int, processors: int, samples: int, expected: int
 ) -> None:
-    assert batch.engines(int(weights), int(0.99 * gigabytes * (1 << 30)), processors, samples) == expected
+    assert memory.engines(int(weights), int(0.99 * gigabytes * (1 << 30)), processors, samples) == expected
 
 
 def test_free_memory_hears_a_containers_limit(tmp_path: Path) -> None:
-    machine = batch.free_memory(tmp_path)
+    machine = memory.free_memory(tmp_path)
     assert machine > 1 << 20
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert batch.free_memory(tmp_path) > 1 << 20
+    assert memory.free_memory(tmp_path) > 1 << 20
     (tmp_path / "memory.max").write_text("3000000\n")
-    assert batch.free_memory(tmp_path) == 2_000_000
+    assert memory.free_memory(tmp_path) == 2_000_000
     (tmp_path / "memory.max").write_text("500\n")
-    assert batch.free_memory(tmp_path) == 0
+    assert memory.free_memory(tmp_path) == 0
 
 
 def real_cpu_error() -> Exception:
@@ -135,13 +135,13 @@ class OutOfMemoryError(RuntimeError):
     ],
 )  # fmt: skip
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
-    assert batch.is_out_of_memory(error) is expected
+    assert memory.is_out_of_memory(error) is expected
 
 
 def test_torch_on_a_cpu_is_understood() -> None:
     error = real_cpu_error()
-    assert batch.is_out_of_memory(error)
-    line = str(batch.too_big(4, error))
+    assert memory.is_out_of_memory(error)
+    line = str(memory.too_big(4, error))
     assert "out of memory with 4 samples at once" in line
     assert "--batch" in line
     assert "\n" not in line

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from benchmarks import harnesses, verify
 from benchmarks import samples as sampling
-from fractal.problems import STARTER, read
-from fractal.records import InputError, Problem
+from fractal.errors import InputError
+from fractal.problems.sets import STARTER, read
+from fractal.records import Problem
 from tests.conftest import ROOT
 
 PROBLEMS = read(STARTER)
@@ -59,7 +60,7 @@ def test_a_program_without_a_place_to_mutate_has_no_mutants() -> None:
 
 def test_samples_are_the_same_in_another_process() -> None:
     text = (
-        "import hashlib; from benchmarks import samples; from fractal.problems import STARTER, read; "
+        "import hashlib; from benchmarks import samples; from fractal.problems.sets import STARTER, read; "
         "print(hashlib.sha256(repr(samples.choose(read(STARTER), [], 150, 7)).encode()).hexdigest())"
     )
     runs = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import card
-from fractal import gpu
+from fractal.install import gpu
 from tests.conftest import ROOT
 
 

@@ -12,7 +12,7 @@ from benchmarks import generate as bench
 from benchmarks.generate import Turn
 from tests.conftest import ROOT
 
-STARTER = ROOT / "fractal" / "starter.jsonl"
+STARTER = ROOT / "fractal/problems/starter.jsonl"
 
 
 def turn(number: int, contestant: str, seconds: float, tokens: int = 1000, texts: tuple[int, ...] = (1, 2)) -> Turn:

@@ -13,8 +13,8 @@ import pytest
 from benchmarks import images
 from benchmarks.images import Facts
 from benchmarks.verify import BenchError
+from fractal.errors import InputError
 from fractal.images import recipes
-from fractal.records import InputError
 from tests.conftest import ROOT
 
 SHELL = 'RUN /bin/sh -c begun=@$(($(date +%s) - 600)); sh -ec "$0" && { find / -exec touch -hcd @0 {} + 2> /dev/null || :; } '

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fractal import engine
 from fractal.cloud.ledger import Ledger
+from fractal.install import docker_engine
 from tests.conftest import ROOT, until
 from tests.fake_lambda.server import FakeLambda, lose_answer, status
 from tests.renting import end_guards
@@ -206,7 +206,7 @@ def test_quota_is_one_line(invoke: Invoke, fake: FakeLambda) -> None:
 
 @pytest.mark.docker
 def test_no_engine_here_is_said_before_money_is_spent(invoke: Invoke, fake: FakeLambda, tmp_path: Path) -> None:
-    if engine.problem():
+    if docker_engine.problem():
         pytest.skip("no engine")
     done = invoke("launch", "--register-key", "build", "push", "run", DOCKER_HOST=f"unix://{tmp_path}/none.sock")
     one_line(done, 3, "Docker")

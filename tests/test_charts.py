@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from fractal import charts
-from fractal.metrics import Bin, Interval
-from fractal.outcomes import BASELINE
 from fractal.records import STATUSES
-from fractal.summary import Curves, DifficultyRow, Duel, Epoch, RocCurve, SelectiveCurve, SplitAccuracy
+from fractal.report import charts
+from fractal.report.summary import Curves, DifficultyRow, Duel, Epoch, RocCurve, SelectiveCurve, SplitAccuracy
+from fractal.selection.metrics import Bin, Interval
+from fractal.selection.outcomes import BASELINE
 
 ONE = Interval(0.5, 0.5, 0.5)
 DRAWN = {

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fractal import check, criteria, journal, report, selection
-from fractal.journal import COLUMNS
-from fractal.records import InputError, write_jsonl
-from fractal.run import RunDir
+from fractal.errors import InputError
+from fractal.jsonl import write_jsonl
+from fractal.report import check, criteria, run_log
+from fractal.report import stage as report_stage
+from fractal.report.run_log import COLUMNS
+from fractal.rundir import RunDir
+from fractal.selection import stage as selection_stage
 from tests import pages
 
 
@@ -36,8 +39,8 @@ def finish(path: Path, records=None) -> Path:
         folder.manifest["stages"]["verify"] = {"seconds": 2.0, "end": "2026-11-24T11:00:00+00:00"}
         folder.manifest["created"] = "2026-11-24T09:00:00+00:00"
         folder.save()
-        selection.run(folder)
-        report.run(folder)
+        selection_stage.run(folder)
+        report_stage.run(folder)
     return path
 
 
@@ -79,19 +82,19 @@ def test_all_is_the_same_and_nothing_is_touched(finished, capsys):
 
 
 def test_the_report_does_not_depend_on_when_it_is_written(original, finished):
-    for name in (report.PAGE, report.NUMBERS):
+    for name in (report_stage.PAGE, report_stage.NUMBERS):
         (finished / name).unlink()
     with RunDir(finished) as folder:
-        report.run(folder)
-    for name in (report.PAGE, report.TABLE, report.NUMBERS):
+        report_stage.run(folder)
+    for name in (report_stage.PAGE, report_stage.TABLE, report_stage.NUMBERS):
         assert (finished / name).read_bytes() == (original / name).read_bytes()
-    told = json.loads((finished / report.NUMBERS).read_text())
+    told = json.loads((finished / report_stage.NUMBERS).read_text())
     assert told["date"] >= "2026-11-24T11:00:00+00:00"
     assert "report" not in told["seconds"]
 
 
 def test_a_changed_figure_is_named_with_both_values(finished, capsys):
-    told = json.loads((finished / report.NUMBERS).read_text())
+    told = json.loads((finished / report_stage.NUMBERS).read_text())
     mean = told["strategies"]["critic"]["pass_rate"]["mean"]
     again = mean + 2**-50  # the last bits count
 
@@ -101,7 +104,7 @@ def test_a_changed_figure_is_named_with_both_values(finished, capsys):
         value["labels"]["passed"] = float(value["labels"]["passed"])
         del value["tokens_per_s"]
 
-    edit(finished / report.NUMBERS, change)
+    edit(finished / report_stage.NUMBERS, change)
     assert check.run(RunDir(finished)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert f"strategies.critic.pass_rate.mean: report {again!r}, recomputed {mean!r}" in lines
@@ -130,10 +133,10 @@ def test_a_changed_choice_score_page_or_criterion_shows(finished):
     (finished / "selection.jsonl").write_text("".join(lines[1:]))
     assert compared(finished)[1][0].report == "no choice"
     (finished / "selection.jsonl").write_text("".join(lines))
-    page = (finished / report.PAGE).read_bytes()
-    (finished / report.PAGE).write_bytes(page.replace(b"random", b"chance", 1))
-    assert [one.where.split(":")[0] for one in compared(finished)[1]] == [report.PAGE]
-    (finished / report.PAGE).write_bytes(page)
+    page = (finished / report_stage.PAGE).read_bytes()
+    (finished / report_stage.PAGE).write_bytes(page.replace(b"random", b"chance", 1))
+    assert [one.where.split(":")[0] for one in compared(finished)[1]] == [report_stage.PAGE]
+    (finished / report_stage.PAGE).write_bytes(page)
     edit(finished / "manifest.json", lambda value: value["criteria"][0].update(value=0.0))
     where = [one.where for one in compared(finished)[1]]
     assert any(one.startswith("criteria[") and one.endswith(".reason") for one in where)
@@ -169,18 +172,18 @@ def test_cost_of_the_report_itself_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setenv("FRACTAL_PRICE_USD_PER_HOUR", "3600000")
     path = finish(tmp_path / "r")
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["cost_usd"] > json.loads((path / report.NUMBERS).read_text())["cost_usd"] > 0
+    assert manifest["cost_usd"] > json.loads((path / report_stage.NUMBERS).read_text())["cost_usd"] > 0
     assert compared(path)[1] == []
 
 
 def test_report_is_written_again_only_for_a_reason(finished):
     before = state(finished / "report")
     with RunDir(finished) as folder:
-        report.run(folder)
+        report_stage.run(folder)
         assert state(finished / "report") == before
         criteria.record(folder, [criteria.parse("auc > 0")])
-        report.run(folder)
-    assert "auc &gt; 0" in (finished / report.PAGE).read_text()
+        report_stage.run(folder)
+    assert "auc &gt; 0" in (finished / report_stage.PAGE).read_text()
     assert compared(finished)[1] == []
 
 
@@ -195,7 +198,7 @@ def rows(path):
 def test_each_finished_run_has_its_row(original, tmp_path):
     log = original.parent / "LOG.md"
     (cells,) = rows(log)
-    told = json.loads((original / report.NUMBERS).read_text())
+    told = json.loads((original / report_stage.NUMBERS).read_text())
     assert len(cells) == len(COLUMNS)
     assert cells[1] == "toy"
     assert cells[3] == "12 x 4"
@@ -204,8 +207,8 @@ def test_each_finished_run_has_its_row(original, tmp_path):
     assert cells[-1] == f"{original.parent.name}/toy/summary.json (test) |"
     with RunDir(Path(shutil.copytree(original, tmp_path / "toy"))) as folder:
         del folder.manifest["config"]["report"]
-        report.run(folder)
-        report.run(folder)
+        report_stage.run(folder)
+        report_stage.run(folder)
     assert len(rows(tmp_path / "LOG.md")) == 1
 
 
@@ -217,25 +220,25 @@ def test_rows_are_added_never_changed(tmp_path):
     log = tmp_path / "LOG.md"
     log.write_text("# My notes\n\n| a | table |\n|---|---|\n| of | mine |\n\nno end of line")
     before = log.read_text()
-    assert journal.add(log, cells())
-    assert not journal.add(log, cells(date="2026-11-26"))  # the same result on another day
-    assert journal.add(log, cells(rate="2 %"))
-    assert journal.add(log, cells(rate="1 %"))  # back again: a change
-    assert journal.add(log, cells(run="other"))
+    assert run_log.add(log, cells())
+    assert not run_log.add(log, cells(date="2026-11-26"))  # the same result on another day
+    assert run_log.add(log, cells(rate="2 %"))
+    assert run_log.add(log, cells(rate="1 %"))  # back again: a change
+    assert run_log.add(log, cells(run="other"))
     text = log.read_text()
     assert text.startswith(before + "\n")
-    assert text.count(journal.HEADER) == 1
+    assert text.count(run_log.HEADER) == 1
     log.write_text(text + "\nMine again.\n")
-    assert journal.add(log, cells(rate="3 %"))
-    assert log.read_text().startswith(text + "\nMine again.\n\n" + journal.HEADER)
+    assert run_log.add(log, cells(rate="3 %"))
+    assert log.read_text().startswith(text + "\nMine again.\n\n" + run_log.HEADER)
 
 
 def test_a_cell_cannot_leave_its_cell(tmp_path):
     hostile = "a | b\n| c | <script>alert(1)</script> `x` [y](http://evil.example) \u202e\ud800"
     found = pages.build(*pages.run(tests=2, n=2), facts=pages.replace(pages.FACTS, run=hostile, model=hostile))
     log = tmp_path / "LOG.md"
-    assert journal.add(log, journal.row(found, [], None, "runs/x/summary.json"))
-    assert not journal.add(log, journal.row(found, [], None, "runs/x/summary.json"))
+    assert run_log.add(log, run_log.row(found, [], None, "runs/x/summary.json"))
+    assert not run_log.add(log, run_log.row(found, [], None, "runs/x/summary.json"))
     line = log.read_text().splitlines()[-1]
     assert len(log.read_text().splitlines()) == 3
     assert line.replace("\\|", "").count("|") == len(COLUMNS) + 1
@@ -246,7 +249,7 @@ def test_a_cell_cannot_leave_its_cell(tmp_path):
 
 def _add(log, number):
     for i in range(20):
-        journal.add(log, cells(run=f"run-{number}", rate=f"{i} %"))
+        run_log.add(log, cells(run=f"run-{number}", rate=f"{i} %"))
 
 
 def test_runs_that_end_at_once_do_not_tear_the_log(tmp_path):
@@ -268,5 +271,5 @@ def test_runs_that_end_at_once_do_not_tear_the_log(tmp_path):
 
 def test_a_log_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "LOG.md").mkdir()
-    assert not journal.add(tmp_path / "LOG.md", cells())
+    assert not run_log.add(tmp_path / "LOG.md", cells())
     assert "cannot be written" in " ".join(capsys.readouterr().err.split())

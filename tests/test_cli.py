@@ -113,11 +113,11 @@ def test_all_stages_ask_for_docker_before_they_generate(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become a user without Docker's permission")
 def test_docker_without_permission_says_which_group(tmp_path: Path) -> None:
-    from fractal import engine
+    from fractal.install import docker_engine
 
-    if engine.problem():
+    if docker_engine.problem():
         pytest.skip("no engine to be refused by")
-    words = engine.advice("forbidden", "unix:///var/run/docker.sock", engine.this_machine())
+    words = docker_engine.advice("forbidden", "unix:///var/run/docker.sock", docker_engine.this_machine())
     assert "docker" in words
     assert "\n" not in words
 

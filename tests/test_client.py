@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal.sandbox.client import Limits, normal_form, program_key
+from fractal.sandbox.host.client import Limits, normal_form, program_key
 
 LINES = [
     "x = 1", "y = 'a#b'", 'z = "it\'s # no comment"', "if x:", "    y = 2", "def f(a):", "    return a", "s = '\\'#'",

@@ -14,10 +14,12 @@ from pathlib import Path
 import docker
 import pytest
 
+from fractal.errors import InputError
 from fractal.images import build, containers, hub_token, recipes
 from fractal.images.containers import Setup, options
-from fractal.records import InputError, Label, Sample, read_jsonl, write_jsonl
-from fractal.run import RunDir, commit, own_image
+from fractal.jsonl import read_jsonl, write_jsonl
+from fractal.records import Label, Sample
+from fractal.rundir import RunDir, commit, own_image
 from tests.conftest import ROOT
 from tests.engines import Engine
 
@@ -316,8 +318,8 @@ def test_an_engine_without_nvidias_toolkit_says_what_is_missing(image: str, capf
 @pytest.mark.timeout(900)
 def test_labels_of_the_containers_are_those_of_the_host(tmp_path: Path, image: str) -> None:
     """The pipeline's image judges a run's samples over the socket of a sidecar; the host judges the same ones."""
-    from fractal.problems import load
-    from fractal.sandbox.container import Limits, Sandbox
+    from fractal.problems.sets import load
+    from fractal.sandbox.host.container import Limits, Sandbox
 
     problems = load("starter").problems[:20]
     codes = {

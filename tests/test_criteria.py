@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal import criteria
-from fractal.criteria import COMPARE, NAMES, NUMBERS, SHARES, Criterion, parse
-from fractal.metrics import Interval
-from fractal.records import InputError, RecordError
-from fractal.run import RunDir
+from fractal.errors import InputError, RecordError
+from fractal.report import criteria
+from fractal.report.criteria import COMPARE, NAMES, NUMBERS, SHARES, Criterion, parse
+from fractal.rundir import RunDir
+from fractal.selection.metrics import Interval
 from tests import pages
 
 

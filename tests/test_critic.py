@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal import critic, metrics
+from fractal.critic import critic
 from fractal.records import Problem
+from fractal.selection import metrics
 
 rows = st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=30)
 ABOUT = critic.About(

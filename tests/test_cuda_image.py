@@ -14,9 +14,9 @@ from typing import Any
 import docker
 import pytest
 
+from fractal.errors import InputError
 from fractal.images import build, recipes
 from fractal.images.containers import Setup, options
-from fractal.records import InputError
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fractal.records import Label, Sample, read_jsonl
+from fractal.jsonl import read_jsonl
+from fractal.records import Label, Sample
 from tests.conftest import ROOT
 
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
-from fractal import prompts
-from fractal.engine_openai import OpenAiEngine, completion
-from fractal.generate import Completion, Request, Sampling, Served, sample_seed
-from fractal.records import InputError, OutsideError, Sample, read_jsonl
+from fractal.errors import InputError, OutsideError
+from fractal.generate import prompts
+from fractal.generate.openai import OpenAiEngine, completion
+from fractal.generate.stage import Completion, Request, Sampling, Served, sample_seed
+from fractal.jsonl import read_jsonl
+from fractal.records import Sample
 from tests.conftest import ROOT
 
 COMMON = {"model": str, "temperature": float, "top_p": float, "max_tokens": int, "seed": int}
@@ -318,7 +320,7 @@ def test_the_command_draws_and_goes_on_and_imports_no_torch(server: Server, tmp_
     again = command(tmp_path / "r", server)  # model and form are the run's own
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stdout
-    code = "import sys, fractal.engine_openai; print(sorted({'torch', 'vllm', 'transformers'} & sys.modules.keys()))"
+    code = "import sys, fractal.generate.openai; print(sorted({'torch', 'vllm', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal.engine_process import Drawn, EngineProcesses, Failed, Incoming, _error, frames, write
-from fractal.generate import Request, Sampling, _tokenizer
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
+from fractal.generate.stage import Request, Sampling, _tokenizer
+from fractal.generate.vllm_processes import Drawn, EngineProcesses, Failed, Incoming, _error, frames, write
 from tests.conftest import ROOT, until
 
 EXECUTOR = "benchmarks.instant.Instant"  # answers at once; vLLM's scheduler and process are the real ones
@@ -35,7 +35,7 @@ def test_what_is_written_is_read_whole_or_not_at_all(rows: list[tuple[Any, ...]]
 
 
 def test_requests_wait_for_the_engine_or_the_engine_for_them() -> None:
-    from fractal.engine_process import Draw
+    from fractal.generate.vllm_processes import Draw
 
     stream = BytesIO()
     requests = [Request(i, 0, [1, 2], i) for i in range(5)]
@@ -117,7 +117,7 @@ def engines(model: Path, count: int, step_s: float = 0.05) -> EngineProcesses:
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "fractal.engine_process" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if "fractal.generate.vllm_processes" in " ".join(p.cmdline())]
 
 
 @pytest.mark.model

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal.generate import Request, Sampling, Served, _requests, _tokenizer
-from fractal.problems import load
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
+from fractal.generate.stage import Request, Sampling, Served, _requests, _tokenizer
+from fractal.problems.sets import load
 from tests.conftest import ROOT
 
 torch = pytest.importorskip("torch")
@@ -22,7 +22,7 @@ TOKENS = 12
 @given(st.lists(st.floats(-8, 8), min_size=1, max_size=9), st.floats(0.01, 1.0))
 @settings(deadline=None)
 def test_the_nucleus_is_the_smallest_set_with_its_probability(logits: list[float], top_p: float) -> None:
-    from fractal.engine_transformers import nucleus
+    from fractal.generate.transformers import nucleus
 
     kept = torch.isfinite(nucleus(torch.tensor([logits, logits]), top_p))[0].tolist()
     shares = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
@@ -41,7 +41,7 @@ def asked(path: Path, count: int = 5, problems: int = 2) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def decoder(small_model: Path) -> Any:
-    from fractal.engine_transformers import TransformersEngine
+    from fractal.generate.transformers import TransformersEngine
 
     return TransformersEngine(small_model, Sampling(max_tokens=TOKENS), "float32", 200, 4)
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from fractal import console, critic, features
-from fractal.features import Asked, Features
-from fractal.records import OutsideError, Problem, Sample
+from fractal import console
+from fractal.critic import critic, features
+from fractal.critic.features import Asked, Features
+from fractal.errors import OutsideError
+from fractal.records import Problem, Sample
 from tests.judged import DEPTH, WIDTH, tiny_qwen
 
 pytestmark = pytest.mark.model

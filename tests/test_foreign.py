@@ -9,18 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fractal import convert, foreign
-from fractal.foreign import read_samples
-from fractal.records import (
-    STATUSES,
-    InputError,
-    Label,
-    Problem,
-    Sample,
-    code_sha256,
-    read_jsonl,
-    write_jsonl,
-)
+from fractal.errors import InputError
+from fractal.jsonl import read_jsonl, write_jsonl
+from fractal.records import STATUSES, Label, Problem, Sample, code_sha256
+from fractal.verify import convert, foreign
+from fractal.verify.foreign import read_samples
 
 TESTS = ["assert f(1) == 1", "assert f(2) == 2"]
 PROBLEMS = {i: Problem(i, "p", "def f(x): return x", TESTS, "", "f", "test") for i in (11, 12, 600)}

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal import generate, models, prompts
-from fractal.generate import Completion, Halt, Request, Sampling, sample_seed
-from fractal.problems import ProblemSet, load
-from fractal.records import InputError, Sample, read_jsonl
-from fractal.run import RunDir
+from fractal.errors import InputError
+from fractal.generate import models, prompts, stage
+from fractal.generate.stage import Completion, Halt, Request, Sampling, sample_seed
+from fractal.jsonl import read_jsonl
+from fractal.problems.sets import ProblemSet, load
+from fractal.records import Sample
+from fractal.rundir import RunDir
 
 ids = st.integers(0, 10**6)
 
@@ -36,10 +38,10 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_auto_stays_with_what_the_run_began_with() -> None:
-    assert generate.choose_backend("auto", "transformers") == "transformers"
-    assert generate.choose_backend("auto", None) in ("vllm", "transformers")
+    assert stage.choose_backend("auto", "transformers") == "transformers"
+    assert stage.choose_backend("auto", None) in ("vllm", "transformers")
     with pytest.raises(InputError):
-        generate.choose_backend("llama", None)
+        stage.choose_backend("llama", None)
 
 
 class Counting:
@@ -77,7 +79,7 @@ class Signalled(Counting):
     """A SIGTERM arrives after some samples; what is finished then is still handed out, as an engine has to."""
 
     def generate(
-        self, requests: list[Request], stopped: Callable[[], bool] = generate.never
+        self, requests: list[Request], stopped: Callable[[], bool] = stage.never
     ) -> Iterator[list[Completion]]:
         for done in super().generate(requests):
             if len(self.asked) == 5:
@@ -91,7 +93,7 @@ def test_what_is_finished_when_a_signal_comes_is_written(tmp_path: Path, starter
     requests = [Request(starter.problems[0].task_id, i, [1], i, "text") for i in range(20)]
     entry: dict[str, object] = {}
     with pytest.raises(KeyboardInterrupt):
-        generate._draw(Signalled(), requests, starter.by_id(), tmp_path / "s", Sampling(), "m", entry)
+        stage._draw(Signalled(), requests, starter.by_id(), tmp_path / "s", Sampling(), "m", entry)
     assert [s.sample_id for s in read_jsonl(tmp_path / "s", Sample)] == [0, 1, 2, 3, 4]
     assert entry["tokens"] == 25
 
@@ -99,14 +101,14 @@ def test_what_is_finished_when_a_signal_comes_is_written(tmp_path: Path, starter
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, starter: ProblemSet) -> None:
     with RunDir(tmp_path / "r", create=True) as folder:
         with pytest.raises(InputError, match="--batch 0"):
-            generate.run(folder, starter, models.EMBEDDED, Sampling(), batch=0)
+            stage.run(folder, starter, models.EMBEDDED, Sampling(), batch=0)
         for wrong in (0, 17):
             with pytest.raises(InputError, match=f"--engines {wrong}: must be from 1 to 16"):
-                generate.run(folder, starter, models.EMBEDDED, Sampling(), engines=wrong)
+                stage.run(folder, starter, models.EMBEDDED, Sampling(), engines=wrong)
         with pytest.raises(InputError, match="--engines 2: goes with --backend vllm, and here transformers draws"):
-            generate.run(folder, starter, models.EMBEDDED, Sampling(), "transformers", engines=2)
+            stage.run(folder, starter, models.EMBEDDED, Sampling(), "transformers", engines=2)
         with pytest.raises(InputError, match="--base-url"):
-            generate.run(folder, starter, "m", Sampling(), "openai")
+            stage.run(folder, starter, "m", Sampling(), "openai")
     assert not (tmp_path / "r").exists()
 
 
@@ -121,14 +123,14 @@ def test_an_interrupted_run_goes_on_without_repeating(
 ) -> None:
     first, second = Counting(stop_after=7), Counting()
     engines = iter([first, second])
-    monkeypatch.setattr(generate, "_engine", lambda *_: next(engines))
+    monkeypatch.setattr(stage, "_engine", lambda *_: next(engines))
     for expected in (KeyboardInterrupt, None):
         with RunDir(tmp_path / "run", create=True) as folder:
             if expected:
                 with pytest.raises(expected):
-                    generate.run(folder, starter, models.EMBEDDED, Sampling(n=3))
+                    stage.run(folder, starter, models.EMBEDDED, Sampling(n=3))
             else:
-                generate.run(folder, starter, models.EMBEDDED, Sampling(n=3))
+                stage.run(folder, starter, models.EMBEDDED, Sampling(n=3))
     samples = read_jsonl(tmp_path / "run/samples.jsonl", Sample)
     assert sorted((s.task_id, s.sample_id) for s in samples) == [
         (p.task_id, i) for p in starter.problems for i in range(3)
@@ -152,18 +154,18 @@ def test_a_prompt_too_long_for_the_context_is_skipped_and_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     engine = Counting()
-    monkeypatch.setattr(generate, "_engine", lambda *_: engine)
+    monkeypatch.setattr(stage, "_engine", lambda *_: engine)
     long = [p for p in starter.problems]
     import dataclasses
 
     long[2] = dataclasses.replace(long[2], prompt="word " * 9000)
     with RunDir(tmp_path / "run", create=True) as folder:
-        generate.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2))
+        stage.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2))
         assert list(folder.manifest["stages"]["generate"]["skipped"]) == [str(long[2].task_id)]
     assert "1 problems skipped" in capsys.readouterr().err
     assert {r.task_id for r in engine.asked} == {p.task_id for p in long} - {long[2].task_id}
     with RunDir(tmp_path / "run", create=True) as folder:
-        generate.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2))
+        stage.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2))
     assert len(engine.asked) == 8
 
 

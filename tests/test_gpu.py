@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from fractal import doctor, generate, gpu, models, setup
-from fractal.gpu import Gpu, Reading, visible
-from fractal.records import OutsideError
+from fractal.errors import OutsideError
+from fractal.generate import models, stage
+from fractal.install import doctor, gpu, setup
+from fractal.install.gpu import Gpu, Reading, visible
 
 GIB = 2**30
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0), "GPU-11111111-aaaa")
@@ -247,8 +248,8 @@ def test_a_driver_too_old_for_torch_is_said_before_anything_is_loaded(
     if old:
         assert "driver 580.95.05 runs CUDA 12.8, the installed torch needs 13.0" in said
         with pytest.raises(OutsideError, match="Upgrade the driver"):
-            generate.choose_backend("auto", None)
-        assert generate.choose_backend("openai", None) == "openai"
+            stage.choose_backend("auto", None)
+        assert stage.choose_backend("openai", None) == "openai"
 
 
 def test_without_libcuda_nothing_is_said_of_cuda() -> None:

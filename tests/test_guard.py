@@ -15,7 +15,7 @@ from fractal.cloud.instance import current, reconcile, terminate
 from fractal.cloud.lambda_api import CloudError
 from fractal.cloud.ledger import Entry
 from fractal.cloud.offers import Wish
-from fractal.records import InputError
+from fractal.errors import InputError
 from tests.conftest import until
 from tests.fake_lambda.server import cut, garbage, status
 from tests.renting import QUICK, SETTINGS, TYPE, Renting, end_guards, guard_pids

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fractal.images import builder, recipes
 from fractal.images.image import Image, ImageError
 from fractal.images.rendering import COMMITTED, Rendering, instructions
-from fractal.sandbox import source
+from fractal.sandbox.host import source
 from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"

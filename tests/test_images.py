@@ -17,13 +17,13 @@ from typing import Any
 import docker
 import pytest
 
+from fractal.errors import InputError
 from fractal.images import build, builder, recipes
 from fractal.images.build import Options
 from fractal.images.builder import BuildError, Request
 from fractal.images.image import Image
 from fractal.images.recipes import Recipe
 from fractal.images.rendering import COMMITTED, Rendering
-from fractal.records import InputError
 from tests.conftest import ROOT, until
 from tests.engines import Engine
 
@@ -131,7 +131,7 @@ def test_the_sandbox_image_is_the_same_from_an_empty_cache(client: docker.Docker
     assert first.bytes < 150e6  # 78 MB on a base made here
 
     config = client.images.get(recipe.name).attrs["Config"]
-    assert config["Entrypoint"] == ["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/supervisor.py"]
+    assert config["Entrypoint"] == ["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/inside/supervisor.py"]
     look = "python3 -m pip 2>&1; find /sandbox ! -user 0 -o -path '*/sandbox/*' -perm /022; ls -A /run | grep -v -x lock; ls /sandbox/fractal/sandbox/__pycache__"
     said = run(client, recipe.name, look, read_only=True)
     assert "No module named pip" in said

@@ -1,66 +1,136 @@
-"""Who may import what: the laptop needs no torch, the sandbox image nothing but the standard library."""
+"""Imports point one way (docs/architecture.md), and the heavy packages are loaded only where they are used."""
 
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
 HEAVY = {"torch", "vllm", "transformers", "matplotlib", "sklearn", "scipy", "datasets"}
+PACKAGE = ROOT / "fractal"
+STAGES = ["generate", "verify", "critic", "selection", "report"]
+# Modules that run a stage: only __main__, and the stage's own package, may import them.
+STAGE_MODULES = {f"fractal.{name}.stage" for name in STAGES} | {"fractal.critic.train", "fractal.critic.score"}
+SHARED = {"records", "errors", "jsonl", "rundir", "console"}
+# What each package may import beside itself and the shared modules.
+MAY_IMPORT = {
+    "__main__": {"problems", "generate", "sandbox", "verify", "critic", "selection", "report", "install"},
+    "problems": set(),
+    "generate": {"problems", "install"},
+    "sandbox": {"install"},
+    "verify": {"problems", "generate", "sandbox", "install"},
+    "critic": {"generate", "install"},
+    "selection": set(),
+    "report": {"problems", "generate", "selection"},
+    "images": {"install", "sandbox"},
+    "cloud": {"images", "install", "problems"},
+    "install": set(),
+}
 
 
-@pytest.mark.parametrize("module", ["fractal.__main__", "fractal.verify", "fractal.run", "fractal.generate", "fractal.train", "fractal.score", "fractal.doctor"])  # fmt: skip
-def test_a_stage_with_nothing_to_do_imports_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({HEAVY!r} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("module", ["fractal.chain", "fractal.rented", "fractal.cloud.guard"])
-def test_the_operators_laptop_needs_no_torch(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({HEAVY!r} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-STAGES = {"generate", "verify", "train", "score", "selection", "report", "critic"}
-
-
-@pytest.mark.parametrize(("room", "others"), [("cloud", {"images", *STAGES}), ("images", {"cloud", *STAGES})])
-def test_rooms_do_not_import_each_other(room: str, others: set[str]) -> None:
-    for path in (ROOT / "fractal" / room).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                found += [f"{node.module}.{a.name}" for a in node.names]
-            assert (
-                not {word for name in found if name.startswith("fractal.") for word in name.split(".")[1:2]} & others
-            ), path
-
-
-def test_what_runs_in_the_sandbox_imports_the_standard_library_and_its_own_folder() -> None:
-    from fractal.sandbox import source
-
-    for name in source.files():
-        if not name.endswith(".py"):
+def imported(path: Path, *, at_start: bool = False) -> set[str]:
+    """The names of the modules that a file imports; with `at_start`, those imported when it is loaded."""
+    tree = ast.parse(path.read_text())
+    late = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if at_start and id(node) in late:
             continue
-        for node in ast.walk(ast.parse((ROOT / name).read_text())):
-            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for module in found:
-                assert module.startswith("fractal.sandbox") or module.split(".")[0] in sys.stdlib_module_names, (
-                    name,
-                    module,
-                )
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.add(full if full in MODULES else node.module or "")
+    return names
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "--strict"]])
-def test_the_code_is_clean(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+def test_imports_between_packages_point_one_way() -> None:
+    wrong = []
+    for name, path in MODULES.items():
+        room = name.split(".")[1] if "." in name else ""
+        if not room or room in SHARED:
+            continue
+        for other in imported(path):
+            target = other.split(".")[1] if other.startswith("fractal.") else ""
+            if target and target not in SHARED | {room} | MAY_IMPORT[room]:
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
+
+
+def test_no_stage_imports_another_stages_module_that_runs_it() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in MODULES.items()
+        for other in imported(path) & STAGE_MODULES
+        if name != "fractal.__main__" and name.split(".")[1] != other.split(".")[1]
+    ]
+    assert wrong == []
+
+
+def test_there_is_no_import_circle_even_among_late_imports() -> None:
+    edges = {name: {other for other in imported(path) if other in MODULES} for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(edges[name]):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+def test_what_runs_in_the_sandbox_and_what_set_up_needs_import_the_standard_library_and_their_own_package() -> None:
+    seen = set()
+    todo = [name for name in MODULES if name.startswith("fractal.sandbox.inside")] + ["fractal.install.setup"]
+    wrong = []
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        own = "fractal.sandbox.inside" if ".inside" in name else "fractal.install"
+        for other in imported(MODULES[name], at_start=True):
+            if other.startswith(own):
+                todo.append(other)
+            elif other.split(".")[0] not in sys.stdlib_module_names:
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "fractal.__main__, fractal.rundir, fractal.install.doctor",
+        "fractal.generate.stage, fractal.verify.stage, fractal.critic.train, fractal.critic.score",
+        "fractal.cloud.chain, fractal.cloud.rented, fractal.cloud.guard",
+    ],
+    ids=["command line", "stages with nothing to do", "the operator's laptop"],
+)
+def test_nothing_heavy_is_imported_by(modules: str) -> None:
+    code = f"import sys, {modules}; print(sorted({HEAVY!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_folder_docker_hides_no_package() -> None:

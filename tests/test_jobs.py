@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fractal.cloud import jobs
 from fractal.cloud.remote import RemoteError, failed, sent
-from fractal.records import InputError
+from fractal.errors import InputError
 
 
 def line(status: str = "exited", code: int = 0, oom: bool = False, **labels: str) -> str:

@@ -39,7 +39,7 @@ from fractal.cloud.lambda_api import (
     RequestError,
     ServerError,
 )
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 from tests.conftest import ROOT, until
 from tests.fake_lambda.server import FakeLambda, Fault, cut, delay, garbage, hang, lose_answer, ok, status, tear
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from fractal.cloud.cost import cost, table
 from fractal.cloud.ledger import NAME, Entry, Event, Ledger, Process, _started, state_dir
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 from tests.conftest import ROOT
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fractal import setup
 from fractal.images import lock
 from fractal.images.lock import LockError, check_cuda, cuda_release
+from fractal.install import setup
 from tests.conftest import ROOT
 
 HASH = "    --hash=sha256:" + "0" * 64

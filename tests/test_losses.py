@@ -9,7 +9,7 @@ import docker
 import pytest
 
 from fractal.records import Problem, Sample
-from fractal.sandbox.container import Sandbox
+from fractal.sandbox.host.container import Sandbox
 from tests.engines import Engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]

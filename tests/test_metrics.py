@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from fractal import metrics
+from fractal.selection import metrics
 
 settings.register_profile("untimed", deadline=None)  # a timed assertion is never a test
 settings.load_profile("untimed")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fractal import models
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
+from fractal.generate import models
 
 PARTS = {
     "config.json": json.dumps({"max_position_embeddings": 99}),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fractal.errors import InputError
 from fractal.images import network
 from fractal.images.network import Network, describe
-from fractal.records import InputError
 
 PEM = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 

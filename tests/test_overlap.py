@@ -14,13 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal import generate, overlap, verify
-from fractal.generate import Completion, Request, Sampling
-from fractal.overlap import Overlap, Tail
-from fractal.records import Appender, Label, Problem, Sample, code_sha256, encode, read_jsonl
-from fractal.run import RunDir
-from fractal.sandbox.client import SandboxError
-from fractal.sandbox.container import Limits
+from fractal.generate import stage as generate_stage
+from fractal.generate.stage import Completion, Request, Sampling
+from fractal.jsonl import Appender, encode, read_jsonl
+from fractal.records import Label, Problem, Sample, code_sha256
+from fractal.rundir import RunDir
+from fractal.sandbox.host.client import SandboxError
+from fractal.sandbox.host.container import Limits
+from fractal.verify import overlap
+from fractal.verify import stage as verify_stage
+from fractal.verify.overlap import Overlap, Tail
 from tests.conftest import ROOT
 
 PROBLEMS = [Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in (11, 12)]
@@ -85,7 +88,7 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (overlap, verify):
+    for module in (overlap, verify_stage):
         monkeypatch.setattr(module, "Sandbox", Stand)
     for name, value in (("ran", []), ("pause_s", 0.0), ("breaks", None), ("gate", lambda *_: True)):
         monkeypatch.setattr(Stand, name, value)
@@ -99,7 +102,9 @@ def draw(folder: RunDir, engine: Engine, n: int, beside: Overlap) -> None:
     requests = [Request(task_id, i, [1], 7, "text") for task_id, i in wanted]
     beside.start()
     with folder.stage("generate", "samples.jsonl") as entry:
-        generate._draw(engine, requests, {p.task_id: p for p in PROBLEMS}, path, Sampling(n=n), "m", entry, beside)
+        generate_stage._draw(
+            engine, requests, {p.task_id: p for p in PROBLEMS}, path, Sampling(n=n), "m", entry, beside
+        )
 
 
 def run(place: Path, engine: Engine, n: int = 100) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def run(place: Path, engine: Engine, n: int = 100) -> dict[str, Any]:
         folder.set_problems(PROBLEMS)
         with Overlap(folder, Limits()) as beside:
             draw(folder, engine, n, beside)
-            verify.run(folder, Limits(), beside)
+            verify_stage.run(folder, Limits(), beside)
     manifest: dict[str, Any] = json.loads((place / "manifest.json").read_bytes())
     return manifest
 
@@ -156,7 +161,7 @@ def test_a_dead_sandbox_costs_no_sample_and_is_told(
     assert "verify: stopped while samples were drawn (The engine is gone.)" in capsys.readouterr().err
     monkeypatch.setattr(Stand, "breaks", None)
     with RunDir(tmp_path / "r") as folder:
-        verify.run(folder, Limits())
+        verify_stage.run(folder, Limits())
     whole(tmp_path / "r", 200)
     assert len(Stand.ran) == 200, "nothing is run twice"
 

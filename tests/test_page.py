@@ -7,7 +7,7 @@ from ctypes.util import find_library
 
 import pytest
 
-from fractal.page import CODE_CHARS
+from fractal.report.page import CODE_CHARS
 from tests import pages
 
 CONTRAST = """() => {
@@ -210,7 +210,7 @@ def test_five_hundred_problems_are_one_light_page(browser, tmp_path):
 
 
 def test_a_long_program_is_cut_and_says_so():
-    from fractal.page import _Colours
+    from fractal.report.page import _Colours
 
     text = re.sub(r"<[^>]*>", "", str(_Colours()("a" * (CODE_CHARS + 1234))))
     assert text == "a" * CODE_CHARS + "… 1,234 more characters"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fractal.records import Choice, Label, Output, Problem, Sample, Score, read_jsonl
+from fractal.jsonl import read_jsonl
+from fractal.records import Choice, Label, Output, Problem, Sample, Score
 
 pytestmark = [pytest.mark.docker, pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(900)]
 N = 6
@@ -82,7 +83,7 @@ def test_the_critic_saw_train_problems_only(finished: Path) -> None:
     """Its recorded input digest is that of the train problems' labels, recomputed here from the files."""
     import hashlib
 
-    from fractal.records import encode
+    from fractal.jsonl import encode
 
     split = {p.task_id: p.split for p in read_jsonl(finished / "problems.jsonl", Problem)}
     samples = {(s.task_id, s.sample_id): s for s in read_jsonl(finished / "samples.jsonl", Sample)}

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fractal import critic, metrics, probe
+from fractal.critic import critic, probe
+from fractal.selection import metrics
 
 
 def made(problems: int, each: int, seed: int, signal: float) -> tuple[critic.Half, critic.Flags, critic.Groups]:

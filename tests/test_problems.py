@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal.problems import digest, entry_point, load, mbpp_split, parse_splits, read
-from fractal.records import InputError, Problem, RecordError, encode
+from fractal.errors import InputError, RecordError
+from fractal.jsonl import encode
+from fractal.problems.sets import digest, entry_point, load, mbpp_split, parse_splits, read
+from fractal.records import Problem
 from tests.conftest import SHARED
 
 FULL = {

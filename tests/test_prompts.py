@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import extraction
-from fractal import prompts
-from fractal.prompts import FENCE, _longest_program, extract_code, fenced_blocks, parses, without_self_tests
+from fractal.generate import prompts
+from fractal.generate.prompts import FENCE, _longest_program, extract_code, fenced_blocks, parses, without_self_tests
 from fractal.records import Problem
 
 CODE = "def f(x):\n    return x * 2\n"

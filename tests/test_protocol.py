@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal.sandbox import protocol
-from fractal.sandbox.protocol import Encoder, FrameBuffer, ProtocolError, Reference, Unencodable
-from fractal.sandbox.standin import update
+from fractal.sandbox.inside import protocol
+from fractal.sandbox.inside.protocol import Encoder, FrameBuffer, ProtocolError, Reference, Unencodable
+from fractal.sandbox.inside.standin import update
 
 Point = collections.namedtuple("Point", "x y")
 

@@ -24,9 +24,8 @@ import psutil
 import pytest
 import requests
 
-from fractal import ssh
-from fractal.images import board, far, push, registry
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
+from fractal.images import progress, push, registry, remote_engine, ssh
 from tests.conftest import ROOT, until
 from tests.engines import Engine
 from tests.machine import Machine, Unavailable
@@ -141,26 +140,26 @@ def test_what_is_no_ssh_destination_is_bad_input(host: str) -> None:
     ],
 )  # fmt: skip
 def test_a_far_side_without_docker_is_told_what_to_do(output: str, expected: str) -> None:
-    with pytest.raises(far.FarError, match=expected):
-        far.read_probe("lambda", output)
+    with pytest.raises(remote_engine.FarError, match=expected):
+        remote_engine.read_probe("lambda", output)
 
 
 def test_the_far_engine_is_found_behind_chatter_and_sudo() -> None:
     words = "Welcome!\nno docker: permission denied\nok linux/amd64 sudo -n docker\n"
-    assert far.read_probe("lambda", words) == far.Engine("sudo -n docker", "linux/amd64")
+    assert remote_engine.read_probe("lambda", words) == remote_engine.Engine("sudo -n docker", "linux/amd64")
 
 
 def test_a_tunnel_begins_at_the_same_port_each_time() -> None:
-    assert list(far.local_ports("lambda")) == list(far.local_ports("lambda"))
-    assert len(set(far.local_ports("lambda"))) == 20
-    assert next(far.local_ports("lambda")) != next(far.local_ports("ubuntu@10.0.0.1"))
+    assert list(remote_engine.local_ports("lambda")) == list(remote_engine.local_ports("lambda"))
+    assert len(set(remote_engine.local_ports("lambda"))) == 20
+    assert next(remote_engine.local_ports("lambda")) != next(remote_engine.local_ports("ubuntu@10.0.0.1"))
 
 
 def test_without_a_terminal_progress_is_a_plain_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "PLAIN_S", 0.0)
-    with board.board("push") as shown:
+    monkeypatch.setattr(progress, "PLAIN_S", 0.0)
+    with progress.board("push") as shown:
         shown.see({"status": "The push refers to repository [x]"})
         shown.see({"status": "Pushing", "id": "a", "progressDetail": {"current": 3 * MB, "total": 8 * MB}})
         shown.see({"status": "Layer already exists", "id": "b", "progressDetail": {}})
@@ -743,16 +742,16 @@ def test_the_far_registry_ends_when_we_fall_silent(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     over(client, load(client, b""), there)
-    monkeypatch.setattr(far, "KEEPER", far.KEEPER.replace(f"timeout {ssh.SILENCE_S}", "timeout 2"))
+    monkeypatch.setattr(remote_engine, "KEEPER", remote_engine.KEEPER.replace(f"timeout {ssh.SILENCE_S}", "timeout 2"))
     monkeypatch.setattr(ssh, "BEAT_S", 0.5)
     monkeypatch.setattr(ssh, "END_TIMEOUT_S", 1)
     with (
         Proxy((there.ip, 22)) as proxy,
-        far.connect(there.alias, there.config("proxy", HostName="127.0.0.1", Port=proxy.port)) as link,
+        remote_engine.connect(there.alias, there.config("proxy", HostName="127.0.0.1", Port=proxy.port)) as link,
     ):
-        engine = far.engine(link)
+        engine = remote_engine.engine(link)
         assert engine.words == "sudo -n docker"
-        served = far.start_registry(link, engine, far.ensure_program(link, engine, "debian", quiet))
+        served = remote_engine.start_registry(link, engine, remote_engine.ensure_program(link, engine, "debian", quiet))
         time.sleep(3)  # beats keep it
         assert served.container in there.sh("docker ps")
         proxy.silent = True
@@ -808,27 +807,27 @@ def test_a_persons_ssh_config_does_not_disturb(client: docker.DockerClient, ther
 def test_a_far_registrys_program_that_is_there_is_taken(client: docker.DockerClient, there: Machine) -> None:
     over(client, load(client, b""), there)
     ours = registry.program_name("amd64")
-    with far.connect(there.alias, there.ssh_config) as link:
-        engine = far.engine(link)
-        assert far.ensure_program(link, engine, "auto", quiet) == ours
-        there.sh(f"docker tag {ours} {far.PUBLIC_PROGRAM}")
-        assert far.ensure_program(link, engine, "auto", quiet) == far.PUBLIC_PROGRAM
-        assert far.ensure_program(link, engine, "pull", quiet) == far.PUBLIC_PROGRAM
-        there.sh(f"docker rmi {far.PUBLIC_PROGRAM}")
+    with remote_engine.connect(there.alias, there.ssh_config) as link:
+        engine = remote_engine.engine(link)
+        assert remote_engine.ensure_program(link, engine, "auto", quiet) == ours
+        there.sh(f"docker tag {ours} {remote_engine.PUBLIC_PROGRAM}")
+        assert remote_engine.ensure_program(link, engine, "auto", quiet) == remote_engine.PUBLIC_PROGRAM
+        assert remote_engine.ensure_program(link, engine, "pull", quiet) == remote_engine.PUBLIC_PROGRAM
+        there.sh(f"docker rmi {remote_engine.PUBLIC_PROGRAM}")
 
 
 @pytest.mark.docker
 def test_a_far_side_that_cannot_pull_gets_the_program_from_here(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(far, "PULL_PROGRAM_TIMEOUT_S", 2)
+    monkeypatch.setattr(remote_engine, "PULL_PROGRAM_TIMEOUT_S", 2)
     there.sh(f"docker rmi {registry.program_name('amd64')} 2> /dev/null; echo '127.0.0.1 nowhere' > /etc/resolv.conf")
     said: list[str] = []
-    with far.connect(there.alias, there.ssh_config) as link:
-        engine = far.engine(link)
-        with pytest.raises(far.FarError, match=r"docker save registry:2 \| ssh lambda sudo -n docker load"):
-            far.ensure_program(link, engine, "pull", said.append)
-        assert far.ensure_program(link, engine, "auto", said.append) == registry.program_name("amd64")
+    with remote_engine.connect(there.alias, there.ssh_config) as link:
+        engine = remote_engine.engine(link)
+        with pytest.raises(remote_engine.FarError, match=r"docker save registry:2 \| ssh lambda sudo -n docker load"):
+            remote_engine.ensure_program(link, engine, "pull", said.append)
+        assert remote_engine.ensure_program(link, engine, "auto", said.append) == registry.program_name("amd64")
     assert [line.split()[0] for line in said] == ["lambda", "lambda", "sending"]
 
 
@@ -836,7 +835,7 @@ def test_a_far_side_that_cannot_pull_gets_the_program_from_here(
 def test_an_sshd_that_forbids_what_we_need_is_named(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(far, "START_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(remote_engine, "START_TIMEOUT_S", 2.0)
     name = load(client, b"")
     with there.sshd("AllowTcpForwarding no"), pytest.raises(push.PushError, match="AllowTcpForwarding"):
         over(client, name, there)
@@ -853,13 +852,13 @@ def test_an_image_for_another_machine_is_not_sent(client: docker.DockerClient, t
 @pytest.mark.docker
 def test_another_image_than_ours_is_not_tagged_there(client: docker.DockerClient, there: Machine) -> None:
     name = load(client, os.urandom(KB))
-    with far.connect(there.alias, there.ssh_config) as link:
-        engine = far.engine(link)
-        served = far.start_registry(link, engine, far.ensure_program(link, engine, "debian", quiet))
+    with remote_engine.connect(there.alias, there.ssh_config) as link:
+        engine = remote_engine.engine(link)
+        served = remote_engine.start_registry(link, engine, remote_engine.ensure_program(link, engine, "debian", quiet))
         pushed = push.to_registry(client, name, f"127.0.0.1:{served.local_port}", say=quiet)
         false = registry.Manifest(pushed.digest, "sha256:" + "0" * 64, ())
-        with pytest.raises(far.FarError, match=f"{pushed.image_id}, and here it is sha256:000"):
-            far.pull(link, engine, served.port, "fractal-push-test", false, name)
+        with pytest.raises(remote_engine.FarError, match=f"{pushed.image_id}, and here it is sha256:000"):
+            remote_engine.pull(link, engine, served.port, "fractal-push-test", false, name)
     assert there.sh(f"docker images -q {name}") == ""
 
 

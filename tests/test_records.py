@@ -12,19 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fractal.records import (
-    SPLITS,
-    STATUSES,
+from fractal.errors import InputError, OutsideError, RecordError
+from fractal.jsonl import (
     Appender,
-    Choice,
-    InputError,
     KeySet,
-    Label,
-    OutsideError,
-    Problem,
-    RecordError,
-    Sample,
-    Score,
     decode,
     decode_object,
     encode,
@@ -35,6 +26,7 @@ from fractal.records import (
     write_parts,
     write_whole,
 )
+from fractal.records import SPLITS, STATUSES, Choice, Label, Problem, Sample, Score
 from tests.conftest import ROOT
 
 
@@ -174,7 +166,7 @@ def test_a_full_disk_leaves_whole_lines_and_is_resumed(tmp_path: Path) -> None:
     """A real failing write: the process may not grow a file beyond 1,000 bytes (EFBIG, where a full disk is ENOSPC)."""
     path = tmp_path / "s.jsonl"
     script = (
-        "import resource, signal, sys\nfrom pathlib import Path\nfrom fractal.records import *\n"
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom fractal.jsonl import *\nfrom fractal.records import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "out = Appender(Path(sys.argv[1]))\n"
         "try:\n    for i in range(100):\n        out.write([Score(1, 2 * i, 0.5, 0.5), Score(1, 2 * i + 1, 0.5, 0.5)])\n"
@@ -195,17 +187,17 @@ def test_a_full_file_system_says_so(tmp_path: Path) -> None:
     """A real full disk: /dev/full answers every write with ENOSPC."""
     import os
 
-    from fractal import records
+    from fractal import jsonl
 
     out = Appender(tmp_path / "f")
     os.close(out._fd)
     out._fd = os.open("/dev/full", os.O_WRONLY)
-    original, records.os.ftruncate = records.os.ftruncate, lambda *_: None  # /dev/full cannot be truncated
+    original, jsonl.os.ftruncate = jsonl.os.ftruncate, lambda *_: None  # /dev/full cannot be truncated
     try:
         with pytest.raises(OutsideError, match="no space left"):
             out.write([Score(1, 1, 0.0, 0.5)])
     finally:
-        records.os.ftruncate = original
+        jsonl.os.ftruncate = original
         os.close(out._fd)
 
 
@@ -313,7 +305,7 @@ def test_ctrl_c_in_a_write_leaves_whole_lines(tmp_path, monkeypatch):
     with Appender(tmp_path / "scores.jsonl") as file:
         file.write([score(1)])
         with monkeypatch.context() as patch:
-            patch.setattr("fractal.records.os.write", write)
+            patch.setattr("fractal.jsonl.os.write", write)
             with pytest.raises(KeyboardInterrupt):
                 file.write([score(2)])
         file.write([score(3)])
@@ -323,7 +315,8 @@ def test_ctrl_c_in_a_write_leaves_whole_lines(tmp_path, monkeypatch):
 WRITER = """
 import sys
 from pathlib import Path
-from fractal.records import Appender, Score, read_jsonl
+from fractal.jsonl import Appender, read_jsonl
+from fractal.records import Score
 path = Path(sys.argv[1])
 next_id = len(read_jsonl(path, Score))
 with Appender(path) as file:
@@ -429,7 +422,7 @@ def test_many_lines_are_read_in_little_memory(tmp_path):
     (tmp_path / "plain").write_bytes(row * 100_000)
     (tmp_path / "packed").write_bytes(gzip.compress(row * 100_000, 1))
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom fractal.records import *\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom fractal.jsonl import *\nfrom fractal.records import *\n"
         "kib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore = kib()\n"
         "shares = []\nn = sum(1 for one in iter_lines(Path(sys.argv[1]), watch=shares.append))\n"
         "assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1\nprint(n, kib() - before)\n"

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from fractal import rented, ssh
-from fractal.cloud import jobs, results
+from fractal.cloud import jobs, rented, results
 from fractal.cloud.remote import Remote, RemoteError
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
+from fractal.images import ssh
 from tests.conftest import ROOT, until
 from tests.machine import Condition, Machine, Unavailable
 

@@ -10,9 +10,9 @@ from typing import Any
 import docker
 import pytest
 
-from fractal.problems import STARTER, read
+from fractal.problems.sets import STARTER, read
 from fractal.records import Label, Problem, Sample
-from fractal.sandbox.container import Limits, Sandbox
+from fractal.sandbox.host.container import Limits, Sandbox
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 PROBLEMS = {p.task_id: p for p in read(STARTER)}

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fractal import page as pages
-from fractal import report, summary
-from fractal.metrics import Interval
-from fractal.outcomes import StrategyResult
-from fractal.records import STATUSES, encode
-from fractal.summary import Duel, Facts
+from fractal.jsonl import encode
+from fractal.records import STATUSES
+from fractal.report import page as pages
+from fractal.report import stage, summary
+from fractal.report.summary import Duel, Facts
+from fractal.selection.metrics import Interval
+from fractal.selection.outcomes import StrategyResult
 from tests.pages import FACTS, HOSTILE, build, choose, full, run, verdicts, whole_page
 
 
@@ -135,7 +136,7 @@ def test_every_number_of_the_summary_is_on_the_page(whole, page):
 
 
 def test_json_is_the_summary(whole):
-    text = encode(report.summary_fields(whole, verdicts(whole), 0.25)).decode()
+    text = encode(stage.summary_fields(whole, verdicts(whole), 0.25)).decode()
     loaded = json.loads(text)
     for one in whole.strategies:
         assert loaded["strategies"][one.strategy]["pass_rate"]["mean"] == one.pass_rate.mean
@@ -152,7 +153,7 @@ def test_the_same_records_give_the_same_bytes(whole, page):
 
 def test_the_table_says_the_same_on_the_terminal(whole):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))
-    console.print(report.table(whole, verdicts(whole)))
+    console.print(stage.table(whole, verdicts(whole)))
     text = console.export_text()
     for one in whole.strategies:
         assert re.search(rf"{one.strategy} +{one.problems} +{pages.percent(one.pass_rate.mean)}", text)
@@ -257,7 +258,7 @@ def test_a_run_that_has_only_started():
     assert "No strategy measured: no test problem has a usable sample." in text
     assert "nan" not in text.lower()
     assert "None" not in text
-    Console(file=open("/dev/null", "w")).print(report.table(found))
+    Console(file=open("/dev/null", "w")).print(stage.table(found))
 
 
 def test_an_empty_problem_set_and_a_single_problem():

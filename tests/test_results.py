@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fractal.cloud import results
 from fractal.cloud.results import State, direction
-from fractal.records import InputError
+from fractal.errors import InputError
 
 sizes = st.dictionaries(st.sampled_from(results.RECORDS), st.integers(0, 5))
 states = st.builds(State, st.sampled_from([None, "a", "b"]), sizes)

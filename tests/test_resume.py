@@ -9,21 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fractal import resume, verify
-from fractal.records import (
-    InputError,
-    Label,
-    Problem,
-    RecordError,
-    Sample,
-    Status,
-    code_sha256,
-    encode,
-    read_jsonl,
-    write_jsonl,
-)
-from fractal.run import RunDir
-from fractal.sandbox.container import Limits
+from fractal.errors import InputError, RecordError
+from fractal.jsonl import encode, read_jsonl, write_jsonl
+from fractal.records import Label, Problem, Sample, Status, code_sha256
+from fractal.rundir import RunDir
+from fractal.sandbox.host.container import Limits
+from fractal.verify import resume, stage
 
 TASKS = (11, 12, 600)
 PROBLEMS = [Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in TASKS]
@@ -63,7 +54,7 @@ def label(one: Sample, status: Status | None = None) -> Label:
 
 @pytest.fixture(autouse=True)
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "Sandbox", Stand)
+    monkeypatch.setattr(stage, "Sandbox", Stand)
     monkeypatch.setattr(Stand, "ran", [])
     monkeypatch.setattr(Stand, "stop_after", None)
 
@@ -78,7 +69,7 @@ def run(place: Path, samples: list[Sample] | None = None) -> bytes:
     if samples is not None:
         write_jsonl(place / "s", samples)
     Stand.ran = []
-    verify.run_files(place / "p", place / "s", place / "labels.jsonl", Limits())
+    stage.run_files(place / "p", place / "s", place / "labels.jsonl", Limits())
     assert {p.name for p in place.iterdir()} == {"p", "s", "labels.jsonl"}, "nothing else is left"
     return (place / "labels.jsonl").read_bytes()
 
@@ -133,7 +124,7 @@ def test_ctrl_c_at_any_sample_keeps_what_is_done(place: Path, stop: int, monkeyp
     write_jsonl(place / "labels.jsonl", [label(one, "sandbox_error") for one in samples[:3]])
     monkeypatch.setattr(Stand, "stop_after", stop)
     try:
-        verify.run_files(place / "p", place / "s", place / "labels.jsonl", Limits())
+        stage.run_files(place / "p", place / "s", place / "labels.jsonl", Limits())
     except KeyboardInterrupt:
         assert len(read_jsonl(place / "labels.jsonl", Label)) >= 3
     first = set(Stand.ran)
@@ -211,7 +202,7 @@ def test_a_bad_last_line_is_found_before_anything_is_run(place: Path) -> None:
     for bad in (sample(99, 0), sample(11, 0)):
         write_jsonl(place / "s", [*(sample(11, i) for i in range(50)), bad])
         with pytest.raises(RecordError, match="s: line 51: "):
-            verify.run_files(place / "p", place / "s", place / "labels.jsonl", Limits())
+            stage.run_files(place / "p", place / "s", place / "labels.jsonl", Limits())
         assert Stand.ran == []
         assert {p.name for p in place.iterdir()} == {"p", "s"}
 
@@ -226,14 +217,14 @@ def test_an_output_that_is_something_else_is_refused(place: Path, name: str) -> 
     os.mkfifo(place / "pipe")
     before = (place / "s").read_bytes(), (place / "p").read_bytes()
     with pytest.raises(InputError, match="--out"):
-        verify.run_files(place / "p", place / "s", place / name, Limits())
+        stage.run_files(place / "p", place / "s", place / name, Limits())
     assert ((place / "s").read_bytes(), (place / "p").read_bytes()) == before
     with pytest.raises(InputError, match="samples are read twice"):
-        verify.run_files(place / "p", place / "pipe", place / "out", Limits())
+        stage.run_files(place / "p", place / "pipe", place / "out", Limits())
 
 
 def test_plan_counts(place: Path) -> None:
-    from fractal.foreign import Found
+    from fractal.verify.foreign import Found
 
     samples = [Found(sample(11, i)) for i in range(5)]
     write_jsonl(place / "l", [label(sample(11, 0)), label(sample(11, 2), "sandbox_error"), label(sample(11, 3))])
@@ -250,13 +241,13 @@ def test_a_run_folder_is_labelled_the_same_way(tmp_path: Path) -> None:
     with RunDir(tmp_path / "r", create=True) as folder:
         folder.set_problems(PROBLEMS)
         with pytest.raises(InputError, match="has no samples yet"):
-            verify.run(folder, Limits())
+            stage.run(folder, Limits())
         path = folder.file("samples.jsonl")
         path.write_bytes(b"".join(map(encode, samples)) + b'{"task_id": 11')
-        assert verify.run(folder, Limits()).statuses == {"passed": 3, "failed": 1}
+        assert stage.run(folder, Limits()).statuses == {"passed": 3, "failed": 1}
         assert read_jsonl(folder.file("labels.jsonl"), Label) == [label(one) for one in samples]
         assert folder.manifest["stages"]["verify"]["samples"] == 4
-        assert verify.run(folder, Limits()).total == 4
+        assert stage.run(folder, Limits()).total == 4
         assert len(Stand.ran) == 4
         for bad, words in (
             (encode({"task_id": 11, "solution": ""}), "not a Sample"),
@@ -264,4 +255,4 @@ def test_a_run_folder_is_labelled_the_same_way(tmp_path: Path) -> None:
         ):
             path.write_bytes(encode(samples[0]) + bad)
             with pytest.raises(RecordError, match=rf"samples\.jsonl: line 2: .*{words}"):
-                verify.run(folder, Limits())
+                stage.run(folder, Limits())

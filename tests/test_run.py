@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fractal.records import InputError, OutsideError, Problem, RecordError
-from fractal.run import RunDir
+from fractal.errors import InputError, OutsideError, RecordError
+from fractal.records import Problem
+from fractal.rundir import RunDir
 
 
 def test_another_configuration_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_a_damaged_manifest_is_refused_and_kept(tmp_path: Path) -> None:
 
 PROBLEM = Problem(1, "Add.", "def f(a, b):\n    return a + b\n", ["assert f(1, 2) == 3"], "", "f", "train")
 HOLD = (
-    "import sys, time\nfrom pathlib import Path\nfrom fractal.run import RunDir\n"
+    "import sys, time\nfrom pathlib import Path\nfrom fractal.rundir import RunDir\n"
     "with RunDir(Path(sys.argv[1]), create=True) as folder:\n"
     "    with folder.stage('generate', 'samples.jsonl'):\n"
     "        (folder.path / 'samples.jsonl').write_text('')\n        print('held', flush=True)\n        time.sleep(60)\n"

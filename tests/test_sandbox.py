@@ -13,10 +13,11 @@ from typing import Any
 import docker
 import pytest
 
-from fractal.problems import read
-from fractal.records import InputError, Label, Problem, Sample
-from fractal.sandbox import checks
-from fractal.sandbox.container import Limits, Sandbox, SandboxError, probe
+from fractal.errors import InputError
+from fractal.problems.sets import read
+from fractal.records import Label, Problem, Sample
+from fractal.sandbox.host.container import Limits, Sandbox, SandboxError, probe
+from fractal.sandbox.inside import checks
 from tests.conftest import ROOT, SHARED
 
 pytestmark = pytest.mark.sandbox
@@ -343,7 +344,7 @@ def test_an_unknown_image_says_how_to_build_it() -> None:
 def test_a_dropped_protection_is_found_out(
     image: str, dropped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fractal.sandbox import container
+    from fractal.sandbox.host import container
 
     full = container.hardening
     monkeypatch.setattr(container, "hardening", lambda *a: {**full(*a), **dropped})
@@ -352,7 +353,7 @@ def test_a_dropped_protection_is_found_out(
 
 
 def test_a_named_protection_may_be_missing_and_that_is_noted(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fractal.sandbox import container
+    from fractal.sandbox.host import container
 
     full = container.hardening
     monkeypatch.setattr(container, "hardening", lambda *a: {**full(*a), "read_only": False})
@@ -378,7 +379,7 @@ def test_every_reference_of_mbpp_passes(image: str, file: str, count: int) -> No
 
 
 def test_every_starter_reference_passes(sandbox: Sandbox) -> None:
-    from fractal.problems import STARTER
+    from fractal.problems.sets import STARTER
 
     problems = {p.task_id: p for p in read(STARTER)}
     labels = sandbox.verify([sample(p.reference, task_id=p.task_id) for p in problems.values()], problems)
@@ -391,7 +392,7 @@ def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
     import gzip
     from concurrent.futures import ThreadPoolExecutor
 
-    from fractal.prompts import extract_code
+    from fractal.generate.prompts import extract_code
 
     path = SHARED / "generations" / "qwen2.5-coder-0.5b-mbpp.jsonl.gz"
     if not path.exists():

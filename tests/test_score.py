@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fractal import critic, generate, gpu, models, score, train
-from fractal.records import InputError, Sample, Score, read_jsonl
-from fractal.run import RunDir
+from fractal.critic import critic, score, train
+from fractal.errors import InputError
+from fractal.generate import models, stage
+from fractal.install import gpu
+from fractal.jsonl import read_jsonl
+from fractal.records import Sample, Score
+from fractal.rundir import RunDir
 from tests.judged import DEPTH, run_folder, tiny_qwen
 
 pytestmark = pytest.mark.model
@@ -59,7 +63,7 @@ import os; os._exit(0)  # vLLM's threads
 
 
 @pytest.mark.parametrize("mode", ["probe of a layer", "probe of the last layer", "lora", "full"])
-@pytest.mark.skipif(generate.vllm_trouble() is not None, reason="vLLM is not here")
+@pytest.mark.skipif(stage.vllm_trouble() is not None, reason="vLLM is not here")
 def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_path: Path) -> None:
     """The same logits but for rounding, so every pair that is further apart than that stands in the same order."""
     copy = tmp_path / "run"
@@ -86,7 +90,7 @@ def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_
 def test_a_probe_reads_with_transformers_and_others_with_vllm_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generate, "vllm_trouble", lambda: None)
+    monkeypatch.setattr(stage, "vllm_trouble", lambda: None)
     monkeypatch.setattr(gpu, "usable", lambda: True)
     found = {mode: score.choose_backend("auto", mode) for mode in train.MODES}
     assert found == {"probe": "transformers", "lora": "vllm", "full": "vllm"}

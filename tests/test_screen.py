@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal.problems import STARTER, read
-from fractal.sandbox import screen
+from fractal.problems.sets import STARTER, read
+from fractal.sandbox.inside import screen
 
 pytestmark = pytest.mark.skipif(sys.version_info[:2] != screen.VERSION, reason="byte code of another Python")
 

@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal import selection
-from fractal.metrics import Interval
-from fractal.outcomes import LeftOut, evaluate, left_out, recorded_splits, splits_asked
-from fractal.records import Choice, InputError, Label, Output, Problem, Sample, Score, read_jsonl, write_jsonl
-from fractal.run import RunDir
-from fractal.selection import STRATEGIES, choose
+from fractal.errors import InputError
+from fractal.jsonl import read_jsonl, write_jsonl
+from fractal.records import Choice, Label, Output, Problem, Sample, Score
+from fractal.rundir import RunDir
+from fractal.selection import stage
+from fractal.selection.metrics import Interval
+from fractal.selection.outcomes import LeftOut, evaluate, left_out, recorded_splits, splits_asked
+from fractal.selection.stage import STRATEGIES, choose
 
 settings.register_profile("untimed", deadline=None)  # a timed assertion is never a test
 settings.load_profile("untimed")
@@ -244,31 +246,31 @@ def measured(folder):
 def test_the_splits_that_were_asked_for_stay_the_run_s_own(tmp_path):
     with RunDir(folder_with(tmp_path, ["train", "validation", "test"])) as folder:
         problems, labels = list(folder.problems().values()), read_jsonl(folder.file("labels.jsonl"), Label)
-        selection.run(folder)
+        stage.run(folder)
         assert measured(folder) == {3}
         assert recorded_splits(folder.manifest["config"], problems, labels) == ("test",)
-        selection.run(folder, "test,validation")
+        stage.run(folder, "test,validation")
         assert measured(folder) == {2, 3}
-        selection.run(folder)
+        stage.run(folder)
         assert measured(folder) == {2, 3}
         assert recorded_splits(folder.manifest["config"], problems, labels) == ("validation", "test")
-        assert selection.made(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
+        assert stage.made(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
 
 
 def test_a_split_without_labels_is_refused_and_the_choices_stay(tmp_path):
     with RunDir(folder_with(tmp_path, ["train", "validation"])) as folder:
-        selection.run(folder)
+        stage.run(folder)
         with pytest.raises(InputError, match="no labelled test problem, only train, validation"):
-            selection.run(folder, "test,validation")
+            stage.run(folder, "test,validation")
         assert measured(folder) == {2}
 
 
 def test_new_outputs_make_new_choices(tmp_path):
     with RunDir(folder_with(tmp_path, ["test"])) as folder:
-        selection.run(folder)
+        stage.run(folder)
         assert "consensus" not in {one.strategy for one in read_jsonl(folder.file("selection.jsonl"), Choice)}
         write_jsonl(folder.file("outputs.jsonl"), [Output(1, 0, "(1,)"), Output(1, 1, None)])
-        selection.run(folder)
+        stage.run(folder)
         assert picks(read_jsonl(folder.file("selection.jsonl"), Choice))["consensus"] == (0, 0.0)
 
 
@@ -281,7 +283,7 @@ def test_new_outputs_make_new_choices(tmp_path):
 def test_samples_of_the_measured_splits_without_a_score_are_said(tmp_path, capsys, scored, said):
     with RunDir(folder_with(tmp_path, ["train", "test"])) as folder:
         write_jsonl(folder.file("scores.jsonl"), [score(*key, 1.0) for key in scored])
-        selection.run(folder)
+        stage.run(folder)
         warnings = " ".join(capsys.readouterr().err.split())
         assert ("no score" in warnings) == bool(said)
         assert said.format(run=folder.path) in warnings

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fractal import apt, engine, setup
-from fractal.engine import SOCKET, Machine, State
+from fractal.install import apt, docker_engine, setup
+from fractal.install.docker_engine import SOCKET, Machine, State
 
 USER = Machine(platform="linux", user="ada", root=False, in_group=False)
 ROOT = dataclasses.replace(USER, user="root", root=True)
@@ -165,14 +165,14 @@ def test_packages_cut_short_are_forgotten(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_setup_imports_only_the_standard_library() -> None:
     """-S hides site-packages, -I the folder we are in: what is left is Python's own."""
-    code = f"import sys; sys.path.append({str(setup.ROOT)!r}); import fractal.setup"
+    code = f"import sys; sys.path.append({str(setup.ROOT)!r}); import fractal.install.setup"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
 def test_wrong_usage_is_one_line_and_exit_2() -> None:
     environ = {**os.environ, "FRACTAL_ACCELERATOR": "tpu"}
-    argv = [sys.executable, "-m", "fractal.setup", "--only=python"]
+    argv = [sys.executable, "-m", "fractal.install.setup", "--only=python"]
     done = subprocess.run(argv, cwd=setup.ROOT, env=environ, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
@@ -204,19 +204,19 @@ def test_wrong_usage_is_one_line_and_exit_2() -> None:
     ],
 )
 def test_each_state_of_the_engine_has_its_remedy(state: State, host: str, machine: Machine, remedy: str) -> None:
-    line = engine.advice(state, host, machine)
+    line = docker_engine.advice(state, host, machine)
     assert remedy in line
     assert "\n" not in line
 
 
 def test_probe_tells_answering_stopped_and_absent_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "docker.sock"
-    monkeypatch.setattr(engine, "daemon_path", lambda: None)
-    assert engine.probe(f"unix://{path}") == "absent"
-    monkeypatch.setattr(engine, "daemon_path", lambda: "/usr/sbin/dockerd")
+    monkeypatch.setattr(docker_engine, "daemon_path", lambda: None)
+    assert docker_engine.probe(f"unix://{path}") == "absent"
+    monkeypatch.setattr(docker_engine, "daemon_path", lambda: "/usr/sbin/dockerd")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
-        assert engine.probe(f"unix://{path}") == "stopped"  # a socket left by a dead daemon
+        assert docker_engine.probe(f"unix://{path}") == "stopped"  # a socket left by a dead daemon
         server.listen()
         replies = [b"HTTP/1.0 200 OK\r\n\r\nOK", b"HTTP/1.0 500 Internal Server Error\r\n\r\n"]
 
@@ -227,24 +227,24 @@ def test_probe_tells_answering_stopped_and_absent_apart(tmp_path: Path, monkeypa
                     link.sendall(reply)
 
         threading.Thread(target=serve, daemon=True).start()
-        assert engine.probe(f"unix://{path}") == "answers"
-        assert engine.probe(f"unix://{path}") == "stopped"
+        assert docker_engine.probe(f"unix://{path}") == "answers"
+        assert docker_engine.probe(f"unix://{path}") == "stopped"
 
 
 def test_a_stale_pid_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "docker.pid"
-    monkeypatch.setattr(engine, "PID_FILE", file)
-    assert not engine.daemon_runs()
+    monkeypatch.setattr(docker_engine, "PID_FILE", file)
+    assert not docker_engine.daemon_runs()
     file.write_text(str(os.getpid()))  # alive, but no dockerd: the number was used again
-    assert not engine.daemon_runs()
+    assert not docker_engine.daemon_runs()
     assert not file.exists()
 
 
 def test_the_daemons_last_words(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert engine.last_words(log) == "it left no log."
+    assert docker_engine.last_words(log) == "it left no log."
     log.write_text("time=... level=info\nfailed to start daemon: no space\n\n")
-    assert engine.last_words(log) == "failed to start daemon: no space"
+    assert docker_engine.last_words(log) == "failed to start daemon: no space"
 
 
 def test_apts_reason() -> None:

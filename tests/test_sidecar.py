@@ -11,9 +11,9 @@ import docker
 import pytest
 
 from fractal.records import Label, Problem, Sample
-from fractal.sandbox.client import KEY_BYTES, SAMPLE_HEAD
-from fractal.sandbox.container import Limits, Sandbox, SandboxError, start_sidecar, stop_sidecar
-from fractal.sandbox.protocol import PROBLEM, SAMPLE, frame
+from fractal.sandbox.host.client import KEY_BYTES, SAMPLE_HEAD
+from fractal.sandbox.host.container import Limits, Sandbox, SandboxError, start_sidecar, stop_sidecar
+from fractal.sandbox.inside.protocol import PROBLEM, SAMPLE, frame
 
 pytestmark = pytest.mark.docker
 NAME = "fractal-test-sidecar"

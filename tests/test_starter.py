@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import fractal
-from fractal.records import Problem, decode, read_lines
+from fractal.jsonl import decode, read_lines
+from fractal.records import Problem
 
-STARTER = Path(fractal.__file__).with_name("starter.jsonl")
+STARTER = Path(fractal.__file__).with_name("problems") / "starter.jsonl"
 PROBLEMS = [decode(line, Problem) for line in read_lines(STARTER)]
 TRIVIAL = ("None", "0", "1", '""', "[]", "{}", "True", "False", "arguments[0]", "arguments[-1]")
 

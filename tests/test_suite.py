@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fractal.sandbox import zygote
-from fractal.sandbox.suite import prepare
+from fractal.sandbox.inside import zygote
+from fractal.sandbox.inside.suite import prepare
 
 
 def problem(reference: str, *tests: str, setup: str = "", entry_point: str = "f") -> dict[str, Any]:

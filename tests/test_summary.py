@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from fractal import metrics, selection, summary
 from fractal.records import Label, Output, Problem, Sample, Score
-from fractal.summary import Facts, SplitAccuracy
+from fractal.report import summary
+from fractal.report.summary import Facts, SplitAccuracy
+from fractal.selection import metrics, stage
 
 FACTS = Facts(run="toy", date="2026-11-25", command="fractal report --run runs/toy", model="tiny")
 SPLIT_OF = {1: "train", 2: "validation", 3: "validation"}  # and test
@@ -38,7 +39,7 @@ def records(problems=9, n=6, seed=3, share=None, scored=1.0):
 
 def build(problems, samples, labels, scores, outputs, splits=("validation", "test"), **more):
     inside = {one.task_id for one in problems if one.split in splits}
-    choices = selection.choose([one for one in samples if one.task_id in inside], labels, scores, outputs)
+    choices = stage.choose([one for one in samples if one.task_id in inside], labels, scores, outputs)
     return summary.build(FACTS, problems, samples, labels, scores, choices, splits=splits, **more), choices
 
 
@@ -52,7 +53,7 @@ def test_several_splits_are_measured_as_one(whole):
     found, _, _ = whole
     assert (found.split, found.evaluation.split) == ("validation and test", "validation and test")
     assert found.evaluation.problems == 8
-    assert [one.problems for one in found.strategies] == [8] * len(selection.STRATEGIES)
+    assert [one.problems for one in found.strategies] == [8] * len(stage.STRATEGIES)
     assert [row.split for row in found.splits] == ["train", "validation", "test", "all"]
     assert {row.task_id for row in found.by_problem} == set(range(2, 10))
 
@@ -89,7 +90,7 @@ def test_filter_and_critic_on_k_samples_equal_every_draw_of_k(whole):
 def test_duels_and_gap_are_the_choices_counted(whole):
     found, choices, _ = whole
     passed = {(one.strategy, one.task_id): one.passed for one in choices}
-    assert {one.strategy for one in found.duels} == set(selection.STRATEGIES) - {"critic"}
+    assert {one.strategy for one in found.duels} == set(stage.STRATEGIES) - {"critic"}
     for duel in found.duels:
         pairs = [(passed["critic", task], passed[duel.strategy, task]) for task in range(2, 10)]
         assert duel.wins == sum(a > b for a, b in pairs)

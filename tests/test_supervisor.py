@@ -3,8 +3,8 @@
 from collections import deque
 from typing import Any
 
-from fractal.sandbox.protocol import SampleHead
-from fractal.sandbox.supervisor import DEPTH, Client, Supervisor, Task
+from fractal.sandbox.inside.protocol import SampleHead
+from fractal.sandbox.inside.supervisor import DEPTH, Client, Supervisor, Task
 
 
 class Worker:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from fractal import tally
-from fractal.records import STATUSES, Label, write_jsonl
-from fractal.tally import Seen, Tally
+from fractal.jsonl import write_jsonl
+from fractal.records import STATUSES, Label
+from fractal.verify import counts as verify_counts
+from fractal.verify.counts import Seen, Tally
 
 seen = st.builds(Seen, st.integers(1, 30), st.integers(0, 5), st.sampled_from(STATUSES), st.text(max_size=5))
 
@@ -33,12 +34,12 @@ def test_counts_add_up(labels: list[Seen]) -> None:
     counts = counted(*labels)
     assert counts.total == len(labels) == sum(of.total() for of in counts.problems.values())
     assert counts.statuses == Counter(one.status for one in labels)
-    assert len(counts.lost) == min(counts.errors, tally.LISTED)
-    rows = shown(tally.problem_table(counts, complete=True)).splitlines()[2:]
+    assert len(counts.lost) == min(counts.errors, verify_counts.LISTED)
+    rows = shown(verify_counts.problem_table(counts, complete=True)).splitlines()[2:]
     assert len(rows) == len(counts.problems)
     assert sum(int(row.split()[1]) for row in rows) == len(labels)
     assert sum(int(row.split()[2]) for row in rows) == counts.statuses["passed"]
-    bars = shown(tally.status_table(counts)).splitlines()[1:]
+    bars = shown(verify_counts.status_table(counts)).splitlines()[1:]
     assert sum(int(row.split()[1]) for row in bars) == len(labels)
 
 
@@ -46,34 +47,34 @@ def test_the_hardest_come_first_with_their_most_common_failure() -> None:
     labels = [
         Seen(task, i, "passed" if i < task else "failed" if i else "error", "") for task in range(13) for i in range(12)
     ]
-    text = shown(tally.problem_table(counted(*labels))).splitlines()
+    text = shown(verify_counts.problem_table(counted(*labels))).splitlines()
     assert text[0].startswith("13 problems: 1 solved by all their samples, 1 by none; the 10 hardest")
     assert text[2].split() == ["0", "12", "0", "0.0", "%", "failed", "11"]
     assert text[4].split() == ["2", "12", "2", "16.7", "%", "failed", "10"]
     assert len(text) == 12
-    assert len(shown(tally.problem_table(counted(*labels), complete=True)).splitlines()) == 15
+    assert len(shown(verify_counts.problem_table(counted(*labels), complete=True)).splitlines()) == 15
 
 
 def test_the_summary_line() -> None:
     labels = [Seen(1, i, "passed" if i < 614 else "timeout" if i < 635 else "failed", "") for i in range(1000)]
-    assert tally.summary(counted(*labels), 1000, 20.0) == (
+    assert verify_counts.summary(counted(*labels), 1000, 20.0) == (
         "verify: 1,000 samples, 61.4 % pass, 2.1 % timeout, 0 lost, 20 s, 50 a second"
     )
-    assert "1,000 samples (10 now), " in tally.summary(counted(*labels), 10, 0.0)
+    assert "1,000 samples (10 now), " in verify_counts.summary(counted(*labels), 10, 0.0)
 
 
 def test_the_first_twenty_losses_are_told_one_by_one() -> None:
     labels = [Seen(7, i, "sandbox_error", f"reason {i}\nmore") for i in range(23)]
-    lines = tally.lost_lines(counted(*labels))
+    lines = verify_counts.lost_lines(counted(*labels))
     assert lines[0] == "sandbox_error: task_id 7, sample_id 0: reason 0"
     assert lines[20:] == ["... and 3 more"]
-    assert tally.lost_lines(counted(*labels[:20]))[-1] == "sandbox_error: task_id 7, sample_id 19: reason 19"
-    assert tally.lost_lines(counted()) == []
+    assert verify_counts.lost_lines(counted(*labels[:20]))[-1] == "sandbox_error: task_id 7, sample_id 19: reason 19"
+    assert verify_counts.lost_lines(counted()) == []
 
 
 def test_a_file_is_counted_and_a_torn_line_is_not(tmp_path: Path) -> None:
     path = tmp_path / "l"
-    assert tally.count(path).total == 0
+    assert verify_counts.count(path).total == 0
     write_jsonl(path, [Label(1, i, "passed", True, [], 0.0, 0.0, "", "") for i in range(3)])
     path.write_bytes(path.read_bytes()[:-2])
-    assert tally.count(path).statuses == {"passed": 2}
+    assert verify_counts.count(path).statuses == {"passed": 2}

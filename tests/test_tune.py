@@ -17,10 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fractal import console, critic, models, train, tune
-from fractal.records import InputError, Label, OutsideError, Sample, read_jsonl, write_jsonl
-from fractal.run import RunDir
-from fractal.tune import Example, Recipe
+from fractal import console
+from fractal.critic import critic, finetune, train
+from fractal.critic.finetune import Example, Recipe
+from fractal.errors import InputError, OutsideError
+from fractal.generate import models
+from fractal.jsonl import read_jsonl, write_jsonl
+from fractal.records import Label, Sample
+from fractal.rundir import RunDir
 from tests.judged import run_folder, tiny_qwen
 
 programs = st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=20)
@@ -32,14 +36,14 @@ programs = st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, ma
 @given(programs, st.integers(64, 400))
 def test_micro_batches_hold_every_program_once_within_the_bound(data: list[tuple[int, bool]], bound: int) -> None:
     examples = [Example(1, [i] * length, passed, 1) for i, (length, passed) in enumerate(data)]
-    found = tune.micro_batches(examples, bound)
+    found = finetune.micro_batches(examples, bound)
     assert sorted(id(e) for batch in found for e in batch) == sorted(id(e) for e in examples)
     assert all(len(b) == 1 or max(len(e.ids) for e in b) * len(b) <= bound for b in found)
 
 
 def test_a_problem_that_is_split_keeps_both_kinds_in_each_batch() -> None:
     examples = [Example(1, [0] * 50, i % 2 == 0, 1) for i in range(16)]
-    found = tune.micro_batches(examples, 200)
+    found = finetune.micro_batches(examples, 200)
     assert len(found) == 4
     assert all({e.passed for e in batch} == {True, False} for batch in found)
 
@@ -47,7 +51,7 @@ def test_a_problem_that_is_split_keeps_both_kinds_in_each_batch() -> None:
 def test_an_epoch_has_every_program_once_in_an_order_of_its_own() -> None:
     examples = [Example(task, [task], i == 0, 1) for task in range(20) for i in range(3)]
     recipe = Recipe("lora", problems=8)
-    first, again, second = (tune.steps_of_epoch(examples, recipe, epoch) for epoch in (1, 1, 2))
+    first, again, second = (finetune.steps_of_epoch(examples, recipe, epoch) for epoch in (1, 1, 2))
     assert first == again != second
     assert [len(step) for step in first] == [24, 24, 12]
     assert sorted(e.task_id for step in first for e in step) == sorted(e.task_id for e in examples)
@@ -56,21 +60,21 @@ def test_an_epoch_has_every_program_once_in_an_order_of_its_own() -> None:
 
 @given(st.sets(st.integers(1, 974), max_size=60))
 def test_dev_problems_are_some_of_the_train_problems(tasks: set[int]) -> None:
-    dev = tune.dev_problems(np.array(sorted(tasks), dtype=np.int64))
+    dev = finetune.dev_problems(np.array(sorted(tasks), dtype=np.int64))
     assert dev <= tasks
     assert len(dev) == (max(1, round(0.2 * len(tasks))) if len(tasks) >= 5 else 0)
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
-    rates = [tune.learning_rate(step, 100, 1e-3) for step in range(100)]
+    rates = [finetune.learning_rate(step, 100, 1e-3) for step in range(100)]
     assert max(rates) == pytest.approx(1e-3)
     assert rates.index(max(rates)) == 9
     assert 0 < rates[-1] < 2e-5
-    assert tune.learning_rate(0, 1, 1e-3) > 0
+    assert finetune.learning_rate(0, 1, 1e-3) > 0
 
 
 def part_of(logits: torch.Tensor, groups: list[list[Example]], share: float, total: int, mixed: int) -> torch.Tensor:
-    return tune.batch_loss(logits, *tune.loss_weights(groups, share, total, mixed, logits.dtype))
+    return finetune.batch_loss(logits, *finetune.loss_weights(groups, share, total, mixed, logits.dtype))
 
 
 def test_the_loss_of_a_step_is_the_sum_of_its_parts() -> None:
@@ -110,7 +114,7 @@ def groups_of(data: list[list[tuple[bool, int, int]]]) -> list[list[Example]]:
 @given(step_of_groups, st.integers(0, 400))
 def test_packing_splits_no_group_and_keeps_the_bound(data: list[list[tuple[bool, int, int]]], bound: int) -> None:
     groups = groups_of(data)
-    found = tune.packed(groups, bound)
+    found = finetune.packed(groups, bound)
     assert sorted(id(group) for some in found for group in some) == sorted(map(id, groups))
     for some in found:
         batch = [e for group in some for e in group]
@@ -119,8 +123,8 @@ def test_packing_splits_no_group_and_keeps_the_bound(data: list[list[tuple[bool,
 
 def test_small_problems_share_a_pass() -> None:
     groups = groups_of([[(True, 1, 10), (False, 1, 12)]] * 4 + [[(True, 1, 100), (False, 1, 90)]])
-    assert [len(some) for some in tune.packed(groups, 200)] == [4, 1]
-    assert [len(some) for some in tune.packed(groups, 0)] == [1] * 5
+    assert [len(some) for some in finetune.packed(groups, 200)] == [4, 1]
+    assert [len(some) for some in finetune.packed(groups, 0)] == [1] * 5
 
 
 @settings(deadline=None)
@@ -157,9 +161,9 @@ def test_a_packed_loss_and_its_gradients_are_those_of_its_groups(
 def test_how_a_device_is_used() -> None:
     cpu = {"fused": False, "pinned": False, "packed": False, "watched": True}
     gpu = {"fused": True, "pinned": True, "packed": True, "watched": False}
-    assert tune.placement("cpu", "float32") == tune.Placement("cpu", autocast=False, **cpu)
-    assert tune.placement("cpu", "bfloat16") == tune.Placement("cpu", autocast=True, **cpu)
-    assert tune.placement("cuda", "bfloat16") == tune.Placement("cuda", autocast=True, **gpu)
+    assert finetune.placement("cpu", "float32") == finetune.Placement("cpu", autocast=False, **cpu)
+    assert finetune.placement("cpu", "bfloat16") == finetune.Placement("cpu", autocast=True, **cpu)
+    assert finetune.placement("cuda", "bfloat16") == finetune.Placement("cuda", autocast=True, **gpu)
 
 
 def test_inputs_tell_the_old_lora_apart_and_know_the_old_full() -> None:
@@ -215,7 +219,7 @@ def test_training_learns_and_leaves_a_checkpoint_of_each_epoch(mode: str, qwen: 
     for row in rows[1:]:
         folder = tmp_path / f"run/critic/epoch-{row['epoch']}"
         assert {weights, "head.safetensors", critic.ABOUT} <= {p.name for p in folder.iterdir()}
-        assert (folder / tune.OPTIMISER).exists() == (row is rows[-1])
+        assert (folder / finetune.OPTIMISER).exists() == (row is rows[-1])
     _, about = critic.load(tmp_path / "run/critic/best")
     assert rows[about.epoch]["chosen"]
     assert (tmp_path / "run/critic/best" / weights).exists()
@@ -288,14 +292,14 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_folder(tmp_path / "run", qwen)
-    original = tune.batch_loss
+    original = finetune.batch_loss
     calls = [0]
 
     def late(*args: Any) -> torch.Tensor:
         calls[0] += 1
         return original(*args) * (float("nan") if calls[0] > 8 else 1.0)
 
-    monkeypatch.setattr(tune, "batch_loss", late)
+    monkeypatch.setattr(finetune, "batch_loss", late)
     with pytest.raises(train.TrainError, match=r"no number any more \(epoch 2.*--learning-rate.*epoch 1's") as error:
         trained(run, "lora")
     assert error.value.kept
@@ -307,18 +311,18 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
 def test_out_of_memory_halves_the_batch_then_checkpoints_then_gives_up(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = tune.Judge.logits
+    original = finetune.Judge.logits
     tried: list[tuple[int, bool]] = []
     room = {False: 2, True: 2}  # programs at once, with checkpointing and without
 
-    def small(self: tune.Judge, batch: list[Example], pad: int) -> torch.Tensor:
+    def small(self: finetune.Judge, batch: list[Example], pad: int) -> torch.Tensor:
         checkpointing = bool(self.backbone.base_model.model.is_gradient_checkpointing)
         tried.append((len(batch), checkpointing))
         if len(batch) > room[checkpointing]:
             raise torch.OutOfMemoryError
         return original(self, batch, pad)
 
-    monkeypatch.setattr(tune.Judge, "logits", small)
+    monkeypatch.setattr(finetune.Judge, "logits", small)
     run = run_folder(tmp_path / "run", qwen)
     longest = 4 * max(map(len, _questions(run, qwen)))
     rows = trained(run, "lora", epochs=1, batch_tokens=longest)
@@ -347,10 +351,12 @@ def examples_of(qwen: Path, tmp_path: Path, problems: int = 5) -> list[Example]:
     ]
 
 
-def gradients(judge: tune.Judge, examples: list[Example], batch_tokens: int) -> tuple[float, int, list[torch.Tensor]]:
+def gradients(
+    judge: finetune.Judge, examples: list[Example], batch_tokens: int
+) -> tuple[float, int, list[torch.Tensor]]:
     """Loss of a step of all examples, its number of passes, and what it leaves at each parameter."""
     judge.backbone.train()
-    found = [float(value) for _, value in tune.parts(judge, examples, 0.4, batch_tokens, 0)]
+    found = [float(value) for _, value in finetune.parts(judge, examples, 0.4, batch_tokens, 0)]
     return sum(found), len(found), [p.grad.clone() for p in judge.parameters if p.grad is not None]
 
 
@@ -360,16 +366,16 @@ def test_packed_and_checkpointed_steps_have_the_gradients_of_plain_ones(
     mode: Any, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32: the loss to 1e-6, gradients to 1e-4 of the largest of each parameter."""
-    monkeypatch.setattr(tune, "preferred_dtype", lambda: "float32")
+    monkeypatch.setattr(finetune, "preferred_dtype", lambda: "float32")
     examples = examples_of(qwen, tmp_path)
-    plain = tune.placement("cpu", "float32")
+    plain = finetune.placement("cpu", "float32")
     results = {}
     for name, where, checkpointing in (
         ("plain", plain, False),
         ("packed", replace(plain, packed=True), False),
         ("checkpointed", plain, True),
     ):
-        judge = tune.Judge(models.resolve(str(qwen)), Recipe(mode), checkpointing=checkpointing, where=where)
+        judge = finetune.Judge(models.resolve(str(qwen)), Recipe(mode), checkpointing=checkpointing, where=where)
         with torch.no_grad():
             for parameter in judge.parameters:  # LoRA's second matrix starts at zero, which would hide the first
                 parameter.add_(0.01)
@@ -408,12 +414,12 @@ class Calls(TorchDispatchMode):
 def test_an_epoch_on_a_gpu_waits_once_and_multiplies_in_bfloat16(mode: Any, qwen: Path, tmp_path: Path) -> None:
     """All of a GPU's settings but pinned memory, on the CPU. What a watched epoch reads shows that the count counts."""
     examples = examples_of(qwen, tmp_path, problems=8)
-    gpu = replace(tune.placement("cuda", "bfloat16"), device="cpu", pinned=False)
+    gpu = replace(finetune.placement("cuda", "bfloat16"), device="cpu", pinned=False)
     waits = {}
     for watched in (False, True):
-        judge = tune.Judge(models.resolve(str(qwen)), Recipe(mode, problems=2), where=replace(gpu, watched=watched))
+        judge = finetune.Judge(models.resolve(str(qwen)), Recipe(mode, problems=2), where=replace(gpu, watched=watched))
         with Calls() as calls:
-            loss = tune.train_epoch(judge, examples, 1, 1024, 0)
+            loss = finetune.train_epoch(judge, examples, 1, 1024, 0)
         waits[watched] = calls.waits
         assert np.isfinite(loss)
     assert waits[False] == ["_local_scalar_dense"]  # the mean loss, after the last step
@@ -426,17 +432,17 @@ def test_an_epoch_on_a_gpu_waits_once_and_multiplies_in_bfloat16(mode: Any, qwen
 def test_a_loss_that_is_no_number_is_found_after_an_unwatched_epoch(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = tune.batch_loss, [0]
+    original, calls = finetune.batch_loss, [0]
 
     def once(*args: Any) -> torch.Tensor:
         calls[0] += 1
         return original(*args) * (float("nan") if calls[0] == 2 else 1.0)
 
-    monkeypatch.setattr(tune, "batch_loss", once)
-    where = replace(tune.placement("cpu", "float32"), watched=False)
-    judge = tune.Judge(models.resolve(str(qwen)), Recipe("lora", problems=1), where=where)
-    with pytest.raises(tune.Diverged, match=r"epoch 1, step 2 of 5; problems \d+\)"):
-        tune.train_epoch(judge, examples_of(qwen, tmp_path), 1, 4096, 0)
+    monkeypatch.setattr(finetune, "batch_loss", once)
+    where = replace(finetune.placement("cpu", "float32"), watched=False)
+    judge = finetune.Judge(models.resolve(str(qwen)), Recipe("lora", problems=1), where=where)
+    with pytest.raises(finetune.Diverged, match=r"epoch 1, step 2 of 5; problems \d+\)"):
+        finetune.train_epoch(judge, examples_of(qwen, tmp_path), 1, 4096, 0)
 
 
 @pytest.mark.model
@@ -448,7 +454,7 @@ def test_a_critic_stays_until_the_next_one_is_whole(
         train.run(folder, None, "probe")
     before = critic.load(run / "critic/best")[1].inputs
     with monkeypatch.context() as patch:
-        patch.setattr(tune, "batch_loss", lambda logits, *rest: logits.sum() * float("nan"))
+        patch.setattr(finetune, "batch_loss", lambda logits, *rest: logits.sum() * float("nan"))
         with pytest.raises(train.TrainError, match="no number any more"):
             trained(run, "lora")
     assert critic.load(run / "critic/best")[1].inputs == before

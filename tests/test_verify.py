@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fractal.records import Label, Problem, Sample, encode, read_jsonl, write_jsonl
+from fractal.jsonl import encode, read_jsonl, write_jsonl
+from fractal.records import Label, Problem, Sample
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(300)]

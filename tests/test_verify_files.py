@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal import foreign
-from fractal.records import Problem, RecordError, Sample, encode
+from fractal.errors import RecordError
+from fractal.jsonl import encode
+from fractal.records import Problem, Sample
+from fractal.verify import foreign
 
 PROBLEMS = {i: Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in (11, 12)}
 CODE = "def f(x):\n    return x\n"

@@ -1,1 +1,1 @@
-"""Lambda Cloud: a typed client, an instance's life and the ledger, ssh and jobs. Knows no image and no stage."""
+"""Lambda Cloud: the API, instances and their ledger, the machine over SSH, and the tasks that join it with images."""

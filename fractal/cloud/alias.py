@@ -13,7 +13,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 
 ALIAS = "lambda"
 USER = "ubuntu"

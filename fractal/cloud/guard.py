@@ -24,7 +24,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from fractal.cloud import life
 from fractal.cloud.lambda_api import REQUEST_INTERVAL_S, AuthError, Client, CloudError, Pace
 from fractal.cloud.ledger import Entry, Ledger, state_dir
-from fractal.records import InputError, OutsideError, parse
+from fractal.errors import InputError, OutsideError
+from fractal.jsonl import parse
 
 START_TIMEOUT_S = 60.0
 RETRY_MAX_S = 60.0

@@ -41,7 +41,7 @@ from fractal.cloud.life import terminate as terminate
 from fractal.cloud.offers import Wish as Wish
 from fractal.cloud.offers import check as check
 from fractal.cloud.offers import places, too_dear
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 
 LOST_MAX = 2  # launches without an answer before we give up
 BOOT_TIMEOUT_S = 1200.0  # large types take ten minutes

@@ -16,9 +16,9 @@ from typing import IO, Literal
 
 from filelock import FileLock, Timeout
 
-from fractal import ssh
 from fractal.cloud.remote import Remote, RemoteError
-from fractal.records import InputError
+from fractal.errors import InputError
+from fractal.images import ssh
 
 JOB = "fractal.job"  # labels of the container
 RUN = "fractal.run"

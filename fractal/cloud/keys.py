@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fractal.cloud.lambda_api import Client, SshKey
 from fractal.cloud.ledger import Ledger
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 
 NOT_KEYS = (".pub", ".cert", "-cert")
 

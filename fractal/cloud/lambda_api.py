@@ -34,7 +34,8 @@ import requests
 import requests.auth
 import urllib3.exceptions
 
-from fractal.records import InputError, OutsideError, parse
+from fractal.errors import InputError, OutsideError
+from fractal.jsonl import parse
 
 URL = "https://cloud.lambda.ai/api/v1"
 KEYS = "https://cloud.lambda.ai/api-keys"

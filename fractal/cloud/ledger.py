@@ -26,7 +26,8 @@ import platformdirs
 import psutil
 from filelock import FileLock, Timeout
 
-from fractal.records import MALFORMED, NO_SPACE, InputError, OutsideError, parse, write_whole
+from fractal.errors import InputError, OutsideError
+from fractal.jsonl import MALFORMED, NO_SPACE, parse, write_whole
 
 VERSION = 1
 LOCK_TIMEOUT_S = 30.0  # a change takes milliseconds

@@ -10,7 +10,7 @@ from typing import Any
 
 from fractal.cloud.lambda_api import INSTANCES, AuthError, Client, CloudError, Instance, NotFound
 from fractal.cloud.ledger import Entry, Ledger, Process
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 
 Say = Callable[[str], None]
 ENDED = ("terminated", "preempted")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fractal.cloud.lambda_api import Client, InstanceType
-from fractal.records import InputError
+from fractal.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal import ssh
 from fractal.cloud import alias
 from fractal.cloud.lambda_api import CloudError
 from fractal.cloud.ledger import Entry
 from fractal.cloud.remote import Say
-from fractal.records import write_whole
+from fractal.images import ssh
+from fractal.jsonl import write_whole
 
 PORT_TIMEOUT_S = float(os.environ.get("FRACTAL_READY_TIMEOUT_S", "600"))  # large types boot for minutes
 KEY_TIMEOUT_S = 60.0

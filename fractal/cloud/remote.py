@@ -23,9 +23,9 @@ import docker
 import docker.errors
 import requests
 
-from fractal import ssh
 from fractal.cloud.alias import ALIAS as ALIAS
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
+from fractal.images import ssh
 
 Say = Callable[[str], None]
 ROOT = "fractal"  # our folder in the home over there

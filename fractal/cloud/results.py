@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from filelock import FileLock, Timeout
 
 from fractal.cloud.remote import ROOT, Remote, RemoteError, Say, sent
-from fractal.records import InputError, OutsideError
+from fractal.errors import InputError, OutsideError
 
 EVERY_S = 20.0
 LOCK_TIMEOUT_S = 30.0

@@ -27,7 +27,6 @@ import filelock
 import platformdirs
 import requests
 
-from fractal import apt, engine
 from fractal.console import note, report_errors
 from fractal.images import debian, network, recipes
 from fractal.images.builder import (
@@ -43,7 +42,8 @@ from fractal.images.builder import (
 from fractal.images.image import Image
 from fractal.images.recipes import Recipe
 from fractal.images.rendering import Rendering
-from fractal.sandbox.source import content_hash
+from fractal.install import apt, docker_engine
+from fractal.sandbox.host.source import content_hash
 
 BASE_LABEL, PARTS_LABEL = "fractal.base", "fractal.parts"
 REGISTRY_TIMEOUT_S = 8  # a public registry answers in about one
@@ -95,7 +95,9 @@ def connect() -> docker.DockerClient:
     try:
         return docker.from_env(timeout=SILENCE_S, use_ssh_client=True)
     except docker.errors.DockerException as error:
-        raise BuildError(engine.problem() or f"The Docker engine at {engine.address()} refuses: {error}.") from error
+        raise BuildError(
+            docker_engine.problem() or f"The Docker engine at {docker_engine.address()} refuses: {error}."
+        ) from error
 
 
 def ensure_sandbox_image(client: docker.DockerClient, say: Say) -> Built:
@@ -125,7 +127,7 @@ def ensure(client: docker.DockerClient, recipe: Recipe, say: Say, options: Optio
     except (docker.errors.DockerException, requests.RequestException) as error:
         if full := disk_full(str(error)):
             raise BuildError(f"Making {name}: {full}") from error
-        remedy = engine.problem() or "Run the command again."
+        remedy = docker_engine.problem() or "Run the command again."
         raise BuildError(f"The Docker engine failed while making {name}: {first_line(error)}. {remedy}") from error
     except OSError as error:
         raise BuildError(f"Cannot make {name}: {error}. Mend that and run the command again.") from error

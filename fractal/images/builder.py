@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import docker
 
-from fractal import console, engine
+from fractal import console
+from fractal.errors import OutsideError
 from fractal.images.image import Image
 from fractal.images.rendering import COMMITTED, Rendering
-from fractal.records import OutsideError
+from fractal.install import docker_engine
 
 SILENCE_S = 1800  # without a word from the engine: a layer of several GB is being written
 END_S = 3  # what a builder takes to cancel its work; a tenth as a rule
@@ -51,8 +52,8 @@ def check_machine(client: docker.DockerClient) -> None:
     machine = str(client.version().get("Arch", "unknown"))
     if machine not in MACHINES:
         raise BuildError(
-            f"The Docker engine at {engine.address()} runs on {machine}; vLLM and torch are made for amd64 and arm64. "
-            "Build on such a machine: DOCKER_HOST=ssh://USER@HOST invoke build."
+            f"The Docker engine at {docker_engine.address()} runs on {machine}; vLLM and torch are made for amd64 and "
+            "arm64. Build on such a machine: DOCKER_HOST=ssh://USER@HOST invoke build."
         )
 
 

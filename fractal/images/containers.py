@@ -21,14 +21,15 @@ import docker.errors
 import docker.types
 import requests
 
-from fractal import engine, gpu, models
 from fractal.console import note
+from fractal.errors import InputError, OutsideError
+from fractal.generate import models
 from fractal.images import driver, hub_token, recipes
 from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
-from fractal.records import InputError, OutsideError
-from fractal.run import commit
-from fractal.sandbox.container import SOCKET, start_sidecar, stop_sidecar
+from fractal.install import docker_engine, gpu
+from fractal.rundir import commit
+from fractal.sandbox.host.container import SOCKET, start_sidecar, stop_sidecar
 
 CACHE_VOLUME = "fractal-cache"  # models and compiled kernels, kept between runs; see cache_volume
 MODELS = "/models"  # models that this machine has prepared, read-only
@@ -252,7 +253,7 @@ def run(client: docker.DockerClient, recipe: Recipe, command: Iterable[str], mak
 
 def _failed(name: str, error: Exception) -> ContainerError:
     reason = first_line(error)
-    remedy = engine.problem() or "Run the command again."
+    remedy = docker_engine.problem() or "Run the command again."
     if "could not select device driver" in reason:
         remedy = "The engine has no NVIDIA container toolkit: install nvidia-container-toolkit, or leave --gpus out."
     return ContainerError(f"{name} does not run: {reason}. {remedy}")

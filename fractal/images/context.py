@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pathspec
 
-from fractal.records import InputError
-from fractal.sandbox.source import marked
+from fractal.errors import InputError
+from fractal.sandbox.host.source import marked
 
 LIMIT_MB = 100  # of local files in one image; ours are under 2 MB, weights and data belong in a volume
 OUTSIDE = "outside"  # the folder of the build context for what lies outside the image's root

@@ -20,8 +20,8 @@ from typing import IO
 
 import docker
 
-from fractal import apt
-from fractal.records import OutsideError
+from fractal.errors import OutsideError
+from fractal.install import apt
 
 SUITE = "bookworm"
 EMPTY = ("etc/hostname", "etc/hosts", "etc/resolv.conf")  # the engine mounts its own there, and would make them

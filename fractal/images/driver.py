@@ -11,8 +11,8 @@ VLLM_ENABLE_CUDA_COMPATIBILITY sets that in a process that runs already, which r
 import re
 from collections.abc import Iterable
 
+from fractal.errors import OutsideError
 from fractal.images.recipes import MINIMUM_DRIVER
-from fractal.records import OutsideError
 
 COMPAT = "/usr/local/cuda-13.0/compat"  # of the package cuda-compat-13-0
 COMPAT_BRANCHES = (535, 550, 570, 575)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from fractal import models
-from fractal.records import OutsideError
+from fractal.errors import OutsideError
+from fractal.generate import models
 
 PATH = "/run/secrets/hf_token"
 SWITCH = "HF_HUB_DISABLE_IMPLICIT_TOKEN"  # huggingface_hub's own: never send the token unasked

@@ -44,7 +44,7 @@ from fractal.images.rendering import (
     venv,
     with_base_stage,
 )
-from fractal.sandbox.source import content_hash
+from fractal.sandbox.host.source import content_hash
 
 PYTHON_SOURCES = "/app"  # where add_local_python_source puts modules, and PYTHONPATH
 DIGEST = "sha256:[0-9a-f]{64}"

@@ -9,11 +9,12 @@ import docker.errors
 import requests
 from rich.table import Table
 
-from fractal import console, engine
+from fractal import console
 from fractal.images import recipes
 from fractal.images.build import BASE_LABEL, PARTS_LABEL, connect, first_line
 from fractal.images.builder import BuildError
 from fractal.images.recipes import Recipe
+from fractal.install import docker_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ def inventory(client: docker.DockerClient) -> list[Entry]:
         return [look_up(client, recipe) for recipe in recipes.recipes().values()]
     except (docker.errors.DockerException, requests.RequestException) as error:
         raise BuildError(
-            f"The Docker engine at {engine.address()} fails: {first_line(error)}. {engine.problem()}"
+            f"The Docker engine at {docker_engine.address()} fails: {first_line(error)}. {docker_engine.problem()}"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Writes the lock files in docker/: Python packages with versions and hashes, by uv; base images with digests.
 
 What is locked keeps its version unless `upgrade` is asked for. torch for the CPU is in no lock, since its wheels differ
-by platform and index; fractal/setup.py pins its version.
+by platform and index; fractal/install/setup.py pins its version.
 """
 
 import re
@@ -15,11 +15,13 @@ import docker.errors
 import requests
 from packaging.requirements import Requirement
 
-from fractal import console, setup
+from fractal import console
+from fractal.errors import InputError, OutsideError
 from fractal.images import network, recipes
 from fractal.images.build import REGISTRY_TIMEOUT_S, Say, connect, first_line, patience
 from fractal.images.rendering import UV_LOCK
-from fractal.records import InputError, OutsideError, write_whole
+from fractal.install import setup
+from fractal.jsonl import write_whole
 
 UV_TIMEOUT_S = 900
 # First of the locks for a GPU: PyTorch and what NVIDIA ships for it, which is large and changes little.

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fractal.errors import InputError
 from fractal.images import debian
-from fractal.records import InputError
 
 # pip's setting -> uv's variable for it; https://docs.astral.sh/uv/reference/environment/
 UV_NAMES = {

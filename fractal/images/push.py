@@ -24,13 +24,13 @@ import docker.errors
 import requests
 import urllib3
 
-from fractal import engine, ssh
 from fractal.console import note, report_errors
-from fractal.images import far, recipes
-from fractal.images.board import board
+from fractal.errors import InputError, OutsideError
+from fractal.images import recipes, remote_engine, ssh
 from fractal.images.build import Say, connect, ensure, first_line, patience
+from fractal.images.progress import board
 from fractal.images.registry import Manifest, RegistryError, read_manifest
-from fractal.records import InputError, OutsideError
+from fractal.install import docker_engine
 
 SILENCE_S = 900  # of the engine: a registry that checks a layer of 10 GB says nothing meanwhile
 PAUSES_S = (2.0, 5.0, 15.0)  # before each further attempt; the engine itself tries each layer 5 times in 50 s
@@ -107,12 +107,16 @@ def one_line() -> Iterator[None]:
         yield
     except ssh.SshLost as error:
         raise LostError(str(error)) from error
-    except (ssh.SshError, far.FarError, RegistryError) as error:
+    except (ssh.SshError, remote_engine.FarError, RegistryError) as error:
         raise PushError(str(error)) from error
     except docker.errors.DockerException as error:
-        raise PushError(f"The Docker engine failed: {clean(first_line(error))}. {engine.problem() or AGAIN}") from error
+        raise PushError(
+            f"The Docker engine failed: {clean(first_line(error))}. {docker_engine.problem() or AGAIN}"
+        ) from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise PushError(f"The Docker engine broke off ({type(error).__name__}). {engine.problem() or AGAIN}") from error
+        raise PushError(
+            f"The Docker engine broke off ({type(error).__name__}). {docker_engine.problem() or AGAIN}"
+        ) from error
     except OSError as error:
         raise PushError(f"Cannot push: {error}. Mend that and run the command again.") from error
 
@@ -143,7 +147,7 @@ def to_host(
     host: str,
     *,
     say: Say,
-    program: far.Program = "auto",
+    program: remote_engine.Program = "auto",
     ssh_config: Path | None = None,
 ) -> Pushed:
     """Push `name` to the engine of `host`, an OpenSSH destination; it has the same name there.
@@ -157,14 +161,14 @@ def to_host(
 
     @one_line()
     def attempt() -> Pushed:
-        with far.connect(host, ssh_config) as link:
-            there = far.engine(link)
+        with remote_engine.connect(host, ssh_config) as link:
+            there = remote_engine.engine(link)
             if there.platform != image.platform:
                 raise PushError(
                     f"{image.name} is made for {image.platform}, and {host} is {there.platform}: nothing was sent. "
                     f"Build it over there: DOCKER_HOST=ssh://{host} invoke build."
                 )
-            served = far.start_registry(link, there, far.ensure_program(link, there, program, say))
+            served = remote_engine.start_registry(link, there, remote_engine.ensure_program(link, there, program, say))
             repository, tag = f"127.0.0.1:{served.local_port}/{FAR_REPOSITORY}", image.id[7:19]
             say(f"{image.name} goes to {host}")
             with tagged(client, image, repository, tag, ours=True):
@@ -173,7 +177,7 @@ def to_host(
             if manifest is None:
                 raise LostError(f"The registry on {host} does not show what it was given.")
             say(f"{host} takes it from its own loopback")
-            far.pull(link, there, served.port, FAR_REPOSITORY, manifest, image.name)
+            remote_engine.pull(link, there, served.port, FAR_REPOSITORY, manifest, image.name)
             return sending.pushed(image.name, digest, image, manifest, began)
 
     return persist(attempt, sending, say)
@@ -183,8 +187,8 @@ def through_tunnel(
     client: docker.DockerClient,
     image: Local,
     link: ssh.Link,
-    there: far.Engine,
-    served: far.Registry,
+    there: remote_engine.Engine,
+    served: remote_engine.Registry,
     tag: str,
     sending: Sending,
 ) -> str:
@@ -195,7 +199,7 @@ def through_tunnel(
         nonlocal next_check
         link.check()
         if time.monotonic() >= next_check:
-            far.check_disk(link, there, served.container)
+            remote_engine.check_disk(link, there, served.container)
             next_check = time.monotonic() + DISK_CHECK_S
 
     try:
@@ -203,13 +207,13 @@ def through_tunnel(
         return send(client, repository, tag, sending, anonymous=True, retrying=retrying)
     except LostError as error:
         link.check()
-        if not sending.begun and far.answers(served.local_port):
+        if not sending.begun and remote_engine.answers(served.local_port):
             raise PushError(
                 f"The Docker engine does not reach port {served.local_port} of this machine: it has another loopback, "
                 "as Docker Desktop, colima and a remote DOCKER_HOST have. Push to a registry (--registry), "
                 f"or send the whole image: docker save {image.name} | ssh {link.host} {there.words} load"
             ) from error
-        far.check_disk(link, there, served.container)
+        remote_engine.check_disk(link, there, served.container)
         raise
 
 
@@ -320,7 +324,7 @@ def send(
             f"out of config.json and run: docker login {repository.split('/')[0]}"
         ) from error
     if not digest:
-        raise PushError(f"The Docker engine broke off in the middle of the push. {engine.problem() or AGAIN}")
+        raise PushError(f"The Docker engine broke off in the middle of the push. {docker_engine.problem() or AGAIN}")
     return digest
 
 
@@ -445,7 +449,7 @@ def push(
     registry: str | None,
     host: str | None,
     *,
-    program: far.Program = "auto",
+    program: remote_engine.Program = "auto",
     ssh_config: Path | None = None,
     as_json: bool = False,
 ) -> None:
@@ -470,7 +474,9 @@ def main(words: list[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--registry", metavar="HOST[:PORT][/PATH]", help="push there; log in with docker login")
     where.add_argument("--host", metavar="ALIAS", help="push to this machine's engine, over ssh; or USER@HOST")
-    parser.add_argument("--program", choices=get_args(far.Program), default="auto", help="the far registry's program")
+    parser.add_argument(
+        "--program", choices=get_args(remote_engine.Program), default="auto", help="the far registry's program"
+    )
     parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="instead of ~/.ssh/config")
     given = parser.parse_args(words)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup's

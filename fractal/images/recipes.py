@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fractal import setup
+from fractal.errors import InputError
 from fractal.images.image import Image
 from fractal.images.rendering import VENV
-from fractal.records import InputError, write_whole
-from fractal.sandbox.source import HOST_ONLY
+from fractal.install import setup
+from fractal.jsonl import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 BASES_LOCK = "docker/images.lock"
@@ -125,19 +125,20 @@ def sandbox() -> Image:
         Image.debian_slim(root=ROOT, digests=digests())
         .title(
             f"The sandbox: Python's standard library and the judge, nothing else.\n{RENDERED}\n\n"
-            "What walls it in are options of `docker run` (fractal/sandbox/container.py). The supervisor starts as\n"
-            "root because each untrusted program gets a user of its own."
+            "Options of `docker run` wall it in (fractal/sandbox/host/container.py). The supervisor starts as root,\n"
+            "because each untrusted program gets a user of its own."
         )
         .apt_install("python3")
         .env({"LANG": "C.UTF-8"})
         .add_local_file("fractal/__init__.py", "/sandbox/fractal/__init__.py", copy=True)
-        .add_local_dir("fractal/sandbox", "/sandbox/fractal/sandbox", copy=True, ignore=HOST_ONLY)
+        .add_local_file("fractal/sandbox/__init__.py", "/sandbox/fractal/sandbox/__init__.py", copy=True)
+        .add_local_dir("fractal/sandbox/inside", "/sandbox/fractal/sandbox/inside", copy=True)
         .run_commands(
             "python3 -m compileall -q --invalidation-mode unchecked-hash /sandbox",
             comment="The root file system is read-only at run time: without this, every start would compile.",
         )
         # Not -I: PYTHONHASHSEED has to be heard, so that a label does not depend on the order of a set.
-        .entrypoint(["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/supervisor.py"])
+        .entrypoint(["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/inside/supervisor.py"])
     )
 
 

@@ -22,8 +22,9 @@ import docker.auth
 import platformdirs
 import requests
 
-from fractal import apt
-from fractal.records import OutsideError, write_whole
+from fractal.errors import OutsideError
+from fractal.install import apt
+from fractal.jsonl import write_whole
 
 HTTP_TIMEOUT_S = 30.0
 IMAGES = ("application/vnd.docker.distribution.manifest.v2+json", "application/vnd.oci.image.manifest.v1+json")

@@ -29,9 +29,9 @@ import certifi
 import docker
 
 from fractal import console
+from fractal.errors import OutsideError
 from fractal.images import build, network, recipes
 from fractal.images.recipes import ROOT
-from fractal.records import OutsideError
 
 Kind = Literal[
     "private key",

@@ -28,7 +28,7 @@ import card  # noqa: E402
 CAPABILITY, RUNNER = int(sys.argv[1]), sys.argv[2]
 card.insert(CAPABILITY)
 
-from fractal import gpu  # noqa: E402
+from fractal.install import gpu  # noqa: E402
 
 gpu.usable = lambda: True  # NVML has no stand-in
 
@@ -37,9 +37,9 @@ from tokenizers import Tokenizer, models  # noqa: E402
 from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sampler_supported  # noqa: E402
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment  # noqa: E402
 
-from fractal import scorer_vllm  # noqa: E402
-from fractal.engine_vllm import VllmEngine  # noqa: E402
-from fractal.generate import Request, Sampling  # noqa: E402
+from fractal.critic import vllm_pooling  # noqa: E402
+from fractal.generate.stage import Request, Sampling  # noqa: E402
+from fractal.generate.vllm import VllmEngine  # noqa: E402
 
 # Qwen2.5-Coder-1.5B's shape with one layer, since all are compiled alike.
 SHAPE = {
@@ -96,8 +96,8 @@ def main() -> None:
         requests = [Request(1, i, tokens, i) for i in range(4)]
         outputs = sum(len(done) for done in engine.generate(requests))
     else:
-        scorer_vllm.LLM = functools.partial(scorer_vllm.LLM, **options)  # type: ignore[misc]
-        scorer = scorer_vllm.VllmScorer(Path(model()), "bfloat16", 1000)
+        vllm_pooling.LLM = functools.partial(vllm_pooling.LLM, **options)  # type: ignore[misc]
+        scorer = vllm_pooling.VllmScorer(Path(model()), "bfloat16", 1000)
         outputs = len(list(scorer.logits([tokens] * 4)))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(

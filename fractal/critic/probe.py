@@ -1,0 +1,184 @@
+"""`--mode probe`: a linear head on frozen states of one layer, chosen by cross-validation grouped by problem.
+
+On the last layer it may start from the zero-shot judge: then only what it adds to that is penalised, and a strong ridge
+leaves the judge as it is. Everything here is convex: no random start, no chosen epoch. It sees train problems only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import GroupKFold, KFold
+
+from fractal import console
+from fractal.critic.critic import Array, Flags, Floats, Groups, Half, Head, loss, prior_shift, problem_pairs
+from fractal.selection import metrics
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # weight of the squared norm of the head, on standardised states
+START_RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # the same, of what is added to the zero-shot judge
+EPOCHS = 5  # rounds of L-BFGS; the loss is convex, so more only polish
+FOLDS = 5
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For steps of a millisecond: threads waiting for each other cost more than they give, twice on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class HeadFit:
+    """The convex problem of one layer's states (N, D) and a ridge, solved by L-BFGS in rounds (`epoch`).
+
+    With a `start` (D,), weight = a * start + w: the factor a is free, and the ridge holds w alone.
+    """
+
+    def __init__(
+        self, states: Half | Array, passed: Flags, groups: Groups, ridge: float, start: Array | None = None
+    ) -> None:
+        x = states.astype(np.float32)
+        self.ridge = ridge
+        self._mean, self._scale = x.mean(axis=0), x.std(axis=0) + 1e-4
+        self._x = torch.tensor((x - self._mean) / self._scale, dtype=torch.float64)
+        self._y = torch.tensor(passed, dtype=torch.float64)
+        self._prior = prior_shift(passed)
+        self._pairs = torch.tensor(problem_pairs(passed, groups))
+        toward = np.zeros(x.shape[1]) if start is None else start.astype(np.float64) * self._scale
+        spread = float(np.std(self._x.numpy() @ toward)) or 1.0
+        self._toward = torch.tensor(toward / spread)  # its logits vary by 1
+        self._a = torch.zeros((), dtype=torch.float64, requires_grad=start is not None)
+        self._w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+        self._b = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        free = [one for one in (self._a, self._w, self._b) if one.requires_grad]
+        self._steps = torch.optim.LBFGS(free, max_iter=20, line_search_fn="strong_wolfe")
+
+    @_one_thread()
+    def epoch(self) -> float:
+        """One round of steps; returns the loss before the penalty."""
+
+        def closure() -> torch.Tensor:
+            self._steps.zero_grad()
+            value = self._loss() + self.ridge * self._w.square().sum()
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        self._steps.step(closure)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            return float(self._loss())
+
+    def _loss(self) -> torch.Tensor:
+        return loss(self._x @ (self._a * self._toward + self._w) + self._b, self._y, self._pairs)
+
+    def head(self) -> Head:
+        """For states as they come: the standardisation is folded into weight and bias."""
+        weight = (self._a * self._toward + self._w).detach().numpy() / self._scale
+        bias = float(self._b.detach()) + self._prior - float(weight @ self._mean)
+        return Head(weight.astype(np.float32), bias)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Layer, ridge and start, as grouped cross-validation within the train problems chose them."""
+
+    place: int  # of the layer in Features.layers
+    layer: int
+    ridge: float
+    start: bool  # from the zero-shot judge
+    within_auc: float | None  # of the held-out folds, over pairs of one problem
+    pooled_auc: float | None
+    logits: Floats  # (N,) of the held-out folds
+    table: list[dict[str, Any]]  # every combination with its figures
+
+
+def cross_validate(
+    states: Half, passed: Flags, groups: Groups, layers: list[int], start: Array | None = None
+) -> Chosen:
+    """Try every layer and ridge on folds of whole problems. Needs at least two problems and both classes.
+
+    states (N, layers, D); `start` (D,): the zero-shot judge, of the last layer.
+    """
+    folds = list(GroupKFold(n_splits=min(FOLDS, len(np.unique(groups)))).split(passed, groups=groups))
+    tried = [(place, ridge, False) for place in range(len(layers)) for ridge in RIDGES]
+    if start is not None:
+        tried += [(len(layers) - 1, ridge, True) for ridge in START_RIDGES]
+    table: list[dict[str, Any]] = []
+    held_out: list[Floats] = []
+    with console.bar("cross-validation", len(tried)) as bar:
+        for place, ridge, started in tried:
+            logits = _held_out(states[:, place], passed, groups, ridge, folds, start if started else None)
+            within = metrics.within_problem_auc(logits, passed, groups.tolist()).auc
+            pooled = metrics.auc(logits, passed)
+            row = {"layer": layers[place], "ridge": ridge, "zero_shot_start": started}
+            table.append({**row, "within_auc": within, "pooled_auc": pooled})
+            held_out.append(logits)
+            bar.advance()
+    best = max(
+        range(len(table)),
+        key=lambda i: (_known(table[i]["within_auc"]), _known(table[i]["pooled_auc"]), table[i]["ridge"]),
+    )
+    place, ridge, started = tried[best]
+    row = table[best]
+    return Chosen(place, layers[place], ridge, started, row["within_auc"], row["pooled_auc"], held_out[best], table)
+
+
+def _held_out(
+    states: Half,
+    passed: Flags,
+    groups: Groups,
+    ridge: float,
+    folds: list[tuple[Any, Any]],
+    start: Array | None = None,
+) -> Floats:
+    """Logits (N,) of samples that their fold's head has not seen; 0 where a fold has one class to learn from."""
+    logits = np.zeros(len(passed))
+    for train, test in folds:
+        if passed[train].all() or not passed[train].any():
+            continue
+        fit = HeadFit(states[train], passed[train], groups[train], ridge, start)
+        fit.epoch()
+        logits[test] = fit.head().logits(states[test])
+    return logits
+
+
+def _known(value: float | None) -> float:
+    return 0.5 if value is None else value
+
+
+def compare_splits(
+    states: Half, passed: Flags, groups: Groups, ridge: float, start: Array | None = None
+) -> list[dict[str, Any]]:
+    """The same critic judged under two ways to split the same samples: by sample, which leaks, and by problem.
+
+    states (N, D). `lookup_accuracy` needs no program: the majority label of the same problem on the training side,
+    and where the problem is not there the majority of all. Fields as summary.SplitAccuracy.
+    """
+    rows = []
+    for by in ("sample", "problem"):
+        count = min(FOLDS, len(np.unique(groups)))
+        if by == "sample":
+            folds = list(KFold(count, shuffle=True, random_state=0).split(passed))
+        else:
+            folds = list(GroupKFold(n_splits=count).split(passed, groups=groups))
+        logits = _held_out(states, passed, groups, ridge, folds, start)
+        looked_up = np.zeros(len(passed), dtype=bool)
+        for train, test in folds:
+            for i in test:
+                same = passed[train][groups[train] == groups[i]]
+                looked_up[i] = (same if len(same) else passed[train]).mean() >= 0.5
+        rows.append(
+            {
+                "by": by,
+                "accuracy": float(np.mean((logits >= 0) == passed)),
+                "auc": metrics.auc(logits, passed),
+                "within_auc": metrics.within_problem_auc(logits, passed, groups.tolist()).auc,
+                "lookup_accuracy": float(np.mean(looked_up == passed)),
+            }
+        )
+    return rows

@@ -1,0 +1,74 @@
+"""Scoring with vLLM's pooling runner: a sequence classification model in, its labels' logits for each text out."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fractal.errors import OutsideError
+from fractal.generate import memory
+from fractal.generate.vllm import GPU_KERNELS, ON_GPU, batch_and_memory  # first: it sets vLLM's environment
+
+from vllm import LLM, PoolingParams, TokensPrompt  # isort: skip
+
+CHUNK = 4096 if ON_GPU else 256  # texts handed over at once; on a CPU these take a minute
+STEP_TOKENS = 16384 if ON_GPU else 4096  # tokens of one engine step
+
+
+class VllmScorer:
+    """One sequence classification model. Texts with the same beginning share it in the prefix cache.
+
+    To start an engine costs most of a minute on a GPU, so one engine serves several critics: `shorten` leaves out the
+    last layers, `exchange` puts in other weights of the same shape.
+    """
+
+    def __init__(self, path: Path, dtype: str, longest: int) -> None:
+        """`longest`: tokens of the longest text. Raises OutsideError where the memory holds not even that."""
+        size, options = batch_and_memory(path, dtype, longest + 1, None)
+        self._llm = LLM(
+            str(path),
+            runner="pooling",
+            dtype=dtype,  # type: ignore[arg-type]
+            max_model_len=longest + 1,
+            enable_prefix_caching=True,
+            enforce_eager=True,  # prompts only: CUDA graphs are for decoding, and compiling would outlast the work
+            max_num_batched_tokens=max(STEP_TOKENS, longest + 1),
+            max_num_seqs=size,
+            disable_log_stats=True,
+            **(GPU_KERNELS if ON_GPU else {}),
+            **options,
+        )
+
+    def logits(self, texts: list[list[int]]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Place and logits (labels,) of each text, as they come."""
+        raw = PoolingParams(use_activation=False)
+        for start in range(0, len(texts), CHUNK):
+            prompts = [TokensPrompt(prompt_token_ids=ids) for ids in texts[start : start + CHUNK]]
+            for place, output in enumerate(self._llm.classify(prompts, pooling_params=raw, use_tqdm=False), start):
+                yield place, np.array(output.outputs.probs, dtype=np.float64)
+
+    def shorten(self, depth: int) -> None:
+        """Run only the first `depth` layers from now on. Raises OutsideError for a model that cannot."""
+
+        def leave_out(model: Any) -> bool:
+            if not hasattr(model.model, "end_layer"):  # where vLLM's models stop, for pipelines of several GPUs
+                return False
+            model.model.end_layer = depth
+            return True
+
+        if not all(self._llm.apply_model(leave_out)):
+            raise OutsideError("vLLM cannot leave out layers of this kind of model. Take --score-backend transformers.")
+        self._llm.reset_prefix_cache()
+
+    def exchange(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Go on with other weights: names and tensors, all of them and those of the head (score.weight)."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Give the memory back: the next model needs it."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        memory.release()

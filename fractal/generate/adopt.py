@@ -1,0 +1,59 @@
+"""Samples that were drawn elsewhere -> a run folder: stage 1 for files of our own or other tools. Draws nothing."""
+
+import hashlib
+from pathlib import Path
+
+from fractal import console
+from fractal.errors import InputError
+from fractal.generate import models
+from fractal.jsonl import write_jsonl
+from fractal.problems.sets import ProblemSet
+from fractal.rundir import RunDir
+from fractal.verify.foreign import read_samples
+
+
+def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> None:
+    """Copy the samples of the chosen problems into samples.jsonl; what the other stages need is recorded.
+
+    `model`: the one that drew them, a folder or a hub id: the critic starts from it. Raises InputError; then nothing
+    has been written.
+    """
+    if not samples.is_file():
+        raise InputError(f"--samples {samples}: no such file.")
+    files = models.resolve(model)
+    with samples.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    known = problem_set.by_id()
+    with console.quiet("reading the samples"):
+        found = [one.ready() for one in read_samples(samples, known)]
+    counts: dict[int, int] = {}
+    for one in found:
+        counts[one.task_id] = counts.get(one.task_id, 0) + 1
+    chosen = [problem for problem in problem_set.problems if problem.task_id in counts]
+    temperatures = {one.temperature for one in found}
+    folder.configure("problems", {"name": problem_set.name, "digest": problem_set.digest})
+    folder.configure(
+        "generate",
+        {
+            "model": files.name,
+            "revision": files.revision,
+            "weights_sha256": files.digest,
+            "backend": "adopted",
+            "samples_sha256": digest,
+            "n": max(counts.values()),
+            "temperature": temperatures.pop() if len(temperatures) == 1 else None,
+        },
+    )
+    folder.keep_model_path(files.name, model)
+    folder.save()
+    folder.set_problems(chosen)
+    if folder.file("samples.jsonl").exists():
+        console.say(f"adopt: {len(found)} samples are there, nothing to do")
+        return
+    with folder.stage("adopt", "samples.jsonl"):
+        write_jsonl(folder.file("samples.jsonl"), found)
+        missing = len(problem_set.problems) - len(chosen)
+        console.say(
+            f"adopt: {len(found)} samples of {len(chosen)} problems from {samples}"
+            + (f"; {missing} problems without a sample left out" if missing else "")
+        )

@@ -1,0 +1,316 @@
+"""JSONL files: reading with the file, line and field of an error; appending and replacing without half-written lines.
+
+`read_jsonl` reads one of our own files, `iter_lines` any JSON or JSONL file, gzipped or not. `Appender` adds lines so
+that a kill or a full disk never leaves half a line behind a whole one. What the records hold is in records.py.
+"""
+
+import errno
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+import msgspec
+
+from fractal.errors import InputError, OutsideError, RecordError
+
+BLOCK = 1 << 18  # bytes read or written at once
+_encoder = msgspec.json.Encoder()
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Keyed(Protocol):
+    """A record of one sample."""
+
+    @property
+    def task_id(self) -> int: ...
+    @property
+    def sample_id(self) -> int: ...
+
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Keyed)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a JSONL file (or one element of a JSON array) with its place, for messages."""
+
+    path: Path
+    number: int  # 1-based line; for an array, 1-based element
+    kind: Literal["line", "element"]
+    data: bytes
+
+    def error(self, message: str, remedy: str = "Correct it and run the command again.") -> RecordError:
+        return RecordError(f"{self.path}: {self.kind} {self.number}: {message}. {remedy}")
+
+
+def iter_lines(path: Path, *, own: bool = False, watch: Callable[[float], None] | None = None) -> Iterator[Line]:
+    """The records of a JSONL file, or of a JSON array, one by one and not yet decoded; gzipped or not, by content.
+
+    Raises RecordError if there are none. In one of our `own` files a torn last line (a killed writer) is left out, and
+    a file that is missing or empty holds no records: that is how every stage starts. `watch` is told now and then which
+    share of the file is behind. An array is read as a whole.
+    """
+    if own and not path.exists():
+        return
+    found = False
+    try:
+        with path.open("rb", buffering=0) as raw:
+            file = io.BufferedReader(raw, BLOCK)
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            lines: Iterable[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK) if packed else file
+            size = os.fstat(raw.fileno()).st_size if watch else 0
+            for number, data in enumerate(lines, 1):
+                if number == 1:
+                    data = data.removeprefix(b"\xef\xbb\xbf")
+                if not data or data.isspace():
+                    continue
+                if own and data[-1] != 10:
+                    return
+                if not found and not own and data.lstrip()[:1] == b"[":
+                    yield from _array(path, data + b"".join(lines))
+                    return
+                found = True
+                if watch and size and number % 4096 == 0:
+                    watch(raw.tell() / size)
+                yield Line(path, number, "line", data)
+    except FileNotFoundError:
+        raise RecordError(f"{path}: no such file. Check the path.") from None
+    except IsADirectoryError:
+        raise RecordError(f"{path}: is a folder, expected a file.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"{path}: damaged gzip file: {error}. Fetch it again.") from error
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}.") from error
+    if not found and not own:
+        raise RecordError(f"{path}: is empty, expected one JSON object a line.")
+
+
+def read_lines(path: Path) -> list[Line]:
+    """All of `iter_lines`."""
+    return list(iter_lines(path))
+
+
+def decode(line: Line, kind: type[T]) -> T:
+    """One record from its line. Raises RecordError with the field and what was expected."""
+    try:
+        return cast(T, parse(line.data, kind))
+    except MALFORMED as error:
+        # msgspec: "Expected `int`, got `str` - at `$.task_id`", or where the JSON itself is malformed
+        raise line.error(f"not a {kind.__name__}: {error}") from error
+
+
+def decode_object(line: Line) -> dict[str, Any]:
+    """A line of a foreign format as a plain dict. Raises RecordError."""
+    try:
+        value = parse(line.data, Any)
+    except MALFORMED as error:
+        raise line.error(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise line.error(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _array(path: Path, data: bytes) -> list[Line]:
+    """The elements of a JSON array, as they stand where msgspec can tell them apart. Raises RecordError."""
+    try:
+        elements = _elements(data)
+    except MALFORMED as error:
+        raise RecordError(f"{path}: not valid JSON: {error}.") from error
+    if not elements:
+        raise RecordError(f"{path}: is an empty array, expected at least one object.")
+    return [Line(path, i, "element", element) for i, element in enumerate(elements, 1)]
+
+
+def _elements(data: bytes) -> list[bytes]:
+    try:
+        return [bytes(raw) for raw in msgspec.json.decode(data, type=list[msgspec.Raw])]
+    except msgspec.DecodeError:
+        return [encode(value) for value in parse(data, list[Any])]
+
+
+MALFORMED = (msgspec.DecodeError, UnicodeError, RecursionError)  # what parse raises
+
+
+def parse(data: bytes, kind: Any) -> Any:
+    """JSON as a value of a type. msgspec refuses escaped lone surrogates, which `encode` writes: json reads those."""
+    try:
+        return _decoder(kind).decode(data)
+    except msgspec.DecodeError as error:
+        if b"\\ud" not in data.lower():
+            raise
+        try:
+            value = json.loads(data)
+        except ValueError:
+            raise error from None
+    return msgspec.convert(value, kind)
+
+
+@lru_cache(maxsize=64)
+def _decoder(kind: Any) -> "msgspec.json.Decoder[Any]":
+    return msgspec.json.Decoder(kind)
+
+
+def read_jsonl(path: Path, kind: type[T]) -> list[T]:
+    """All records of one of our own files, see `iter_lines`. Raises RecordError."""
+    return [decode(line, kind) for line in iter_lines(path, own=True)]
+
+
+def encode(record: object) -> bytes:
+    """One JSON line. Lone surrogates (possible in programs) are escaped, so any str survives."""
+    try:
+        return _encoder.encode(record) + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(record)).encode("ascii") + b"\n"
+
+
+def encode_all(records: Iterable[object]) -> bytes:
+    """Their JSON lines, at once."""
+    records = list(records)
+    try:
+        return _encoder.encode_lines(records)
+    except UnicodeEncodeError:
+        return b"".join(map(encode, records))
+
+
+def unique(records: Iterable[K], path: Path) -> dict[tuple[int, int], K]:
+    """Records by (task_id, sample_id). Raises RecordError on a duplicate."""
+    found: dict[tuple[int, int], K] = {}
+    for record in records:
+        key = (record.task_id, record.sample_id)
+        if key in found:
+            raise RecordError(f"{path}: task_id {key[0]}, sample_id {key[1]} stands twice. Delete one of the lines.")
+        found[key] = record
+    return found
+
+
+class KeySet:
+    """Which (task_id, sample_id) there are, in few bytes: for each problem a count of those from 0 on, and the others.
+
+    A million samples that are numbered from 0 within each problem take as much room as the problems.
+    """
+
+    def __init__(self) -> None:
+        self._count: dict[int, int] = {}  # sample_id 0..count-1 are in
+        self._others: dict[int, set[int]] = {}
+        self._size = 0
+
+    def add(self, task_id: int, sample_id: int) -> bool:
+        """Whether the key is new."""
+        count = self._count.get(task_id, 0)
+        others = self._others.get(task_id)
+        if sample_id == count:
+            count += 1
+            while others and count in others:
+                others.remove(count)
+                count += 1
+            self._count[task_id] = count
+        elif 0 <= sample_id < count or (others and sample_id in others):
+            return False
+        elif others is None:
+            self._others[task_id] = {sample_id}
+        else:
+            others.add(sample_id)
+        self._size += 1
+        return True
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        task_id, sample_id = key
+        return 0 <= sample_id < self._count.get(task_id, 0) or sample_id in self._others.get(task_id, ())
+
+    def __len__(self) -> int:
+        return self._size
+
+
+class Appender:
+    """Appends records to a JSONL file, each batch with one write; a torn last line is cut off at opening.
+
+    Raises OutsideError when the disk is full; the file then ends with its last whole line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            raise InputError(f"{path}: cannot be made: {error.strerror}. Name another file.") from error
+        self._size = self._mend()
+
+    def _mend(self) -> int:
+        """Cut what follows the last newline, reading back from the end. Returns the file's size."""
+        size = end = os.fstat(self._fd).st_size
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            block = os.pread(self._fd, end - start, start)
+            newline = block.rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end != size:
+            os.ftruncate(self._fd, end)
+        return end
+
+    def write(self, records: Iterable[object]) -> None:
+        data = encode_all(records)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+            self._size += len(data)
+        except BaseException as error:  # Ctrl-C as well: the next write must not join half a line
+            os.ftruncate(self._fd, self._size)
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise OutsideError(
+                    f"{self.path}: no space left on the disk. What was written is whole; make room and run the "
+                    "same command again, it goes on where it stopped."
+                ) from error
+            raise
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file by one rename, so that a reader or a kill never sees half of it. Raises OutsideError."""
+    write_parts(path, [data])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """`write_whole` for what need not be in memory at once; if `parts` raises, the file stays as it was."""
+    target = path.resolve()  # what a link points to, not the link
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with draft.open("wb", BLOCK) as out:
+            out.writelines(parts)
+            out.flush()
+            os.fsync(out.fileno())
+        draft.replace(target)
+    except BaseException as error:
+        draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise OutsideError(f"{path}: no space left on the disk. Make room and run the command again.") from error
+        raise
+
+
+def write_jsonl(path: Path, records: Iterable[object]) -> None:
+    """Replace a JSONL file as a whole."""
+    write_parts(path, map(encode, records))

@@ -1,0 +1,1 @@
+"""Problem sets by name, the formats of problem files, and the embedded starter set."""

@@ -1,0 +1,1 @@
+"""Stage 6: the run's numbers as a summary, charts and a page."""

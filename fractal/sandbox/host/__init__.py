@@ -1,0 +1,1 @@
+"""The host's side of the sandbox: its container, and the client that sends it samples."""

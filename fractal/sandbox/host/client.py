@@ -1,0 +1,534 @@
+"""The host's end of the sandbox, whatever it is connected to: feeds programs, keeps order, repeats what got lost.
+
+    with Sandbox() as sandbox:                              # container.py
+        for label in sandbox.verify(samples, problems):
+            reward = float(label.passed)
+
+Labels come in the order of the samples, one for each. `Verifier` knows frames, not Docker: container.py gives it the
+connection. It runs no program itself. Any number of threads may call `verify` on one of them at the same time.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import json
+import logging
+import queue
+import re
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import msgspec
+
+from fractal.errors import OutsideError
+from fractal.records import Label, Problem, Sample, Status, code_sha256
+from fractal.sandbox.inside.protocol import (
+    FORGET,
+    KEY_BYTES,
+    MAX_FRAME,
+    PROBLEM,
+    READY,
+    SAMPLE,
+    SAMPLE_HEAD,
+    VERDICT,
+    VERDICT_HEAD,
+    FrameBuffer,
+    ProtocolError,
+    frame,
+)
+
+log = logging.getLogger(__name__)
+IN_FLIGHT = 64  # samples under way for each slot
+IN_FLIGHT_BYTES = 16 << 20  # of their programs, for each call of verify
+LOOK_AHEAD = 4000  # labels held back at most while an earlier sample is being decided
+REMEMBERED = 20_000  # verdicts kept for programs that come again
+PROBLEMS_KNOWN = 2048  # problems that the sandbox is told to keep
+REFERENCE_FACTOR = 4.0  # a program may take this many times its reference's CPU time (EvalPlus: 4)
+REFERENCE_CPU_S = 60.0  # for measuring a reference
+LOSSES = 3  # containers that may be lost over a sample before it is given up
+SILENCE_S = 60.0  # the sandbox says something every 5 s
+RETURN_S = 120.0  # patience with an engine, or a sidecar, that is being restarted
+
+
+class SandboxError(OutsideError):
+    """The sandbox cannot be started, or does not hold what it promises. Never a verdict on a program."""
+
+
+class UnsafeError(SandboxError):
+    """A protection is missing: no second try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use for all its tests together."""
+
+    cpu_s: float = 4.0  # decides; grows to REFERENCE_FACTOR x the reference's own time where that is more
+    wall_s: float = 12.0  # the net for programs that sleep; confirmed alone before it counts
+    memory_mib: int = 512
+    file_mib: int = 16
+
+    def __post_init__(self) -> None:
+        if not (0 < self.cpu_s <= 3600 and 0 < self.wall_s <= 36000 and self.memory_mib >= 64 and self.file_mib > 0):
+            raise ValueError(f"limits out of range: {self}")
+
+
+class Verdict(msgspec.Struct):
+    """What the sandbox says of one program."""
+
+    status: Status
+    tests: list[str] = []
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    detail: str = ""
+    limit: str = ""  # which limit a timeout means: "cpu" or "wall"
+    retry: bool = False  # our fault, and worth another try
+    fit: bool = False  # its byte code cannot tell line numbers and the like: comments and layout do not matter
+
+
+class Line(Protocol):
+    """A connection to a sandbox."""
+
+    known: set[bytes]  # keys of the problems that it was told
+
+    def send(self, data: bytes) -> None: ...  # raises OSError
+    def receive(self) -> bytes: ...  # b"" when it has ended; raises OSError
+    def close(self) -> None: ...
+    def said(self) -> str: ...  # its last words, for messages
+
+
+Inbox = queue.SimpleQueue["list[tuple[Job, Verdict]] | Exception"]
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One program on its way: a sample's, or a problem's reference."""
+
+    id: int
+    problem: Problem
+    key: bytes  # of the problem
+    code: str
+    limits: Limits
+    inbox: Inbox
+    alone: bool = False  # nothing may run beside it
+    losses: int = 0  # times that a judge or a container died over it
+
+
+@dataclass(eq=False, slots=True)
+class Slate:
+    """A label in the making, in the order of the samples."""
+
+    sample: Sample
+    problem: Problem
+    digest: str  # sha256 of the program's text
+    verdict: Verdict | None = None
+
+
+class Verifier:
+    """Runs untrusted programs against tests, over a connection that `open_line` makes and makes anew when it breaks.
+
+    `open_line` raises SandboxError. `isolate`: a process of its own for every program (docs/sandbox.md). `cache`:
+    identical programs of a problem run once.
+    """
+
+    def __init__(
+        self, open_line: Callable[[], Line], *, limits: Limits | None = None, cache: bool = True, isolate: bool = False
+    ) -> None:
+        self.limits = limits or Limits()
+        self.checks: dict[str, dict[str, Any]] = {}
+        self.slots = 1
+        self._open_line = open_line
+        self._cache = cache
+        self._isolate = isolate
+        self._lock = threading.RLock()  # guards what follows
+        self._line: Any = None
+        self._pending: dict[int, Job] = {}
+        self._broken: Exception | None = None
+        self._closing = False
+        self._sending = threading.Lock()  # one thread at a time writes to the line
+        self._ids = itertools.count(1)
+        self._keys: dict[int, tuple[Problem, bytes]] = {}  # by the problem's identity
+        self._reference_cpu: dict[bytes, float] = {}  # CPU seconds that a problem's reference needs, by its key
+        self._done: OrderedDict[bytes, tuple[Verdict, str]] = OrderedDict()
+        self._decode = msgspec.json.Decoder(Verdict).decode
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Connect, and wait for the greeting. Raises SandboxError."""
+        line = self._open_line()
+        frames = FrameBuffer(2 * MAX_FRAME)
+        try:
+            bodies: list[bytes] = []
+            while not bodies:
+                data = line.receive()
+                if not data:
+                    raise SandboxError(f"Docker: the sandbox ended or hung before it was ready: {line.said()}.")
+                bodies = frames.feed(data)
+            if bodies[0][:1] != READY:
+                raise SandboxError("What answers there is not a sandbox.")
+            hello = msgspec.json.decode(bodies[0][1:])
+            self.greeted(hello["checks"])
+        except (OSError, ProtocolError, msgspec.DecodeError, KeyError) as error:
+            line.close()
+            raise SandboxError(f"Docker: the sandbox does not answer: {error}. {line.said()}.") from error
+        except BaseException:
+            line.close()
+            raise
+        with self._lock:
+            self.slots = hello["slots"]
+            self._line = line
+        threading.Thread(target=self._read, args=(line, frames), daemon=True, name="sandbox-reader").start()
+
+    def greeted(self, checks: dict[str, dict[str, Any]]) -> None:
+        """Look at what the check from inside found; may raise SandboxError."""
+        self.checks = checks
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+            line, self._line = self._line, None
+        if line is not None:
+            line.close()
+        self._fail(SandboxError("The sandbox was closed."))
+
+    def _read(self, line: Any, frames: FrameBuffer) -> None:
+        """A line's own thread: hand verdicts to those who wait for them; when the line breaks, replace it."""
+        try:
+            while data := line.receive():
+                groups: dict[int, tuple[Inbox, list[tuple[Job, Verdict]]]] = {}
+                for body in frames.feed(data):
+                    if body[:1] != VERDICT:
+                        continue
+                    try:
+                        verdict = self._decode(memoryview(body)[VERDICT_HEAD.size :])
+                    except msgspec.MsgspecError as error:
+                        verdict = Verdict("sandbox_error", detail=f"an answer that cannot be read: {error}")
+                    with self._lock:
+                        job = self._pending.pop(VERDICT_HEAD.unpack_from(body)[1], None)
+                    if job is not None:
+                        groups.setdefault(id(job.inbox), (job.inbox, []))[1].append((job, verdict))
+                for inbox, found in groups.values():
+                    inbox.put(found)
+        except (OSError, ProtocolError) as error:
+            log.info("the sandbox's line broke: %r", error)
+        with self._lock:
+            if self._closing or self._line is not line:
+                return
+            self._line = None
+        said = line.said()
+        line.close()
+        log.warning("the sandbox was lost (%s); starting another", said)
+        try:
+            self._reopen()
+        except Exception as error:
+            self._fail(error)
+            return
+        self._send_again(said)
+
+    def _reopen(self) -> None:
+        """With patience: the engine, or the sidecar, may be restarting. Raises SandboxError."""
+        deadline = time.monotonic() + RETURN_S
+        while True:
+            try:
+                return self.open()
+            except UnsafeError:
+                raise
+            except SandboxError:
+                if self._closing or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
+
+    def _fail(self, error: Exception) -> None:
+        """Nothing will answer any more: tell all who wait."""
+        with self._lock:
+            self._broken = error
+            inboxes = {id(job.inbox): job.inbox for job in self._pending.values()}
+            self._pending.clear()
+        for inbox in inboxes.values():
+            inbox.put(error)
+
+    def _send_again(self, said: str) -> None:
+        with self._lock:
+            jobs = list(self._pending.values())
+        for job in jobs:
+            job.losses += 1
+            if job.losses > LOSSES:
+                with self._lock:
+                    self._pending.pop(job.id, None)
+                detail = f"lost with {job.losses} containers, the last one's words: {said}"
+                job.inbox.put([(job, Verdict("sandbox_error", detail=detail))])
+        self._send([job for job in jobs if job.losses <= LOSSES])
+
+    def _send(self, jobs: list[Job]) -> None:
+        """Hand jobs to the sandbox. If it is being replaced, they are sent to the next one."""
+        with self._lock:
+            if self._broken is not None:
+                raise self._broken
+            self._pending.update((job.id, job) for job in jobs)
+        with self._sending:
+            line = self._line
+            if line is None:
+                return
+            parts: list[bytes] = []
+            for job in jobs:
+                if job.key not in line.known:
+                    if len(line.known) >= PROBLEMS_KNOWN:
+                        line.known.clear()
+                        parts.append(frame(FORGET))
+                    line.known.add(job.key)
+                    parts.append(frame(PROBLEM + job.key + _json(problem_frame(job.problem))))
+                head = SAMPLE_HEAD.pack(SAMPLE, job.id, job.key, job.limits.wall_s, job.alone)
+                parts.append(frame(head + _json([job.code, job.limits, self._isolate])))
+            try:
+                line.send(b"".join(parts))
+            except OSError:
+                pass  # its reader notices, too, and sends them to the next one
+
+    # --- verification -------------------------------------------------------------------------------------------------
+
+    def verify(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> Iterator[Label]:
+        """One Label for each sample, in their order; `samples` is read as the labels come.
+
+        `problems` by task_id; raises KeyError for a sample of none of them, SandboxError when the sandbox is lost for
+        good.
+        """
+        for labels in self._batches(samples, problems):
+            yield from labels
+
+    async def verify_async(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> AsyncIterator[Label]:
+        """The same for `async for`: the event loop is free while programs run."""
+        batches = self._batches(samples, problems)
+        try:
+            while (labels := await asyncio.to_thread(next, batches, None)) is not None:
+                for label in labels:
+                    yield label
+        finally:
+            batches.close()
+
+    def _remember(self, program: bytes, verdict: Verdict, digest: str) -> None:
+        with self._lock:
+            self._done[program] = (verdict, digest)
+            if len(self._done) > REMEMBERED:
+                self._done.popitem(last=False)
+
+    def _batches(
+        self, samples: Iterable[Sample], problems: Mapping[int, Problem]
+    ) -> Generator[list[Label], None, None]:
+        return _Call(self, samples, problems).run()
+
+    def job(self, problem: Problem, code: str, inbox: Inbox, limits: Limits | None = None, alone: bool = False) -> Job:
+        key = self._key(problem)
+        return Job(next(self._ids), problem, key, code, limits or self.limits_for(problem), inbox, alone)
+
+    def _key(self, problem: Problem) -> bytes:
+        """A problem by what the judge uses of it: the same task_id may mean another problem in the next call."""
+        known = self._keys.get(id(problem))
+        if known is not None and known[0] is problem:
+            return known[1]
+        if len(self._keys) > 2 * PROBLEMS_KNOWN:
+            self._keys.clear()
+        key = hashlib.blake2b(_json(problem_frame(problem)), digest_size=KEY_BYTES).digest()
+        self._keys[id(problem)] = (problem, key)
+        return key
+
+    def limits_for(self, problem: Problem) -> Limits:
+        cpu_s = REFERENCE_FACTOR * self._reference_cpu.get(self._key(problem), 0.0)
+        if cpu_s <= self.limits.cpu_s:
+            return self.limits
+        return replace(self.limits, cpu_s=cpu_s, wall_s=max(self.limits.wall_s, 2 * cpu_s))
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of verify: its samples under way, and the labels that wait for their turn."""
+
+    verifier: Verifier
+    samples: Iterable[Sample]
+    problems: Mapping[int, Problem]
+    inbox: Inbox = field(default_factory=queue.SimpleQueue)
+    slates: deque[Slate] = field(default_factory=deque)  # not yet handed out
+    leaders: dict[int, tuple[bytes, list[Slate]]] = field(default_factory=dict)  # by job: program, those waiting for it
+    twins: dict[bytes, int] = field(default_factory=dict)  # programs under way: the job that runs for all of them
+    doubtful: dict[bytes, list[tuple[Job, Verdict]]] = field(
+        default_factory=dict
+    )  # by problem: until its reference ran
+    flying_bytes: int = 0
+
+    def run(self) -> Generator[list[Label], None, None]:
+        source = iter(self.samples)
+        more = True
+        try:
+            while more or self.slates:
+                jobs: list[Job] = []
+                while more and self._room():
+                    sample = next(source, None)
+                    if sample is None:
+                        more = False
+                    elif job := self._enter(sample):
+                        jobs.append(job)
+                if jobs:
+                    self.verifier._send(jobs)
+                ready: list[Label] = []
+                while self.slates and self.slates[0].verdict is not None:
+                    ready.append(label(self.slates.popleft()))
+                if ready:
+                    yield ready
+                elif self.slates:
+                    self._wait()
+        finally:
+            with self.verifier._lock:
+                for number in self.leaders:
+                    self.verifier._pending.pop(number, None)
+
+    def _room(self) -> bool:
+        under_way, most = len(self.leaders), IN_FLIGHT * self.verifier.slots
+        return under_way < most and len(self.slates) < LOOK_AHEAD and self.flying_bytes < IN_FLIGHT_BYTES
+
+    def _enter(self, sample: Sample) -> Job | None:
+        """A sample takes its place. Returns the job to be sent, or None where its verdict is known or under way."""
+        problem = self.problems[sample.task_id]
+        digest = code_sha256(sample.code)
+        slate = Slate(sample, problem, digest)
+        self.slates.append(slate)
+        if len(sample.code) > MAX_FRAME // 8:
+            slate.verdict = Verdict("memory", detail=f"a program of {len(sample.code)} characters")
+            return None
+        verifier = self.verifier
+        if not verifier._cache:
+            return self._lead(slate, digest.encode())
+        program = program_key(verifier._key(problem), sample.code)
+        known = verifier._done.get(program)
+        if known is not None and (known[0].fit or known[1] == digest):
+            slate.verdict = known[0]
+            return None
+        if program in self.twins:
+            self.leaders[self.twins[program]][1].append(slate)
+            return None
+        return self._lead(slate, program)
+
+    def _lead(self, slate: Slate, program: bytes) -> Job:
+        job = self.verifier.job(slate.problem, slate.sample.code, self.inbox)
+        self.leaders[job.id] = (program, [slate])
+        self.flying_bytes += len(job.code)
+        if self.verifier._cache:
+            self.twins[program] = job.id
+        return job
+
+    def _wait(self) -> None:
+        found = self.inbox.get()
+        if isinstance(found, Exception):
+            raise found
+        again: list[Job] = []
+        for job, verdict in found:
+            again += self._decide(job, verdict)
+        if again:
+            self.verifier._send(again)
+
+    def _decide(self, job: Job, verdict: Verdict) -> list[Job]:
+        """Take a verdict, or doubt it. Returns the jobs that this calls for.
+
+        A timeout counts when the reference's own CPU time is known and allows no more, and, if wall time ended it,
+        when it happened with nothing beside it.
+        """
+        verifier = self.verifier
+        if job.id not in self.leaders:  # a reference
+            passed = verdict.status == "passed"
+            verifier._reference_cpu[job.key] = verdict.cpu_seconds if passed else 0.0
+            return [j for one in self.doubtful.pop(job.key, []) for j in self._decide(*one)]
+        if verdict.status == "sandbox_error" and verdict.retry and job.losses == 0:
+            job.losses += 1
+            return [job]
+        if verdict.status == "timeout":
+            if job.key not in verifier._reference_cpu:
+                waiting = self.doubtful.setdefault(job.key, [])
+                waiting.append((job, verdict))
+                wide = replace(verifier.limits, cpu_s=REFERENCE_CPU_S, wall_s=2 * REFERENCE_CPU_S)
+                return [verifier.job(job.problem, job.problem.reference, self.inbox, wide)] if len(waiting) == 1 else []
+            limits = verifier.limits_for(job.problem)
+            if limits.cpu_s > job.limits.cpu_s or (verdict.limit == "wall" and not job.alone):
+                job.limits, job.alone = limits, verdict.limit == "wall"
+                return [job]
+        return self._settle(job, verdict)
+
+    def _settle(self, job: Job, verdict: Verdict) -> list[Job]:
+        """A verdict that counts: for the sample, and for those that wait for the same program."""
+        program, waiting = self.leaders.pop(job.id)
+        self.flying_bytes -= len(job.code)
+        self.twins.pop(program, None)
+        if self.verifier._cache and verdict.status != "sandbox_error":
+            self.verifier._remember(program, verdict, waiting[0].digest)
+        different = []
+        for slate in waiting:
+            if verdict.fit or slate.digest == waiting[0].digest:
+                slate.verdict = verdict
+            else:  # only comments or layout differ, but this program can tell
+                different.append(slate)
+        if not different:
+            return []
+        leader = self._lead(different[0], program)
+        self.leaders[leader.id][1].extend(different[1:])
+        return [leader]
+
+
+def _json(value: object) -> bytes:
+    """JSON; lone surrogates, which programs may hold, are escaped."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(value)).encode("ascii")
+
+
+# Strings in single quotes and comments, scanned from the left as the compiler does; programs with longer strings, and
+# with f-strings (which may hold quotes from Python 3.12 on), are taken as they stand.
+_STRING_OR_COMMENT = re.compile(r"""'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*"|#[^\n]*""")
+_KEEP = re.compile(r"""\b(?:[fF][rR]?|[rR][fF])['"]|\\[ \t\f]*\n""")  # f-strings, and lines that go on
+_BLANK = re.compile(r"[ \t\f]*\n(?:[ \t\f]*\n)*")
+
+
+def normal_form(code: str) -> str:
+    """A program without comments, blank lines and trailing blanks; as it stands where that could change a string.
+
+    Only for programs that the sandbox found `fit`: others could tell the difference (line numbers).
+    """
+    code = code.replace("\r\n", "\n")
+    if "\r" in code or "'''" in code or '"""' in code or _KEEP.search(code):
+        return code.rstrip()
+    bare = _STRING_OR_COMMENT.sub(lambda m: "" if m[0][0] == "#" else m[0], code) if "#" in code else code
+    return _BLANK.sub("\n", bare).removeprefix("\n").rstrip()
+
+
+def program_key(problem: bytes, code: str) -> bytes:
+    """A program of a problem; two of one key have the same normal form."""
+    text = normal_form(code).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(problem + text, digest_size=KEY_BYTES).digest()
+
+
+def problem_frame(problem: Problem) -> dict[str, Any]:
+    """What the judge is told of a problem."""
+    return {
+        "reference": problem.reference,
+        "setup": problem.setup,
+        "tests": problem.tests,
+        "entry_point": problem.entry_point,
+    }
+
+
+def label(slate: Slate) -> Label:
+    sample, verdict = slate.sample, slate.verdict
+    assert verdict is not None
+    results = verdict.tests
+    return Label(
+        task_id=sample.task_id,
+        sample_id=sample.sample_id,
+        status=verdict.status,
+        passed=verdict.status == "passed",
+        tests=results + ["not_run"] * (len(slate.problem.tests) - len(results)),  # type: ignore[arg-type]
+        seconds=verdict.seconds,
+        cpu_seconds=verdict.cpu_seconds,
+        detail=verdict.detail,
+        code_sha256=slate.digest,
+    )

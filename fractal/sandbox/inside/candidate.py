@@ -1,0 +1,283 @@
+"""The container's end that runs programs: a candidate process, untrusted, forked and walled in by zygote.py.
+
+It receives a program and then requests about it: to call its functions, to look into its objects. A candidate of a
+program's own does that once; a shared candidate runs one after another of those programs that screen.py lets share a
+process, and hands the others back, compiled. All that it says is checked by the judge. Standard library only.
+"""
+
+import base64
+import gc
+import json
+import marshal
+import os
+import sys
+import types
+from collections import deque
+from typing import Any
+
+from fractal.sandbox.inside import screen
+from fractal.sandbox.inside.protocol import (
+    EXCEPTIONS,
+    MAX_FRAME,
+    Closed,
+    Decoder,
+    Encoder,
+    FrameBuffer,
+    ProtocolError,
+    Reference,
+    Table,
+    Unencodable,
+    pack,
+)
+
+DETAIL = 500  # characters kept of an exception's message
+PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+class Callback:
+    """A function of the test's that was passed to the program."""
+
+    def __init__(self, end: "CandidateEnd", number: int) -> None:
+        self._end, self._number = end, number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._number < 0:
+            raise RuntimeError("the test is over")
+        return self._end.ask({"o": self._number}, args, kwargs)
+
+    def retire(self) -> None:
+        """What an earlier program left behind (a generator's `finally`) must not reach the next one's test."""
+        self._number = -1
+
+
+class CandidateEnd:
+    """The candidate's end of the channel, and the program that it speaks for."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._shared = False
+        self._buffer = FrameBuffer()
+        self._bodies: deque[bytes] = deque()
+        self._decode = Decoder(self._resolve).decode
+        self._encoder = Encoder(self._refer)
+        self._space: dict[str, Any] = {}
+        self._callbacks: dict[int, Callback] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        """Let go of what the last program made."""
+        for callback in self._callbacks.values():
+            callback.retire()
+        self._space.clear()
+        self.table = Table()
+        self._callbacks = {}
+        self._names: dict[str, Any] = {}
+        self._waited = False  # whether an answer held what the judge may ask about before it goes on
+
+    def live(self, shared: bool) -> None:
+        """Run the programs that arrive: one, or if shared, one after another until the judge hangs up."""
+        self._shared = shared
+        message = self._decode(self._receive())
+        while True:
+            self._start(*message[1:])
+            message = self._serve()
+            if not self._shared:
+                return
+            self._clear()
+            gc.collect()  # cheap: all that was there before the programs is frozen
+
+    # --- the channel --------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> bytes:
+        while not self._bodies:
+            data = os.read(self._fd, 1 << 18)
+            if not data:
+                raise Closed
+            self._bodies.extend(self._buffer.feed(data))
+        return self._bodies.popleft()
+
+    def _send(self, message: Any) -> None:
+        try:
+            frame = pack(message)
+        except Unencodable:
+            frame = pack(["e", "ValueError", f"a result of more than {MAX_FRAME >> 20} MiB", [], "ResultTooLarge"])
+        sent = os.write(self._fd, frame)  # write(2), since sendto(2) is forbidden here
+        while sent < len(frame):
+            sent += os.write(self._fd, memoryview(frame)[sent:])
+
+    def _refer(self, value: Any) -> dict[str, Any]:
+        if type(value) is Callback:
+            return {"o": value._number}
+        self._waited = True
+        if isinstance(value, type) and issubclass(value, Exception):
+            own = [c for c in value.__mro__ if issubclass(c, Exception) and EXCEPTIONS.get(c.__name__) is not c]
+            return {"xc": [[[self.table.put(c), c.__name__] for c in own], _near(value)]}
+        kind = "object"
+        if isinstance(value, types.ModuleType):
+            kind = f"module:{value.__name__}"
+        elif hasattr(value, "__next__"):
+            kind = "iterator"
+        try:
+            truth = bool(value)
+        except Exception:
+            truth = True
+        return {"x": [self.table.put(value), kind, truth]}
+
+    def _resolve(self, reference: Reference) -> Any:
+        if "own" in reference.data:
+            return self.table.get(reference.data["own"])
+        number = reference.data["id"]
+        return self._callbacks.setdefault(number, Callback(self, number))
+
+    def encode(self, value: Any) -> Any:
+        if type(value) in PLAIN and type(value) is not int:
+            return value
+        try:
+            return self._encoder.encode(value)
+        except (Unencodable, RecursionError, RuntimeError, ValueError):  # RuntimeError: changed while we walked it
+            return self._refer(value)
+
+    # --- a program ----------------------------------------------------------------------------------------------------
+
+    def _start(
+        self, serial: int, source: str, compiled: str, imports: list[str], names: list[str], isolate: bool
+    ) -> None:
+        """Run the program's text (or what another process compiled) and say which of the names it defines.
+
+        A shared candidate hands back what may not share a process, compiled; with `isolate` it does so with all.
+        """
+        self._names = {}
+        if compiled:
+            code = marshal.loads(base64.b64decode(compiled))
+        else:
+            try:
+                code = compile(source, "<program>", "exec", dont_inherit=True)
+            except MemoryError as error:  # also what the parser raises for too many nested brackets
+                return self._send(["syntax", serial, f"MemoryError: {error}"[:DETAIL], False])
+            except (SyntaxError, ValueError, RecursionError, OverflowError, UnicodeError) as error:
+                sure = isinstance(error, SyntaxError | ValueError)
+                return self._send(["syntax", serial, f"{type(error).__name__}: {error}"[:DETAIL], sure])
+            if self._shared:
+                why = screen.reason(code) or _imports(imports)
+                if why or isolate:
+                    return self._send(["unfit", serial, why, base64.b64encode(marshal.dumps(code)).decode("ascii")])
+        space = self._space = {}  # no __name__: as under exec(code, {}), it is that of builtins
+        try:
+            exec(code, space)
+            for line in imports:
+                exec(line, space)
+            self._names = {n: space[n] for n in names if n in space}
+            message: list[Any] = ["ready", serial, [[n, self.encode(v)] for n, v in self._names.items()]]
+        except BaseException as error:
+            message = ["stopped", serial, failure(error, self.encode)]
+        self._waited = False
+        self._flush()
+        return self._send(message)
+
+    def _serve(self) -> Any:
+        """Answer requests until something else arrives: a reply to a request of ours, or the next program.
+
+        Calls are made here, not further down: a program's recursion may go as deep as in plain evaluation.
+        """
+        while True:
+            body = self._receive()
+            message = self._decode(body)
+            if message[0] != "q":
+                return message
+            op, target, *rest = message[1:]
+            try:
+                if op == "call":
+                    args, kwargs = rest[0], dict(rest[1])
+                    reply = ["r", self.encode(target(*args, **kwargs))]
+                elif op == "ahead":  # a call that the judge sent before it needed the answer
+                    if self._waited or target not in self._names:
+                        reply = ["skipped"]
+                    else:
+                        reply = ["r", self.encode(self._names[target](*rest[0], **dict(rest[1])))]
+                else:
+                    reply = ["r", self._answer(op, target, *rest)]
+            except BaseException as error:
+                reply = failure(error, self.encode)
+            if op == "call" and rest[2]:
+                reply += self._changed(body, args, kwargs)
+            self._flush()
+            self._send(reply)
+
+    def _changed(self, body: bytes, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """How a call left its arguments, if it changed them."""
+        before = json.loads(body)[3:5]
+        after = [[self.encode(v) for v in args], [[name, self.encode(kwargs[name])] for name, _ in before[1]]]
+        return [after] if after != before else []
+
+    def _flush(self) -> None:
+        try:
+            sys.stdout.flush()
+        except BaseException:
+            pass
+
+    def _answer(self, op: str, target: Any, *rest: Any) -> Any:
+        if op == "get":
+            return self.encode(getattr(target, rest[0]))
+        if op == "set":
+            return setattr(target, rest[0], rest[1])
+        if op == "item":
+            return self.encode(target[rest[0]])
+        if op == "setitem":
+            target[rest[0]] = rest[1]
+            return None
+        if op == "len":
+            return len(target)
+        if op == "iter":
+            return self.encode(iter(target))
+        if op == "next":  # up to rest[0] at once; fewer means the end
+            items = []
+            for _ in range(rest[0]):
+                try:
+                    items.append(self.encode(next(target)))
+                except StopIteration:
+                    return [items, True]
+            return [items, False]
+        if op in ("str", "repr"):
+            return str(str(target) if op == "str" else repr(target))
+        if op == "isinstance":
+            return isinstance(target, rest[0])
+        if op == "names":  # as they are by now
+            return [[name, self.encode(self._space[name])] for name in self._names if name in self._space]
+        raise ProtocolError(f"no operation {op}")
+
+    def ask(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of the test's."""
+        self._send(
+            ["q", "call", target, [self.encode(a) for a in args], [[k, self.encode(v)] for k, v in kwargs.items()]]
+        )
+        reply = self._serve()
+        if reply[0] == "e":
+            raise (reply[4] if len(reply) == 5 else EXCEPTIONS.get(reply[1], RuntimeError))(*reply[3])
+        return reply[1]
+
+
+def _imports(lines: list[str]) -> str:
+    """Why the setup's import statements would not do in a shared process."""
+    return next(filter(None, (screen.reason(compile(line, "<setup>", "exec")) for line in lines)), "")
+
+
+def failure(error: BaseException, encode: Any) -> list[Any]:
+    """An exception as data: name of the nearest built-in class, message, arguments, and its own class or its name."""
+    if isinstance(error, SystemExit):
+        return ["x", f"SystemExit({error.code!r})"[:DETAIL]]
+    near, kind = _near(type(error)), type(error)
+    try:
+        text = str(error)[:DETAIL]
+    except BaseException:
+        text = ""
+    try:
+        args = [encode(value) for value in error.args]
+    except BaseException:
+        args = [text]
+    own = issubclass(kind, Exception) and kind is not EXCEPTIONS[near]
+    return ["e", near, text, args, encode(kind) if own else kind.__name__[:64]]
+
+
+def _near(kind: type) -> str:
+    """The nearest built-in exception class, by name."""
+    return next((c.__name__ for c in kind.__mro__ if EXCEPTIONS.get(c.__name__) is c), "Exception")

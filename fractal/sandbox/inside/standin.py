@@ -1,0 +1,390 @@
+"""What the tests see instead of the program: stand-ins, whose every use asks the candidate process.
+
+Trusted, in the judge. What comes back is plain data, or further stand-ins. Standard library only.
+"""
+
+import socket
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fractal.sandbox.inside.protocol import (
+    EXCEPTIONS,
+    Decoder,
+    Encoder,
+    FrameBuffer,
+    ProtocolError,
+    Reference,
+    Table,
+    Unencodable,
+    pack,
+    pairs,
+)
+from fractal.sandbox.inside.suite import Ahead
+
+ITERATOR_LIMIT = 1_000_000  # elements drawn from one of the program's iterators
+BATCH = 64  # elements of an iterator fetched at once after the first
+DETAIL = 500
+AFTER = {"r": 3, "e": 6}  # length of a reply that says how the call left its arguments
+
+
+class Gone(BaseException):
+    """The candidate cannot answer any more. Not an Exception: a test's `except Exception` must not swallow it."""
+
+
+class StandIn:
+    """An object of the program's that stays in the candidate process.
+
+    It can be called, indexed, iterated, and its attributes read and set; each of these asks the candidate and gives
+    plain values or further stand-ins. It equals nothing but itself, and it does not take part in arithmetic or
+    comparison: an object that answers those as it likes could satisfy a test without knowing the result.
+    """
+
+    __slots__ = ("_end", "_kind", "_number", "_truth")
+
+    def __init__(self, end: "JudgeEnd", number: int, kind: str, truth: bool) -> None:
+        for name, value in (("_end", end), ("_number", number), ("_kind", kind), ("_truth", truth)):
+            object.__setattr__(self, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._end.call(self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__") and name not in ("__name__", "__doc__", "__dict__"):
+            raise AttributeError(name)
+        return self._end.ask("get", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._end.ask("set", self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._end.ask("item", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._end.ask("setitem", self, key, value)
+
+    def __len__(self) -> int:
+        length = self._end.ask("len", self)
+        if type(length) is not int or length < 0:
+            raise ProtocolError("a length that is not a number")
+        return length
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._kind == "iterator":
+            return self
+        found: Any = self._end.ask("iter", self)
+        return found if isinstance(found, StandIn) else iter(found)
+
+    def __next__(self) -> Any:
+        return self._end.next(self)
+
+    def __bool__(self) -> bool:
+        truth: bool = self._truth
+        return truth
+
+    def __str__(self) -> str:
+        return str(self._end.ask("str", self))
+
+    def __repr__(self) -> str:
+        return str(self._end.ask("repr", self))
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        if not isinstance(instance, StandIn):
+            return False
+        answer: object = self._end.ask("isinstance", instance, self)
+        return answer is True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Channel:
+    """The bytes to and from one candidate process, in frames."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.buffer = FrameBuffer()
+        self.bodies: deque[bytes] = deque()  # received, not yet looked at
+
+
+class JudgeEnd:
+    """The judge's end of the channel to one candidate, for one program."""
+
+    def __init__(self, channel: Channel, wait: Callable[[bool], None], stuck: Callable[[], None]) -> None:
+        self._channel = channel
+        self._wait = wait  # until the socket is readable; raises Gone when the candidate has ended or must end
+        self._stuck = stuck  # called when the candidate does not read what it is sent; raises Gone
+        self._table = Table()
+        self._encoder = Encoder(self._refer)
+        self._decode = Decoder(self._resolve).decode
+        self._stand_ins: dict[int, StandIn] = {}
+        self._classes: dict[int, type[BaseException]] = {}  # exception classes of the program's, by its numbers
+        self._drawn: dict[int, tuple[deque[Any], bool, int]] = {}
+        self.ahead: deque[Ahead] = deque()  # calls of the entry point that were sent already
+        self.entry: object = None
+        self.after_call: Callable[[], None] | None = None  # lets the test see the program's globals as they are now
+        self.raised: list[BaseException] = []  # exceptions that came from the candidate, to tell them from the test's
+        self.texts: dict[int, str] = {}  # what they say, by id: str() of one could ask the candidate
+
+    def _refer(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, StandIn):
+            return {"o": value._number}
+        if isinstance(value, type) and value in self._classes.values():
+            return {"o": next(number for number, kind in self._classes.items() if kind is value)}
+        if isinstance(value, types.FunctionType):
+            return {"x": [self._table.put(value), "function", True]}
+        if hasattr(value, "__next__"):
+            return {"it": [self._encoder.encode(item) for item in value]}
+        raise Unencodable(f"a test passes a {type(value).__name__}, which cannot cross into the sandbox")
+
+    def _resolve(self, reference: Reference) -> Any:
+        data = reference.data
+        if "own" in data:
+            return self._table.get(data["own"])
+        if "near" in data:
+            return self._exception_class(data["classes"], data["near"])
+        number, kind, truth = data["id"], data["kind"], data["truth"]
+        if type(kind) is not str or type(truth) is not bool or number < 0:
+            raise ValueError("not a reference")
+        if number not in self._stand_ins:
+            self._stand_ins[number] = StandIn(self, number, kind[:80], truth)
+        return self._stand_ins[number]
+
+    def _exception_class(self, own: Any, near: Any) -> type[BaseException]:
+        """An exception class of the program's, with those that it derives from: a test can name and catch it.
+
+        It is made here, of nothing but its name. Raises ValueError, as a decoder does.
+        """
+        kind = _built_in(near)
+        if type(own) is not list or not 0 < len(own) <= 16:
+            raise ValueError("not exception classes")
+        for number, name in reversed(pairs(own)):
+            if type(number) is not int or type(name) is not str or not name.isidentifier():
+                raise ValueError("not an exception class")
+            if number not in self._classes:
+                self._classes[number] = type(name, (kind,), {"__str__": _said})
+            kind = self._classes[number]
+        return kind
+
+    def send(self, message: Any) -> None:
+        self.send_frames(pack(message))
+
+    def send_frames(self, frames: bytes) -> None:
+        try:
+            self._channel.sock.sendall(frames)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it died: the wait for its answer says how
+        except TimeoutError:
+            self._stuck()
+
+    def receive(self) -> Any:
+        """The next message. Raises Gone, or ProtocolError for what no honest candidate sends."""
+        channel = self._channel
+        while not channel.bodies:
+            self._wait(False)
+            try:
+                data = channel.sock.recv(1 << 18)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                self._wait(True)
+            channel.bodies.extend(channel.buffer.feed(data))
+        message = self._decode(channel.bodies.popleft())
+        if type(message) is not list or not message or type(message[0]) is not str:
+            raise ProtocolError("not a message")
+        return message
+
+    def reply(self) -> list[Any]:
+        """Serve callbacks until the answer to our request is there."""
+        while True:
+            message: list[Any] = self.receive()
+            if message[0] != "q":
+                return message
+            self.send(self._serve(message))
+
+    def _serve(self, message: list[Any]) -> list[Any]:
+        """Call a function of the test's for the program; what it raises is the program's to handle."""
+        if len(message) != 5 or message[1] != "call" or type(message[4]) is not list:
+            raise ProtocolError("not a call")
+        _, _, function, args, kwargs = message
+        if type(function) is not types.FunctionType or type(args) is not list:
+            raise ProtocolError("only a test's functions can be called from the program")
+        try:
+            return ["r", self._encode(function(*args, **dict(pairs(kwargs))))]
+        except Exception as error:
+            near = next(c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS)
+            values = [value for value in error.args if type(value) in (str, int, float, bool, type(None))]
+            own = [self._refer(type(error))] if type(error) in self._classes.values() else []
+            return ["e", near, str(values[0])[:DETAIL] if values else "", values, *own]
+
+    def _encode(self, value: Any) -> Any:
+        return self._encoder.encode(value)
+
+    def _take_back(self) -> None:
+        """Before any other request: the calls still ahead wait for it, and their answers say so."""
+        while self.ahead:
+            self.ahead.popleft()
+            if self.reply()[0] != "skipped":
+                raise ProtocolError("a call that was not waited with")
+
+    def ask(self, op: str, target: StandIn, *rest: Any) -> object:
+        self._take_back()
+        self.send(["q", op, self._refer(target), *map(self._encode, rest)])
+        return self._value(self.reply())
+
+    def _value(self, reply: list[Any]) -> Any:
+        if reply[0] == "r" and len(reply) >= 2:
+            return reply[1]
+        if reply[0] == "e" and len(reply) == 5:
+            raise self._exception(*reply[1:])
+        if reply[0] == "x":
+            raise LeftEarly(text_of(reply[-1]))
+        raise ProtocolError(f"an answer of kind {reply[0][:20]!r}")
+
+    def _exception(self, near: Any, text: Any, args: Any, name: Any) -> BaseException:
+        """The program's exception as one of the judge's: of its built-in class, or of a class of its own below that."""
+        if type(text) is not str or type(args) is not list:
+            raise ProtocolError("not an exception")
+        error: BaseException
+        try:
+            base = _built_in(near)
+            kind: Any = name if isinstance(name, type) and issubclass(name, base) else base
+            error = kind(*args)
+        except KeyError:
+            raise ProtocolError("not an exception") from None
+        except Exception:
+            error = RuntimeError(text[:DETAIL])
+        if isinstance(name, type):
+            error.__dict__["text"] = text[:DETAIL]
+        self.raised.append(error)
+        self.texts[id(error)] = text[:DETAIL]
+        return error
+
+    def call(self, target: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._call(target, args, kwargs)
+        finally:
+            if self.after_call is not None:
+                self.after_call()
+
+    def _call(self, target: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.ahead and target is self.entry:
+            planned = self.ahead.popleft()
+            if planned.args != args or planned.kwargs != kwargs:  # not what `suite` read in the test: our mistake
+                raise RuntimeError("a call that was made ahead is not the test's")
+            reply = self.reply()
+            if reply[0] != "skipped":
+                return self._value(reply)
+        self._take_back()
+        mutable = any(map(_mutable, args)) or any(map(_mutable, kwargs.values()))
+        packed = [self._encode(value) for value in args]
+        named = [[key, self._encode(value)] for key, value in kwargs.items()]
+        self.send(["q", "call", self._refer(target), packed, named, mutable])
+        reply = self.reply()
+        if mutable and len(reply) == AFTER.get(reply[0]):
+            self._change(args, kwargs, reply.pop())
+        return self._value(reply)
+
+    def _change(self, args: tuple[Any, ...], kwargs: dict[str, Any], after: Any) -> None:
+        """Let the test's arguments look as the program left them."""
+        if type(after) is not list or [type(part) for part in after] != [list, list] or len(after[0]) != len(args):
+            raise ProtocolError("not arguments")
+        for old, new in zip(args, after[0], strict=True):
+            update(old, new)
+        for pair in after[1]:
+            if type(pair) is list and len(pair) == 2 and type(pair[0]) is str and pair[0] in kwargs:
+                update(kwargs[pair[0]], pair[1])
+
+    def names(self) -> dict[str, Any]:
+        """The program's names that the tests use, as they are by now."""
+        self._take_back()
+        self.send(["q", "names", None])
+        found = self._value(self.reply())
+        if type(found) is not list or not all(type(name) is str for name, _ in pairs(found)):
+            raise ProtocolError("not names")
+        return dict(found)
+
+    def next(self, target: StandIn) -> Any:
+        """The next element of one of the program's iterators, fetched in batches once the first has been drawn."""
+        items, ended, drawn = self._drawn.get(target._number, (deque(), False, 0))
+        if not items and not ended:
+            if drawn > ITERATOR_LIMIT:
+                raise ProtocolError(f"an iterator of more than {ITERATOR_LIMIT} elements")
+            batch = self.ask("next", target, BATCH if drawn else 1)
+            if type(batch) is not list or len(batch) != 2 or type(batch[0]) is not list:
+                raise ProtocolError("not elements")
+            items, ended = deque(batch[0]), batch[1] is not False or not batch[0]
+        if items:
+            value = items.popleft()
+            self._drawn[target._number] = (items, ended, drawn + 1)
+            return value
+        self._drawn[target._number] = (items, True, drawn)
+        raise StopIteration
+
+
+class LeftEarly(BaseException):
+    """The program called sys.exit. Not an Exception, so that no test swallows it."""
+
+
+def _built_in(near: Any) -> type[BaseException]:
+    """A built-in exception class by name; StopIteration is RuntimeError, as in a generator: it would end the test's own
+    loop over the calls. Raises KeyError."""
+    if type(near) is not str:
+        raise KeyError(type(near).__name__)
+    kind = EXCEPTIONS[near]
+    return RuntimeError if issubclass(kind, StopIteration | StopAsyncIteration) else kind
+
+
+def _said(error: BaseException) -> str:
+    """What str() said of the program's exception, where it came from there."""
+    text = error.__dict__.get("text")
+    return text if text is not None else BaseException.__str__(error)
+
+
+def text_of(value: Any) -> str:
+    """A text that the candidate sent. Raises ProtocolError for anything else: str() of a stand-in would ask again."""
+    if type(value) is not str:
+        raise ProtocolError("not a text")
+    return value[:DETAIL]
+
+
+def _mutable(value: Any) -> bool:
+    if isinstance(value, list | dict | set | bytearray | deque):
+        return True
+    return isinstance(value, tuple) and any(map(_mutable, value))
+
+
+def update(old: Any, new: Any) -> None:
+    """Make `old`, an argument as the test holds it, look like `new`, the argument as the program left it, in place."""
+    if type(old) is not type(new):
+        return
+    if isinstance(old, list | deque):
+        for place, (a, b) in enumerate(zip(list(old), list(new), strict=False)):
+            if isinstance(a, list | dict | set | bytearray | deque) and type(a) is type(b):
+                update(a, b)
+                new[place] = a
+        if isinstance(old, list):
+            old[:] = new
+        else:
+            old.clear()
+            old.extend(new)
+    elif isinstance(old, dict):
+        for key, value in list(new.items()):
+            kept = old.get(key)
+            if isinstance(kept, list | dict | set | bytearray | deque) and type(kept) is type(value):
+                update(kept, value)
+                new[key] = kept
+        old.clear()
+        old.update(new)
+    elif isinstance(old, set):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, bytearray):
+        old[:] = new
+    elif isinstance(old, tuple):
+        for a, b in zip(old, new, strict=False):
+            update(a, b)

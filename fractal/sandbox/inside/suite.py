@@ -1,0 +1,169 @@
+"""A problem's tests as the judge uses them: compiled once, with the names that belong to the program, and the calls
+that can be made ahead. Trusted, and pure: it runs nothing. Standard library only.
+"""
+
+import ast
+import builtins
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+from fractal.sandbox.inside.protocol import Encoder, Unencodable, pack
+
+# Modules that a test may name through the program's own import (MBPP 596 does): the judge uses its own copy.
+TRUSTED_MODULES = frozenset(
+    "bisect cmath collections copy datetime decimal fractions functools heapq itertools json math numbers operator "
+    "random re statistics string sys typing".split()
+)
+AHEAD_BYTES = 32 << 10  # of calls sent ahead: what a socket's buffer holds, so that neither end waits for the other
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A call of the entry point that a test will make, whatever happens before it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    frame: bytes
+
+
+@dataclass
+class Suite:
+    """A problem as the judge uses it."""
+
+    setup: types.CodeType | None
+    tests: list[types.CodeType]
+    entry_point: str
+    imports: list[str]  # the setup's import lines: the program sees those names, too, as under exec in one namespace
+    names: list[str]  # names to look up in the program
+    fresh: list[str]  # those that a call may change for the test: not the entry point, and not bound by the tests
+    ahead: list[Ahead]  # the calls of the first so many tests, in their order, one each
+    ahead_frames: bytes
+    own: dict[str, Any] = field(default_factory=dict)  # names that the reference imports: the judge's own copies
+
+
+def prepare(problem: dict[str, Any]) -> Suite:
+    """Compile a problem's tests and find which of their names belong to the program.
+
+    A name belongs to the program if the reference defines it, or if nothing else does: so a program cannot replace
+    `set` or `sorted` in a test, and MBPP 126, whose entry point is `sum`, still works. Raises SyntaxError.
+    """
+    setup = ast.parse(problem["setup"])
+    tests = [ast.parse(test) for test in problem["tests"]]
+    used, bound = _names([setup, *tests])
+    try:
+        reference = ast.parse(problem["reference"])
+    except (SyntaxError, ValueError):
+        reference = ast.parse("")
+    entry_point = problem["entry_point"]
+    defined: set[str] = {entry_point}
+    imported: dict[str, Any] = {}
+    for node in reference.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Assign):
+            defined |= {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            imported |= _own_imports(node)
+    names = {n for n in used if n in defined or (n not in bound and not hasattr(builtins, n))}
+    imports = [
+        ast.unparse(node) for node in setup.body if isinstance(node, ast.Import | ast.ImportFrom) and _own_imports(node)
+    ]
+    own = {name: value for name, value in imported.items() if name in names}
+    programs = names - own.keys() | {entry_point}
+    quiet = not any(isinstance(node, ast.Name) and node.id in programs for node in ast.walk(setup))
+    fresh = sorted(programs - bound - {entry_point})
+    ahead = _ahead(tests, entry_point, programs) if quiet and entry_point not in bound and not fresh else []
+    return Suite(
+        setup=compile(setup, "<setup>", "exec") if setup.body else None,
+        tests=[compile(test, "<test>", "exec") for test in tests],
+        entry_point=entry_point,
+        imports=imports,
+        names=sorted({*names, entry_point}),
+        fresh=fresh,
+        ahead=ahead,
+        ahead_frames=b"".join(call.frame for call in ahead),
+        own=own,
+    )
+
+
+def _ahead(tests: list[ast.Module], entry_point: str, programs: set[str]) -> list[Ahead]:
+    """The calls of the leading tests that call the program once, unconditionally, with literal arguments."""
+    found: list[Ahead] = []
+    size = 0
+    for test in tests:
+        call = _only_call(test, entry_point, programs)
+        try:
+            if call is None:
+                break
+            args = tuple(ast.literal_eval(value) for value in call.args)
+            kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+            encode = Encoder(_refuse).encode
+            frame = pack(["q", "ahead", entry_point, [*map(encode, args)], [[k, encode(v)] for k, v in kwargs.items()]])
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, Unencodable):
+            break
+        size += len(frame)
+        if size > AHEAD_BYTES:
+            break
+        found.append(Ahead(args, kwargs, frame))
+    return found
+
+
+def _refuse(value: Any) -> dict[str, Any]:
+    raise Unencodable(type(value).__name__)
+
+
+ALWAYS = (ast.Call, ast.keyword, ast.UnaryOp, ast.BinOp, ast.Subscript, ast.Attribute, ast.List, ast.Tuple, ast.Set)
+
+
+def _only_call(test: ast.Module, entry_point: str, programs: set[str]) -> ast.Call | None:
+    """The one call of the entry point in an assert, if it is sure to be made and uses nothing else of the program."""
+    if len(test.body) != 1 or not isinstance(test.body[0], ast.Assert):
+        return None
+    statement = test.body[0]
+    if sum(isinstance(node, ast.Name) and node.id in programs for node in ast.walk(statement)) != 1:
+        return None
+    todo: list[ast.AST] = [statement.test]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == entry_point:
+            return node if all(keyword.arg for keyword in node.keywords) else None
+        if isinstance(node, ALWAYS) or (isinstance(node, ast.Compare) and len(node.ops) == 1):
+            todo.extend(ast.iter_child_nodes(node))
+    return None
+
+
+def _names(trees: list[ast.Module]) -> tuple[set[str], set[str]]:
+    """Names that the trees read, and names that they bind."""
+    used: set[str] = set()
+    bound: set[str] = set()
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name):
+                (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                bound.add(node.name)
+            elif isinstance(node, ast.arg):
+                bound.add(node.arg)
+            elif isinstance(node, ast.alias):
+                bound.add((node.asname or node.name).split(".")[0])
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                bound.add(node.name)
+    return used, bound
+
+
+def _own_imports(node: ast.Import | ast.ImportFrom) -> dict[str, Any]:
+    """What an import statement binds, from the judge's own trusted modules; nothing for other modules."""
+    found: dict[str, Any] = {}
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            if alias.name in TRUSTED_MODULES:
+                found[alias.asname or alias.name] = __import__(alias.name)
+    elif node.module in TRUSTED_MODULES and not node.level:
+        module = __import__(node.module)
+        for alias in node.names:
+            if alias.name == "*":
+                found |= {n: getattr(module, n) for n in getattr(module, "__all__", dir(module)) if n[0] != "_"}
+            elif hasattr(module, alias.name):
+                found[alias.asname or alias.name] = getattr(module, alias.name)
+    return found

