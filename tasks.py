@@ -255,13 +255,27 @@ def bench(c, what="verify", problems="", generations="", samples_count="", round
     _become(c, sys.executable, ROOT / BENCHES[what], *given)
 
 
-@task(positional=[], help={"fast": "only what needs no Docker and no model", "keyword": "pytest's -k",
-                           "workers": "tests at once; default 2, as rented machines mostly wait",
+TEST_SETS = {
+    "fast": "not docker and not sandbox and not model and not long and not slow and not gpu and not cloud",
+    "everyday": "not long and not slow",
+    "long": "long or slow",
+    "all": "",
+}
+
+
+@task(positional=[], help={"all": "the everyday set and the long one", "long": "the long set alone",
+                           "fast": "only what needs no Docker and no model", "keyword": "pytest's -k",
+                           "workers": "tests at once; default 2, as tests of rented machines mostly wait",
+                           "durations": "write each test's seconds to this JSON file, as tests/durations.json",
                            "image": "inside this image, without network, beside a sandbox container, as pipeline-cpu"})  # fmt: skip
-def test(c, fast=False, keyword="", workers="2", image=""):
-    """Run all tests that this machine can; those skipped are listed with the reason."""
-    words = ["-m", "not docker and not sandbox and not model and not slow and not gpu and not cloud"] if fast else []
+def test(c, all=False, long=False, fast=False, keyword="", workers="2", durations="", image=""):
+    """Run the everyday tests that this machine can; those skipped are listed with the reason."""
+    chosen = [name for name, given in (("all", all), ("long", long), ("fast", fast)) if given] or ["everyday"]
+    if len(chosen) > 1:
+        raise Exit(f"test: --{chosen[0]} and --{chosen[1]} exclude each other.", code=2)
+    words = ["-m", TEST_SETS[chosen[0]]] if TEST_SETS[chosen[0]] else []
     words += ["-k", keyword] if keyword else []
+    words += [f"--durations-file={durations}"] if durations else []
     if image:
         from fractal.images import containers
 

@@ -1,5 +1,6 @@
 """What several test files share: the markers' conditions, one sandbox for the session, the small model."""
 
+import json
 import os
 import shutil
 import signal
@@ -37,6 +38,31 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for place in (tempfile.gettempdir(), "/var/lib/docker"):
         if os.path.isdir(place) and (free := shutil.disk_usage(place).free) < FULL_BYTES:
             pytest.exit(f"{report.nodeid} failed, and {place} has {free / 2**20:.0f} MB left. Make room.", returncode=3)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--durations-file", help="write each test's seconds, set-up and tear-down included, as JSON")
+
+
+class Durations:
+    """Adds up what each test took; tests/durations.json is the committed result of a whole run on 2 quiet cores."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        seconds = {name: round(value, 1) for name, value in {**before, **self.seconds}.items() if value >= 0.5}
+        self.path.write_text(json.dumps(dict(sorted(seconds.items())), indent=0) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--durations-file")) and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(Durations(Path(path)))
 
 
 # With several workers (pytest-xdist) a file stays whole, and the files of one group take turns: they look at the engine's
