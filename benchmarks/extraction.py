@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fractal.generate import prompts
-from fractal.problems import sets
+from fractal.generate.sample_files import read_samples
+from fractal.problems.formats import read_problems
 from fractal.records import Sample
-from fractal.verify import foreign
 
 
 def draw(samples: Iterable[Sample], seed: int) -> list[Sample]:
@@ -49,8 +49,8 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="leave out so many of the draw (default 0)")
     parser.add_argument("--count", type=int, default=500, help="show so many (default 500)")
     options = parser.parse_args()
-    by_id = {p.task_id: p for p in sets.read(options.problems)}
-    samples = [found.sample for found in foreign.read_samples(options.samples, by_id)]
+    by_id = {p.task_id: p for p in read_problems(options.problems)}
+    samples = [file_sample.sample for file_sample in read_samples(options.samples, by_id)]
     counts: Counter[str] = Counter()
     for sample in draw(samples, options.seed)[options.start : options.start + options.count]:
         name = by_id[sample.task_id].entry_point

@@ -289,7 +289,7 @@ class Bench:
 
     def _stage(self, contestant: str) -> Turn:
         """The stage as `fractal run` has it, from the first request to the last sample, or label, on disk."""
-        from fractal.sandbox.host.container import Limits
+        from fractal.sandbox.host.limits import Limits
         from fractal.verify import stage as verify_stage
         from fractal.verify.overlap import Overlap
 
@@ -305,12 +305,10 @@ class Bench:
             path = run.file("samples.jsonl")
             begin = time.perf_counter()
             with Overlap(run, Limits()) as overlap:
-                beside = overlap if contestant == "overlapped" else None
-                if beside:
-                    beside.start()
-                generate_stage._draw(source, self.requests, problems, path, self.sampling, "m", entry, beside)
-                if beside:
-                    verify_stage.run(run, Limits(), beside)
+                follower = overlap.begin() if contestant == "overlapped" else None
+                generate_stage._draw(source, self.requests, problems, path, self.sampling, "m", entry, follower)
+            if follower:
+                verify_stage.run(run, Limits(), overlap)
             seconds = time.perf_counter() - begin
             if contestant == "alone" and not self.plan.instant and docker_engine.problem() is None:
                 begin = time.perf_counter()

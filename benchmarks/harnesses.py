@@ -271,11 +271,12 @@ def raw(job: Row) -> Result:
 def fractal(job: Row) -> Result:
     """The library, without the container's start: as a training loop calls it that keeps one sandbox."""
     from fractal.jsonl import read_jsonl
-    from fractal.problems.sets import read
+    from fractal.problems.formats import read_problems
     from fractal.records import Sample
-    from fractal.sandbox.host.container import Limits, Sandbox
+    from fractal.sandbox.host.container import Sandbox
+    from fractal.sandbox.host.limits import Limits
 
-    problems = {p.task_id: p for p in read(Path(job["problems"]))}
+    problems = {p.task_id: p for p in read_problems(Path(job["problems"]))}
     samples = read_jsonl(Path(job["samples"]), Sample)
     limits = Limits(cpu_s=job["limit_s"], wall_s=job["wall_s"])
     begin = time.perf_counter()

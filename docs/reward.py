@@ -7,9 +7,11 @@ One sandbox serves all batches, from any number of threads; a program that comes
 from collections.abc import Sequence
 
 from fractal.generate.prompts import extract_code
-from fractal.problems.sets import STARTER, read
+from fractal.problems.formats import read_problems
+from fractal.problems.sets import STARTER
 from fractal.records import Problem, Sample
-from fractal.sandbox.host.container import Limits, Sandbox
+from fractal.sandbox.host.container import Sandbox
+from fractal.sandbox.host.limits import Limits
 
 
 class Reward:
@@ -35,7 +37,7 @@ class Reward:
 
 
 def main() -> None:
-    problem = next(p for p in read(STARTER) if p.entry_point)
+    problem = next(p for p in read_problems(STARTER) if p.entry_point)
     right = f"Here it is:\n```python\n{problem.reference}\n```"
     wrong = f"```python\ndef {problem.entry_point}(*args):\n    return None\n```"
     cheat = "```python\nimport os\nos._exit(0)\n```"

@@ -20,6 +20,7 @@ from fractal.errors import InputError, OutsideError
 from fractal.jsonl import NO_SPACE
 from fractal.problems.sets import ProblemSet, load
 from fractal.rundir import RunDir
+from fractal.sandbox.host.limits import DEFAULT_LIMITS, Limits
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -171,9 +172,7 @@ class Form(StrEnum):
 # --- what the commands share ------------------------------------------------------------------------------------------
 
 
-def _limits(cpu_s: float, wall_s: float, memory_mib: int) -> Any:
-    from fractal.sandbox.host.container import Limits
-
+def _limits(cpu_s: float, wall_s: float, memory_mib: int) -> Limits:
     try:
         return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mib=memory_mib)
     except ValueError as error:
@@ -225,7 +224,7 @@ def _generate(
     server: dict[str, Any],
     batch: int | None,
     engines: int | None,
-    overlap: Any = None,
+    follow: Any = None,
     **asked: Any,
 ) -> None:
     """`server`: base_url, tokenizer and concurrency, of --backend openai."""
@@ -249,7 +248,7 @@ def _generate(
     if model is None:
         model = folder.model_path(known.get("model", models.EMBEDDED))
     generate_stage.run(
-        folder, problem_set, model, sampling, backend, batch=batch, engines=engines, served=served, beside=overlap
+        folder, problem_set, model, sampling, backend, batch=batch, engines=engines, served=served, follow=follow
     )
 
 
@@ -332,9 +331,9 @@ def verify(
         Path | None, typer.Option(help="Sandbox-only run: samples, ours or of HumanEval and EvalPlus.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Sandbox-only run: where the labels go.")] = None,
-    cpu: Cpu = 4.0,
-    wall: Wall = 12.0,
-    memory: Memory = 512,
+    cpu: Cpu = DEFAULT_LIMITS.cpu_s,
+    wall: Wall = DEFAULT_LIMITS.wall_s,
+    memory: Memory = DEFAULT_LIMITS.memory_mib,
     slots: Slots = None,
     image: Image = None,
     runtime: Runtime = None,
@@ -392,7 +391,7 @@ def convert(
     if to is not None and from_ is None and samples and results is None:
         files.export(to.value, problems, samples, labels, out, prefix)
     elif from_ is not None and to is None and results and labels is None:
-        files.imported(from_.value, problems, results, out, samples)
+        files.import_results(from_.value, problems, results, out, samples)
     else:
         raise InputError("give either --to FORM --samples S [--labels L], or --from FORM --results R [--samples S].")
 
@@ -491,9 +490,9 @@ def run_stages(
     base_url: BaseUrl = None,
     tokenizer: Tokenizer = None,
     concurrency: Concurrency = 32,
-    cpu: Cpu = 4.0,
-    wall: Wall = 12.0,
-    memory: Memory = 512,
+    cpu: Cpu = DEFAULT_LIMITS.cpu_s,
+    wall: Wall = DEFAULT_LIMITS.wall_s,
+    memory: Memory = DEFAULT_LIMITS.memory_mib,
     slots: Slots = None,
     image: Image = None,
     runtime: Runtime = None,
@@ -532,8 +531,8 @@ def run_stages(
 
             with Overlap(folder, limits, **sandbox) as overlap:
                 if found:
-                    _generate(folder, found, model, backend, server, batch, engines, overlap, **sampling)
-                tally = verify_stage.run(folder, limits, overlap, **sandbox)
+                    _generate(folder, found, model, backend, server, batch, engines, overlap.begin, **sampling)
+            tally = verify_stage.run(folder, limits, overlap, **sandbox)
             _failed_labels(tally.errors)
         if stage in (Stage.all, Stage.train, Stage.score):
             _critic(folder, stage, base, mode, score_backend, **recipe)
@@ -582,13 +581,13 @@ def serve(
     ] = "fractal-sandbox",
     name: Annotated[str, typer.Option(help="The container's name.")] = "fractal-sandbox",
     stop: Annotated[bool, typer.Option("--stop", help="End the sidecar of that name.")] = False,
-    memory: Memory = 512,
+    memory: Memory = DEFAULT_LIMITS.memory_mib,
     slots: Slots = None,
     image: Image = None,
     runtime: Runtime = None,
 ) -> None:
     """Start a sandbox as a sidecar: it serves other containers over a Unix socket in a volume, until it is stopped."""
-    from fractal.sandbox.host.container import SOCKET, Limits, start_sidecar, stop_sidecar
+    from fractal.sandbox.host.container import SOCKET, start_sidecar, stop_sidecar
 
     _check_slots(slots)
     if stop:
@@ -596,7 +595,7 @@ def serve(
         return
     if volume[:1] in ".~":
         volume = str(Path(volume).expanduser().resolve())
-    limits: Limits = _limits(Limits().cpu_s, Limits().wall_s, memory)
+    limits = _limits(DEFAULT_LIMITS.cpu_s, DEFAULT_LIMITS.wall_s, memory)
     start_sidecar(volume=volume, name=name, limits=limits, slots=slots, image=image, runtime=runtime)
     place = (
         f"{volume}/{Path(SOCKET).name}" if volume.startswith("/") else f"{SOCKET} where the volume {volume} is mounted"

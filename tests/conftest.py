@@ -150,7 +150,8 @@ def client() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def sandbox(place: dict[str, Any]) -> Iterator["object"]:
-    from fractal.sandbox.host.container import Limits, Sandbox
+    from fractal.sandbox.host.container import Sandbox
+    from fractal.sandbox.host.limits import Limits
 
     with Sandbox(limits=Limits(cpu_s=1.0, wall_s=3.0), **place) as one:
         yield one

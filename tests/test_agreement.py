@@ -7,7 +7,7 @@ import pytest
 from fractal.jsonl import encode, read_jsonl, write_jsonl
 from fractal.records import Label, Output, Problem, Sample
 from fractal.rundir import RunDir
-from fractal.sandbox.host.container import Limits
+from fractal.sandbox.host.limits import Limits
 from fractal.verify import outputs as verify_outputs
 
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0)

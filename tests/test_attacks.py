@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fractal.records import Label, Problem, Sample
-from fractal.sandbox.host.container import Limits, Sandbox
+from fractal.sandbox.host.container import Sandbox
+from fractal.sandbox.host.limits import Limits
 from tests.attacks import ATTACKS, CONTAINED, NEIGHBOURS, POISON, SUITES, Attack
 
 pytestmark = pytest.mark.sandbox

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from benchmarks import harnesses, verify
 from benchmarks import samples as sampling
 from fractal.errors import InputError
-from fractal.problems.sets import STARTER, read
+from fractal.problems.formats import read_problems
+from fractal.problems.sets import STARTER
 from fractal.records import Problem
 from tests.conftest import ROOT
 
-PROBLEMS = read(STARTER)
+PROBLEMS = read_problems(STARTER)
 CODE = """
 def f(items, k):
     # a comment
@@ -60,8 +61,9 @@ def test_a_program_without_a_place_to_mutate_has_no_mutants() -> None:
 
 def test_samples_are_the_same_in_another_process() -> None:
     text = (
-        "import hashlib; from benchmarks import samples; from fractal.problems.sets import STARTER, read; "
-        "print(hashlib.sha256(repr(samples.choose(read(STARTER), [], 150, 7)).encode()).hexdigest())"
+        "import hashlib; from benchmarks import samples; from fractal.problems.sets import STARTER; "
+        "from fractal.problems.formats import read_problems; "
+        "print(hashlib.sha256(repr(samples.choose(read_problems(STARTER), [], 150, 7)).encode()).hexdigest())"
     )
     runs = [
         subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=True,

@@ -319,7 +319,8 @@ def test_an_engine_without_nvidias_toolkit_says_what_is_missing(image: str, capf
 def test_labels_of_the_containers_are_those_of_the_host(tmp_path: Path, image: str) -> None:
     """The pipeline's image judges a run's samples over the socket of a sidecar; the host judges the same ones."""
     from fractal.problems.sets import load
-    from fractal.sandbox.host.container import Limits, Sandbox
+    from fractal.sandbox.host.container import Sandbox
+    from fractal.sandbox.host.limits import Limits
 
     problems = load("starter").problems[:20]
     codes = {

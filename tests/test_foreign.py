@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fractal.errors import InputError
+from fractal.generate.sample_files import read_samples
 from fractal.jsonl import read_jsonl, write_jsonl
 from fractal.records import STATUSES, Label, Problem, Sample, code_sha256
 from fractal.verify import convert, foreign
-from fractal.verify.foreign import read_samples
 
 TESTS = ["assert f(1) == 1", "assert f(2) == 2"]
 PROBLEMS = {i: Problem(i, "p", "def f(x): return x", TESTS, "", "f", "test") for i in (11, 12, 600)}
@@ -58,7 +58,7 @@ def written(place: Path, pairs: list[tuple[Sample, Label]]) -> None:
 def test_results_go_out_and_come_back(place: Path, form: str, pairs: list[tuple[Sample, Label]]) -> None:
     written(place, pairs)
     convert.export(form, place / "p", place / "s", place / "l", place / "out", "Mbpp/")
-    convert.imported(form, place / "p", place / "out", place / "back", place / "samples")
+    convert.import_results(form, place / "p", place / "out", place / "back", place / "samples")
     back = read_jsonl(place / "back", Label)
     expected = {(v.task_id, v.sample_id): (COARSE.get(v.status, "failed"), v.code_sha256) for _, v in pairs}
     assert {(v.task_id, v.sample_id): (v.status, v.code_sha256) for v in back} == expected
@@ -158,7 +158,7 @@ ROW = {"task_id": "Mbpp/11", "completion": "x", "result": "passed", "passed": Tr
 def test_bad_results_are_one_line_and_nothing_is_written(place: Path, form: str, value: Any, words: str) -> None:
     (place / "r").write_text(json.dumps(value))
     with pytest.raises(InputError, match=words) as caught:
-        convert.imported(form, place / "p", place / "r", place / "out", place / "samples")
+        convert.import_results(form, place / "p", place / "r", place / "out", place / "samples")
     assert "\n" not in str(caught.value)
     assert {p.name for p in place.iterdir()} == {"p", "r"}
 
@@ -170,7 +170,7 @@ def test_nothing_is_overwritten(place: Path) -> None:
         with pytest.raises(InputError, match="Name another"):
             convert.export("humaneval", place / "p", place / "s", place / "l", place / name, "Mbpp/")
         with pytest.raises(InputError, match="Name another"):
-            convert.imported("humaneval", place / "p", place / "r", place / name, None)
+            convert.import_results("humaneval", place / "p", place / "r", place / name, None)
     with pytest.raises(InputError, match="give --labels"):
         convert.export("humaneval", place / "p", place / "s", None, place / "out", "Mbpp/")
     with pytest.raises(InputError, match="no such file"):
@@ -193,4 +193,4 @@ def test_labels_out_of_order_or_of_other_programs_are_no_results(place: Path) ->
 def test_a_result_file_of_humaneval_is_a_samples_file_too(place: Path) -> None:
     written(place, [pair(0, "passed"), pair(1, "failed")])
     convert.export("humaneval", place / "p", place / "s", place / "l", place / "out", "Mbpp/")
-    assert [found.ready().code for found in read_samples(place / "out", PROBLEMS)] == ["x = 0", "x = 1"]
+    assert [file_sample.extracted().code for file_sample in read_samples(place / "out", PROBLEMS)] == ["x = 0", "x = 1"]

@@ -20,10 +20,10 @@ from fractal.jsonl import Appender, encode, read_jsonl
 from fractal.records import Label, Problem, Sample, code_sha256
 from fractal.rundir import RunDir
 from fractal.sandbox.host.client import SandboxError
-from fractal.sandbox.host.container import Limits
-from fractal.verify import overlap
+from fractal.sandbox.host.limits import Limits
+from fractal.verify import labelling, outputs, overlap
 from fractal.verify import stage as verify_stage
-from fractal.verify.overlap import Overlap, Tail
+from fractal.verify.overlap import GrowingFile, Overlap
 from tests.conftest import ROOT
 
 PROBLEMS = [Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in (11, 12)]
@@ -88,31 +88,32 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (overlap, verify_stage):
+    for module in (overlap, labelling):
         monkeypatch.setattr(module, "Sandbox", Stand)
+    monkeypatch.setattr(outputs, "run", lambda *_, **__: None)  # test_agreement.py
     for name, value in (("ran", []), ("pause_s", 0.0), ("breaks", None), ("gate", lambda *_: True)):
         monkeypatch.setattr(Stand, name, value)
 
 
-def draw(folder: RunDir, engine: Engine, n: int, beside: Overlap) -> None:
+def draw(folder: RunDir, engine: Engine, n: int, overlap: Overlap) -> None:
     """What generate.run does once it knows what is missing."""
     path = folder.file("samples.jsonl")
     done = {(s.task_id, s.sample_id) for s in read_jsonl(path, Sample)}
     wanted = [(p.task_id, i) for p in PROBLEMS for i in range(n) if (p.task_id, i) not in done]
     requests = [Request(task_id, i, [1], 7, "text") for task_id, i in wanted]
-    beside.start()
+    follower = overlap.begin()
     with folder.stage("generate", "samples.jsonl") as entry:
         generate_stage._draw(
-            engine, requests, {p.task_id: p for p in PROBLEMS}, path, Sampling(n=n), "m", entry, beside
+            engine, requests, {p.task_id: p for p in PROBLEMS}, path, Sampling(n=n), "m", entry, follower
         )
 
 
 def run(place: Path, engine: Engine, n: int = 100) -> dict[str, Any]:
     with RunDir(place, create=True) as folder:
         folder.set_problems(PROBLEMS)
-        with Overlap(folder, Limits()) as beside:
-            draw(folder, engine, n, beside)
-            verify_stage.run(folder, Limits(), beside)
+        with Overlap(folder, Limits()) as overlap:
+            draw(folder, engine, n, overlap)
+        verify_stage.run(folder, Limits(), overlap)
     manifest: dict[str, Any] = json.loads((place / "manifest.json").read_bytes())
     return manifest
 
@@ -199,8 +200,8 @@ def test_a_growing_file_is_read_whole_line_by_whole_line(tmp_path_factory: pytes
     path = tmp_path_factory.getbasetemp() / "grows.jsonl"
     path.unlink(missing_ok=True)
     skip = data.draw(st.integers(0, 5))
-    tail, found, written = Tail(path, skip), [], []
-    assert tail.take(0, 9) == []
+    growing, found, written = GrowingFile(path, skip), [], []
+    assert growing.read(0, 9) == []
     for _ in range(data.draw(st.integers(1, 5))):
         more = [Sample(11, len(written) + i, "c\n", "é\ud800", "stop", 1, None, 1, "m") for i in range(data.draw(st.integers(0, 4)))]  # fmt: skip
         with Appender(path) as out:
@@ -210,7 +211,7 @@ def test_a_growing_file_is_read_whole_line_by_whole_line(tmp_path_factory: pytes
             end = file.tell()
             file.write(data.draw(st.sampled_from([b"", b'{"task', encode(written[0]) if written else b""])))
         most = data.draw(st.integers(1, 3))
-        while one := tail.take(end, most):
+        while one := growing.read(end, most):
             assert len(one) <= most
             found += one
         with path.open("ab") as file:

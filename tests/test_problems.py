@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fractal.errors import InputError, RecordError
 from fractal.jsonl import encode
-from fractal.problems.sets import digest, entry_point, load, mbpp_split, parse_splits, read
+from fractal.problems.formats import entry_point, mbpp_split, read_problems
+from fractal.problems.sets import digest, load, parse_splits
 from fractal.records import Problem
 from tests.conftest import SHARED
 
@@ -34,7 +35,7 @@ def written(tmp_path: Path, *rows: Any) -> Path:
 
 def test_both_schemas_of_mbpp_and_our_own(tmp_path: Path) -> None:
     own = Problem(3, "p", "def g(): return 1\n", ["assert g() == 1"], "", "g", "prompt")
-    found = read(written(tmp_path, FULL, SANITIZED, json.loads(encode(own))))
+    found = read_problems(written(tmp_path, FULL, SANITIZED, json.loads(encode(own))))
     full, sanitized, ours = found
     assert full == Problem(
         11, "Double a number.", "import math\ndef f(x):\n    return x * 2\n", ["assert f(1) == 2", "x = f(2)\nassert x == 4"],
@@ -82,18 +83,18 @@ def test_the_entry_point_is_what_the_tests_call(reference: str, tests: list[str]
 )
 def test_a_bad_field_is_named_with_file_and_line(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(RecordError, match=rf"problems\.jsonl: line 2: .*{complaint}"):
-        read(written(tmp_path, SANITIZED, {**FULL, **change}))
+        read_problems(written(tmp_path, SANITIZED, {**FULL, **change}))
 
 
 @pytest.mark.parametrize("field", ["text", "code", "task_id"])
 def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     with pytest.raises(RecordError, match=rf"line 1: .*{field}"):
-        read(written(tmp_path, {k: v for k, v in FULL.items() if k != field}))
+        read_problems(written(tmp_path, {k: v for k, v in FULL.items() if k != field}))
 
 
 def test_a_duplicate_names_both_lines(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"line 3: task_id 11 stands already in line 1"):
-        read(written(tmp_path, FULL, SANITIZED, FULL))
+        read_problems(written(tmp_path, FULL, SANITIZED, FULL))
 
 
 def test_splits_and_limit() -> None:
@@ -126,7 +127,7 @@ def test_the_real_files(name: str, splits: dict[str, int]) -> None:
     path = SHARED / "mbpp" / name
     if not path.exists():
         pytest.skip(f"no {name} beside the checkout: the product does not contain MBPP")
-    problems = read(path)
+    problems = read_problems(path)
     assert Counter(p.split for p in problems) == splits
     assert not [p.task_id for p in problems if "\r" in p.reference + p.setup + "".join(p.tests)]
 
@@ -141,10 +142,10 @@ def write(path: Path, *values: Any) -> Path:
 
 def test_array_lines_and_gzip_are_the_same(tmp_path):
     values = [FULL, SANITIZED, OURS]
-    expected = read(write(tmp_path / "lines.jsonl", *values))
+    expected = read_problems(write(tmp_path / "lines.jsonl", *values))
     (tmp_path / "array.json").write_text(json.dumps(values, indent=2))
     (tmp_path / "array.gz").write_bytes(gzip.compress(json.dumps(values).encode()))
-    assert expected == read(tmp_path / "array.json") == read(tmp_path / "array.gz")
+    assert expected == read_problems(tmp_path / "array.json") == read_problems(tmp_path / "array.gz")
     assert encode(expected[2]) == json.dumps(OURS, separators=(",", ":")).encode() + b"\n"
 
 
@@ -188,7 +189,7 @@ def changed(value, **fields):
 def test_a_bad_line_is_named(value, words, tmp_path):
     path = write(tmp_path / "p.jsonl", OURS, value)
     with pytest.raises(RecordError) as caught:
-        read(path)
+        read_problems(path)
     assert str(caught.value).startswith(f"{path}: line 2: ")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -201,7 +202,7 @@ def test_any_wrong_value_is_a_record_error(tmp_path_factory, value, data):
     base = data.draw(st.sampled_from([FULL, SANITIZED, OURS]))
     write(path, {**base, data.draw(st.sampled_from(sorted(base))): value})
     try:
-        (problem,) = read(path)
+        (problem,) = read_problems(path)
     except RecordError as error:
         assert "line 1: " in str(error)
     else:

@@ -10,12 +10,14 @@ from typing import Any
 import docker
 import pytest
 
-from fractal.problems.sets import STARTER, read
+from fractal.problems.formats import read_problems
+from fractal.problems.sets import STARTER
 from fractal.records import Label, Problem, Sample
-from fractal.sandbox.host.container import Limits, Sandbox
+from fractal.sandbox.host.container import Sandbox
+from fractal.sandbox.host.limits import Limits
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
-PROBLEMS = {p.task_id: p for p in read(STARTER)}
+PROBLEMS = {p.task_id: p for p in read_problems(STARTER)}
 TASK = 10_000
 PROBLEMS[TASK] = Problem(TASK, "", "def f(x):\n    return x\n", ["assert f(1) == 1", "assert f('a') == 'a'"], "", "f", "test")  # fmt: skip
 ODD = {

@@ -14,9 +14,10 @@ import docker
 import pytest
 
 from fractal.errors import InputError
-from fractal.problems.sets import read
+from fractal.problems.formats import read_problems
 from fractal.records import Label, Problem, Sample
-from fractal.sandbox.host.container import Limits, Sandbox, SandboxError, probe
+from fractal.sandbox.host.container import Sandbox, SandboxError, probe
+from fractal.sandbox.host.limits import Limits
 from fractal.sandbox.inside import checks
 from tests.conftest import ROOT, SHARED
 
@@ -298,7 +299,7 @@ def test_a_container_killed_in_the_middle_loses_nothing(image: str) -> None:
 def test_no_container_is_left_when_the_client_is_killed(image: str, tmp_path: Path) -> None:
     script = tmp_path / "client.py"
     script.write_text(
-        "import sys, time\nfrom fractal.sandbox.container import Sandbox\n"
+        "import sys, time\nfrom fractal.sandbox.host.container import Sandbox\n"
         f"with Sandbox(image={image!r}) as s:\n    print(s._line.container.id, flush=True)\n    time.sleep(60)\n"
     )
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
@@ -370,7 +371,7 @@ def test_every_reference_of_mbpp_passes(image: str, file: str, count: int) -> No
     path = SHARED / "mbpp" / file
     if not path.exists():
         pytest.skip(f"no {path.name} beside the checkout: the product does not contain MBPP")
-    problems = {p.task_id: p for p in read(path)}
+    problems = {p.task_id: p for p in read_problems(path)}
     samples = [sample(p.reference, task_id=p.task_id) for p in problems.values()]
     with Sandbox(image=image) as sandbox:
         labels = list(sandbox.verify(samples, problems))
@@ -381,7 +382,7 @@ def test_every_reference_of_mbpp_passes(image: str, file: str, count: int) -> No
 def test_every_starter_reference_passes(sandbox: Sandbox) -> None:
     from fractal.problems.sets import STARTER
 
-    problems = {p.task_id: p for p in read(STARTER)}
+    problems = {p.task_id: p for p in read_problems(STARTER)}
     labels = sandbox.verify([sample(p.reference, task_id=p.task_id) for p in problems.values()], problems)
     assert [(v.task_id, v.status, v.detail) for v in labels if not v.passed] == []
 
@@ -397,7 +398,7 @@ def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
     path = SHARED / "generations" / "qwen2.5-coder-0.5b-mbpp.jsonl.gz"
     if not path.exists():
         pytest.skip("no real generations beside the checkout")
-    problems = {p.task_id: p for p in read(SHARED / "mbpp" / "sanitized-mbpp.json")}
+    problems = {p.task_id: p for p in read_problems(SHARED / "mbpp" / "sanitized-mbpp.json")}
     rows = [json.loads(line) for line in gzip.open(path)]
     samples = [
         sample(extract_code(r["completion"], problems[r["task_id"]].entry_point), r["sample_id"], r["task_id"])

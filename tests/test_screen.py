@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal.problems.sets import STARTER, read
+from fractal.problems.formats import read_problems
+from fractal.problems.sets import STARTER
 from fractal.sandbox.inside import screen
 
 pytestmark = pytest.mark.skipif(sys.version_info[:2] != screen.VERSION, reason="byte code of another Python")
@@ -46,7 +47,7 @@ def test_an_ordinary_function_may_share_a_process(text: str) -> None:
 
 
 def test_most_starter_references_may_share_a_process() -> None:
-    texts = [problem.reference for problem in read(STARTER)]
+    texts = [problem.reference for problem in read_problems(STARTER)]
     assert sum(reason(text) == "" for text in texts) > 0.9 * len(texts)
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.client import KEY_BYTES, SAMPLE_HEAD
-from fractal.sandbox.host.container import Limits, Sandbox, SandboxError, start_sidecar, stop_sidecar
+from fractal.sandbox.host.container import Sandbox, SandboxError, start_sidecar, stop_sidecar
+from fractal.sandbox.host.limits import Limits
 from fractal.sandbox.inside.protocol import PROBLEM, SAMPLE, frame
 
 pytestmark = pytest.mark.docker

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fractal.errors import RecordError
+from fractal.generate import sample_files
 from fractal.jsonl import encode
 from fractal.records import Problem, Sample
-from fractal.verify import foreign
 
 PROBLEMS = {i: Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in (11, 12)}
 CODE = "def f(x):\n    return x\n"
 
 
 def read_samples(path: Path, problems: dict[int, Problem]) -> list[Sample]:
-    return [found.ready() for found in foreign.read_samples(path, problems)]
+    return [file_sample.extracted() for file_sample in sample_files.read_samples(path, problems)]
 
 
 def written(path: Path, *rows: Any, pack: bool = False) -> Path:

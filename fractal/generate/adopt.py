@@ -6,10 +6,10 @@ from pathlib import Path
 from fractal import console
 from fractal.errors import InputError
 from fractal.generate import models
+from fractal.generate.sample_files import read_samples
 from fractal.jsonl import write_jsonl
 from fractal.problems.sets import ProblemSet
 from fractal.rundir import RunDir
-from fractal.verify.foreign import read_samples
 
 
 def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> None:
@@ -25,7 +25,7 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     known = problem_set.by_id()
     with console.quiet("reading the samples"):
-        found = [one.ready() for one in read_samples(samples, known)]
+        found = [file_sample.extracted() for file_sample in read_samples(samples, known)]
     counts: dict[int, int] = {}
     for one in found:
         counts[one.task_id] = counts.get(one.task_id, 0) + 1

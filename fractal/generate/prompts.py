@@ -7,11 +7,11 @@ sampling can stop at the closing fence.
 
 import ast
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
 
+from fractal.problems.syntax import syntax_tree as tree
 from fractal.records import Problem
 
 VERSION = 2  # goes into the run's configuration: other prompts, other samples
@@ -219,13 +219,3 @@ def parses(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def tree(text: str) -> ast.Module:
-    """The syntax tree of foreign Python, without the compiler's warnings about it. Raises ValueError if it is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return ast.parse(text)
-        except (SyntaxError, RecursionError, MemoryError) as error:
-            raise ValueError(str(error)) from error

@@ -109,12 +109,11 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class Beside(Protocol):
-    """What is told of samples while they are drawn: overlap.py."""
+class SampleFollower(Protocol):
+    """Is told of samples while they are drawn: verification beside generation (verify/overlap.py)."""
 
-    def start(self) -> None: ...  # before the model is loaded
-    def drawing(self, bar: console.Bar, count: int) -> None: ...  # `count` samples will be written
-    def wrote(self, count: int) -> None: ...
+    def update(self, bar: console.Bar, expected: int, written: int) -> None:
+        """`written` more samples, of `expected` that are to be drawn, are whole on disk; `bar` shows the drawing."""
 
 
 class Halt:
@@ -194,10 +193,11 @@ def run(
     batch: int | None = None,
     engines: int | None = None,
     served: Served | None = None,
-    beside: Beside | None = None,
+    follow: Callable[[], SampleFollower] | None = None,
 ) -> None:
     """Draw what is missing. `batch`: samples decoded together, None to find it from free memory; `engines` of vLLM that
-    share the GPU, None to find it from the model's size.
+    share the GPU, None to find it from the model's size; `follow` is called before the model is loaded, if anything is
+    missing, and what it returns is told of the samples as they are written.
 
     Raises InputError, OutsideError; nothing that was finished is lost by any exit.
     """
@@ -254,8 +254,7 @@ def run(
     if not missing:
         console.say(f"generate: {len(done)} samples are there, nothing to do")
         return
-    if beside:
-        beside.start()
+    follower = follow() if follow else None
     with folder.stage("generate", "samples.jsonl") as entry:
         console.say(
             f"generate: {len(missing)} samples of {len({p.task_id for p, _ in missing})} problems with {name} "
@@ -275,7 +274,7 @@ def run(
                 assert served is not None
                 engine = _served(model, sampling, served)
             try:
-                _draw(engine, requests, problem_set.by_id(), path, sampling, name, entry, beside)
+                _draw(engine, requests, problem_set.by_id(), path, sampling, name, entry, follower)
             finally:
                 engine.close()
     if entry.get("skipped"):
@@ -394,7 +393,7 @@ def _draw(
     sampling: Sampling,
     model: str,
     entry: dict[str, Any],
-    beside: Beside | None = None,
+    follower: SampleFollower | None = None,
 ) -> None:
     """Write samples as they finish. Raises KeyboardInterrupt once all that was finished is written."""
     tokens = count = 0
@@ -402,14 +401,14 @@ def _draw(
     entry |= {name: value for name in ("batch", "engines") if (value := getattr(engine, name, None))}
     try:
         with Halt() as halt, Appender(path) as out, console.bar("generate", len(requests)) as bar:
-            if beside:
-                beside.drawing(bar, len(requests))
+            if follower:
+                follower.update(bar, len(requests), 0)
             for done in engine.generate(requests, halt):
                 out.write(_sample(c, problems[c.request.task_id], sampling, model) for c in done)
                 count += len(done)
                 tokens += sum(c.tokens for c in done)
-                if beside:
-                    beside.wrote(len(done))
+                if follower:
+                    follower.update(bar, len(requests), len(done))
                 bar.advance(len(done), f"{tokens / (time.monotonic() - begin):.0f} tokens/s")
     finally:
         seconds = time.monotonic() - begin

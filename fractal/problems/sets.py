@@ -1,20 +1,15 @@
-"""Problem sets: the embedded starter set, MBPP from the hub, and files in MBPP's or our own schema.
+"""Problem sets by name: the embedded starter set, MBPP from the hub, and files (formats.py reads those)."""
 
-A problem set is a list of Problem with official splits. Nothing here runs a program.
-"""
-
-import ast
 import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fractal.errors import InputError, OutsideError, RecordError
-from fractal.generate.prompts import tree
-from fractal.jsonl import Line, decode, decode_object, encode, read_lines
-from fractal.records import SPLITS, Problem, Split
+from fractal.jsonl import Line, encode
+from fractal.problems.formats import problem_from_mbpp, read_problems
+from fractal.records import SPLITS, Problem
 
 STARTER = Path(__file__).with_name("starter.jsonl")
 HUB = "google-research-datasets/mbpp"
@@ -41,11 +36,11 @@ def load(source: str, splits: str | None = None, limit: int | None = None) -> Pr
     """
     wanted = parse_splits(splits)
     if source == "starter":
-        problems = read(STARTER)
+        problems = read_problems(STARTER)
     elif source in HUB_CONFIGS:
         problems = from_hub(source)
     else:
-        problems = read(Path(source))
+        problems = read_problems(Path(source))
     if wanted is not None:
         have = sorted({p.split for p in problems})
         problems = [p for p in problems if p.split in wanted]
@@ -81,109 +76,6 @@ def parse_splits(text: str | None) -> set[str] | None:
     return wanted
 
 
-def mbpp_split(task_id: int) -> Split:
-    """The official split: 1-10 few-shot prompts, 11-510 test, 511-600 validation, the rest train.
-
-    Source: README of google-research/mbpp.
-    """
-    if task_id <= 10:
-        return "prompt"
-    if task_id <= 510:
-        return "test"
-    return "validation" if task_id <= 600 else "train"
-
-
-def read(path: Path) -> list[Problem]:
-    """The problems of a JSON or JSONL file (gzipped or not), in our own schema or either of MBPP's.
-
-    Raises RecordError with file, line, field and what was expected; also for a duplicate task_id.
-    """
-    problems: list[Problem] = []
-    seen: dict[int, int] = {}
-    for line in read_lines(path):
-        value = decode_object(line)
-        problem = _from_mbpp(line, value) if "test_list" in value else _checked(line, decode(line, Problem))
-        if problem.task_id in seen:
-            raise line.error(f"task_id {problem.task_id} stands already in {line.kind} {seen[problem.task_id]}")
-        seen[problem.task_id] = line.number
-        problems.append(problem)
-    return problems
-
-
-def _checked(line: Line, problem: Problem) -> Problem:
-    if not problem.tests:
-        raise line.error("field tests: is empty, expected at least one test")
-    return problem
-
-
-def _from_mbpp(line: Line, value: dict[str, Any]) -> Problem:
-    """One problem of MBPP: `text` and `test_setup_code` in the full set, `prompt` and `test_imports` in the sanitized.
-
-    References have CRLF line ends there. `challenge_test_list` is not used: the published results do not use it.
-    """
-
-    def text(*names: str, default: str | None = None) -> str:
-        for name in names:
-            if name in value:
-                if not isinstance(value[name], str):
-                    raise line.error(f"field {name}: expected a string, got {type(value[name]).__name__}")
-                return str(value[name]).replace("\r\n", "\n").replace("\r", "\n")
-        if default is None:
-            raise line.error(f"field {' or '.join(names)} is missing")
-        return default
-
-    def texts(name: str) -> list[str]:
-        found = value.get(name, [])
-        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-            raise line.error(f"field {name}: expected a list of strings")
-        return [item.replace("\r\n", "\n").replace("\r", "\n").strip() for item in found]
-
-    task_id = value.get("task_id")
-    if isinstance(task_id, str) or type(task_id) is not int:
-        raise line.error(f"field task_id: expected an integer, got {type(task_id).__name__}")
-    tests = texts("test_list")
-    if not tests:
-        raise line.error("field test_list: is empty, expected at least one test")
-    reference = text("code")
-    setup = "\n".join(filter(None, [*texts("test_imports"), text("test_setup_code", default="").strip()]))
-    try:
-        entry = entry_point(reference, tests)
-    except ValueError as error:
-        raise line.error(str(error)) from None
-    return Problem(
-        task_id=task_id,
-        prompt=text("prompt", "text").strip(),
-        reference=reference.strip("\n") + "\n",
-        tests=tests,
-        setup=setup,
-        entry_point=entry,
-        split=mbpp_split(task_id),
-    )
-
-
-def entry_point(reference: str, tests: list[str]) -> str:
-    """The name that the tests call and the reference defines; functions before classes, the most used first.
-
-    Raises ValueError if there is none, or if a program does not parse.
-    """
-    try:
-        program = tree(reference)
-        trees = [tree(test) for test in tests]
-    except ValueError as error:
-        raise ValueError(f"the reference or a test is not Python: {error}") from error
-    functions = {n.name for n in program.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
-    others = {n.name for n in program.body if isinstance(n, ast.ClassDef)}
-    for node in program.body:
-        if isinstance(node, ast.Assign):
-            others |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    used = Counter(n.id for t in trees for n in ast.walk(t) if isinstance(n, ast.Name))
-    for names in (functions, others):
-        found = [name for name, _ in used.most_common() if name in names]
-        if found:
-            return found[0]
-    raise ValueError("no name that the tests use is defined in the reference")
-
-
 def from_hub(name: str) -> list[Problem]:
     """MBPP by the `datasets` library. Raises OutsideError when the hub cannot be reached and nothing is cached."""
     import datasets  # two seconds of import, and only this function needs it
@@ -197,7 +89,7 @@ def from_hub(name: str) -> list[Problem]:
     for split in parts:
         for number, row in enumerate(parts[split], 1):
             line = Line(Path(f"{HUB}:{split}"), number, "element", json.dumps(row).encode())
-            problems.append(_from_mbpp(line, row))
+            problems.append(problem_from_mbpp(line, row))
     if len({p.task_id for p in problems}) != len(problems):
         raise RecordError(f"{HUB}: a task_id stands twice.")
     return problems

@@ -5,20 +5,22 @@ from pathlib import Path
 
 from fractal import console
 from fractal.errors import InputError
+from fractal.generate.sample_files import read_samples, sample_rows
 from fractal.jsonl import encode, write_parts, write_whole
-from fractal.problems.sets import read as read_problems
+from fractal.problems.formats import read_problems
 from fractal.records import Label, Sample
 from fractal.verify import foreign, resume
 
 
 def export(form: str, problems: Path, samples: Path, labels: Path | None, out: Path, prefix: str) -> None:
     """Write results or a samples file. Samples without a verdict are left out of results, and counted."""
-    _not_the_same(out, problems, samples, labels)
+    _check_distinct(out, problems, samples, labels)
     by_id = {p.task_id: p for p in read_problems(problems)}
-    found = foreign.read_samples(samples, by_id)
+    file_samples = read_samples(samples, by_id)
     if form.endswith("-samples"):
         field = "solution" if form == "evalplus-samples" else "completion"
-        write_parts(out, map(encode, foreign.to_samples((one.ready() for one in found), field, prefix)))
+        rows = sample_rows((file_sample.extracted() for file_sample in file_samples), field, prefix)
+        write_parts(out, map(encode, rows))
         console.say(f"convert: {out}")
         return
     if labels is None:
@@ -28,9 +30,9 @@ def export(form: str, problems: Path, samples: Path, labels: Path | None, out: P
     counts = {True: 0, False: 0}
 
     def with_verdict() -> Iterable[tuple[Sample, Label]]:
-        for sample, label in resume.labelled(found, labels):
-            counts[label.status != resume.OURS] += 1
-            if label.status != resume.OURS:
+        for sample, label in resume.labelled(file_samples, labels):
+            counts[label.status != resume.NO_VERDICT] += 1
+            if label.status != resume.NO_VERDICT:
                 yield sample, label
 
     if form == "humaneval":
@@ -43,9 +45,9 @@ def export(form: str, problems: Path, samples: Path, labels: Path | None, out: P
     console.say(f"convert: {counts[True]:,} results in {out}")
 
 
-def imported(form: str, problems: Path, results: Path, out: Path, samples: Path | None) -> None:
+def import_results(form: str, problems: Path, results: Path, out: Path, samples: Path | None) -> None:
     """Write the labels of a result file, and, if a name is given, its samples, both in its order."""
-    _not_the_same(out, problems, results, samples)
+    _check_distinct(out, problems, results, samples)
     readers = {"evalplus": foreign.from_evalplus, "humaneval": foreign.from_humaneval}
     if form not in readers:
         raise InputError(
@@ -69,7 +71,7 @@ def imported(form: str, problems: Path, results: Path, out: Path, samples: Path 
     console.say(f"convert: {count:,} labels in {out}" + (f", their samples in {samples}" if samples else ""))
 
 
-def _not_the_same(out: Path, *others: Path | None) -> None:
+def _check_distinct(out: Path, *others: Path | None) -> None:
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder, expected a file.")
     if any(path is not None and out.resolve() == path.resolve() for path in others):

@@ -16,7 +16,8 @@ from fractal import console
 from fractal.jsonl import Appender, KeySet, decode, iter_lines
 from fractal.records import Label, Output, Problem, Sample
 from fractal.rundir import RunDir
-from fractal.sandbox.host.container import Limits, Sandbox
+from fractal.sandbox.host.container import Sandbox
+from fractal.sandbox.host.limits import Limits
 
 WRAPPERS = ("set", "frozenset", "sorted", "list", "tuple", "dict")  # a test's own say on which results are the same
 NO_CALL = ("not_run", "missing", "timeout", "memory", "crashed", "forbidden")  # of the first test: nothing came back

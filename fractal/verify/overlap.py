@@ -1,8 +1,8 @@
 """Verification beside generation (`fractal run --stage all`): a thread that labels samples while others are drawn.
 
-It reads samples.jsonl up to where the generator says that it has written, and appends to labels.jsonl in the order of
-the samples, as verify.py does: that stage alone goes on after any kill. Nothing is handed over but a position in a
-file, so a slow sandbox costs the engine no memory and no wait, and a dead one only the head start.
+It reads samples.jsonl up to where the generator has written, and appends to labels.jsonl in the order of the samples,
+as the stage does: `fractal verify` alone continues after any kill. The two share nothing but a position in a file, so a
+slow sandbox costs the engine no memory and no wait, and one that fails only the head start.
 
 The sandbox is fed in bursts. A program that loops takes a processor for seconds, and an engine on a CPU waits for its
 slowest thread: better a short time for many programs on all processors than all the time for one.
@@ -18,34 +18,40 @@ from fractal import console
 from fractal.jsonl import Line, decode
 from fractal.records import Sample
 from fractal.rundir import RunDir
-from fractal.sandbox.host.container import Limits, Sandbox
-from fractal.verify import stage
+from fractal.sandbox.host.container import Sandbox
+from fractal.sandbox.host.limits import Limits
+from fractal.verify.labelling import SampleFile, append_labels, make_plan, record_sandbox
 
-BURST = 64  # samples that are worth waking the sandbox for
-PATIENCE_S = 20.0  # or as many as there are after this long
-MOST = 512  # samples read back at once
-STOP_S = 15.0  # for the thread to end when all is called off
+BURST = 64  # samples for which the sandbox is woken
+BURST_AFTER_S = 20.0  # or for fewer after this long
+MAX_READ = 512  # samples read back at once
+STOP_S = 15.0  # for the thread to end after an error
 
 
 class Overlap:
-    """Labels a run's samples as they are written. A context manager: left by an error, it stops at once.
+    """Labels a run's samples while they are drawn.
 
-    Order of calls: `start`, `drawing`, `wrote` many times, `finish`; all from the main thread. Without `start` the rest
-    does nothing: there was nothing to draw.
+        with Overlap(folder, limits) as overlap:
+            generate.run(..., follow=overlap.begin)
+        tally = verify.run(folder, limits, overlap)
+
+    Left normally, it waits for the last labels; left by an error, it stops at once: what has been labelled is written,
+    the rest is left to `fractal verify`. Where `begin` is never called (nothing is drawn) it does nothing.
     """
 
     def __init__(self, folder: RunDir, limits: Limits, **options: Any) -> None:
-        self.error: Exception | None = None  # why the thread ended before its time
+        self.error: Exception | None = None  # why the thread ended before the last sample
         self.labels = 0  # written so far
-        self.seconds = 0.0  # the sandbox was at work
+        self.seconds = 0.0  # during which the sandbox was at work
         self._folder, self._limits = folder, limits
         self._sandbox = Sandbox(limits=limits, **options)
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._new = 0  # samples written since the last burst
-        self._written = 0  # bytes of samples.jsonl that may be read
+        self._readable = 0  # bytes of samples.jsonl that may be read
         self._ending = self._stopping = False
         self._bar: console.Bar | None = None
+        self._left_before = 0  # labels that were missing at the start
         self._total = 0  # labels to be written
 
     def __enter__(self) -> Self:
@@ -54,85 +60,81 @@ class Overlap:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        try:
+            if self._thread and error is None:
+                self._finish(self._thread)
+        finally:
+            if self._thread:
+                self._stopping = True
+                self._wake.set()
+                self._sandbox.close()
+                self._thread.join(STOP_S)
 
-    def start(self) -> None:
-        """See what is to be done, and begin with what is there. Raises what `fractal verify` raises before its work."""
+    def begin(self) -> "Follower":
+        """Start with the samples that are there, and follow those that are drawn from now on.
+
+        Raises what `fractal verify` raises before its work, so that hours are not spent on samples that cannot be run.
+        """
         folder = self._folder
         samples = folder.file("samples.jsonl")
         self._sandbox.check()
-        source = stage.Source(samples, folder.problems(), own=True)
-        plan = stage.plan(source, folder.file("labels.jsonl"))
-        stage.prepare(folder, self._limits, self._sandbox)
-        self._total = plan.samples - plan.end
-        self._written = samples.stat().st_size if samples.exists() else 0
+        source = SampleFile(samples, folder.problems(), own=True)
+        plan = make_plan(source, folder.file("labels.jsonl"))
+        record_sandbox(folder, self._limits, self._sandbox)
+        self._left_before = self._total = plan.samples - plan.end
+        self._readable = samples.stat().st_size if samples.exists() else 0
         self._thread = threading.Thread(target=self._work, args=(source, plan.end), daemon=True, name="verify")
         self._thread.start()
+        return Follower(self)
 
-    def drawing(self, bar: console.Bar, count: int) -> None:
-        if self._thread:
-            self._total += count
+    def _update(self, bar: console.Bar, expected: int, written: int) -> None:
+        if self._bar is None:
+            self._total = self._left_before + expected
             self._bar = bar.beside("verify", self._total)
             self._bar.advance(self.labels)
+        if written:
+            self._readable = self._folder.file("samples.jsonl").stat().st_size
+            self._new += written
+            if self._new >= BURST:
+                self._wake.set()
 
-    def wrote(self, count: int) -> None:
-        """`count` more samples are whole on disk."""
-        if not self._thread:
-            return
-        self._written = self._folder.file("samples.jsonl").stat().st_size
-        self._new += count
-        if self._new >= BURST:
-            self._wake.set()
-
-    def finish(self) -> bool:
-        """No more samples come: wait for the last labels, and note what was hidden. False if nothing was started."""
-        if not self._thread:
-            return False
+    def _finish(self, thread: threading.Thread) -> None:
+        """Wait for the last labels, and record how many seconds of work were hidden behind generation."""
         hidden, before = self.seconds, self.labels
         with self._folder.stage("verify", "labels.jsonl") as entry:
             with console.bar("verify", self._total - before) as self._bar:
                 self._ending = True
                 self._wake.set()
-                self._thread.join()
+                thread.join()
             entry["samples"] = entry.get("samples", 0) + self.labels
             entry["hidden_seconds"] = round(entry.get("hidden_seconds", 0.0) + hidden, 3)
             self._thread = None
             if self.error:
                 console.warn(f"verify: stopped while samples were drawn ({self.error}); now it goes on.")
             elif self.labels:
-                stage.record_sandbox(self._folder, self._sandbox)
+                record_sandbox(self._folder, self._limits, self._sandbox)
                 console.say(f"verify: {before:,} of {self.labels:,} labels were there when the last sample was drawn")
-        return True
-
-    def _stop(self) -> None:
-        """What has been labelled is written; the rest is left to `fractal verify`."""
-        if self._thread:
-            self._stopping = True
-            self._wake.set()
-            self._sandbox.close()
-            self._thread.join(STOP_S)
-            self._thread = None
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
-    def _work(self, source: stage.Source, behind: int) -> None:
+    def _work(self, source: SampleFile, labelled: int) -> None:
         try:
-            tail = Tail(source.path, behind)
+            samples = GrowingFile(source.path, labelled)
             labels = self._folder.file("labels.jsonl")
             with self._sandbox as sandbox:
                 while not self._stopping:
                     ending, self._new = self._ending, 0
-                    while not self._stopping and (burst := tail.take(self._written, MOST)):
+                    while not self._stopping and (burst := samples.read(self._readable, MAX_READ)):
                         begin = time.monotonic()
                         try:
-                            stage.write(sandbox.verify(burst, source.problems), labels, self._count)
+                            append_labels(sandbox.verify(burst, source.problems), labels, self._count)
                         finally:
                             self.seconds += time.monotonic() - begin
                     if ending:
                         return
-                    self._wake.wait(PATIENCE_S)
+                    self._wake.wait(BURST_AFTER_S)
                     self._wake.clear()
-        except Exception as error:  # told by finish(); generation goes on
+        except Exception as error:  # reported at the end; generation goes on
             if not self._stopping:
                 self.error = error
 
@@ -142,31 +144,42 @@ class Overlap:
             self._bar.advance(count, note)
 
 
-class Tail:
+class Follower:
+    """Is told what has been drawn; generate's `SampleFollower`. Made by `Overlap.begin`."""
+
+    def __init__(self, overlap: Overlap) -> None:
+        self._overlap = overlap
+
+    def update(self, bar: console.Bar, expected: int, written: int) -> None:
+        """`written` more samples, of `expected` that are to be drawn, are whole on disk; `bar` shows the drawing."""
+        self._overlap._update(bar, expected, written)
+
+
+class GrowingFile:
     """The samples of a file that grows, from the `skip`th on."""
 
     def __init__(self, path: Path, skip: int) -> None:
         self._path, self._skip = path, skip
-        self._at = 0  # bytes read
+        self._offset = 0  # bytes read
         self._number = 0  # lines read
 
-    def take(self, end: int, most: int) -> list[Sample]:
+    def read(self, end: int, most: int) -> list[Sample]:
         """Up to `most` more samples that end before byte `end`. Raises RecordError."""
-        found: list[Sample] = []
-        if self._at >= end:
-            return found
+        samples: list[Sample] = []
+        if self._offset >= end:
+            return samples
         with self._path.open("rb") as file:
-            file.seek(self._at)
-            while len(found) < most and self._at < end:
+            file.seek(self._offset)
+            while len(samples) < most and self._offset < end:
                 data = file.readline()
                 if not data.endswith(b"\n"):
                     break
-                self._at += len(data)
+                self._offset += len(data)
                 self._number += 1
                 if data.isspace():
                     continue
                 if self._skip:
                     self._skip -= 1
                     continue
-                found.append(decode(Line(self._path, self._number, "line", data), Sample))
-        return found
+                samples.append(decode(Line(self._path, self._number, "line", data), Sample))
+        return samples

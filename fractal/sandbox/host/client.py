@@ -26,6 +26,7 @@ import msgspec
 
 from fractal.errors import OutsideError
 from fractal.records import Label, Problem, Sample, Status, code_sha256
+from fractal.sandbox.host.limits import DEFAULT_LIMITS, REFERENCE_CPU_S, REFERENCE_FACTOR, Limits
 from fractal.sandbox.inside.protocol import (
     FORGET,
     KEY_BYTES,
@@ -47,8 +48,6 @@ IN_FLIGHT_BYTES = 16 << 20  # of their programs, for each call of verify
 LOOK_AHEAD = 4000  # labels held back at most while an earlier sample is being decided
 REMEMBERED = 20_000  # verdicts kept for programs that come again
 PROBLEMS_KNOWN = 2048  # problems that the sandbox is told to keep
-REFERENCE_FACTOR = 4.0  # a program may take this many times its reference's CPU time (EvalPlus: 4)
-REFERENCE_CPU_S = 60.0  # for measuring a reference
 LOSSES = 3  # containers that may be lost over a sample before it is given up
 SILENCE_S = 60.0  # the sandbox says something every 5 s
 RETURN_S = 120.0  # patience with an engine, or a sidecar, that is being restarted
@@ -60,20 +59,6 @@ class SandboxError(OutsideError):
 
 class UnsafeError(SandboxError):
     """A protection is missing: no second try."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one program may use for all its tests together."""
-
-    cpu_s: float = 4.0  # decides; grows to REFERENCE_FACTOR x the reference's own time where that is more
-    wall_s: float = 12.0  # the net for programs that sleep; confirmed alone before it counts
-    memory_mib: int = 512
-    file_mib: int = 16
-
-    def __post_init__(self) -> None:
-        if not (0 < self.cpu_s <= 3600 and 0 < self.wall_s <= 36000 and self.memory_mib >= 64 and self.file_mib > 0):
-            raise ValueError(f"limits out of range: {self}")
 
 
 class Verdict(msgspec.Struct):
@@ -137,7 +122,7 @@ class Verifier:
     def __init__(
         self, open_line: Callable[[], Line], *, limits: Limits | None = None, cache: bool = True, isolate: bool = False
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits = limits or DEFAULT_LIMITS
         self.checks: dict[str, dict[str, Any]] = {}
         self.slots = 1
         self._open_line = open_line

@@ -25,34 +25,36 @@ from fractal.errors import InputError
 from fractal.install import docker_engine
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host import source
-from fractal.sandbox.host.client import SILENCE_S, Limits, SandboxError, UnsafeError, Verifier
+from fractal.sandbox.host.client import SILENCE_S, SandboxError, UnsafeError, Verifier
+from fractal.sandbox.host.limits import (
+    DEFAULT_LIMITS,
+    GVISOR_THREADS,
+    MAX_SLOTS,
+    Limits,
+    container_memory,
+    container_processes,
+)
 from fractal.sandbox.inside import checks
 
 SECCOMP = Path(__file__).parents[3] / "docker" / "seccomp.json"
-THREADS = 32  # a candidate's, at most; zygote.py sets the same limit
-MOST_SLOTS = 500  # a slot's second uid is 500 above its first: supervisor.py
-JUDGE_MIB = 1280  # a judge's own limit, judge.py
 SOCKET = "/run/fractal/sandbox.sock"  # of a sidecar, in its volume
 # What cannot be seen from inside gVisor, a kernel of its own below the container: it takes the place of the host's
 # seccomp profile, and the host's cgroups hold it as a whole. The named option that allows this is --runtime=runsc.
 UNSEEN_IN_GVISOR = frozenset({"seccomp", "scratch", "memory_limit", "pids_limit"})
-GVISOR_THREADS = 4096  # its own on the host, several for each process inside
 SIDECAR = "fractal-sandbox"  # default name of the container and of its volume
-
-__all__ = ["Limits", "Sandbox", "SandboxError", "connect", "probe", "start_sidecar", "stop_sidecar"]
 
 
 def hardening(slots: int, limits: Limits, first_uid: int, cpus: int) -> dict[str, Any]:
     """Options of `docker run` that wall the container in; names as in docker.types.HostConfig."""
     scratch = f"rw,noexec,nosuid,nodev,size={limits.file_mib}m,nr_inodes=1024,mode=0710,uid=0"
-    memory = (slots * (2 * limits.memory_mib + JUDGE_MIB) + 512) << 20
+    memory = container_memory(slots, limits)
     return {
         "network_mode": "none",
         "read_only": True,
         "cap_drop": ["ALL"],
         "cap_add": ["SETUID", "SETGID", "KILL"],
         "security_opt": ["no-new-privileges", f"seccomp={SECCOMP.read_text()}"],
-        "pids_limit": slots * (2 * THREADS + 4) + 16,
+        "pids_limit": container_processes(slots),
         "mem_limit": memory,
         "memswap_limit": memory,
         "nano_cpus": min(slots, cpus) * 1_000_000_000,
@@ -283,7 +285,7 @@ def _create(
 ) -> str:
     """Create the container, with a volume for its socket or attached streams. Returns its id."""
     cpus = int(client.info().get("NCPU", 1))
-    slots = min(slots or cpus, MOST_SLOTS)
+    slots = min(slots or cpus, MAX_SLOTS)
     # A container's own range of uids: RLIMIT_NPROC counts a uid's processes across containers.
     first_uid = random.SystemRandom().randrange(100_000, 1_000_000_000, 1000)
     options = hardening(slots, limits, first_uid, cpus)
@@ -330,7 +332,7 @@ def start_sidecar(
     try:
         image = image or source.image_name()
         _image_id(client, image)
-        created = _create(client, image, limits or Limits(), slots, runtime, volume, name)
+        created = _create(client, image, limits or DEFAULT_LIMITS, slots, runtime, volume, name)
         client.api.start(created)
         return created
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:

@@ -22,6 +22,7 @@ from typing import Any
 from fractal.sandbox.inside import checks, screen
 from fractal.sandbox.inside.protocol import (
     FORGET,
+    JUDGE_MEMORY,
     PROBLEM,
     READY,
     SAMPLE_HEAD,
@@ -42,7 +43,6 @@ SHARED_WALL_S = 0.5
 AFTER_FAILURE_CPU_S = 0.25  # what the tests after the first that failed may take: they no longer decide
 AFTER_FAILURE_WALL_S = 2.0
 SHARED_LIFE = 2000  # programs until a shared candidate is replaced
-MEMORY = 1280 << 20  # bytes of address space for a judge: what a candidate sends must not exhaust the container
 ORDINARY = ("passed", "failed", "error", "missing", "syntax_error")  # endings that need no second look
 
 
@@ -485,7 +485,7 @@ def _describe(name: str, text: str) -> str:
 
 def work(sock: socket.socket, slot: Slot) -> None:
     """Samples in, verdicts out, one at a time; first, what the check of a candidate found."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY, JUDGE_MEMORY))
     judge = Judge(slot)
     suites: dict[bytes, Suite | str] = {}
     sock.sendall(pack(inspect_candidate(judge), READY))

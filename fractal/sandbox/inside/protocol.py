@@ -24,6 +24,8 @@ HEADER = struct.Struct(">I")
 MAX_FRAME = 64 << 20  # bytes; room for a result of 50 MB, small enough for a judge per core
 MAX_DEPTH = 200  # nested containers in one value
 MAX_ITEMS = 5_000_000  # containers' elements in one value
+CANDIDATE_THREADS = 32  # of one program
+JUDGE_MEMORY = 1280 << 20  # bytes of address space: what a candidate sends must not exhaust the container
 BIG_INT = 1 << 256  # larger integers cross in hexadecimal: decimal conversion is quadratic
 # Callables that both ends have: they cross by name, so that a test can pass max or str as an argument.
 SHARED_CALLABLES = frozenset(

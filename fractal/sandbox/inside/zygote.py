@@ -30,19 +30,22 @@ import warnings
 from typing import Any
 
 from fractal.sandbox.inside.candidate import CandidateEnd
-from fractal.sandbox.inside.protocol import Closed, pack
+from fractal.sandbox.inside.protocol import CANDIDATE_THREADS, Closed, pack
 
 PRELOAD = (
     "abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq "
     "itertools json math numbers operator queue random re statistics string textwrap time typing unicodedata"
 ).split()
-THREADS = 32
 CHANNEL = 3  # a candidate's file descriptor
 WARM_UP = 30
 COMMON_LIMITS = {
-    "NOFILE": (64, 64), "NPROC": (THREADS, THREADS), "CORE": (0, 0), "MEMLOCK": (0, 0), "MSGQUEUE": (0, 0),
+    "NOFILE": (64, 64),
+    "NPROC": (CANDIDATE_THREADS, CANDIDATE_THREADS),
+    "CORE": (0, 0),
+    "MEMLOCK": (0, 0),
+    "MSGQUEUE": (0, 0),
     "STACK": (8 << 20, 64 << 20),
-}  # fmt: skip
+}
 
 # --- the candidate's system calls -----------------------------------------------------------------------------------
 
