@@ -1,12 +1,12 @@
-"""Wrong programs, forbidden acts and poison from `attacks.py` against the real sandbox, many to a call.
+"""Wrong programs, forbidden acts and poison (tests/data/attacks) against the real sandbox, a family in one call.
 
-Each table runs once with two slots and once with one, in a shuffled order, neighbours after every entry; then each test
-looks up its own labels. An entry marked `alone` may use up what all share: it has a container of its own.
+Each family runs with two slots, and in the long set with one, in a shuffled order, neighbours after every program: honest
+and wrong ones whose status must stay their own. A program marked `alone` may use up what all share: it has a container
+of its own.
 """
 
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -14,144 +14,148 @@ import pytest
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
-from tests.attacks import ATTACKS, CONTAINED, NEIGHBOURS, POISON, SUITES, Attack
+from tests.programs import DATA, Program, read_programs
 
 pytestmark = pytest.mark.sandbox
+FOLDER = DATA / "attacks"
+FAMILIES = ("basic", "leave", "lie", "patch", "read", "forge", "harm")
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0)
 LONGEST_S = LIMITS.wall_s + 2.0  # a judge is replaced 0.8 s after the wall limit; the rest is for a busy machine
+SUITES = read_programs(FOLDER / "suites.txt")
 TASKS = {name: number for number, name in enumerate(SUITES)}
 PROBLEMS = {
-    TASKS[name]: Problem(TASKS[name], name, suite.reference, list(suite.tests), suite.setup, "f", "test")
+    TASKS[name]: Problem(TASKS[name], name, suite.code, list(suite.tests), suite.setup, "f", "test")
     for name, suite in SUITES.items()
 }
-TOGETHER = {name: attack for name, attack in ATTACKS.items() if not attack.alone}
-ALONE = {name: attack for name, attack in ATTACKS.items() if attack.alone}
+NEIGHBOURS = read_programs(FOLDER / "neighbours.txt")
 USUAL = ("right", "wrong")
+# Before each forbidden act: the act is refused by an exception, however it is made.
+FORBIDDEN_PRELUDE = (FOLDER / "forbidden_prelude.txt").read_text()
+# Before each program marked `raw`, which speaks the channel's protocol itself.
+RAW_PRELUDE = (FOLDER / "prelude.txt").read_text()
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one attack and of the programs that ran after it."""
-
-    label: Label
-    neighbours: dict[str, Label]
+def family(name: str) -> dict[str, Program]:
+    return read_programs(FOLDER / f"{name}.txt")
 
 
-def run(sandbox: Sandbox, table: Mapping[str, Attack], neighbours: tuple[str, ...]) -> dict[str, Outcome]:
-    """The outcome of each entry. The order is shuffled, the same in each run; identical programs run again."""
-    order = list(table)
-    random.Random(7).shuffle(order)
-    queue: list[tuple[str, str, Sample]] = []
-    for name in order:
-        queue.append((name, "", sample(table[name].code, table[name].suite)))
-        queue += [(name, neighbour, sample(NEIGHBOURS[neighbour][0], "double")) for neighbour in neighbours]
-    labels: dict[str, dict[str, Label]] = {name: {} for name in order}
-    for (name, which, _), label in zip(queue, sandbox.verify([one for _, _, one in queue], PROBLEMS), strict=True):
-        labels[name][which] = label
-    return {name: Outcome(found.pop(""), found) for name, found in labels.items()}
+def sample(program: Program) -> Sample:
+    code = RAW_PRELUDE + program.code if "raw" in program.options else program.code
+    return code_sample(code, program.options.get("tests", "double"))
 
 
-def sample(code: str, suite: str) -> Sample:
+def code_sample(code: str, suite: str = "double") -> Sample:
     return Sample(TASKS[suite], 0, "", code, "stop", 0, None, None, "test")
 
 
-def changed(outcome: Outcome) -> dict[str, tuple[str, str]]:
-    """Neighbours whose status is not their own: {name: (status, detail)}."""
-    return {
-        name: (label.status, label.detail[:200])
-        for name, label in outcome.neighbours.items()
-        if label.status != NEIGHBOURS[name][1]
-    }
+def run(
+    sandbox: Sandbox, programs: Mapping[str, Sample], neighbours: Collection[str] = USUAL
+) -> tuple[dict[str, Label], list[object]]:
+    """The label of each program, and the neighbours that did not keep their status.
+
+    The order is shuffled, the same in each run; identical programs run again.
+    """
+    order = list(programs)
+    random.Random(7).shuffle(order)
+    queue: list[tuple[str, str, Sample]] = []
+    for name in order:
+        queue.append((name, "", programs[name]))
+        queue += [(name, neighbour, code_sample(NEIGHBOURS[neighbour].code)) for neighbour in neighbours]
+    labels: dict[str, Label] = {}
+    changed: list[object] = []
+    verified = sandbox.verify([queued for _, _, queued in queue], PROBLEMS)
+    for (name, neighbour, _), label in zip(queue, verified, strict=True):
+        if not neighbour:
+            labels[name] = label
+        elif label.status != NEIGHBOURS[neighbour].options["status"]:
+            changed.append((name, neighbour, label.status, label.detail[:200]))
+    return labels, changed
 
 
-@pytest.fixture(scope="module", params=[2, 1], ids=["two slots", "one slot"])
-def two_and_one(request: pytest.FixtureRequest, place: dict[str, Any]) -> Iterator[Sandbox]:
-    with Sandbox(limits=LIMITS, slots=request.param, cache=False, **place) as one:
-        yield one
+def offenders(labels: Mapping[str, Label]) -> list[object]:
+    """Wrong programs that passed, were no label (sandbox_error is our fault), or held their slot too long."""
+    return [
+        (name, label)
+        for name, label in labels.items()
+        if label.status in ("passed", "sandbox_error") or label.seconds >= LONGEST_S
+    ]
 
 
-@pytest.fixture(scope="module")
-def attacked(two_and_one: Sandbox) -> dict[str, Outcome]:
-    return run(two_and_one, TOGETHER, USUAL)
+@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.long)], ids=["two slots", "one slot"])
+def attacked(request: pytest.FixtureRequest, place: dict[str, Any]) -> Iterator[Sandbox]:
+    with Sandbox(limits=LIMITS, slots=request.param, cache=False, **place) as sandbox:
+        yield sandbox
 
 
-@pytest.fixture(scope="module")
-def contained(two_and_one: Sandbox) -> dict[str, Outcome]:
-    return run(two_and_one, CONTAINED, USUAL)
+def test_the_families_are_large_and_every_program_is_its_own() -> None:
+    programs = [program for name in FAMILIES for program in family(name).values()]
+    assert len({(program.code, program.options.get("tests")) for program in programs}) == len(programs)
+    sizes = len(programs), len(family("forbidden")), len(family("poison"))
+    assert sizes >= (499, 196, 116), "a family has lost programs"
 
 
-@pytest.fixture(scope="module")
-def poisoned(two_and_one: Sandbox) -> dict[str, Outcome]:
-    return run(two_and_one, POISON, tuple(NEIGHBOURS))
-
-
-@pytest.fixture
-def crowd(place: dict[str, Any]) -> Iterator[Sandbox]:
-    with Sandbox(limits=LIMITS, slots=2, cache=False, **place) as one:
-        yield one
-
-
-def test_the_tables_are_large_and_every_entry_is_its_own() -> None:
-    codes = [(attack.code, attack.suite) for attack in [*ATTACKS.values(), *CONTAINED.values()]]
-    assert len(set(codes)) == len(codes)
-    assert (len(ATTACKS) >= 200, len(CONTAINED) >= 60, len(POISON) >= 30) == (True, True, True)
-
-
-def test_every_suite_passes_its_reference_and_every_neighbour_has_its_status(crowd: Sandbox) -> None:
+def test_every_suite_passes_its_reference_and_every_neighbour_has_its_status(attacked: Sandbox) -> None:
     """Without this the attacks could fail for the wrong reason."""
-    labels = crowd.verify([sample(suite.reference, name) for name, suite in SUITES.items()], PROBLEMS)
+    labels = list(attacked.verify([code_sample(suite.code, name) for name, suite in SUITES.items()], PROBLEMS))
     assert [(name, v.status, v.detail) for name, v in zip(SUITES, labels, strict=True) if not v.passed] == []
-    labels = crowd.verify([sample(code, "double") for code, _ in NEIGHBOURS.values()], PROBLEMS)
-    found = [(name, label.status, label.detail[:300]) for name, label in zip(NEIGHBOURS, labels, strict=True)]
-    assert [one for one in found if one[1] != NEIGHBOURS[one[0]][1]] == []
+    labels = list(attacked.verify([code_sample(program.code) for program in NEIGHBOURS.values()], PROBLEMS))
+    wrong = [
+        (name, label.status, label.detail[:300])
+        for (name, program), label in zip(NEIGHBOURS.items(), labels, strict=True)
+        if label.status != program.options["status"]
+    ]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("name", TOGETHER)
-def test_a_wrong_program_is_never_passed(attacked: dict[str, Outcome], name: str) -> None:
-    """It gets a label (never sandbox_error, which is ours), the label is not passed, and it holds its slot no longer."""
-    label = attacked[name].label
-    assert label.status not in ("passed", "sandbox_error"), label
-    assert label.seconds < LONGEST_S, label
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_wrong_program_is_never_passed_and_changes_no_other_label(attacked: Sandbox, name: str) -> None:
+    programs = {program.name: sample(program) for program in family(name).values() if "alone" not in program.options}
+    labels, changed = run(attacked, programs)
+    assert offenders(labels) == []
+    assert changed == []
 
 
-@pytest.mark.parametrize("name", TOGETHER)
-def test_a_wrong_program_changes_no_other_label(attacked: dict[str, Outcome], name: str) -> None:
-    assert changed(attacked[name]) == {}
-
-
-@pytest.mark.parametrize("name", CONTAINED)
-def test_a_forbidden_act_never_succeeds(contained: dict[str, Outcome], name: str) -> None:
+def test_a_forbidden_act_never_succeeds_and_changes_no_other_label(attacked: Sandbox) -> None:
     """The program returns the right answer only if the act succeeded."""
-    label = contained[name].label
-    assert label.status in ("forbidden", "error", "crashed", "memory"), label
+    programs = {}
+    for program in family("forbidden").values():
+        body = "".join(f"    {line}\n" for line in program.code.rstrip("\n").split("\n"))
+        programs[program.name] = code_sample(f"{FORBIDDEN_PRELUDE}def f(x):\n{body}    return x * 2\n")
+    labels, changed = run(attacked, programs)
+    refused = ("forbidden", "error", "crashed", "memory")
+    assert [(name, label) for name, label in labels.items() if label.status not in refused] == []
+    assert changed == []
 
 
-@pytest.mark.parametrize("name", CONTAINED)
-def test_a_forbidden_act_changes_no_other_label(contained: dict[str, Outcome], name: str) -> None:
-    assert changed(contained[name]) == {}
-
-
-@pytest.mark.parametrize("name", POISON)
-def test_poison_reaches_no_neighbour(poisoned: dict[str, Outcome], name: str) -> None:
+def test_poison_reaches_no_neighbour(attacked: Sandbox) -> None:
     """What ran before or beside leaves nothing: right neighbours pass, wrong ones find no help."""
-    assert changed(poisoned[name]) == {}
+    labels, changed = run(
+        attacked, {program.name: sample(program) for program in family("poison").values()}, NEIGHBOURS
+    )
+    broken = ("sandbox_error",)
+    assert [(n, v) for n, v in labels.items() if v.status in broken or v.seconds >= LONGEST_S] == []
+    assert changed == []
 
 
-@pytest.mark.parametrize("name", POISON)
-def test_poison_has_a_label_of_its_own(poisoned: dict[str, Outcome], name: str) -> None:
-    label = poisoned[name].label
-    assert label.status != "sandbox_error", label
-    assert label.seconds < LONGEST_S, label
+def test_every_ending_has_its_status(attacked: Sandbox) -> None:
+    endings = family("endings")
+    labels, changed = run(attacked, {name: sample(program) for name, program in endings.items()})
+    wrong = [(name, label) for name, label in labels.items() if label.status != endings[name].options["status"]]
+    assert wrong == []
+    assert changed == []
 
 
+ALONE = [program.name for name in FAMILIES for program in family(name).values() if "alone" in program.options]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", ALONE)
-def test_a_hog_ends_with_a_label_and_alone(crowd: Sandbox, name: str) -> None:
+def test_a_program_that_uses_up_what_is_shared_ends_with_a_label_and_alone(name: str, place: dict[str, Any]) -> None:
     """What fills the judge's memory, or keeps it busy in C, is the program's fault and nobody else's."""
-    attack = ALONE[name]
-    right, wrong = (sample(NEIGHBOURS[which][0], "double") for which in USUAL)
-    queue = [right, wrong, sample(attack.code, attack.suite), right, wrong, right, wrong]
-    labels = list(crowd.verify(queue, PROBLEMS))
-    hog = labels.pop(2)
-    assert hog.status not in ("passed", "sandbox_error"), hog
-    assert hog.seconds < LONGEST_S, hog
-    assert [label.status for label in labels] == ["passed", "failed"] * 3
+    program = family(name.split(" / ")[0])[name]
+    right, wrong = (code_sample(NEIGHBOURS[which].code) for which in USUAL)
+    with Sandbox(limits=LIMITS, slots=2, cache=False, **place) as sandbox:
+        labels = list(sandbox.verify([right, wrong, sample(program), right, wrong, right, wrong], PROBLEMS))
+    label = labels.pop(2)
+    assert offenders({name: label}) == []
+    assert [neighbour.status for neighbour in labels] == ["passed", "failed"] * 3

@@ -1,30 +1,28 @@
-"""Honest programs get the label of plain evaluation: each program of `parity.py` in the sandbox and in a plain interpreter.
+"""Honest programs (tests/data/parity) get the label of plain evaluation; each family in one call.
 
 Plain evaluation is `exec` of program, setup and tests in one namespace, in a fork of an interpreter started with -I; it
-passes if nothing is raised. All programs of a table run in one batch on either side, each test looks up its own.
+passes if nothing is raised. A program whose header has `differs` is a known difference, with its reason.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fractal.records import Label, Problem, Sample
+from fractal.records import Problem, Sample
 from fractal.sandbox.host.container import Sandbox
-from fractal.sandbox.host.limits import Limits
-from tests.parity import HONEST, KNOWN, Honest
+from tests.programs import DATA, Program, read_programs
 
 pytestmark = pytest.mark.sandbox
+FILES = sorted((DATA / "parity").glob("*.txt"))
 
-# Forks one process a program, in an empty folder of its own; writes what was raised, or null where all tests held.
-PLAIN = r"""
+# Forks a process for each program, in an empty folder of its own; prints what was raised, or None where all tests held.
+PLAIN_EVALUATION = r"""
 import os, sys
-todo = eval(sys.stdin.read())
+programs = eval(sys.stdin.read())
 null = os.open(os.devnull, os.O_RDWR)
-for number, (code, setup, tests) in enumerate(todo):
+for number, (code, setup, tests) in enumerate(programs):
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -35,14 +33,14 @@ for number, (code, setup, tests) in enumerate(todo):
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w')
         import signal
         signal.alarm(20)
-        ns = {}
-        said = None
+        namespace = {}
+        raised = None
         try:
             for part in (code, setup, *tests):
-                exec(part, ns)
+                exec(part, namespace)
         except BaseException as error:
-            said = type(error).__name__
-        os.write(writer, repr(said).encode())
+            raised = type(error).__name__
+        os.write(writer, repr(raised).encode())
         os._exit(0)
     os.close(writer)
     os.waitpid(pid, 0)
@@ -51,48 +49,39 @@ for number, (code, setup, tests) in enumerate(todo):
 """
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    """What plain evaluation raises for each program, by name; None where it passes."""
-    todo = repr([(one.code, one.setup, one.tests) for one in HONEST.values()])
-    folder: Path = tmp_path_factory.mktemp("plain")
-    command = [sys.executable, "-I", "-c", PLAIN]
-    done = subprocess.run(command, input=todo, cwd=folder, capture_output=True, text=True, timeout=500, check=True)
-    said = [None if line == "None" else line.strip("'") for line in done.stdout.splitlines()]
-    return dict(zip(HONEST, said, strict=True))
+def evaluate_plainly(programs: list[Program], folder: Path) -> list[str | None]:
+    """What plain evaluation raises for each program; None where it passes."""
+    text = repr([(program.code, program.setup, program.tests) for program in programs])
+    command = [sys.executable, "-I", "-c", PLAIN_EVALUATION]
+    done = subprocess.run(command, input=text, cwd=folder, capture_output=True, text=True, timeout=500, check=True)
+    return [None if line == "None" else line.strip("'") for line in done.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def labels(place: dict[str, Any]) -> dict[str, Label]:
-    """What the sandbox says, by name."""
-    problems = {i: as_problem(i, one) for i, one in enumerate(HONEST.values())}
-    samples = [Sample(i, 0, "", one.code, "stop", 0, None, None, "test") for i, one in enumerate(HONEST.values())]
-    with Sandbox(limits=Limits(cpu_s=2.0, wall_s=20.0), **place) as sandbox:
-        return dict(zip(HONEST, sandbox.verify(samples, problems), strict=True))
-
-
-def as_problem(number: int, one: Honest) -> Problem:
+def as_problem(number: int, program: Program) -> Problem:
     """The reference defines the program's names, but ends at once: it is run where a program is slow."""
-    return Problem(number, "", one.code + "\nraise ValueError\n", list(one.tests), one.setup, "f", "test")
+    reference = program.code + "\nraise ValueError\n"
+    return Problem(number, "", reference, list(program.tests), program.setup, "f", "test")
 
 
-def test_the_table_is_large_and_names_only_what_it_has() -> None:
-    assert len(HONEST) >= 120
-    assert set(KNOWN) <= set(HONEST)
-    json.dumps(list(KNOWN.values()))
+def test_the_families_are_large() -> None:
+    programs = [program for path in FILES for program in read_programs(path).values()]
+    assert len(programs) >= 312
+    assert sum("differs" in program.options for program in programs) <= 89
+    assert all(program.tests for program in programs)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=KNOWN[name])) if name in KNOWN else name
-        for name in HONEST
-    ],
-)
-def test_an_honest_program_has_the_label_of_plain_evaluation(
-    labels: dict[str, Label], plain: dict[str, str | None], name: str
-) -> None:
-    """An entry of KNOWN that no longer differs fails: it is to be taken out there."""
-    label = labels[name]
-    assert label.status != "sandbox_error", label
-    assert label.passed == (plain[name] is None), (label, plain[name])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_honest_program_has_the_label_of_plain_evaluation(sandbox: Sandbox, tmp_path: Path, path: Path) -> None:
+    """A known difference that is none any more fails, too: `differs` is to be taken out of its header."""
+    programs = list(read_programs(path).values())
+    problems = {number: as_problem(number, program) for number, program in enumerate(programs)}
+    samples = [Sample(i, 0, "", program.code, "stop", 0, None, None, "test") for i, program in enumerate(programs)]
+    labels = list(sandbox.verify(samples, problems))
+    raised = evaluate_plainly(programs, tmp_path)
+    assert [label for label in labels if label.status == "sandbox_error"] == []
+    wrong = [
+        (program.name, label.status, label.detail, error)
+        for program, label, error in zip(programs, labels, raised, strict=True)
+        if (label.passed == (error is None)) == ("differs" in program.options)
+    ]
+    assert wrong == []
