@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal.sandbox.host.client import normal_form, program_key
 from fractal.sandbox.host.limits import Limits
+from fractal.sandbox.host.program_key import normal_form, program_key
 
 LINES = [
     "x = 1", "y = 'a#b'", 'z = "it\'s # no comment"', "if x:", "    y = 2", "def f(a):", "    return a", "s = '\\'#'",

@@ -61,6 +61,6 @@ def test_a_container_killed_again_and_again_loses_nothing(image: str) -> None:
         for label in sandbox.verify(samples, PROBLEMS):
             found.append(label)
             if len(found) in (20, 100):
-                sandbox._line.container.kill()
+                sandbox._connection.container.kill()
     expected = ["passed" if i % 2 or i == 0 else "failed" for i in range(150)]
     assert [(label.sample_id, label.status) for label in found] == list(enumerate(expected))

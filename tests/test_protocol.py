@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fractal.sandbox.inside import protocol
 from fractal.sandbox.inside.protocol import Encoder, FrameBuffer, ProtocolError, Reference, Unencodable
-from fractal.sandbox.inside.standin import update
+from fractal.sandbox.inside.proxy import update
 
 Point = collections.namedtuple("Point", "x y")
 

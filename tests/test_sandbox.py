@@ -16,9 +16,9 @@ import pytest
 from fractal.errors import InputError
 from fractal.problems.formats import read_problems
 from fractal.records import Label, Problem, Sample
-from fractal.sandbox.host.container import Sandbox, SandboxError, probe
+from fractal.sandbox.host.conformance import run_conformance
+from fractal.sandbox.host.container import Sandbox, SandboxError
 from fractal.sandbox.host.limits import Limits
-from fractal.sandbox.inside import checks
 from tests.conftest import ROOT, SHARED
 
 pytestmark = pytest.mark.sandbox
@@ -54,7 +54,8 @@ def test_every_protection_is_in_force_as_seen_from_inside(sandbox: Sandbox) -> N
 
 
 def test_the_conformance_programs_get_their_status(sandbox: Sandbox) -> None:
-    assert [(one.name, label.status) for one, label in probe(sandbox)] == [(o.name, o.status) for o in checks.PROBES]
+    wrong = [(one.name, label) for one, label in run_conformance(sandbox) if label.status != one.status]
+    assert wrong == []
 
 
 WRONG = "def f(x):\n    return None\n"
@@ -125,7 +126,7 @@ def test_a_container_killed_in_the_middle_loses_nothing(image: str) -> None:
         for label in sandbox.verify(samples, {1: problem()}):
             labels.append(label)
             if len(labels) == 10:
-                sandbox._line.container.kill()
+                sandbox._connection.container.kill()
     assert [(label.sample_id, label.status) for label in labels] == [(i, "passed") for i in range(60)]
 
 
@@ -133,7 +134,7 @@ def test_no_container_is_left_when_the_client_is_killed(image: str, tmp_path: Pa
     script = tmp_path / "client.py"
     script.write_text(
         "import sys, time\nfrom fractal.sandbox.host.container import Sandbox\n"
-        f"with Sandbox(image={image!r}) as s:\n    print(s._line.container.id, flush=True)\n    time.sleep(60)\n"
+        f"with Sandbox(image={image!r}) as s:\n    print(s._connection.container.id, flush=True)\n    time.sleep(60)\n"
     )
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -161,7 +162,7 @@ def test_nothing_is_left_after_many_samples(image: str) -> None:
         WRONG,
     ]
     with Sandbox(image=image) as sandbox:
-        container = sandbox._line.container
+        container = sandbox._connection.container
         samples = [sample(codes[i % 4] + f"#{i}", i) for i in range(400)]
         first = list(sandbox.verify(samples[:100], {1: problem()}))
         before = container.top()["Processes"]
@@ -286,7 +287,7 @@ def test_the_reward_example_runs(image: str) -> None:
 @pytest.mark.docker
 def test_own_processes_only(sandbox: Sandbox) -> None:
     """The sandbox's container runs as one container, with no mount of the host's."""
-    attributes = docker.from_env().api.inspect_container(sandbox._line.container.id)
+    attributes = docker.from_env().api.inspect_container(sandbox._connection.container.id)
     assert attributes["Mounts"] == []
     assert attributes["HostConfig"]["Privileged"] is False
     assert os.getpid() > 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fractal.sandbox.inside import zygote
+from fractal.sandbox.inside import candidate_seccomp
 from fractal.sandbox.inside.suite import prepare
 
 
@@ -61,7 +61,7 @@ def test_the_filter_is_a_whole_program_with_jumps_inside_it(machine: str) -> Non
     """Every classic BPF jump lands on an instruction, and the last one returns."""
     import struct
 
-    raw = zygote.seccomp_filter(machine)
+    raw = candidate_seccomp.seccomp_filter(machine)
     lines = [struct.unpack_from("HBBI", raw, at) for at in range(0, len(raw), 8)]
     for place, (code, yes, no, _) in enumerate(lines):
         if code & 0x07 == 0x05:
@@ -71,7 +71,7 @@ def test_the_filter_is_a_whole_program_with_jumps_inside_it(machine: str) -> Non
 
 def test_a_machine_without_known_numbers_has_no_filter() -> None:
     with pytest.raises(KeyError):
-        zygote.seccomp_filter("vax")
+        candidate_seccomp.seccomp_filter("vax")
 
 
 def test_system_call_numbers_agree_with_the_kernels_headers() -> None:
@@ -88,7 +88,10 @@ def test_system_call_numbers_agree_with_the_kernels_headers() -> None:
     if done.returncode:
         pytest.skip("no kernel headers")
     known = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+) (\d+)", done.stdout)}
-    table = zygote.NEVER[platform.machine()] | {"clone": zygote.CLONE[platform.machine()], "clone3": zygote.CLONE3}
+    table = candidate_seccomp.FORBIDDEN[platform.machine()] | {
+        "clone": candidate_seccomp.CLONE[platform.machine()],
+        "clone3": candidate_seccomp.CLONE3,
+    }
     assert {name: number for name, number in table.items() if name in known} == {
         n: known[n] for n in table if n in known
     }

@@ -4,14 +4,14 @@ from collections import deque
 from typing import Any
 
 from fractal.sandbox.inside.protocol import SampleHead
-from fractal.sandbox.inside.supervisor import DEPTH, Client, Supervisor, Task
+from fractal.sandbox.inside.supervisor import QUEUE_DEPTH, Client, Supervisor, Task
 
 
 class Worker:
     def __init__(self) -> None:
         self.tasks: deque[Task] = deque()
 
-    def give(self, task: Task) -> None:
+    def assign(self, task: Task) -> None:
         self.tasks.append(task)
 
 
@@ -37,14 +37,14 @@ def running(one: Any) -> list[list[int]]:
 def test_judges_get_samples_in_turn_and_not_too_many() -> None:
     one = supervisor([client(*[False] * 40)])
     one._assign()
-    assert running(one) == [list(range(0, 2 * DEPTH, 2)), list(range(1, 2 * DEPTH, 2))]
+    assert running(one) == [list(range(0, 2 * QUEUE_DEPTH, 2)), list(range(1, 2 * QUEUE_DEPTH, 2))]
 
 
 def test_clients_are_served_in_turn() -> None:
     first, second = client(*[False] * 20), client(*[False] * 20)
     one = supervisor([first, second])
     one._assign()
-    assert (first.running, second.running) == (DEPTH, DEPTH)
+    assert (first.running, second.running) == (QUEUE_DEPTH, QUEUE_DEPTH)
 
 
 def test_what_must_run_alone_does() -> None:

@@ -133,7 +133,8 @@ def _builder() -> Finding:
 
 def _sandbox() -> Iterator[Finding]:
     """Engine, image, each protection as seen from inside, and the conformance programs."""
-    from fractal.sandbox.host.container import Sandbox, probe
+    from fractal.sandbox.host.conformance import run_conformance
+    from fractal.sandbox.host.container import Sandbox
 
     sidecar = os.environ.get("FRACTAL_SOCKET")
     if not sidecar:
@@ -147,7 +148,7 @@ def _sandbox() -> Iterator[Finding]:
             yield Finding("sandbox image", "ok", sandbox.image)
             for name, check in sandbox.checks.items():
                 yield Finding(f"sandbox: {name}", "ok" if check["ok"] else "missing", check["found"])
-            for one, label in probe(sandbox):
+            for one, label in run_conformance(sandbox):
                 good = label.status == one.status
                 remedy = "" if good else f"expected {one.status}: do not run untrusted programs here"
                 yield Finding(f"sandbox: {one.name}", "ok" if good else "missing", label.status, remedy)

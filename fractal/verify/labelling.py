@@ -79,6 +79,8 @@ def label_samples(
     with Sandbox(limits=limits, **options) as sandbox:
         started(sandbox)
         console.say(f"verify: {plan.todo:,} samples in {sandbox.image}")
+        if sandbox.no_sharing:
+            console.warn(f"verify: each program has a process of its own, several times slower: {sandbox.no_sharing}")
         begin = time.monotonic()
         with console.bar("verify", plan.todo) as bar:
             if plan.redo:

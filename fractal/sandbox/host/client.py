@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 import queue
-import re
 import threading
 import time
 from collections import OrderedDict, deque
@@ -27,6 +26,7 @@ import msgspec
 from fractal.errors import OutsideError
 from fractal.records import Label, Problem, Sample, Status, code_sha256
 from fractal.sandbox.host.limits import DEFAULT_LIMITS, REFERENCE_CPU_S, REFERENCE_FACTOR, Limits
+from fractal.sandbox.host.program_key import program_key
 from fractal.sandbox.inside.protocol import (
     FORGET,
     KEY_BYTES,
@@ -45,12 +45,12 @@ from fractal.sandbox.inside.protocol import (
 log = logging.getLogger(__name__)
 IN_FLIGHT = 64  # samples under way for each slot
 IN_FLIGHT_BYTES = 16 << 20  # of their programs, for each call of verify
-LOOK_AHEAD = 4000  # labels held back at most while an earlier sample is being decided
-REMEMBERED = 20_000  # verdicts kept for programs that come again
+MAX_LABELS_HELD = 4000  # labels held back at most while an earlier sample is being decided
+MAX_REMEMBERED = 20_000  # verdicts kept for programs that come again
 PROBLEMS_KNOWN = 2048  # problems that the sandbox is told to keep
 LOSSES = 3  # containers that may be lost over a sample before it is given up
 SILENCE_S = 60.0  # the sandbox says something every 5 s
-RETURN_S = 120.0  # patience with an engine, or a sidecar, that is being restarted
+RECONNECT_S = 120.0  # patience with an engine, or a sidecar, that is being restarted
 
 
 class SandboxError(OutsideError):
@@ -74,15 +74,15 @@ class Verdict(msgspec.Struct):
     fit: bool = False  # its byte code cannot tell line numbers and the like: comments and layout do not matter
 
 
-class Line(Protocol):
+class Connection(Protocol):
     """A connection to a sandbox."""
 
-    known: set[bytes]  # keys of the problems that it was told
+    known_problems: set[bytes]  # keys of the problems that it was sent
 
     def send(self, data: bytes) -> None: ...  # raises OSError
     def receive(self) -> bytes: ...  # b"" when it has ended; raises OSError
     def close(self) -> None: ...
-    def said(self) -> str: ...  # its last words, for messages
+    def last_output(self) -> str: ...  # the last line of its output, for messages
 
 
 Inbox = queue.SimpleQueue["list[tuple[Job, Verdict]] | Exception"]
@@ -103,7 +103,7 @@ class Job:
 
 
 @dataclass(eq=False, slots=True)
-class Slate:
+class PendingLabel:
     """A label in the making, in the order of the samples."""
 
     sample: Sample
@@ -113,27 +113,33 @@ class Slate:
 
 
 class Verifier:
-    """Runs untrusted programs against tests, over a connection that `open_line` makes and makes anew when it breaks.
+    """Runs untrusted programs against tests, over a connection that `connect` makes and makes anew when it breaks.
 
-    `open_line` raises SandboxError. `isolate`: a process of its own for every program (docs/sandbox.md). `cache`:
+    `connect` raises SandboxError. `isolate`: a process of its own for every program (docs/sandbox.md). `cache`:
     identical programs of a problem run once.
     """
 
     def __init__(
-        self, open_line: Callable[[], Line], *, limits: Limits | None = None, cache: bool = True, isolate: bool = False
+        self,
+        connect: Callable[[], Connection],
+        *,
+        limits: Limits | None = None,
+        cache: bool = True,
+        isolate: bool = False,
     ) -> None:
         self.limits = limits or DEFAULT_LIMITS
         self.checks: dict[str, dict[str, Any]] = {}
+        self.no_sharing = ""  # why every program has a process of its own, which is several times slower
         self.slots = 1
-        self._open_line = open_line
+        self._open_connection = connect
         self._cache = cache
         self._isolate = isolate
         self._lock = threading.RLock()  # guards what follows
-        self._line: Any = None
+        self._connection: Any = None
         self._pending: dict[int, Job] = {}
         self._broken: Exception | None = None
         self._closing = False
-        self._sending = threading.Lock()  # one thread at a time writes to the line
+        self._sending = threading.Lock()  # one thread at a time writes to the connection
         self._ids = itertools.count(1)
         self._keys: dict[int, tuple[Problem, bytes]] = {}  # by the problem's identity
         self._reference_cpu: dict[bytes, float] = {}  # CPU seconds that a problem's reference needs, by its key
@@ -144,46 +150,49 @@ class Verifier:
 
     def open(self) -> None:
         """Connect, and wait for the greeting. Raises SandboxError."""
-        line = self._open_line()
+        connection = self._open_connection()
         frames = FrameBuffer(2 * MAX_FRAME)
         try:
             bodies: list[bytes] = []
             while not bodies:
-                data = line.receive()
+                data = connection.receive()
                 if not data:
-                    raise SandboxError(f"Docker: the sandbox ended or hung before it was ready: {line.said()}.")
+                    raise SandboxError(
+                        f"Docker: the sandbox ended or hung before it was ready: {connection.last_output()}."
+                    )
                 bodies = frames.feed(data)
             if bodies[0][:1] != READY:
                 raise SandboxError("What answers there is not a sandbox.")
             hello = msgspec.json.decode(bodies[0][1:])
-            self.greeted(hello["checks"])
+            self.check_protections(hello["checks"])
         except (OSError, ProtocolError, msgspec.DecodeError, KeyError) as error:
-            line.close()
-            raise SandboxError(f"Docker: the sandbox does not answer: {error}. {line.said()}.") from error
+            connection.close()
+            raise SandboxError(f"Docker: the sandbox does not answer: {error}. {connection.last_output()}.") from error
         except BaseException:
-            line.close()
+            connection.close()
             raise
         with self._lock:
             self.slots = hello["slots"]
-            self._line = line
-        threading.Thread(target=self._read, args=(line, frames), daemon=True, name="sandbox-reader").start()
+            self.no_sharing = hello["no_sharing"]
+            self._connection = connection
+        threading.Thread(target=self._read, args=(connection, frames), daemon=True, name="sandbox-reader").start()
 
-    def greeted(self, checks: dict[str, dict[str, Any]]) -> None:
+    def check_protections(self, checks: dict[str, dict[str, Any]]) -> None:
         """Look at what the check from inside found; may raise SandboxError."""
         self.checks = checks
 
     def close(self) -> None:
         with self._lock:
             self._closing = True
-            line, self._line = self._line, None
-        if line is not None:
-            line.close()
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
         self._fail(SandboxError("The sandbox was closed."))
 
-    def _read(self, line: Any, frames: FrameBuffer) -> None:
-        """A line's own thread: hand verdicts to those who wait for them; when the line breaks, replace it."""
+    def _read(self, connection: Any, frames: FrameBuffer) -> None:
+        """The thread of a connection: hands verdicts to those who wait for them; replaces a connection that breaks."""
         try:
-            while data := line.receive():
+            while data := connection.receive():
                 groups: dict[int, tuple[Inbox, list[tuple[Job, Verdict]]]] = {}
                 for body in frames.feed(data):
                     if body[:1] != VERDICT:
@@ -199,24 +208,24 @@ class Verifier:
                 for inbox, found in groups.values():
                     inbox.put(found)
         except (OSError, ProtocolError) as error:
-            log.info("the sandbox's line broke: %r", error)
+            log.info("the sandbox's connection broke: %r", error)
         with self._lock:
-            if self._closing or self._line is not line:
+            if self._closing or self._connection is not connection:
                 return
-            self._line = None
-        said = line.said()
-        line.close()
-        log.warning("the sandbox was lost (%s); starting another", said)
+            self._connection = None
+        last_output = connection.last_output()
+        connection.close()
+        log.warning("the sandbox was lost (%s); starting another", last_output)
         try:
             self._reopen()
         except Exception as error:
             self._fail(error)
             return
-        self._send_again(said)
+        self._resend(last_output)
 
     def _reopen(self) -> None:
         """With patience: the engine, or the sidecar, may be restarting. Raises SandboxError."""
-        deadline = time.monotonic() + RETURN_S
+        deadline = time.monotonic() + RECONNECT_S
         while True:
             try:
                 return self.open()
@@ -236,7 +245,7 @@ class Verifier:
         for inbox in inboxes.values():
             inbox.put(error)
 
-    def _send_again(self, said: str) -> None:
+    def _resend(self, last_output: str) -> None:
         with self._lock:
             jobs = list(self._pending.values())
         for job in jobs:
@@ -244,7 +253,7 @@ class Verifier:
             if job.losses > LOSSES:
                 with self._lock:
                     self._pending.pop(job.id, None)
-                detail = f"lost with {job.losses} containers, the last one's words: {said}"
+                detail = f"lost with {job.losses} containers, the last one's words: {last_output}"
                 job.inbox.put([(job, Verdict("sandbox_error", detail=detail))])
         self._send([job for job in jobs if job.losses <= LOSSES])
 
@@ -255,21 +264,21 @@ class Verifier:
                 raise self._broken
             self._pending.update((job.id, job) for job in jobs)
         with self._sending:
-            line = self._line
-            if line is None:
+            connection = self._connection
+            if connection is None:
                 return
             parts: list[bytes] = []
             for job in jobs:
-                if job.key not in line.known:
-                    if len(line.known) >= PROBLEMS_KNOWN:
-                        line.known.clear()
+                if job.key not in connection.known_problems:
+                    if len(connection.known_problems) >= PROBLEMS_KNOWN:
+                        connection.known_problems.clear()
                         parts.append(frame(FORGET))
-                    line.known.add(job.key)
+                    connection.known_problems.add(job.key)
                     parts.append(frame(PROBLEM + job.key + _json(problem_frame(job.problem))))
                 head = SAMPLE_HEAD.pack(SAMPLE, job.id, job.key, job.limits.wall_s, job.alone)
                 parts.append(frame(head + _json([job.code, job.limits, self._isolate])))
             try:
-                line.send(b"".join(parts))
+                connection.send(b"".join(parts))
             except OSError:
                 pass  # its reader notices, too, and sends them to the next one
 
@@ -297,13 +306,13 @@ class Verifier:
     def _remember(self, program: bytes, verdict: Verdict, digest: str) -> None:
         with self._lock:
             self._done[program] = (verdict, digest)
-            if len(self._done) > REMEMBERED:
+            if len(self._done) > MAX_REMEMBERED:
                 self._done.popitem(last=False)
 
     def _batches(
         self, samples: Iterable[Sample], problems: Mapping[int, Problem]
     ) -> Generator[list[Label], None, None]:
-        return _Call(self, samples, problems).run()
+        return _VerifyCall(self, samples, problems).run()
 
     def job(self, problem: Problem, code: str, inbox: Inbox, limits: Limits | None = None, alone: bool = False) -> Job:
         key = self._key(problem)
@@ -328,79 +337,80 @@ class Verifier:
 
 
 @dataclass(eq=False)
-class _Call:
+class _VerifyCall:
     """One call of verify: its samples under way, and the labels that wait for their turn."""
 
     verifier: Verifier
     samples: Iterable[Sample]
     problems: Mapping[int, Problem]
     inbox: Inbox = field(default_factory=queue.SimpleQueue)
-    slates: deque[Slate] = field(default_factory=deque)  # not yet handed out
-    leaders: dict[int, tuple[bytes, list[Slate]]] = field(default_factory=dict)  # by job: program, those waiting for it
-    twins: dict[bytes, int] = field(default_factory=dict)  # programs under way: the job that runs for all of them
-    doubtful: dict[bytes, list[tuple[Job, Verdict]]] = field(
-        default_factory=dict
-    )  # by problem: until its reference ran
-    flying_bytes: int = 0
+    pending: deque[PendingLabel] = field(default_factory=deque)  # not yet handed out
+    # By job: its program, and the labels that wait for it.
+    running: dict[int, tuple[bytes, list[PendingLabel]]] = field(default_factory=dict)
+    # By program: the job that runs for all its samples.
+    running_programs: dict[bytes, int] = field(default_factory=dict)
+    # By problem: timeouts that count only when its reference has been measured.
+    unconfirmed: dict[bytes, list[tuple[Job, Verdict]]] = field(default_factory=dict)
+    bytes_in_flight: int = 0
 
     def run(self) -> Generator[list[Label], None, None]:
         source = iter(self.samples)
         more = True
         try:
-            while more or self.slates:
+            while more or self.pending:
                 jobs: list[Job] = []
-                while more and self._room():
+                while more and self._may_send_more():
                     sample = next(source, None)
                     if sample is None:
                         more = False
-                    elif job := self._enter(sample):
+                    elif job := self._add(sample):
                         jobs.append(job)
                 if jobs:
                     self.verifier._send(jobs)
                 ready: list[Label] = []
-                while self.slates and self.slates[0].verdict is not None:
-                    ready.append(label(self.slates.popleft()))
+                while self.pending and self.pending[0].verdict is not None:
+                    ready.append(label(self.pending.popleft()))
                 if ready:
                     yield ready
-                elif self.slates:
+                elif self.pending:
                     self._wait()
         finally:
             with self.verifier._lock:
-                for number in self.leaders:
+                for number in self.running:
                     self.verifier._pending.pop(number, None)
 
-    def _room(self) -> bool:
-        under_way, most = len(self.leaders), IN_FLIGHT * self.verifier.slots
-        return under_way < most and len(self.slates) < LOOK_AHEAD and self.flying_bytes < IN_FLIGHT_BYTES
+    def _may_send_more(self) -> bool:
+        under_way, most = len(self.running), IN_FLIGHT * self.verifier.slots
+        return under_way < most and len(self.pending) < MAX_LABELS_HELD and self.bytes_in_flight < IN_FLIGHT_BYTES
 
-    def _enter(self, sample: Sample) -> Job | None:
+    def _add(self, sample: Sample) -> Job | None:
         """A sample takes its place. Returns the job to be sent, or None where its verdict is known or under way."""
         problem = self.problems[sample.task_id]
         digest = code_sha256(sample.code)
-        slate = Slate(sample, problem, digest)
-        self.slates.append(slate)
+        pending_label = PendingLabel(sample, problem, digest)
+        self.pending.append(pending_label)
         if len(sample.code) > MAX_FRAME // 8:
-            slate.verdict = Verdict("memory", detail=f"a program of {len(sample.code)} characters")
+            pending_label.verdict = Verdict("memory", detail=f"a program of {len(sample.code)} characters")
             return None
         verifier = self.verifier
         if not verifier._cache:
-            return self._lead(slate, digest.encode())
+            return self._start_job(pending_label, digest.encode())
         program = program_key(verifier._key(problem), sample.code)
         known = verifier._done.get(program)
         if known is not None and (known[0].fit or known[1] == digest):
-            slate.verdict = known[0]
+            pending_label.verdict = known[0]
             return None
-        if program in self.twins:
-            self.leaders[self.twins[program]][1].append(slate)
+        if program in self.running_programs:
+            self.running[self.running_programs[program]][1].append(pending_label)
             return None
-        return self._lead(slate, program)
+        return self._start_job(pending_label, program)
 
-    def _lead(self, slate: Slate, program: bytes) -> Job:
-        job = self.verifier.job(slate.problem, slate.sample.code, self.inbox)
-        self.leaders[job.id] = (program, [slate])
-        self.flying_bytes += len(job.code)
+    def _start_job(self, pending_label: PendingLabel, program: bytes) -> Job:
+        job = self.verifier.job(pending_label.problem, pending_label.sample.code, self.inbox)
+        self.running[job.id] = (program, [pending_label])
+        self.bytes_in_flight += len(job.code)
         if self.verifier._cache:
-            self.twins[program] = job.id
+            self.running_programs[program] = job.id
         return job
 
     def _wait(self) -> None:
@@ -420,16 +430,16 @@ class _Call:
         when it happened with nothing beside it.
         """
         verifier = self.verifier
-        if job.id not in self.leaders:  # a reference
+        if job.id not in self.running:  # a reference
             passed = verdict.status == "passed"
             verifier._reference_cpu[job.key] = verdict.cpu_seconds if passed else 0.0
-            return [j for one in self.doubtful.pop(job.key, []) for j in self._decide(*one)]
+            return [j for timeout in self.unconfirmed.pop(job.key, []) for j in self._decide(*timeout)]
         if verdict.status == "sandbox_error" and verdict.retry and job.losses == 0:
             job.losses += 1
             return [job]
         if verdict.status == "timeout":
             if job.key not in verifier._reference_cpu:
-                waiting = self.doubtful.setdefault(job.key, [])
+                waiting = self.unconfirmed.setdefault(job.key, [])
                 waiting.append((job, verdict))
                 wide = replace(verifier.limits, cpu_s=REFERENCE_CPU_S, wall_s=2 * REFERENCE_CPU_S)
                 return [verifier.job(job.problem, job.problem.reference, self.inbox, wide)] if len(waiting) == 1 else []
@@ -437,25 +447,25 @@ class _Call:
             if limits.cpu_s > job.limits.cpu_s or (verdict.limit == "wall" and not job.alone):
                 job.limits, job.alone = limits, verdict.limit == "wall"
                 return [job]
-        return self._settle(job, verdict)
+        return self._accept(job, verdict)
 
-    def _settle(self, job: Job, verdict: Verdict) -> list[Job]:
+    def _accept(self, job: Job, verdict: Verdict) -> list[Job]:
         """A verdict that counts: for the sample, and for those that wait for the same program."""
-        program, waiting = self.leaders.pop(job.id)
-        self.flying_bytes -= len(job.code)
-        self.twins.pop(program, None)
+        program, waiting = self.running.pop(job.id)
+        self.bytes_in_flight -= len(job.code)
+        self.running_programs.pop(program, None)
         if self.verifier._cache and verdict.status != "sandbox_error":
             self.verifier._remember(program, verdict, waiting[0].digest)
         different = []
-        for slate in waiting:
-            if verdict.fit or slate.digest == waiting[0].digest:
-                slate.verdict = verdict
+        for pending_label in waiting:
+            if verdict.fit or pending_label.digest == waiting[0].digest:
+                pending_label.verdict = verdict
             else:  # only comments or layout differ, but this program can tell
-                different.append(slate)
+                different.append(pending_label)
         if not different:
             return []
-        leader = self._lead(different[0], program)
-        self.leaders[leader.id][1].extend(different[1:])
+        leader = self._start_job(different[0], program)
+        self.running[leader.id][1].extend(different[1:])
         return [leader]
 
 
@@ -465,31 +475,6 @@ def _json(value: object) -> bytes:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:
         return json.dumps(msgspec.to_builtins(value)).encode("ascii")
-
-
-# Strings in single quotes and comments, scanned from the left as the compiler does; programs with longer strings, and
-# with f-strings (which may hold quotes from Python 3.12 on), are taken as they stand.
-_STRING_OR_COMMENT = re.compile(r"""'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*"|#[^\n]*""")
-_KEEP = re.compile(r"""\b(?:[fF][rR]?|[rR][fF])['"]|\\[ \t\f]*\n""")  # f-strings, and lines that go on
-_BLANK = re.compile(r"[ \t\f]*\n(?:[ \t\f]*\n)*")
-
-
-def normal_form(code: str) -> str:
-    """A program without comments, blank lines and trailing blanks; as it stands where that could change a string.
-
-    Only for programs that the sandbox found `fit`: others could tell the difference (line numbers).
-    """
-    code = code.replace("\r\n", "\n")
-    if "\r" in code or "'''" in code or '"""' in code or _KEEP.search(code):
-        return code.rstrip()
-    bare = _STRING_OR_COMMENT.sub(lambda m: "" if m[0][0] == "#" else m[0], code) if "#" in code else code
-    return _BLANK.sub("\n", bare).removeprefix("\n").rstrip()
-
-
-def program_key(problem: bytes, code: str) -> bytes:
-    """A program of a problem; two of one key have the same normal form."""
-    text = normal_form(code).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(problem + text, digest_size=KEY_BYTES).digest()
 
 
 def problem_frame(problem: Problem) -> dict[str, Any]:
@@ -502,8 +487,8 @@ def problem_frame(problem: Problem) -> dict[str, Any]:
     }
 
 
-def label(slate: Slate) -> Label:
-    sample, verdict = slate.sample, slate.verdict
+def label(pending_label: PendingLabel) -> Label:
+    sample, verdict = pending_label.sample, pending_label.verdict
     assert verdict is not None
     results = verdict.tests
     return Label(
@@ -511,9 +496,9 @@ def label(slate: Slate) -> Label:
         sample_id=sample.sample_id,
         status=verdict.status,
         passed=verdict.status == "passed",
-        tests=results + ["not_run"] * (len(slate.problem.tests) - len(results)),  # type: ignore[arg-type]
+        tests=results + ["not_run"] * (len(pending_label.problem.tests) - len(results)),  # type: ignore[arg-type]
         seconds=verdict.seconds,
         cpu_seconds=verdict.cpu_seconds,
         detail=verdict.detail,
-        code_sha256=slate.digest,
+        code_sha256=pending_label.digest,
     )

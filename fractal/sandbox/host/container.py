@@ -1,18 +1,16 @@
-"""Docker's part of the sandbox: start the hardened container, look at it from inside, connect to it or to a sidecar.
+"""What Docker is asked for a sandbox: to start the hardened container, or a sidecar, and to connect to it.
 
     with Sandbox() as sandbox:
         for label in sandbox.verify(samples, problems):
             reward = float(label.passed)
 
-Only this file talks to Docker; what is said over the connection is client.py's.
+What is sent over the connection is client.py's; what a program may use stands in limits.py.
 """
 
 import os
 import random
-import socket
-import struct
-from collections import deque
 from collections.abc import Collection
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,9 +21,9 @@ import requests
 
 from fractal.errors import InputError
 from fractal.install import docker_engine
-from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host import source
-from fractal.sandbox.host.client import SILENCE_S, SandboxError, UnsafeError, Verifier
+from fractal.sandbox.host.client import SandboxError, UnsafeError, Verifier
+from fractal.sandbox.host.connection import AttachedConnection, SocketConnection
 from fractal.sandbox.host.limits import (
     DEFAULT_LIMITS,
     GVISOR_THREADS,
@@ -34,13 +32,13 @@ from fractal.sandbox.host.limits import (
     container_memory,
     container_processes,
 )
-from fractal.sandbox.inside import checks
 
 SECCOMP = Path(__file__).parents[3] / "docker" / "seccomp.json"
 SOCKET = "/run/fractal/sandbox.sock"  # of a sidecar, in its volume
 # What cannot be seen from inside gVisor, a kernel of its own below the container: it takes the place of the host's
 # seccomp profile, and the host's cgroups hold it as a whole. The named option that allows this is --runtime=runsc.
 UNSEEN_IN_GVISOR = frozenset({"seccomp", "scratch", "memory_limit", "pids_limit"})
+LABEL_VARIABLE = "FRACTAL_LABEL"
 SIDECAR = "fractal-sandbox"  # default name of the container and of its volume
 
 
@@ -65,99 +63,27 @@ def hardening(slots: int, limits: Limits, first_uid: int, cpus: int) -> dict[str
     }
 
 
+def labels() -> dict[str, str]:
+    """The labels of a sandbox's container. FRACTAL_LABEL=NAME tells the containers of one session from others'."""
+    session = os.environ.get(LABEL_VARIABLE)
+    return {"fractal.sandbox": "1"} | ({"fractal.session": session} if session else {})
+
+
 def connect() -> docker.DockerClient:
     """A client of the Docker engine. Raises SandboxError that says which of the usual things is wrong."""
     if trouble := docker_engine.problem():
         raise SandboxError(trouble)
+    client: docker.DockerClient | None = None
     try:
         client = docker.from_env(timeout=120)
         client.ping()
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        if client is not None:
+            client.close()
         raise SandboxError(
             f"The Docker engine at {docker_engine.address()} refuses: {str(error)[:300]}. Run `docker info` to see why."
         ) from error
     return client
-
-
-class _Attached:
-    """The attached streams of one container. Undoes Docker's multiplexing (8-byte header: stream, 0, 0, 0, length)."""
-
-    def __init__(self, container: Any, keep: Any) -> None:
-        self.container = container
-        self.known: set[bytes] = set()
-        self._keep = keep  # the SDK's wrapper: closing it would close the socket
-        self._sock: socket.socket = getattr(keep, "_sock", keep)
-        self._sock.settimeout(SILENCE_S)
-        self._raw = bytearray()
-        self._errors: deque[bytes] = deque(maxlen=50)
-
-    def send(self, data: bytes) -> None:
-        self._sock.sendall(data)
-
-    def receive(self) -> bytes:
-        while True:
-            data = self._sock.recv(1 << 20)
-            if not data:
-                return b""
-            self._raw += data
-            parts: list[bytes] = []
-            at = 0
-            while len(self._raw) - at >= 8:
-                stream, size = struct.unpack_from(">BxxxI", self._raw, at)
-                if len(self._raw) - at < 8 + size:
-                    break
-                part = bytes(self._raw[at + 8 : at + 8 + size])
-                at += 8 + size
-                (self._errors if stream == 2 else parts).append(part)
-            del self._raw[:at]
-            if parts:
-                return b"".join(parts)
-
-    def close(self) -> None:
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        try:
-            self.container.remove(force=True)
-        except (docker.errors.DockerException, requests.exceptions.RequestException):
-            pass  # it removes itself
-        self._keep.close()
-
-    def said(self) -> str:
-        text = b"".join(self._errors).decode("utf-8", "replace").strip()
-        return text.splitlines()[-1][:300] if text else "it said nothing"
-
-
-class _Plugged:
-    """A sidecar's socket."""
-
-    def __init__(self, path: Path) -> None:
-        self.known: set[bytes] = set()
-        self._path = path
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(SILENCE_S)
-        try:
-            self._sock.connect(str(path))
-        except OSError:
-            self._sock.close()
-            raise
-
-    def send(self, data: bytes) -> None:
-        self._sock.sendall(data)
-
-    def receive(self) -> bytes:
-        return self._sock.recv(1 << 20)
-
-    def close(self) -> None:
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._sock.close()
-
-    def said(self) -> str:
-        return f"the sidecar at {self._path} hung up"
 
 
 class Sandbox(Verifier):
@@ -198,22 +124,32 @@ class Sandbox(Verifier):
             name, _, self.image_id = os.environ.get("FRACTAL_SANDBOX_IMAGE", "").partition("@")
             self.image = name or f"sidecar {self._socket}"
             return
-        self._client = connect()
-        self.image_id = _image_id(self._client, self.image)
+        with closing(connect()) as client:
+            self.image_id = _image_id(client, self.image)
 
     def __enter__(self) -> Self:
         self.check()
-        self.open()
+        if self._socket is None:
+            self._client = connect()
+        try:
+            self.open()
+        except BaseException:
+            self._close_client()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        self._close_client()
+
+    def _close_client(self) -> None:
         if self._client is not None:
             self._client.close()
+            self._client = None
 
-    def greeted(self, found: dict[str, dict[str, Any]]) -> None:
+    def check_protections(self, found: dict[str, dict[str, Any]]) -> None:
         """Refuse to go on unless every protection is in force, or may be missing by name."""
         if unknown := self._allow - found.keys():
             names = ", ".join(found)
@@ -227,26 +163,26 @@ class Sandbox(Verifier):
             )
         self.checks = {n: {**c, "allowed": True} if not c["ok"] else c for n, c in found.items()}
 
-    def _connect(self) -> _Attached | _Plugged:
-        return self._plug() if self._socket is not None else self._start()
+    def _connect(self) -> AttachedConnection | SocketConnection:
+        return self._connect_sidecar() if self._socket is not None else self._start_container()
 
-    def _plug(self) -> _Plugged:
+    def _connect_sidecar(self) -> SocketConnection:
         assert self._socket is not None
         try:
-            return _Plugged(self._socket)
+            return SocketConnection(self._socket)
         except OSError as error:
             raise SandboxError(
                 f"--socket {self._socket}: {error.strerror}. Start a sidecar: `fractal serve`."
             ) from error
 
-    def _start(self) -> _Attached:
+    def _start_container(self) -> AttachedConnection:
         client = self._client
         assert client is not None
         try:
             created = _create(client, self.image, self.limits, self._asked_slots, self._runtime)
             container = client.containers.get(created)
             keep = client.api.attach_socket(created, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-            line = _Attached(container, keep)
+            line = AttachedConnection(container, keep)
             try:
                 container.start()
             except BaseException:
@@ -254,9 +190,9 @@ class Sandbox(Verifier):
                 raise
             return line
         except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as error:
-            known = str(error)
-            remedy = " Is gVisor installed, and named in /etc/docker/daemon.json?" if "runtime" in known else ""
-            raise SandboxError(f"Docker: the sandbox container does not start: {known[:300]}.{remedy}") from error
+            reason = str(error)
+            remedy = " Is gVisor installed, and named in /etc/docker/daemon.json?" if "runtime" in reason else ""
+            raise SandboxError(f"Docker: the sandbox container does not start: {reason[:300]}.{remedy}") from error
 
 
 def _is_gvisor(runtime: str | None) -> bool:
@@ -303,7 +239,7 @@ def _create(
         command=command,
         stdin_open=volume is None,  # with StdinOnce: when this process dies, the container's input ends, and so does it
         environment={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"},
-        labels={"fractal.sandbox": "1"},
+        labels=labels(),
         host_config=client.api.create_host_config(
             **options, log_config=docker.types.LogConfig(type=docker.types.LogConfig.types.NONE)
         ),
@@ -356,12 +292,3 @@ def stop_sidecar(name: str = SIDECAR, client: docker.DockerClient | None = None)
         if given is None:
             client.close()
     return True
-
-
-def probe(sandbox: Sandbox) -> list[tuple[checks.Probe, Label]]:
-    """Run the conformance programs through a sandbox; each has to get its status."""
-    problems = {
-        i: Problem(i, "", "def f():\n    return 'done'", [p.test], "", "f", "test") for i, p in enumerate(checks.PROBES)
-    }
-    samples = [Sample(i, 0, "", p.code, "stop", 0, None, None, "probe") for i, p in enumerate(checks.PROBES)]
-    return list(zip(checks.PROBES, sandbox.verify(samples, problems), strict=True))

@@ -1,7 +1,7 @@
 """The container's end that runs programs: a candidate process, untrusted, forked and walled in by zygote.py.
 
 It receives a program and then requests about it: to call its functions, to look into its objects. A candidate of a
-program's own does that once; a shared candidate runs one after another of those programs that screen.py lets share a
+program's own does that once; a shared candidate runs one after another of those programs that sharing.py lets share a
 process, and hands the others back, compiled. All that it says is checked by the judge. Standard library only.
 """
 
@@ -15,11 +15,11 @@ import types
 from collections import deque
 from typing import Any
 
-from fractal.sandbox.inside import screen
+from fractal.sandbox.inside import sharing
 from fractal.sandbox.inside.protocol import (
     EXCEPTIONS,
     MAX_FRAME,
-    Closed,
+    ConnectionClosedError,
     Decoder,
     Encoder,
     FrameBuffer,
@@ -92,7 +92,7 @@ class CandidateEnd:
         while not self._bodies:
             data = os.read(self._fd, 1 << 18)
             if not data:
-                raise Closed
+                raise ConnectionClosedError
             self._bodies.extend(self._buffer.feed(data))
         return self._bodies.popleft()
 
@@ -158,7 +158,7 @@ class CandidateEnd:
                 sure = isinstance(error, SyntaxError | ValueError)
                 return self._send(["syntax", serial, f"{type(error).__name__}: {error}"[:DETAIL], sure])
             if self._shared:
-                why = screen.reason(code) or _imports(imports)
+                why = sharing.reason_against(code) or _imports(imports)
                 if why or isolate:
                     return self._send(["unfit", serial, why, base64.b64encode(marshal.dumps(code)).decode("ascii")])
         space = self._space = {}  # no __name__: as under exec(code, {}), it is that of builtins
@@ -258,7 +258,7 @@ class CandidateEnd:
 
 def _imports(lines: list[str]) -> str:
     """Why the setup's import statements would not do in a shared process."""
-    return next(filter(None, (screen.reason(compile(line, "<setup>", "exec")) for line in lines)), "")
+    return next(filter(None, (sharing.reason_against(compile(line, "<setup>", "exec")) for line in lines)), "")
 
 
 def failure(error: BaseException, encode: Any) -> list[Any]:

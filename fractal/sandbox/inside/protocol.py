@@ -17,7 +17,6 @@ import re
 import struct
 import types
 from collections.abc import Callable, Iterable
-from json.encoder import encode_basestring_ascii
 from typing import Any, NamedTuple
 
 HEADER = struct.Struct(">I")
@@ -65,23 +64,14 @@ class Unencodable(Exception):
     """A value is too large, too deep, or not plain."""
 
 
-class Closed(Exception):
+class ConnectionClosedError(Exception):
     """The other end is gone."""
 
 
 # --- frames ---------------------------------------------------------------------------------------------------------
 
 
-def _json_encoder() -> Callable[[Any], str]:
-    """json.dumps without spaces, set up once: with options, json.dumps builds an encoder anew for each call."""
-    make: Any = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:  # an interpreter without the C accelerator
-        return json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-    encode = make(None, None, encode_basestring_ascii, None, ":", ",", False, False, True)
-    return lambda message: "".join(encode(message, 0))
-
-
-_dumps = _json_encoder()
+_dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def frame(body: bytes) -> bytes:
@@ -158,7 +148,7 @@ class FrameBuffer:
 
 
 class Reference:
-    """Placeholder for an object that lives at the other end, as decoded; the owner of the channel gives it a face."""
+    """A decoded reference to an object that lives at the other end; the decoder's `resolve` makes a value of it."""
 
     __slots__ = ("data",)
 
@@ -285,7 +275,7 @@ def _big_int(text: str) -> int:
 
 
 def pairs(data: list[Any]) -> list[Any]:
-    """Lists of two: dict() would ask the owner of a stand-in for its elements."""
+    """Lists of two: dict() would ask the owner of a proxy for its elements."""
     if not all(type(pair) is list and len(pair) == 2 for pair in data):
         raise ValueError("not pairs")
     return data
@@ -371,7 +361,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
 
 
 class Decoder:
-    """Messages whose values are plain Python values; `resolve` gives references a face.
+    """Messages whose values are plain Python values; `resolve` turns references into values.
 
     json's C scanner walks the text; the hook sees each tagged object once, innermost first.
     """
@@ -397,7 +387,7 @@ class Decoder:
         if len(tagged) == 1:
             ((tag, data),) = tagged.items()
             decoder = DECODERS.get(tag)
-            if decoder is not None and type(data) in (list, str, int):  # not a stand-in: tuple(it) would ask its owner
+            if decoder is not None and type(data) in (list, str, int):  # not a proxy: tuple(it) would ask its owner
                 return decoder(data)
             if tag == "x" and type(data) is list and len(data) == 3 and type(data[0]) is int:
                 return self._resolve(Reference({"id": data[0], "kind": data[1], "truth": data[2]}))

@@ -21,8 +21,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from fractal.sandbox.inside import checks
-from fractal.sandbox.inside.judge import Slot, sandbox_error, work
+from fractal.sandbox.inside import protections, sharing
+from fractal.sandbox.inside.candidate_process import Slot
+from fractal.sandbox.inside.judge import sandbox_error, work
 from fractal.sandbox.inside.protocol import (
     ALIVE,
     FORGET,
@@ -43,14 +44,14 @@ from fractal.sandbox.inside.protocol import (
     verdict_id,
 )
 
-DEPTH = 8  # samples handed to a judge at once: it must not idle while the supervisor is elsewhere
+QUEUE_DEPTH = 8  # samples handed to a judge at once: it must not idle while the supervisor is elsewhere
 GRACE_S = 0.8  # after the wall limit, before a judge is replaced
-START_S = 30.0  # for a judge that has just been hired
+START_S = 30.0  # for a judge that has just been started
 SHARED_UIDS = 500  # between a slot's uid and that of its shared candidate
 PROBLEMS_KNOWN = 4096  # problems that a judge keeps
-MOST_WAITING = 64 << 20  # bytes of samples that a client may have waiting here; then it has to wait itself
-LONGEST_S = 1e6  # no wall limit is longer
-MOST_UNSENT = 1 << 20  # bytes of verdicts that a client may leave unread; then none of its samples is run
+MAX_WAITING = 64 << 20  # bytes of samples that a client may have waiting here; then it has to wait itself
+MAX_WALL_S = 1e6  # no wall limit is longer
+MAX_UNSENT = 1 << 20  # bytes of verdicts that a client may leave unread; then none of its samples is run
 ALIVE_S = 5.0
 FLUSH_AT, FLUSH_S = 64, 0.004  # verdicts that are written together, and how long the first of them waits at most
 
@@ -70,10 +71,10 @@ class Client:
     unsent: list[bytes] = field(default_factory=list)
     unsent_bytes: int = 0
     due: float = 0.0  # when `unsent` has to be on its way
-    said: float = 0.0
+    written_at: float = 0.0
     watched: dict[int, int] = field(default_factory=dict)  # events by file descriptor
     open_input: bool = True
-    gone: bool = False
+    dismissed: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +97,7 @@ class Worker:
         self.deadline = 0.0
         self.buffer = FrameBuffer()
         self.unsent = bytearray()
-        self.watched = 0
+        self.watched: dict[int, int] = {}  # events by file descriptor
         self.ready = False  # its check of a candidate is done
         self.sock, theirs = socket.socketpair()
         self.pid = os.fork()
@@ -113,7 +114,7 @@ class Worker:
                 os._exit(0)
         theirs.close()
 
-    def give(self, task: Task) -> None:
+    def assign(self, task: Task) -> None:
         data = b""
         if task.head.key not in self.known:
             if len(self.known) >= PROBLEMS_KNOWN:
@@ -128,7 +129,7 @@ class Worker:
         self.push()
 
     def begin(self) -> None:
-        """It is at the next task, if there is one; a judge that has just been hired starts its zygote first."""
+        """It is at the next task, if there is one; a judge that has just been started starts its zygote first."""
         wait_s = self.tasks[0].head.wall_s + GRACE_S + (0 if self.ready else START_S) if self.tasks else 0.0
         self.deadline = time.monotonic() + wait_s
 
@@ -164,8 +165,10 @@ class Supervisor:
         self._alone: deque[Task] = deque()  # they run with nothing beside them
         self._checks: dict[str, Any] = {}
         for slot in slots:
-            self._hire(slot)
-        self._checks = checks.inspect() | _worst([self._first_word(worker) for worker in self._workers])
+            self._start_worker(slot)
+        self._checks = protections.inspect_container() | _worst(
+            [self._first_checks(worker) for worker in self._workers]
+        )
         for worker in self._workers:
             worker.sock.setblocking(False)
             self._watch_worker(worker)
@@ -176,7 +179,7 @@ class Supervisor:
 
     # --- judges -------------------------------------------------------------------------------------------------------
 
-    def _hire(self, slot: Slot) -> Worker:
+    def _start_worker(self, slot: Slot) -> Worker:
         sockets = [worker.sock.fileno() for worker in self._workers] + [self._poll.fileno()]
         sockets += [fd for client in self._clients if client.sock for fd in (client.source, client.sink)]
         sockets += [self._listener.fileno()] if self._listener else []
@@ -185,11 +188,9 @@ class Supervisor:
 
     def _watch_worker(self, worker: Worker) -> None:
         events = select.EPOLLIN | (select.EPOLLOUT if worker.unsent else 0)
-        if events != worker.watched:
-            (self._poll.modify if worker.watched else self._poll.register)(worker.sock, events)
-            worker.watched = events
+        self._watch(worker.watched, worker.sock.fileno(), events)
 
-    def _first_word(self, worker: Worker) -> dict[str, Any]:
+    def _first_checks(self, worker: Worker) -> dict[str, Any]:
         """What the judge's check of a candidate found; blocks. {} where the judge died over it."""
         while data := worker.sock.recv(1 << 16):
             for body in worker.buffer.feed(data):
@@ -203,13 +204,13 @@ class Supervisor:
         self._poll.unregister(worker.sock)
         worker.end()
         self._workers.remove(worker)
-        _end_strays(worker.slot)
-        fresh = self._hire(worker.slot)
+        _kill_orphans(worker.slot)
+        fresh = self._start_worker(worker.slot)
         fresh.sock.setblocking(False)
         self._watch_worker(fresh)
         return worker.tasks
 
-    def _hear(self, worker: Worker) -> None:
+    def _receive(self, worker: Worker) -> None:
         """Pass a judge's verdicts on; replace it if it is dead."""
         try:
             data = worker.sock.recv(1 << 18)
@@ -220,8 +221,8 @@ class Supervisor:
         if not data:  # ours to answer for: the client sends the sample once more
             left = self._replace(worker)
             if left:
-                self._say(left.popleft(), sandbox_error("the judge died", retry=True))
-            self._take_back(left)
+                self._answer(left.popleft(), sandbox_error("the judge died", retry=True))
+            self._requeue(left)
             return
         for body in worker.buffer.feed(data):
             if body[:1] == READY:
@@ -237,7 +238,7 @@ class Supervisor:
             task.client.running -= 1
             self._send(task.client, frame(body))
 
-    def _take_back(self, tasks: deque[Task]) -> None:
+    def _requeue(self, tasks: deque[Task]) -> None:
         while tasks:
             task = tasks.pop()
             task.client.running -= 1
@@ -249,8 +250,8 @@ class Supervisor:
             left = self._replace(worker)
             task = left.popleft()
             detail = "wall time over: the judge was still busy with what the program returned"
-            self._say(task, {"status": "timeout", "limit": "wall", "seconds": task.head.wall_s, "detail": detail})
-            self._take_back(left)
+            self._answer(task, {"status": "timeout", "limit": "wall", "seconds": task.head.wall_s, "detail": detail})
+            self._requeue(left)
 
     def _assign(self) -> None:
         """Hand out what waits: a sample of each client in turn; one that must run alone when nothing else does."""
@@ -260,10 +261,10 @@ class Supervisor:
                 return
             if self._alone:
                 if not any(w.tasks for w in self._workers):
-                    self._give(worker, self._alone.popleft())
+                    self._assign_to(worker, self._alone.popleft())
                 return
-            client = next((c for c in self._clients if c.waiting and c.unsent_bytes < MOST_UNSENT), None)
-            if client is None or len(worker.tasks) >= DEPTH:
+            client = next((c for c in self._clients if c.waiting and c.unsent_bytes < MAX_UNSENT), None)
+            if client is None or len(worker.tasks) >= QUEUE_DEPTH:
                 return
             self._clients.rotate(-1 - self._clients.index(client))
             task = client.waiting.popleft()
@@ -271,11 +272,11 @@ class Supervisor:
             if task.head.alone:
                 self._alone.append(task)
             else:
-                self._give(worker, task)
+                self._assign_to(worker, task)
 
-    def _give(self, worker: Worker, task: Task) -> None:
+    def _assign_to(self, worker: Worker, task: Task) -> None:
         task.client.running += 1
-        worker.give(task)
+        worker.assign(task)
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
@@ -284,15 +285,19 @@ class Supervisor:
         os.set_blocking(client.sink, False)
         self._clients.append(client)
         self._sources[client.source] = client
-        self._send(client, pack({"slots": len(self._workers), "checks": self._checks}, READY))
+        self._send(client, pack(self._greeting(), READY))
+
+    def _greeting(self) -> dict[str, Any]:
+        unknown = sharing.unknown_interpreter()
+        return {"slots": len(self._workers), "checks": self._checks, "no_sharing": unknown}
 
     def _dismiss(self, client: Client) -> None:
         """Forget a client and what it waits for; what runs for it runs on, and is not told."""
-        client.gone = True
+        client.dismissed = True
         self._clients.remove(client)
         del self._sources[client.source]
         for fd in (client.source, client.sink):
-            self._watch(client, fd, 0)
+            self._watch(client.watched, fd, 0)
         if client.sock is not None:
             client.sock.close()
             os.close(client.sink)
@@ -312,17 +317,17 @@ class Supervisor:
             return
         try:
             for body in client.buffer.feed(data):
-                self._take(client, body)
+                self._accept(client, body)
         except (ProtocolError, KeyError):  # not one of ours
             if client.sock is None:
                 raise
             self._dismiss(client)
 
-    def _take(self, client: Client, body: bytes) -> None:
+    def _accept(self, client: Client, body: bytes) -> None:
         kind = body[:1]
         if kind == SAMPLE:
             head = sample_head(body)
-            if not 0 < head.wall_s < LONGEST_S:
+            if not 0 < head.wall_s < MAX_WALL_S:
                 raise ProtocolError("a wall limit out of range")
             client.waiting.append(Task(head, body, client.problems[head.key], client))
             client.waiting_bytes += len(body)
@@ -333,12 +338,12 @@ class Supervisor:
         else:
             raise ProtocolError("not a frame of a client's")
 
-    def _say(self, task: Task, verdict: dict[str, Any]) -> None:
+    def _answer(self, task: Task, verdict: dict[str, Any]) -> None:
         task.client.running -= 1
         self._send(task.client, pack(verdict, VERDICT_HEAD.pack(VERDICT, task.head.id)))
 
     def _send(self, client: Client, data: bytes) -> None:
-        if client.gone:
+        if client.dismissed:
             return
         if not client.unsent:
             client.due = time.monotonic() + FLUSH_S
@@ -351,7 +356,7 @@ class Supervisor:
         if client.unsent and (len(client.unsent) >= FLUSH_AT or not client.running or client.due <= time.monotonic()):
             data = b"".join(client.unsent)
             client.unsent.clear()
-            client.said = time.monotonic()
+            client.written_at = time.monotonic()
             try:
                 sent = os.write(client.sink, data)
             except BlockingIOError:
@@ -365,20 +370,22 @@ class Supervisor:
             client.unsent_bytes = len(data) - sent
             if waits:
                 client.unsent.append(data[sent:])
-        reads = client.open_input and client.waiting_bytes < MOST_WAITING
-        self._watch(client, client.source, select.EPOLLIN if reads else 0)
-        self._watch(client, client.sink, select.EPOLLOUT if waits else 0)
+        reads = client.open_input and client.waiting_bytes < MAX_WAITING
+        self._watch(client.watched, client.source, select.EPOLLIN if reads else 0)
+        self._watch(client.watched, client.sink, select.EPOLLOUT if waits else 0)
 
-    def _watch(self, client: Client, fd: int, events: int) -> None:
-        if client.watched.get(fd, 0) == events:
+    def _watch(self, watched: dict[int, int], fd: int, events: int) -> None:
+        """Let epoll report these events of a descriptor, none for 0; `watched` holds those that it reports now."""
+        before = watched.get(fd, 0)
+        if events == before:
             return
-        if not client.watched.get(fd):
+        if not before:
             self._poll.register(fd, events)
         elif events:
             self._poll.modify(fd, events)
         else:
             self._poll.unregister(fd)
-        client.watched[fd] = events
+        watched[fd] = events
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -404,7 +411,7 @@ class Supervisor:
                 reaped = now
                 _reap()
             for client in self._clients:
-                if now - client.said > ALIVE_S and not client.unsent:
+                if now - client.written_at > ALIVE_S and not client.unsent:
                     self._send(client, frame(ALIVE))
         for worker in self._workers:
             worker.end()
@@ -419,7 +426,7 @@ class Supervisor:
         else:
             for worker in self._workers:
                 if worker.sock.fileno() == fd:
-                    self._hear(worker)
+                    self._receive(worker)
                     return
 
 
@@ -435,7 +442,7 @@ def _worst(found: list[dict[str, Any]]) -> dict[str, Any]:
     return together
 
 
-def _end_strays(slot: Slot) -> None:
+def _kill_orphans(slot: Slot) -> None:
     """Kill what a killed judge leaves, its zygote and its candidates, and reap what was re-parented to us."""
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:

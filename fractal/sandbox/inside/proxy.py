@@ -1,6 +1,6 @@
-"""What the tests see instead of the program: stand-ins, whose every use asks the candidate process.
+"""What the tests see instead of the program: proxies, whose every use asks the candidate process.
 
-Trusted, in the judge. What comes back is plain data, or further stand-ins. Standard library only.
+Trusted, in the judge. What comes back is plain data, or further proxies. Standard library only.
 """
 
 import socket
@@ -29,15 +29,15 @@ DETAIL = 500
 AFTER = {"r": 3, "e": 6}  # length of a reply that says how the call left its arguments
 
 
-class Gone(BaseException):
+class CandidateEndedError(BaseException):
     """The candidate cannot answer any more. Not an Exception: a test's `except Exception` must not swallow it."""
 
 
-class StandIn:
+class Proxy:
     """An object of the program's that stays in the candidate process.
 
     It can be called, indexed, iterated, and its attributes read and set; each of these asks the candidate and gives
-    plain values or further stand-ins. It equals nothing but itself, and it does not take part in arithmetic or
+    plain values or further proxies. It equals nothing but itself, and it does not take part in arithmetic or
     comparison: an object that answers those as it likes could satisfy a test without knowing the result.
     """
 
@@ -74,7 +74,7 @@ class StandIn:
         if self._kind == "iterator":
             return self
         found: Any = self._end.ask("iter", self)
-        return found if isinstance(found, StandIn) else iter(found)
+        return found if isinstance(found, Proxy) else iter(found)
 
     def __next__(self) -> Any:
         return self._end.next(self)
@@ -90,7 +90,7 @@ class StandIn:
         return str(self._end.ask("repr", self))
 
     def __instancecheck__(self, instance: Any) -> bool:
-        if not isinstance(instance, StandIn):
+        if not isinstance(instance, Proxy):
             return False
         answer: object = self._end.ask("isinstance", instance, self)
         return answer is True
@@ -100,6 +100,10 @@ class StandIn:
 
     def __hash__(self) -> int:
         return id(self)
+
+
+# Labels' details name the class ("'<' not supported between instances of 'StandIn' and 'int'"): they stay as they were.
+Proxy.__name__ = "StandIn"
 
 
 class Channel:
@@ -116,12 +120,13 @@ class JudgeEnd:
 
     def __init__(self, channel: Channel, wait: Callable[[bool], None], stuck: Callable[[], None]) -> None:
         self._channel = channel
-        self._wait = wait  # until the socket is readable; raises Gone when the candidate has ended or must end
-        self._stuck = stuck  # called when the candidate does not read what it is sent; raises Gone
+        # Both raise CandidateEndedError: `wait` returns when the socket is readable, `stuck` is called when the
+        # candidate does not read what it is sent.
+        self._wait, self._stuck = wait, stuck
         self._table = Table()
         self._encoder = Encoder(self._refer)
         self._decode = Decoder(self._resolve).decode
-        self._stand_ins: dict[int, StandIn] = {}
+        self._proxies: dict[int, Proxy] = {}
         self._classes: dict[int, type[BaseException]] = {}  # exception classes of the program's, by its numbers
         self._drawn: dict[int, tuple[deque[Any], bool, int]] = {}
         self.ahead: deque[Ahead] = deque()  # calls of the entry point that were sent already
@@ -131,7 +136,7 @@ class JudgeEnd:
         self.texts: dict[int, str] = {}  # what they say, by id: str() of one could ask the candidate
 
     def _refer(self, value: Any) -> dict[str, Any]:
-        if isinstance(value, StandIn):
+        if isinstance(value, Proxy):
             return {"o": value._number}
         if isinstance(value, type) and value in self._classes.values():
             return {"o": next(number for number, kind in self._classes.items() if kind is value)}
@@ -150,9 +155,9 @@ class JudgeEnd:
         number, kind, truth = data["id"], data["kind"], data["truth"]
         if type(kind) is not str or type(truth) is not bool or number < 0:
             raise ValueError("not a reference")
-        if number not in self._stand_ins:
-            self._stand_ins[number] = StandIn(self, number, kind[:80], truth)
-        return self._stand_ins[number]
+        if number not in self._proxies:
+            self._proxies[number] = Proxy(self, number, kind[:80], truth)
+        return self._proxies[number]
 
     def _exception_class(self, own: Any, near: Any) -> type[BaseException]:
         """An exception class of the program's, with those that it derives from: a test can name and catch it.
@@ -166,7 +171,7 @@ class JudgeEnd:
             if type(number) is not int or type(name) is not str or not name.isidentifier():
                 raise ValueError("not an exception class")
             if number not in self._classes:
-                self._classes[number] = type(name, (kind,), {"__str__": _said})
+                self._classes[number] = type(name, (kind,), {"__str__": _message})
             kind = self._classes[number]
         return kind
 
@@ -182,7 +187,7 @@ class JudgeEnd:
             self._stuck()
 
     def receive(self) -> Any:
-        """The next message. Raises Gone, or ProtocolError for what no honest candidate sends."""
+        """The next message. Raises CandidateEndedError, or ProtocolError for what no honest candidate sends."""
         channel = self._channel
         while not channel.bodies:
             self._wait(False)
@@ -224,15 +229,15 @@ class JudgeEnd:
     def _encode(self, value: Any) -> Any:
         return self._encoder.encode(value)
 
-    def _take_back(self) -> None:
+    def _cancel_ahead(self) -> None:
         """Before any other request: the calls still ahead wait for it, and their answers say so."""
         while self.ahead:
             self.ahead.popleft()
             if self.reply()[0] != "skipped":
                 raise ProtocolError("a call that was not waited with")
 
-    def ask(self, op: str, target: StandIn, *rest: Any) -> object:
-        self._take_back()
+    def ask(self, op: str, target: Proxy, *rest: Any) -> object:
+        self._cancel_ahead()
         self.send(["q", op, self._refer(target), *map(self._encode, rest)])
         return self._value(self.reply())
 
@@ -242,7 +247,7 @@ class JudgeEnd:
         if reply[0] == "e" and len(reply) == 5:
             raise self._exception(*reply[1:])
         if reply[0] == "x":
-            raise LeftEarly(text_of(reply[-1]))
+            raise ProgramExitedError(text_of(reply[-1]))
         raise ProtocolError(f"an answer of kind {reply[0][:20]!r}")
 
     def _exception(self, near: Any, text: Any, args: Any, name: Any) -> BaseException:
@@ -264,14 +269,14 @@ class JudgeEnd:
         self.texts[id(error)] = text[:DETAIL]
         return error
 
-    def call(self, target: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, target: Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return self._call(target, args, kwargs)
         finally:
             if self.after_call is not None:
                 self.after_call()
 
-    def _call(self, target: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, target: Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.ahead and target is self.entry:
             planned = self.ahead.popleft()
             if planned.args != args or planned.kwargs != kwargs:  # not what `suite` read in the test: our mistake
@@ -279,7 +284,7 @@ class JudgeEnd:
             reply = self.reply()
             if reply[0] != "skipped":
                 return self._value(reply)
-        self._take_back()
+        self._cancel_ahead()
         mutable = any(map(_mutable, args)) or any(map(_mutable, kwargs.values()))
         packed = [self._encode(value) for value in args]
         named = [[key, self._encode(value)] for key, value in kwargs.items()]
@@ -301,14 +306,14 @@ class JudgeEnd:
 
     def names(self) -> dict[str, Any]:
         """The program's names that the tests use, as they are by now."""
-        self._take_back()
+        self._cancel_ahead()
         self.send(["q", "names", None])
         found = self._value(self.reply())
         if type(found) is not list or not all(type(name) is str for name, _ in pairs(found)):
             raise ProtocolError("not names")
         return dict(found)
 
-    def next(self, target: StandIn) -> Any:
+    def next(self, target: Proxy) -> Any:
         """The next element of one of the program's iterators, fetched in batches once the first has been drawn."""
         items, ended, drawn = self._drawn.get(target._number, (deque(), False, 0))
         if not items and not ended:
@@ -326,7 +331,7 @@ class JudgeEnd:
         raise StopIteration
 
 
-class LeftEarly(BaseException):
+class ProgramExitedError(BaseException):
     """The program called sys.exit. Not an Exception, so that no test swallows it."""
 
 
@@ -339,14 +344,14 @@ def _built_in(near: Any) -> type[BaseException]:
     return RuntimeError if issubclass(kind, StopIteration | StopAsyncIteration) else kind
 
 
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """What str() said of the program's exception, where it came from there."""
     text = error.__dict__.get("text")
     return text if text is not None else BaseException.__str__(error)
 
 
 def text_of(value: Any) -> str:
-    """A text that the candidate sent. Raises ProtocolError for anything else: str() of a stand-in would ask again."""
+    """A text that the candidate sent. Raises ProtocolError for anything else: str() of a proxy would ask again."""
     if type(value) is not str:
         raise ProtocolError("not a text")
     return value[:DETAIL]

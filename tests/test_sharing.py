@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from fractal.problems.formats import read_problems
 from fractal.problems.sets import STARTER
-from fractal.sandbox.inside import screen
+from fractal.sandbox.inside import sharing
 
-pytestmark = pytest.mark.skipif(sys.version_info[:2] != screen.VERSION, reason="byte code of another Python")
+pytestmark = pytest.mark.skipif(sys.version_info[:2] != sharing.VERSION, reason="byte code of another Python")
 
 
 def reason(text: str) -> str:
-    return screen.reason(compile(text, "<program>", "exec", dont_inherit=True))
+    return sharing.reason_against(compile(text, "<program>", "exec", dont_inherit=True))
 
 
 ORDINARY = [
@@ -116,11 +116,11 @@ def test_what_reaches_beyond_its_own_values_does_not(text: str) -> None:
 
 
 def test_another_interpreter_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "VERSION", (3, 99))
+    monkeypatch.setattr(sharing, "VERSION", (3, 99))
     assert reason("x = 1") != ""
 
 
-@given(st.sampled_from(sorted(screen.FORBIDDEN_GLOBALS)), st.sampled_from(["{0}", "{0}()", "def f():\n    return [{0}]", "{0} = 1"]))  # fmt: skip
+@given(st.sampled_from(sorted(sharing.FORBIDDEN_GLOBALS)), st.sampled_from(["{0}", "{0}()", "def f():\n    return [{0}]", "{0} = 1"]))  # fmt: skip
 def test_no_other_builtin_is_named(name: str, shape: str) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -128,13 +128,13 @@ def test_no_other_builtin_is_named(name: str, shape: str) -> None:
     except SyntaxError:  # None, True, False, __debug__
         return
     constants = {"__debug__", "None", "True", "False"}  # the compiler puts their values in
-    assert name in constants or screen.reason(code) != ""
+    assert name in constants or sharing.reason_against(code) != ""
 
 
 def _roots() -> dict[str, Any]:
     """What a program that shares a process can hold to begin with."""
-    found: dict[str, Any] = {name: importlib.import_module(name) for name in screen.MODULES}
-    found |= {f"builtins.{name}": getattr(builtins, name) for name in screen.BUILTINS}
+    found: dict[str, Any] = {name: importlib.import_module(name) for name in sharing.MODULES}
+    found |= {f"builtins.{name}": getattr(builtins, name) for name in sharing.BUILTINS}
     values = [
         "", b"", 1, 1.5, 1j, True, None, (), [], {}, set(), frozenset(), range(2), slice(1), Counter(), deque(),
         defaultdict(int), re.compile("a"), re.match("a", "a"), (i for i in ()), lambda: 0, ValueError("x"), zip(),
@@ -148,7 +148,7 @@ def test_nothing_shared_and_mutable_can_be_reached() -> None:
     """All that can be read from there, attribute by attribute: no other module, no frame, code, class of ours or
     container that belongs to the interpreter."""
     todo = list(_roots().items())
-    modules = {id(sys.modules[name]) for name in screen.MODULES}
+    modules = {id(sys.modules[name]) for name in sharing.MODULES}
     own = {id(value) for value in _roots().values()}
     seen: set[Any] = set()
     fields: set[str] = set()
@@ -163,7 +163,7 @@ def test_nothing_shared_and_mutable_can_be_reached() -> None:
         assert not isinstance(value, types.CodeType | types.FrameType | types.TracebackType | types.CellType), name
         if "." in name and id(value) not in own:
             assert not isinstance(value, list | dict | set | bytearray | deque), name
-        for attribute in screen.ATTRIBUTES:
+        for attribute in sharing.ATTRIBUTES:
             try:
                 found = getattr(value, attribute)
             except Exception:
@@ -175,7 +175,7 @@ def test_nothing_shared_and_mutable_can_be_reached() -> None:
 
 
 def test_modules_give_only_what_was_meant() -> None:
-    open_names = {name: {n for n in vars(importlib.import_module(name)) if n in screen.ATTRIBUTES} for name in screen.MODULES}  # fmt: skip
+    open_names = {name: {n for n in vars(importlib.import_module(name)) if n in sharing.ATTRIBUTES} for name in sharing.MODULES}  # fmt: skip
     assert open_names["sys"] == {"maxsize", "getsizeof"}
     assert open_names["copy"] == {"copy", "deepcopy"}
     assert open_names["functools"] == {"reduce", "lru_cache", "cache", "cmp_to_key", "partial"}

@@ -1,11 +1,12 @@
 """Which programs may share a process: those whose byte code can reach nothing but values that they made themselves.
 
 Most programs for such problems are a function of numbers, strings and lists. A fresh process for one of those costs ten
-times what running it costs. `reason` reads a program's byte code and allows only what is listed here: operations
-without classes, attribute assignment or pattern matching; built-in functions that neither reflect nor touch files; the
-attributes that are methods of plain values or functions of a few modules. Names with two underscores are out. What is
-left cannot change a module, a class, a built-in, a setting of the interpreter or the process, so the next program finds
-everything as it was. A program with anything else, honest or not, gets a process of its own (docs/sandbox.md).
+times what running it costs. `reason_against` reads a program's byte code and allows only what is listed here:
+operations without classes, attribute assignment or pattern matching; built-in functions that neither reflect nor touch
+files; the attributes that are methods of plain values or functions of a few modules. Names with two underscores are
+out. What is left cannot change a module, a class, a built-in, a setting of the interpreter or the process, so the next
+program finds everything as it was. A program with anything else, honest or not, gets a process of its own
+(docs/sandbox.md).
 
 The lists are closed and the check fails closed: an unknown operation, name or interpreter version is a reason. It is
 run by the very process that would be shared, which by the same rule has run nothing that could have changed the check.
@@ -86,10 +87,18 @@ _NAMED = {opcode.opmap[name] for name in ("LOAD_NAME", "STORE_NAME", "DELETE_NAM
 _GLOBAL = opcode.opmap["LOAD_GLOBAL"]
 
 
-def reason(code: types.CodeType) -> str:
+def unknown_interpreter() -> str:
+    """Why no program at all may share a process under this interpreter; "" if its byte code is known."""
+    if sys.version_info[:2] == VERSION and sys.implementation.name == "cpython":
+        return ""
+    here = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
+    return f"the byte code of {here} is not known, only that of CPython {VERSION[0]}.{VERSION[1]}"
+
+
+def reason_against(code: types.CodeType) -> str:
     """Why a program needs a process of its own; "" if it may share one. `code` is what compile() made of its text."""
-    if sys.version_info[:2] != VERSION or sys.implementation.name != "cpython":
-        return "an interpreter whose byte code is not known here"
+    if unknown := unknown_interpreter():
+        return unknown
     todo = [code]
     while todo:
         code = todo.pop()

@@ -1,14 +1,13 @@
-"""What is really in force inside the container: seen by the supervisor, and by programs sent through the whole sandbox.
+"""Which protections are in force inside the container, as the supervisor and a candidate see them.
 
-`inspect` runs inside, and so does `LOOK`, in a candidate of every slot, before the first sample. `PROBES` are programs
-that any sandbox must stop, for the tests and `fractal doctor`. Standard library only; imported at both ends.
+The supervisor runs `inspect_container`; a candidate of every slot runs `INSPECT_CANDIDATE` before the first sample.
+Standard library only.
 """
 
 import ctypes
 import errno
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ PR_GET_NO_NEW_PRIVS = 39  # prctl.h
 DOCKER_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
 
 
-def inspect() -> dict[str, dict[str, Any]]:
+def inspect_container() -> dict[str, dict[str, Any]]:
     """Each protection by name: whether it is in force, and what was found."""
     status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
     capabilities = int(status["CapEff"], 16) | int(status["CapBnd"], 16)
@@ -45,9 +44,9 @@ def inspect() -> dict[str, dict[str, Any]]:
 
 
 # A program of ours: what the process that runs programs may do, as that process sees it.
-LOOK = """
+INSPECT_CANDIDATE = """
 import ctypes, os, resource
-def look():
+def inspect():
     status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
     limits = {n: list(resource.getrlimit(getattr(resource, "RLIMIT_" + n)))
               for n in ("AS", "CPU", "FSIZE", "NOFILE", "NPROC", "CORE", "MEMLOCK")}
@@ -65,13 +64,13 @@ def look():
 """
 
 
-def judge_candidate(found: Any, uid: int, limits: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each protection of a candidate by name, from what LOOK returned."""
+def candidate_protections(found: Any, uid: int, limits: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each protection of a candidate by name, from what INSPECT_CANDIDATE returned."""
     if type(found) is not dict or "uids" not in found:
         return {"candidate": {"ok": False, "found": f"cannot be looked at: {found}"}}
     most = {"AS": limits["memory_mib"] << 20, "CPU": int(limits["cpu_s"]) + 2, "FSIZE": limits["file_mib"] << 20}
     most |= {"NOFILE": 64, "NPROC": 64, "CORE": 0, "MEMLOCK": 0}
-    loose = [n for n, most_ in most.items() if not 0 <= found["limits"].get(n, [-1, -1])[1] <= most_]
+    loose = [n for n, highest in most.items() if not 0 <= found["limits"].get(n, [-1, -1])[1] <= highest]
     powers = found["capabilities"]  # permitted, effective, ambient; the bounding set is the container's
     checks = {
         "candidate_uid": (found["uids"] == [uid] and found.get("groups") == [], f"uid and gid {found['uids']}"),
@@ -111,52 +110,3 @@ def _limit(controller: str, v2: str, v1: str) -> int | None:
             continue
         return int(text) if text.isdigit() and int(text) < 1 << 60 else None
     return None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A program, what it would prove if it passed, and the status it has to get."""
-
-    name: str
-    code: str
-    status: str
-    test: str = "assert f() == 'done'"
-
-
-PROBES = (
-    Probe("an honest program passes", "def f():\n    return 'done'", "passed"),
-    Probe("a wrong program fails", "def f():\n    return 'wrong'", "failed"),
-    Probe(
-        "candidates are not root and have no capabilities",
-        "def f():\n    import ctypes, os\n    s = open('/proc/self/status').read()\n"
-        "    assert os.getuid() > 0 and os.geteuid() > 0 and os.getgroups() == []\n"
-        "    assert 'CapEff:\\t0000000000000000' in s and 'CapPrm:\\t0000000000000000' in s, s\n"
-        "    assert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 1 and 'Seccomp:\\t2' in s, s\n    return 'done'",
-        "passed",
-    ),
-    Probe("no sockets", "def f():\n    import socket\n    socket.socket()\n    return 'done'", "forbidden"),
-    Probe("no processes", "def f():\n    import os\n    os.fork()\n    return 'done'", "forbidden"),
-    Probe("no programs", "def f():\n    import os\n    os.execv('/bin/sh', ['sh'])\n    return 'done'", "forbidden"),
-    Probe("no writing outside scratch", "def f():\n    open('/tmp/x', 'w')\n    return 'done'", "error"),
-    Probe(
-        "the judge cannot be signalled",
-        "import os\ndef f():\n    for p in os.listdir('/proc'):\n        if p.isdigit() and int(p) != os.getpid():\n"
-        "            try:\n                os.kill(int(p), 9)\n                return 'killed'\n"
-        "            except (PermissionError, ProcessLookupError):\n                pass\n    return 'done'",
-        "passed",
-    ),
-    Probe("leaving early is not passing", "import os\ndef f():\n    os._exit(0)", "crashed"),
-    Probe("sys.exit is not passing", "import sys\nsys.exit(0)", "crashed"),
-    Probe(
-        "an object that equals everything is not the answer",
-        "class A:\n    def __eq__(self, other):\n        return True\ndef f():\n    return A()",
-        "failed",
-    ),
-    Probe(
-        "threads work",
-        "def f():\n    import threading\n    out = []\n    t = threading.Thread(target=lambda: out.append('done'))\n"
-        "    t.start()\n    t.join()\n    return out[0]",
-        "passed",
-    ),
-    Probe("memory is limited", "def f():\n    return len(bytearray(1 << 40)) and 'done'", "memory"),
-)

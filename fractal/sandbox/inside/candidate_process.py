@@ -1,0 +1,231 @@
+"""A judge's handle on its zygote and on the processes that run programs: their limits, output and ends.
+
+Trusted, in the judge. Standard library only.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from fractal.sandbox.inside.proxy import CandidateEndedError, Channel, JudgeEnd
+
+OUTPUT_KEPT = 2000  # bytes of a program's output
+AFTER_FAILURE_CPU_S = 0.25  # what the tests after the first that failed may take: they no longer decide
+AFTER_FAILURE_WALL_S = 2.0
+CPUCLOCK_SCHED = 2
+
+
+class Slot:
+    """A judge's own zygote, scratch folder and uids."""
+
+    def __init__(self, uid: int, shared_uid: int, scratch: str) -> None:
+        self.uid, self.shared_uid, self.scratch = uid, shared_uid, scratch
+        # Programs run in a folder that is root's, open to them, below one that only this slot's group may enter: none
+        # of them can close it, or leave a mark on it for the next.
+        self.folder = f"{scratch}/w"
+        os.makedirs(self.folder, exist_ok=True)
+        os.chmod(self.folder, 0o1777)
+        state = os.statvfs(scratch)
+        self._files, self._blocks = state.f_files - state.f_ffree, state.f_blocks - state.f_bfree
+        self._control: socket.socket | None = None
+        self._zygote: subprocess.Popen[bytes] | None = None
+
+    def control(self) -> socket.socket:
+        """The line to a living zygote; a fresh one is started where there is none."""
+        if self._control is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "zygote.py")
+            numbers = [str(n) for n in (theirs.fileno(), self.uid, self.shared_uid)]
+            command = [sys.executable, "-s", "-P", "-B", here, *numbers, self.folder]
+            self._zygote = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            theirs.close()
+            self._control = ours
+        return self._control
+
+    def end_zygote(self) -> None:
+        """End the zygote (its candidates die with it); the next sample gets a fresh one."""
+        if self._zygote is not None:
+            self._zygote.kill()
+            self._zygote.wait()
+        if self._control is not None:
+            self._control.close()
+        self._zygote = self._control = None
+
+    def request(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        control = self.control()
+        socket.send_fds(control, [json.dumps(message).encode()], fds)
+        data = control.recv(4096)
+        if not data:
+            raise ConnectionError("the zygote is gone")
+        answer: dict[str, Any] = json.loads(data)
+        return answer
+
+    def is_used(self) -> bool:
+        """Whether a program may have left anything in its folder, which has a file system of its own."""
+        state = os.statvfs(self.scratch)
+        files, blocks = state.f_files - state.f_ffree, state.f_blocks - state.f_bfree
+        return state.f_files == 0 or files > self._files or blocks > self._blocks  # gVisor counts no files
+
+
+def cpu_clock(pid: int) -> int:
+    """The number of a process's CPU clock, for clock_gettime: what clock_getcpuclockid(3) computes on Linux.
+
+    The kernel's posix-timers.h: the complement of the process id above three bits, of which the value 2 names the
+    clock of user and system time (CPUCLOCK_SCHED).
+    """
+    return (~pid << 3) | CPUCLOCK_SCHED
+
+
+class CandidateProcess:
+    """A process that runs programs, as its judge sees it."""
+
+    def __init__(self, slot: Slot, limits: dict[str, Any], shared: bool) -> None:
+        self._slot = slot
+        self.shared = shared
+        self.memory_mib = limits["memory_mib"]
+        self.programs = 0
+        ours, theirs = socket.socketpair()
+        reader, writer = os.pipe()
+        try:
+            self.pid: int = slot.request({"do": "fork", "shared": shared, **limits}, [theirs.fileno(), writer])["pid"]
+        except BaseException:
+            ours.close()
+            os.close(reader)
+            raise
+        finally:
+            theirs.close()
+            os.close(writer)
+        os.set_blocking(reader, False)
+        self.channel = Channel(ours)
+        self.output = reader
+        self.poll = select.poll()
+        self.poll.register(ours, select.POLLIN)
+        self.poll.register(reader, select.POLLIN)
+        self.exit: dict[str, Any] = {}
+
+    def cpu_s(self) -> float:
+        """CPU time so far, from the process's own clock; 0 when it has ended."""
+        try:
+            return time.clock_gettime(cpu_clock(self.pid))
+        except OSError:
+            return 0.0
+
+    def ended(self, wait: bool) -> bool:
+        """Whether it is gone, and reaped; `wait` for what is sure to end."""
+        if not self.exit:
+            self.exit = self._slot.request({"do": "reap", "pid": self.pid, "wait": wait}, [])
+        return bool(self.exit)
+
+    def end(self) -> None:
+        """Kill it, wait until it is gone, and free what it held."""
+        try:
+            if not self.exit:
+                os.kill(self.pid, signal.SIGKILL)
+                self.ended(wait=True)
+        finally:
+            self.channel.sock.close()
+            os.close(self.output)
+
+
+class ProgramRun:
+    """One program in a candidate process: its limits, its output, and how it ended."""
+
+    def __init__(self, candidate: CandidateProcess, cpu_limit_s: float, wall_limit_s: float, deadline: float) -> None:
+        self._candidate = candidate
+        self.shared = candidate.shared
+        self._cpu_limit_s = cpu_limit_s
+        self._wall_limit_s = wall_limit_s
+        self._deadline = deadline
+        self._cpu_before = candidate.cpu_s()
+        self.ended: str | None = None  # "timeout", "memory", "crashed", "forbidden": why it can answer no more
+        self.detail = ""
+        self.limit = ""  # which limit a timeout means: "cpu" or "wall"
+        self.output = b""
+        self.plain = True  # no value was too odd for a process that is shared
+        candidate.channel.sock.settimeout(max(0.05, deadline - time.monotonic()))
+        self.fit = False  # whether sharing.py found nothing against the program
+        self.end = JudgeEnd(candidate.channel, self.wait, self.stuck)
+
+    def wait(self, closed: bool) -> None:
+        """Return when the candidate has sent something. Raises CandidateEndedError at its end, or at a limit.
+
+        CPU time decides; wall time is for programs that sleep. `closed`: it hung up; its end, or a limit, is awaited.
+        """
+        candidate, pause_s = self._candidate, 0.0005
+        if self.ended:
+            raise CandidateEndedError
+        while True:
+            if closed and candidate.ended(wait=False):
+                self._died(candidate.exit)
+                raise CandidateEndedError
+            now = time.monotonic()
+            used = self.cpu_s()
+            if used > self._cpu_limit_s:
+                self._stop("cpu", f"CPU time over {self._cpu_limit_s:g} s")
+            if now > self._deadline:
+                self._stop("wall", f"wall time over {self._wall_limit_s:g} s after {used:.2f} s of CPU")
+            if closed:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.05)
+                continue
+            longest = min(self._deadline - now, max(self._cpu_limit_s - used, 0.01)) + 0.005
+            ready = candidate.poll.poll(longest * 1000)
+            readable = [fd for fd, _ in ready]
+            if candidate.output in readable and self.drain() == b"":
+                candidate.poll.unregister(candidate.output)  # it closed its output
+            if candidate.channel.sock.fileno() in readable:
+                return
+
+    def decided(self) -> None:
+        """A test has failed: the others are run for what they tell, within a little more time."""
+        self._cpu_limit_s = self.cpu_s() + AFTER_FAILURE_CPU_S
+        self._deadline = time.monotonic() + AFTER_FAILURE_WALL_S
+
+    def stuck(self) -> None:
+        self._stop("wall", "the program does not read what it is sent")
+
+    def cpu_s(self) -> float:
+        if self._candidate.exit:
+            used: float = self._candidate.exit["cpu_s"]
+            return used - self._cpu_before
+        return max(0.0, self._candidate.cpu_s() - self._cpu_before)
+
+    def drain(self) -> bytes | None:
+        """Take what the program has printed; None where there is nothing to read, b"" where there never will be."""
+        try:
+            data = os.read(self._candidate.output, 1 << 16)
+        except BlockingIOError:
+            return None
+        if len(self.output) < OUTPUT_KEPT:
+            self.output = (self.output + data)[:OUTPUT_KEPT]
+        return data
+
+    def _stop(self, limit: str, detail: str) -> None:
+        self.ended, self.limit, self.detail = "timeout", limit, detail
+        raise CandidateEndedError
+
+    def _died(self, record: dict[str, Any]) -> None:
+        code = record["exit"]
+        if code in (-signal.SIGXCPU,) or (code == -signal.SIGKILL and self.cpu_s() >= self._cpu_limit_s):
+            self.ended, self.limit, self.detail = "timeout", "cpu", f"CPU time over {self._cpu_limit_s:g} s"
+        elif code == -signal.SIGSYS:
+            self.ended, self.detail = "forbidden", "a system call that the sandbox forbids (SIGSYS)"
+        elif code == -signal.SIGKILL:
+            self.ended, self.detail = "memory", "killed by the kernel, as when memory runs out (SIGKILL)"
+        elif code < 0:
+            self.ended, self.detail = "crashed", f"died by {_signal_name(-code)}"
+        else:
+            self.ended, self.detail = "crashed", f"left with exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
