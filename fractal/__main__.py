@@ -257,9 +257,9 @@ def _criteria(folder: RunDir, texts: list[str] | None, plan: Path | None) -> Non
     if texts or plan is not None:
         from fractal.report import criteria
 
-        for one in criteria.record(folder, criteria.asked(texts, plan)):
-            late = f", after {one.samples:,} samples were there" if one.samples else ""
-            console.say(f"criterion: {one.criterion.text}, noted {one.recorded}{late}")
+        for entry in criteria.record(folder, criteria.parse_all(texts, plan)):
+            late = f", after {entry.samples:,} samples were there" if entry.samples else ""
+            console.say(f"criterion: {entry.text}, noted {entry.recorded}{late}")
 
 
 def _failed_labels(count: int) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees: lines, tables and progress on the terminal, and the same words in a stage's log file."""
+"""Lines, tables and progress on the terminal, and the same text in a stage's log file."""
 
 import logging
 import os
@@ -28,6 +28,7 @@ from fractal.errors import InputError, OutsideError
 
 out = Console(soft_wrap=True)  # results
 err = Console(stderr=True)  # progress and warnings
+LINE_EVERY_S = 10.0  # between progress lines where stderr is no terminal
 _log: IO[str] | None = None
 
 
@@ -49,7 +50,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Append what the stage says, and what libraries log, to a file; library chatter stays off the terminal."""
+    """Append what the stage prints, and what libraries log, to a file; library messages stay off the terminal."""
     global _log
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
@@ -67,51 +68,55 @@ def logged(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(doing: str) -> Iterator[None]:
-    """Send what libraries write to standard output and error into the stage's log; a spinner stands in for it.
+def quiet(activity: str) -> Iterator[None]:
+    """Redirect what libraries write to standard output and error into the stage's log, and show a spinner instead.
 
     Outside a stage there is no log, and it is lost.
     """
     sink = _log or open(os.devnull, "a")  # noqa: SIM115
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
+    saved = [os.dup(1), os.dup(2)]
     terminal = Console(file=os.fdopen(os.dup(2), "w"), force_terminal=sys.stderr.isatty())
     begin = time.monotonic()
     try:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
-        with terminal.status(doing):
+        with terminal.status(activity):
             yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, fd in enumerate(kept, 1):
+        for number, fd in enumerate(saved, 1):
             os.dup2(fd, number)
             os.close(fd)
         terminal.file.close()
-        sink.write(f"{doing}: {time.monotonic() - begin:.1f} s\n")
+        sink.write(f"{activity}: {time.monotonic() - begin:.1f} s\n")
         if sink is not _log:
             sink.close()
 
 
 @contextmanager
 def activity(name: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with seconds and what is being done; where stderr is no terminal, a plain line every ten seconds."""
+    """A spinner with seconds and what is being done; where stderr is no terminal, a plain line now and then."""
     if not sys.stderr.isatty():
-        begin, doing, done = time.monotonic(), [""], threading.Event()
+        begin, doing, done = time.monotonic(), "", threading.Event()
 
-        def tell() -> None:
-            while not done.wait(10.0):
-                print(f"{name}: {time.monotonic() - begin:.0f} s, {doing[0]}", file=sys.stderr, flush=True)
+        def update(text: str) -> None:
+            nonlocal doing
+            doing = text
 
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
+        def print_lines() -> None:
+            while not done.wait(LINE_EVERY_S):
+                print(f"{name}: {time.monotonic() - begin:.0f} s, {doing}", file=sys.stderr, flush=True)
+
+        thread = threading.Thread(target=print_lines, daemon=True)
+        thread.start()
         try:
-            yield lambda text: doing.__setitem__(0, text)
+            yield update
         finally:
             done.set()
-            teller.join()
+            thread.join()
         return
     columns = (
         SpinnerColumn(),
@@ -130,7 +135,7 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID, name: str, total: int) -> None:
         self._progress, self._task, self._name, self._total = progress, task, name, total
         self._done = 0
-        self._next_line_s = 10.0
+        self._next_line_s = LINE_EVERY_S
 
     def beside(self, name: str, total: int) -> "Bar":
         """Another line below this one, for what runs at the same time; gone with this one."""
@@ -141,10 +146,13 @@ class Bar:
         self._progress.update(self._task, advance=count, note=note)
         elapsed_s = self._progress.tasks[self._task].elapsed or 0.0
         if not sys.stderr.isatty() and elapsed_s >= self._next_line_s:
-            self._next_line_s = elapsed_s + 10.0
-            left_s = elapsed_s / self._done * (self._total - self._done)
-            line = f"{self._name}: {self._done}/{self._total}, {elapsed_s:.0f} s, about {left_s:.0f} s left {note}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+            self._next_line_s = elapsed_s + LINE_EVERY_S
+            parts = [f"{self._done}/{self._total}", f"{elapsed_s:.0f} s"]
+            if self._done:
+                parts.append(f"about {elapsed_s / self._done * (self._total - self._done):.0f} s left {note}".rstrip())
+            elif note:
+                parts.append(note)
+            print(f"{self._name}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -163,17 +171,14 @@ def bar(name: str, total: int) -> Iterator[Bar]:
         yield Bar(progress, progress.add_task(name, total=total, note=""), name, total)
 
 
-# --- the operator's tasks
-
-
 def note(text: str, what: str = "image") -> None:
-    """A line on stderr that says which task speaks."""
+    """A line on stderr that begins with the name of the task."""
     print(f"{what}: {text}", file=sys.stderr, flush=True)
 
 
 def report_errors(work: Callable[[], int | None], what: str = "image") -> int:
-    """Run it; errors become one line and an exit code, a number that it returns is one."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: what was begun is ended in order
+    """Run `work` and return an exit code: what it returned, or that of its error, which becomes one line on stderr."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that `finally` blocks still run
     try:
         return work() or 0
     except OutsideError as error:

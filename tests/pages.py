@@ -2,22 +2,14 @@
 
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from fractal.records import STATUSES, Label, Problem, Sample, Score
-from fractal.report import criteria, page, summary
-from fractal.report.summary import (
-    DifficultyRow,
-    Duel,
-    Epoch,
-    Facts,
-    FunnelStep,
-    RocCurve,
-    SelectiveCurve,
-    SplitAccuracy,
-)
-from fractal.selection import stage
-from fractal.selection.metrics import Interval
+from fractal.report import criteria, make, page, summary
+from fractal.report.facts import Epoch, Facts, SplitAccuracy
+from fractal.report.programs import problem_details
+from fractal.selection import strategies
+from fractal.selection.outcomes import outcomes
 
 ATTACK = "</script></style></pre><img src=x onerror=alert(1)><script>alert('x')</script>"
 HOSTILE = f"Write f.\n\n{ATTACK} <img src=http://evil.example/x.png> {{{{ 7*7 }}}} \u202e\ud800\x1b[31m & more"
@@ -86,8 +78,8 @@ def run(tests=12, n=8, seed=1, words=HOSTILE, repeat=1):
 
 
 def choose(problems, samples, labels, scores=(), *, split="test"):
-    tasks = {one.task_id for one in problems if one.split == split}
-    return stage.choose(*([one for one in rows if one.task_id in tasks] for rows in (samples, labels, scores)))
+    inside = {problem.task_id for problem in problems if problem.split == split}
+    return strategies.choose(outcomes([sample for sample in samples if sample.task_id in inside], labels, scores))
 
 
 def build(problems, samples, labels, scores=(), *, facts=FACTS, split="test"):
@@ -95,79 +87,35 @@ def build(problems, samples, labels, scores=(), *, facts=FACTS, split="test"):
     return summary.build(facts, problems, samples, labels, scores, choices, splits=(split,))
 
 
-def full(found):
-    """The summary with every optional part filled, by hand."""
-    shares = [i / 20 for i in range(1, 21)]
-
-    def around(value, width=0.09):
-        return Interval(value, max(0.0, value - width), min(1.0, value + width))
-
-    return replace(
-        found,
-        curves=replace(
-            found.curves,
-            bands={name: [around(v) for v in values] for name, values in found.curves.by_strategy.items()},
-        ),
-        funnel=[
-            FunnelStep("samples drawn", 1889, ""),
-            FunnelStep("with a label", 1887, "2 could not be judged: the sandbox failed"),
-            FunnelStep("in problems with both kinds", 1104, "783 in problems that all samples pass or fail"),
-            FunnelStep("of new problems", 96, "1,008 belong to train problems"),
-        ],
-        roc=[
-            RocCurve("pooled", [0, 0.1, 0.3, 0.6, 1], [0, 0.5, 0.75, 0.92, 1], 0.812),
-            RocCurve("within problem", [0, 0.15, 0.4, 0.7, 1], [0, 0.4, 0.68, 0.9, 1], 0.731),
-        ],
-        selective=[
-            SelectiveCurve("critic", shares, [around(0.95 - 0.4 * x) for x in shares], [1 - x for x in shares], 0.74),
-            SelectiveCurve(
-                "mean_logprob", shares, [around(0.8 - 0.25 * x) for x in shares], [-x for x in shares], 0.67
-            ),
-        ],
-        difficulty=[
-            DifficultyRow(0.0, 0.0, 3, {"critic": 0.0, "random": 0.0, "mean_logprob": 0.0, "oracle": 0.0}),
-            DifficultyRow(0.0, 0.25, 2, {"critic": 0.4, "random": 0.15, "mean_logprob": 0.2, "oracle": 1.0}),
-            DifficultyRow(0.25, 0.5, 2, {"critic": 0.6, "random": 0.4, "mean_logprob": 0.55, "oracle": 1.0}),
-            DifficultyRow(0.5, 1.0, 3, {"critic": 0.9, "random": 0.8, "mean_logprob": 0.75, "oracle": 1.0}),
-            DifficultyRow(1.0, 1.0, 2, {"critic": 1.0, "random": 1.0, "mean_logprob": 1.0, "oracle": 1.0}),
-        ],
-        duels=[
-            Duel("random", 7, 2, 3, Interval(0.21, 0.05, 0.37), 0.18),
-            Duel("mean_logprob", 3, 2, 7, Interval(0.08, -0.08, 0.25), 1.0),
-            Duel("shortest", 5, 0, 7, Interval(0.42, 0.17, 0.67), 0.0625),
-        ],
-        gap_closed=Interval(0.43, 0.12, 0.71),
-        split_accuracies=[
-            SplitAccuracy("sample", 0.884, 0.94, 0.74, 0.889),
-            SplitAccuracy("problem", 0.713, 0.78, 0.72, 0.617),
-        ],
-        strategies=[
-            replace(one, gain_over_random=Interval(0.21, 0.05, 0.37)) if one.strategy == "critic" else one
-            for one in found.strategies
-        ],
-    )
+def full(measured):
+    """The summary with every optional part."""
+    split_accuracies = [
+        SplitAccuracy("sample", 0.884, 0.94, 0.74, 0.889),
+        SplitAccuracy("problem", 0.713, 0.78, 0.72, 0.617),
+    ]
+    return replace(measured, split_accuracies=split_accuracies)
 
 
 MANIFEST = {"name": "toy", "config": {"generate": {"model": HOSTILE}}, "stages": {}, "images": {}}
 
 
-def verdicts(found):
+def judge(measured, *rows, cost_usd=None):
+    """Verdicts on criteria given as text and how many samples there were when they were recorded."""
+    recorded = []
+    for text, samples in rows:
+        criterion = criteria.parse(text)
+        recorded.append({**asdict(criterion), "recorded": "2026-11-24T08:00:00+00:00", "samples": samples})
+    fields = make.as_json(make.summary_fields(measured, cost_usd))
+    return criteria.judge({"criteria": recorded}, fields, measured.reasons)
+
+
+def verdicts(measured):
     """Three criteria: met, missed and added late, not judged."""
-    seal, rows = "", []
-    for name, comparison, value, samples in (
-        ("val_accuracy", ">=", 0.5, 0), ("critic", ">=", 0.99, 400), ("cost_usd", "<=", 1.0, 0),
-    ):  # fmt: skip
-        one = criteria.Recorded(name, comparison, value, "2026-11-24T08:00:00+00:00", samples, "")
-        seal = criteria._seal(one, seal)
-        rows.append(
-            {**{key: getattr(one, key) for key in ("name", "comparison", "value", "recorded", "samples")}, "seal": seal}
-        )
-    return criteria.judge({"criteria": rows}, found)
+    return judge(measured, ("val_accuracy >= 0.5", 0), ("critic >= 0.99", 400), ("cost_usd <= 1", 0))
 
 
 def whole_page(tests=12, n=8, seed=8, words=HOSTILE, repeat=1):
     """A page with every part."""
     records = run(tests, n, seed, words, repeat)
-    found = full(build(*records))
-    opened = page.open_rows(*records, choose(*records))
-    return page.page(found, opened, verdicts(found), MANIFEST)
+    measured = full(build(*records))
+    return page.page(measured, problem_details(*records, choose(*records)), verdicts(measured), MANIFEST)

@@ -9,14 +9,20 @@ from hypothesis import strategies as st
 from fractal.errors import InputError
 from fractal.jsonl import read_jsonl, write_jsonl
 from fractal.records import Choice, Label, Output, Problem, Sample, Score
+from fractal.report.strategies import by_strategy, evaluate
 from fractal.rundir import RunDir
-from fractal.selection import stage
-from fractal.selection.metrics import Interval
-from fractal.selection.outcomes import LeftOut, evaluate, left_out, recorded_splits, splits_asked
-from fractal.selection.stage import STRATEGIES, choose
+from fractal.selection import stage, strategies
+from fractal.selection.bootstrap import Interval
+from fractal.selection.outcomes import LeftOut, left_out, outcomes
+from fractal.selection.splits import parse_splits, recorded_splits
+from fractal.selection.strategies import STRATEGIES
 
 settings.register_profile("untimed", deadline=None)  # a timed assertion is never a test
 settings.load_profile("untimed")
+
+
+def choose(*records):
+    return strategies.choose(outcomes(*records))
 
 
 def sample(task_id, sample_id, *, code="pass", tokens=4, sum_logprob=-2.0):
@@ -217,13 +223,13 @@ def test_consensus_equals_counting_pairs(run):
 
 @pytest.mark.parametrize(("text", "expected"), [("test", ["test"]), (" test, validation,test", ["validation", "test"]), ("train", ["train"])])  # fmt: skip
 def test_splits_are_named_in_one_order(text, expected):
-    assert splits_asked(text) == expected
+    assert parse_splits(text) == expected
 
 
 @pytest.mark.parametrize(("text", "said"), [("dev", "'dev' is no split"), ("", "names no split"), ("test,train", "seen the train problems")])  # fmt: skip
 def test_splits_that_cannot_be_measured_are_refused(text, said):
     with pytest.raises(InputError, match=said):
-        splits_asked(text)
+        parse_splits(text)
 
 
 def folder_with(tmp_path, splits):
@@ -254,7 +260,7 @@ def test_the_splits_that_were_asked_for_stay_the_run_s_own(tmp_path):
         stage.run(folder)
         assert measured(folder) == {2, 3}
         assert recorded_splits(folder.manifest["config"], problems, labels) == ("validation", "test")
-        assert stage.made(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
+        assert stage.recompute(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
 
 
 def test_a_split_without_labels_is_refused_and_the_choices_stay(tmp_path):
@@ -329,7 +335,7 @@ def test_a_nan_score_is_refused_with_its_place():
 
 def test_nothing_in_nothing_out():
     assert choose([], []) == []
-    assert evaluate([]) == []
+    assert evaluate({}) == []
 
 
 def test_evaluate_is_paired_over_problems():
@@ -337,7 +343,7 @@ def test_evaluate_is_paired_over_problems():
     choices = []
     for task_id, base in enumerate([0.0, 0.25, 0.5, 0.75] * 5):
         choices += [Choice(task_id, "random", None, base), Choice(task_id, "better", 0, base + 0.25)]
-    random, better = evaluate(choices)
+    random, better = evaluate(by_strategy(choices))
     assert (random.strategy, random.problems, random.gain_over_random) == ("random", 20, Interval(0, 0, 0))
     assert better.gain_over_random == Interval(0.25, 0.25, 0.25)
     assert better.pass_rate.low < better.pass_rate.mean == 0.625 < better.pass_rate.high
@@ -345,7 +351,7 @@ def test_evaluate_is_paired_over_problems():
 
 def test_a_strategy_with_fewer_problems_is_compared_on_those():
     choices = [Choice(1, "random", None, 0.5), Choice(2, "random", None, 0.1), Choice(2, "critic", 0, 1.0)]
-    critic = evaluate(choices)[1]
+    critic = evaluate(by_strategy(choices))[1]
     assert (critic.problems, critic.gain_over_random.mean) == (1, pytest.approx(0.9))
 
 
@@ -354,4 +360,4 @@ def test_a_strategy_with_fewer_problems_is_compared_on_those():
 )
 def test_evaluate_refuses_what_it_cannot_pair(choices):
     with pytest.raises(ValueError, match="task_id 1"):
-        evaluate(choices)
+        evaluate(by_strategy(choices))

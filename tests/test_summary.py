@@ -7,9 +7,11 @@ import random
 import pytest
 
 from fractal.records import Label, Output, Problem, Sample, Score
-from fractal.report import summary
-from fractal.report.summary import Facts, SplitAccuracy
-from fractal.selection import metrics, stage
+from fractal.report import critic, strategies, summary
+from fractal.report.facts import Facts, SplitAccuracy
+from fractal.selection import metrics
+from fractal.selection.outcomes import outcomes
+from fractal.selection.strategies import STRATEGIES, choose
 
 FACTS = Facts(run="toy", date="2026-11-25", command="fractal report --run runs/toy", model="tiny")
 SPLIT_OF = {1: "train", 2: "validation", 3: "validation"}  # and test
@@ -39,7 +41,7 @@ def records(problems=9, n=6, seed=3, share=None, scored=1.0):
 
 def build(problems, samples, labels, scores, outputs, splits=("validation", "test"), **more):
     inside = {one.task_id for one in problems if one.split in splits}
-    choices = stage.choose([one for one in samples if one.task_id in inside], labels, scores, outputs)
+    choices = choose(outcomes([one for one in samples if one.task_id in inside], labels, scores, outputs))
     return summary.build(FACTS, problems, samples, labels, scores, choices, splits=splits, **more), choices
 
 
@@ -53,7 +55,7 @@ def test_several_splits_are_measured_as_one(whole):
     found, _, _ = whole
     assert (found.split, found.evaluation.split) == ("validation and test", "validation and test")
     assert found.evaluation.problems == 8
-    assert [one.problems for one in found.strategies] == [8] * len(stage.STRATEGIES)
+    assert [one.problems for one in found.strategies] == [8] * len(STRATEGIES)
     assert [row.split for row in found.splits] == ["train", "validation", "test", "all"]
     assert {row.task_id for row in found.by_problem} == set(range(2, 10))
 
@@ -61,7 +63,7 @@ def test_several_splits_are_measured_as_one(whole):
 def test_every_curve_starts_at_random_and_ends_at_its_strategy(whole):
     found, _, _ = whole
     rate = {one.strategy: one.pass_rate for one in found.strategies}
-    assert set(found.curves.by_strategy) == set(summary.CURVES) == set(found.curves.bands)
+    assert set(found.curves.by_strategy) == set(strategies.CURVES) == set(found.curves.bands)
     for strategy, curve in found.curves.by_strategy.items():
         band = found.curves.bands[strategy]
         assert curve[0] == pytest.approx(rate["random"].mean)
@@ -90,7 +92,7 @@ def test_filter_and_critic_on_k_samples_equal_every_draw_of_k(whole):
 def test_duels_and_gap_are_the_choices_counted(whole):
     found, choices, _ = whole
     passed = {(one.strategy, one.task_id): one.passed for one in choices}
-    assert {one.strategy for one in found.duels} == set(stage.STRATEGIES) - {"critic"}
+    assert {one.strategy for one in found.duels} == set(STRATEGIES) - {"critic"}
     for duel in found.duels:
         pairs = [(passed["critic", task], passed[duel.strategy, task]) for task in range(2, 10)]
         assert duel.wins == sum(a > b for a, b in pairs)
@@ -130,7 +132,7 @@ def test_difficulty_puts_each_problem_in_one_row(whole):
 
 def test_orders_curves_and_abstaining_hang_together(whole):
     found, _, _ = whole
-    assert set(found.rank_auc) == set(summary.RANKED)
+    assert set(found.rank_auc) == set(critic.RANKED)
     assert found.rank_auc["critic"] == found.critic.within_problem
     area = {curve.name: curve.area for curve in found.roc}
     assert area == {
@@ -138,7 +140,7 @@ def test_orders_curves_and_abstaining_hang_together(whole):
         "within problem": pytest.approx(found.critic.within_problem.auc),
     }
     rate = {one.strategy: one.pass_rate.mean for one in found.strategies}
-    assert [curve.strategy for curve in found.selective] == list(summary.SELECTIVE)
+    assert [curve.strategy for curve in found.selective] == list(strategies.SELECTIVE)
     for curve in found.selective:
         assert curve.pass_rate[-1].mean == pytest.approx(rate[curve.strategy])
         assert curve.threshold == sorted(curve.threshold, reverse=True)

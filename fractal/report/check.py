@@ -1,11 +1,13 @@
-"""`fractal report --check`: every figure of a report computed again from the run folder, and compared bit for bit.
+"""`fractal report --check`: every figure of a report computed again from the run folder, and compared.
 
-Nothing in the folder is written or locked. The choices are made again from labels and scores, the numbers from the
-choices, and the page, the table and summary.json from the numbers.
+Numbers agree if they differ by no more than one part in 10^9, everything else if it is equal. Nothing in the folder is
+written or locked. The choices are made again from labels and scores, the numbers from the choices, and the page, the
+table and summary.json from the numbers. Of a report that other code than this made, only the numbers are compared.
 """
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +16,14 @@ from fractal import console
 from fractal.errors import InputError
 from fractal.jsonl import read_jsonl
 from fractal.records import Choice
-from fractal.report import stage as report_stage
+from fractal.report import make
+from fractal.report.criteria import element_name
+from fractal.report.inputs import NUMBERS, PAGE, TABLE, inputs
 from fractal.rundir import RunDir
 from fractal.selection import stage as selection_stage
 
-KEYS = ("strategy", "task_id", "split", "epoch", "criterion", "name", "by", "k", "low")  # what names a list's element
+TOLERANCE = 1e-9  # of the larger number
+NEAR_ZERO = 1e-12  # sums over resamples that cancel
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +39,19 @@ class Difference:
 def run(folder: RunDir) -> int:
     """Print what differs; 0 if nothing does, else 1. `folder` is not entered. Raises InputError for damaged files."""
     folder.load()
-    with console.activity("check") as doing:
-        doing("computing every figure again")
-        count, found = compare(folder)
-    for one in found:
-        console.say(str(one))
-    if found:
-        console.say(f"{folder.path}: {len(found):,} of {count:,} figures and files differ from what the records say.")
-        for reason in _reasons(folder):
-            console.say(reason)
+    with console.activity("check") as update:
+        update("computing every figure again")
+        count, differences = compare(folder)
+    for difference in differences:
+        console.say(str(difference))
+    if differences:
+        console.say(f"{folder.path}: {len(differences):,} of {count:,} figures and files differ from the records.")
+        for change in _changes(folder):
+            console.say(change)
         return 1
     console.say(f"{count:,} figures, all the same")
+    if not _same_code(folder):
+        console.say("The report was made by other code than this: its numbers were compared, its page was not.")
     return 0
 
 
@@ -56,19 +63,21 @@ def compare(folder: RunDir) -> tuple[int, list[Difference]]:
             f"{folder.path}: has no finished report to check. Write it: fractal report --run {folder.path}"
         )
     stored = _stored(folder, made_with.get("files", {}))
-    choices = selection_stage.made(folder)
-    made = report_stage.make(folder, made_with.get("bill", {}), choices)
+    choices = selection_stage.recompute(folder)
+    report = make.make(folder, made_with.get("bill", {}), choices)
     recorded = read_jsonl(folder.file("selection.jsonl"), Choice)
-    found = [*_selection(recorded, choices)]
-    told = json.loads(stored[report_stage.NUMBERS])
-    again = json.loads(made.files[report_stage.NUMBERS])
-    found += differences(told, again)
-    for name in (report_stage.PAGE, report_stage.TABLE):
-        if stored[name] != made.files[name]:
-            found.append(_first_line(name, stored[name], made.files[name]))
-    if not found and stored[report_stage.NUMBERS] != made.files[report_stage.NUMBERS]:
-        found.append(_first_line(report_stage.NUMBERS, stored[report_stage.NUMBERS], made.files[report_stage.NUMBERS]))
-    return sum(1 for _ in leaves(told)) + len(recorded), found
+    numbers, again = json.loads(stored[NUMBERS]), json.loads(report.files[NUMBERS])
+    same_code = _same_code(folder)
+    differences = [*_compare_choices(recorded, choices), *_compare_values(numbers, again, "", same_code)]
+    for name in (PAGE, TABLE) if same_code else ():
+        if stored[name] != report.files[name] and not differences:
+            differences.append(_first_line(name, stored[name], report.files[name]))
+    return sum(1 for _ in _leaves(numbers)) + len(recorded), differences
+
+
+def _same_code(folder: RunDir) -> bool:
+    before, now = folder.manifest["config"]["report"], inputs(folder)
+    return all(before.get(name) == now[name] for name in ("code", "packages"))
 
 
 def _stored(folder: RunDir, digests: dict[str, str]) -> dict[str, bytes]:
@@ -81,26 +90,27 @@ def _stored(folder: RunDir, digests: dict[str, str]) -> dict[str, bytes]:
         if name.endswith(".jsonl") and (data := file.read_bytes()) and not data.endswith(b"\n"):
             raise InputError(f"{file}: is cut short: its last line has no end. Restore it, or run its stage again.")
     stored = {}
-    for name in (report_stage.NUMBERS, report_stage.PAGE, report_stage.TABLE):
+    for name in (NUMBERS, PAGE, TABLE):
         file = folder.file(name)
         if not file.exists():
             raise InputError(f"{file}: is missing. {remedy}")
         stored[name] = file.read_bytes()
-    if not stored[report_stage.PAGE].endswith(b"</html>\n"):
-        raise InputError(f"{folder.file(report_stage.PAGE)}: is cut short: it does not end as a page does. {remedy}")
+    if not stored[PAGE].endswith(b"</html>\n"):
+        raise InputError(f"{folder.file(PAGE)}: is cut short: it does not end as a page does. {remedy}")
     try:
-        json.loads(stored[report_stage.NUMBERS])
+        json.loads(stored[NUMBERS])
     except ValueError as error:
-        raise InputError(f"{folder.file(report_stage.NUMBERS)}: is cut short or no JSON: {error}. {remedy}") from error
+        raise InputError(f"{folder.file(NUMBERS)}: is cut short or no JSON: {error}. {remedy}") from error
     return stored
 
 
-def _selection(told: list[Choice], again: list[Choice]) -> Iterator[Difference]:
-    before, now = ({(one.task_id, one.strategy): one for one in some} for some in (told, again))
+def _compare_choices(recorded: list[Choice], recomputed: list[Choice]) -> Iterator[Difference]:
+    before = {(choice.task_id, choice.strategy): choice for choice in recorded}
+    now = {(choice.task_id, choice.strategy): choice for choice in recomputed}
     for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if one != other:
-            yield Difference(f"selection.jsonl: task_id {key[0]}, {key[1]}", _pick(one), _pick(other))
+        old, new = before.get(key), now.get(key)
+        if old is None or new is None or old.sample_id != new.sample_id or not _close(old.passed, new.passed):
+            yield Difference(f"selection.jsonl: task_id {key[0]}, {key[1]}", _pick(old), _pick(new))
 
 
 def _pick(choice: Choice | None) -> str:
@@ -109,66 +119,65 @@ def _pick(choice: Choice | None) -> str:
     return f"{'any sample' if choice.sample_id is None else f'sample {choice.sample_id}'} (passed {choice.passed!r})"
 
 
-def differences(told: Any, again: Any, where: str = "") -> Iterator[Difference]:
-    """The leaves of two JSON values that are not the same, down to the last bit and the type of a number."""
-    if isinstance(told, dict) and isinstance(again, dict):
-        for key in dict.fromkeys([*told, *again]):
-            place = f"{where}.{key}" if where else key
-            yield from differences(told.get(key, _Absent), again.get(key, _Absent), place)
-    elif isinstance(told, list) and isinstance(again, list):
-        for number, (one, other) in enumerate(itertools.zip_longest(told, again, fillvalue=_Absent)):
-            yield from differences(one, other, f"{where}[{_name(one if one is not _Absent else other, number)}]")
-    elif type(told) is not type(again) or told != again:
-        yield Difference(where, _value(told), _value(again))
-
-
 class _Absent:
-    """Stands for what one of the two does not have."""
+    """Stands for a value that only the other side has."""
 
 
-def _name(element: Any, number: int) -> str:
-    """How a list's element is called: by what tells it from its neighbours, else by its place."""
-    if isinstance(element, dict):
-        for key in KEYS:
-            if isinstance(element.get(key), str | int):
-                return str(element[key])
-    return str(number)
+def _compare_values(report: Any, again: Any, where: str, same_code: bool) -> Iterator[Difference]:
+    """The leaves of two JSON values that differ; where the code does, only numbers that both sides have."""
+    if isinstance(report, dict) and isinstance(again, dict):
+        for key in dict.fromkeys([*report, *again]):
+            path = f"{where}.{key}" if where else key
+            yield from _compare_values(report.get(key, _Absent), again.get(key, _Absent), path, same_code)
+    elif isinstance(report, list) and isinstance(again, list):
+        for number, (old, new) in enumerate(itertools.zip_longest(report, again, fillvalue=_Absent)):
+            name = element_name(new if old is _Absent else old) or number
+            yield from _compare_values(old, new, f"{where}[{name}]", same_code)
+    elif _is_number(report) and _is_number(again):
+        if not _close(report, again):
+            yield Difference(where, _show(report), _show(again))
+    elif same_code and (type(report) is not type(again) or report != again):
+        yield Difference(where, _show(report), _show(again))
 
 
-def _value(value: Any) -> str:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _close(report: float, again: float) -> bool:
+    return math.isclose(report, again, rel_tol=TOLERANCE, abs_tol=NEAR_ZERO)
+
+
+def _show(value: Any) -> str:
     if value is _Absent:
         return "nothing"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def leaves(value: Any) -> Iterator[int | float]:
+def _leaves(value: Any) -> Iterator[int | float]:
     """The numbers in a JSON value."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        for one in value:
-            yield from leaves(one)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+        for element in value:
+            yield from _leaves(element)
+    elif _is_number(value):
         yield value
 
 
-def _first_line(name: str, told: bytes, again: bytes) -> Difference:
-    """Two texts differ: where first, and how the lines go on from there."""
-    pairs = itertools.zip_longest(told.splitlines(), again.splitlines(), fillvalue=b"")
-    for number, (one, other) in enumerate(pairs, 1):
-        if one != other:
-            start = next(
-                (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-            )
-            parts = [repr(text[max(0, start - 20) : start + 40].decode("utf-8", "replace")) for text in (one, other)]
-            return Difference(f"{name}: line {number}", *parts)
-    return Difference(name, f"{len(told):,} bytes", f"{len(again):,} bytes")
+def _first_line(name: str, report: bytes, again: bytes) -> Difference:
+    """Two texts differ: the first line that does, from shortly before the first difference."""
+    pairs = itertools.zip_longest(report.splitlines(), again.splitlines(), fillvalue=b"")
+    number, (old, new) = next((number, pair) for number, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+    same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    shown = [repr(text[max(0, same - 20) : same + 40].decode("utf-8", "replace")) for text in (old, new)]
+    return Difference(f"{name}: line {number}", *shown)
 
 
-def _reasons(folder: RunDir) -> Iterator[str]:
-    """What has changed since the report was made, for whoever wonders why it differs."""
-    before, now = folder.manifest["config"]["report"], report_stage.inputs(folder)
+def _changes(folder: RunDir) -> Iterator[str]:
+    """What has changed since the report was made."""
+    before, now = folder.manifest["config"]["report"], inputs(folder)
     for name in now["files"]:
         if before.get("files", {}).get(name) != now["files"][name]:
             yield f"{name} has changed since the report was made."

@@ -1,6 +1,6 @@
-"""LOG.md beside the run folders: one dated row for each finished run, with its numbers and where they came from.
+"""LOG.md beside the run folders: one dated row for each finished run, with its numbers and their source.
 
-Rows are only ever added. Whatever else stands in the file stays; the header is written where a table begins.
+Rows are only ever added. Other text in the file stays; the header is written where a table begins.
 """
 
 import fcntl
@@ -10,8 +10,10 @@ from pathlib import Path
 
 from fractal import console
 from fractal.report.criteria import Verdict
-from fractal.report.page import DASH, number, percent, points, span
-from fractal.report.summary import Summary, shorten
+from fractal.report.dataset import shorten
+from fractal.report.summary import Summary
+from fractal.report.text import DASH, number, percent, points, span
+from fractal.selection.metrics import WithinProblemAuc
 
 COLUMNS = (
     "date", "run", "model", "problems x n", "pass rate", "random", "critic [95 %]", "gain over random [95 %]",
@@ -24,11 +26,11 @@ _DATE, _RUN = 0, 1
 def row(summary: Summary, verdicts: Sequence[Verdict], cost_usd: float | None, source: str) -> list[str]:
     """The cells of a run's row, in the order of COLUMNS; `source` is the file that holds the numbers."""
     facts = summary.facts
-    results = {one.strategy: one for one in summary.strategies}
+    results = {result.strategy: result for result in summary.strategies}
     critic, random, every = results.get("critic"), results.get("random"), summary.splits[-1]
     within = summary.critic.within_problem if summary.critic else None
-    accuracy = next((one.val_acc for one in facts.epochs if one.chosen), None)
-    met = sum(one.verdict == "met" for one in verdicts)
+    accuracy = next((epoch.val_acc for epoch in facts.epochs if epoch.chosen), None)
+    met = sum(verdict.verdict == "met" for verdict in verdicts)
     cells = [
         facts.date[:10],
         facts.run,
@@ -38,7 +40,7 @@ def row(summary: Summary, verdicts: Sequence[Verdict], cost_usd: float | None, s
         percent(random.pass_rate.mean if random else None),
         f"{percent(critic.pass_rate.mean)} {span(critic.pass_rate)}" if critic else DASH,
         f"{points(critic.gain_over_random.mean)} {span(critic.gain_over_random, signed=True)}" if critic else DASH,
-        _auc(within.auc, within.interval.low, within.interval.high) if within and within.interval else DASH,
+        _auc(within) if within else DASH,
         percent(accuracy),
         f"{met} of {len(verdicts)}" if verdicts else DASH,
         DASH if cost_usd is None else f"{cost_usd:.2f} USD",
@@ -48,8 +50,10 @@ def row(summary: Summary, verdicts: Sequence[Verdict], cost_usd: float | None, s
     return [_cell(text) for text in cells]
 
 
-def _auc(mean: float | None, low: float, high: float) -> str:
-    return f"{number(mean)} [{low:.3f}, {high:.3f}]"
+def _auc(within: WithinProblemAuc) -> str:
+    if within.interval is None:
+        return DASH
+    return f"{number(within.auc)} [{within.interval.low:.3f}, {within.interval.high:.3f}]"
 
 
 def _cell(text: str) -> str:
@@ -62,8 +66,9 @@ def _cell(text: str) -> str:
 
 
 def add(path: Path, cells: Sequence[str]) -> bool:
-    """Append the row unless the last one of this run says the same, whatever its date. A file that cannot be written
-    is a warning: the report stands without it.
+    """Append the row unless the last one of this run has the same cells, whatever its date. Returns whether it did.
+
+    A file that cannot be written is a warning: the report is complete without it.
     """
     line = f"| {' | '.join(cells)} |\n"
     try:
@@ -71,10 +76,10 @@ def add(path: Path, cells: Sequence[str]) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; several runs may end at once
             file.seek(0)
             before = file.read().decode("utf-8", "replace")
-            if _says_the_same(before, line):
+            if _is_repeated(before, line):
                 return False
             text = "" if not before or before.endswith("\n") else "\n"
-            if not _ends_in_our_table(before):
+            if not _ends_in_table(before):
                 text += ("\n" if before.strip() else "") + HEADER
             file.write((text + line).encode())
             file.flush()
@@ -85,7 +90,7 @@ def add(path: Path, cells: Sequence[str]) -> bool:
     return True
 
 
-def _ends_in_our_table(text: str) -> bool:
+def _ends_in_table(text: str) -> bool:
     """Whether the last lines are rows below our header."""
     for line in reversed(text.splitlines()):
         if line == HEADER.splitlines()[0]:
@@ -95,13 +100,13 @@ def _ends_in_our_table(text: str) -> bool:
     return False
 
 
-def _says_the_same(text: str, line: str) -> bool:
-    wanted = _split(line)
-    ours = [cells for cells in map(_split, text.splitlines()) if len(cells) == len(COLUMNS)]
-    last = [cells for cells in ours if cells[_RUN] == wanted[_RUN]][-1:]
-    return bool(last) and last[0][_DATE + 1 :] == wanted[_DATE + 1 :]
+def _is_repeated(text: str, line: str) -> bool:
+    new = _split(line)
+    rows = [cells for cells in map(_split, text.splitlines()) if len(cells) == len(COLUMNS)]
+    last = [cells for cells in rows if cells[_RUN] == new[_RUN]][-1:]
+    return bool(last) and last[0][_DATE + 1 :] == new[_DATE + 1 :]
 
 
 def _split(line: str) -> list[str]:
-    """The cells of a table's row as they stand there."""
-    return [one.strip() for one in line.strip().removeprefix("|").removesuffix("|").split(" | ")]
+    """The cells of a table's row, still escaped."""
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split(" | ")]

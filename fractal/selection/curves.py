@@ -1,0 +1,179 @@
+"""Curves: best of k for every k, ROC over all samples and within a problem, pass rate against coverage."""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fractal.selection.arrays import Floats, check_lengths, finite, flags, floats, rows_by_group
+from fractal.selection.bootstrap import RESAMPLES, Interval, interval, quantiles, resampled_rows
+
+ROC_POINTS = 300  # kept of a curve
+
+
+@dataclass(frozen=True, slots=True)
+class RocCurve:
+    """A ROC curve from (0, 0) to (1, 1): true positive rate over false positive rate, by falling score."""
+
+    name: str  # "pooled" or "within problem"
+    false_positive_rate: list[float]
+    true_positive_rate: list[float]
+    area: float  # of all points, also where some have been left out since
+
+
+@dataclass(frozen=True, slots=True)
+class SelectiveCurve:
+    """Answering only the problems where a strategy is surest; one element per number of problems answered, 1..P."""
+
+    strategy: str
+    coverage: list[float]  # 1/P .. 1
+    pass_rate: list[Interval]  # of the answered ones
+    threshold: list[float]  # the lowest confidence among them
+    area: float  # mean pass rate over the coverages; 1 - area is the area under the risk-coverage curve
+
+
+def best_of_k_curve(scores: ArrayLike, passed: ArrayLike) -> Floats:
+    """(n,) expected pass of the highest-scoring of k samples drawn without replacement from one problem's n, k = 1..n.
+
+    Exact: with a samples scored above a group of m ties, the best of the draw lies in the group with probability
+    (C(n-a, k) - C(n-a-m, k)) / C(n, k), and by symmetry each tied sample is then equally likely to be taken. A score
+    may be -inf (nothing known: ranks last). k = 1 is the mean of `passed`; `passed` as the score gives pass@k.
+    Raises ValueError if a score is NaN or +inf.
+    """
+    score, verdict = floats("scores", scores), flags(passed)
+    check_lengths(score, verdict)
+    if np.isnan(score).any() or np.isposinf(score).any():
+        raise ValueError("best_of_k: a score is NaN or +inf")
+    order = np.argsort(-score, kind="stable")
+    score, verdict = score[order], verdict[order]
+    starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # first row of each group of equal scores
+    ends = np.r_[starts[1:], len(score)]
+    missed = _all_below(len(score))
+    rates = np.add.reduceat(verdict, starts) / (ends - starts)
+    curve: Floats = ((missed[starts] - missed[ends]) * rates[:, None]).sum(axis=0)
+    return curve.clip(0, 1)  # rounding can leave it just outside
+
+
+@lru_cache(maxsize=64)
+def _all_below(n: int) -> Floats:
+    """(n+1, n) chance that a draw of k from n has none of the top a, for a = 0..n, k = 1..n: C(n-a, k) / C(n, k)."""
+    above, k = np.arange(n)[:, None], np.arange(1, n + 1)
+    return np.vstack([np.ones(n), np.cumprod(np.maximum(n - above - k, 0) / (n - above), axis=0)])
+
+
+def roc(scores: ArrayLike, passed: ArrayLike) -> RocCurve | None:
+    """The ROC curve of all samples pooled, with a point for every threshold; None if they are all of one class."""
+    score, verdict = finite("scores", scores), flags(passed)
+    check_lengths(score, verdict)
+    if verdict.all() or not verdict.any():
+        return None
+    return _curve("pooled", *_steps(score, verdict))
+
+
+def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Hashable]) -> RocCurve | None:
+    """The mean of the problems' own ROC curves at each false positive rate, weighted by their pairs c * (n - c).
+
+    Vertical averaging, Fawcett 2006 (An introduction to ROC analysis), section 9.1, at every rate where one of the
+    curves has a corner, so nothing is lost: the area is `within_problem_auc(...).auc`. None if no problem has both
+    classes.
+    """
+    score, verdict = finite("scores", scores), flags(passed)
+    check_lengths(score, verdict, groups)
+    curves = []
+    for rows in rows_by_group(groups):
+        own = verdict[rows]
+        if own.any() and not own.all():
+            curves.append((float(own.sum() * (1 - own).sum()), *_corners(score[rows], own)))
+    if not curves:
+        return None
+    # The same rate, i / m, is the same float in every problem, as division rounds correctly.
+    rates = np.unique(np.concatenate([corner for _, corner, _, _ in curves]))
+    total = math.fsum(weight for weight, *_ in curves)
+    lower, upper = np.zeros_like(rates), np.zeros_like(rates)
+    for weight, corner, low, high in curves:
+        at = np.searchsorted(corner, rates, side="right") - 1
+        after = np.minimum(at + 1, len(corner) - 1)
+        hit = corner[at] == rates
+        with np.errstate(invalid="ignore"):
+            part = np.where(hit, 0.0, (rates - corner[at]) / (corner[after] - corner[at]))
+        rising = high[at] + np.where(hit, 0.0, part * (low[after] - high[at]))
+        upper += weight / total * rising
+        lower += weight / total * np.where(hit, low[at], rising)
+    return _curve("within problem", np.repeat(rates, 2), np.ravel(np.column_stack([lower, upper])))
+
+
+def _steps(scores: Floats, passed: Floats) -> tuple[Floats, Floats]:
+    """False and true positive rates from (0, 0) on, a step for each group of equal scores: a tie is a slope."""
+    order = np.argsort(-scores, kind="stable")
+    scores, passed = scores[order], passed[order]
+    last = np.r_[np.flatnonzero(scores[1:] != scores[:-1]), len(scores) - 1]  # of each group
+    right, wrong = np.cumsum(passed)[last], np.cumsum(1 - passed)[last]
+    return np.r_[0.0, wrong / wrong[-1]], np.r_[0.0, right / right[-1]]
+
+
+def _corners(scores: Floats, passed: Floats) -> tuple[Floats, Floats, Floats]:
+    """A ROC curve's false positive rates, and the lowest and highest true positive rate at each."""
+    wrong, right = _steps(scores, passed)
+    rates, first = np.unique(wrong, return_index=True)
+    return rates, right[first], right[np.r_[first[1:], len(wrong)] - 1]
+
+
+def _curve(name: str, false_positive: Floats, true_positive: Floats) -> RocCurve:
+    area = math.fsum(np.diff(false_positive) * (true_positive[1:] + true_positive[:-1]) / 2)
+    # Rounding may leave the means just outside; the ends are what the definition says.
+    true_positive = np.clip(np.maximum.accumulate(true_positive), 0, 1)
+    true_positive[-1] = 1.0
+    return RocCurve(name, false_positive.tolist(), true_positive.tolist(), area)
+
+
+def thin_roc(curve: RocCurve, points: int = ROC_POINTS) -> RocCurve:
+    """At most `points` (>= 2) of a curve's points, evenly along its length, both ends kept; the area stays as it is."""
+    x, y = np.array(curve.false_positive_rate), np.array(curve.true_positive_rate)
+    if len(x) <= points:
+        return curve
+    length = x + y  # both rise, so this is the distance along the axes
+    kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], points), side="left").clip(0, len(x) - 1))
+    kept[0], kept[-1] = 0, len(x) - 1
+    return RocCurve(curve.name, x[kept].tolist(), y[kept].tolist(), curve.area)
+
+
+def selective(
+    strategy: str,
+    confidences: ArrayLike,
+    passed: ArrayLike,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> SelectiveCurve:
+    """Pass rate against coverage when only the surest problems are answered.
+
+    One confidence and one verdict (0..1) of the chosen sample per problem. Selective classification: El-Yaniv and
+    Wiener 2010; the curve and its area as in Geifman and El-Yaniv 2017, arXiv:1705.08500. Where the edge falls among
+    equal confidences, the mean over all orders of them is taken, so the order of the problems changes nothing.
+    Intervals resample problems and rank each resample anew, equal confidences in random order.
+    """
+    sure, verdict = finite("confidences", confidences), finite("passed", passed)
+    check_lengths(sure, verdict)
+    order = np.lexsort((verdict, -sure))  # a function of the pairs, not of their order
+    sure, verdict = sure[order], verdict[order]
+    count = np.arange(1, len(sure) + 1)
+    starts = np.flatnonzero(np.r_[True, sure[1:] != sure[:-1]])
+    sizes = np.diff(np.r_[starts, len(sure)])
+    group = np.repeat(np.arange(len(starts)), sizes)
+    expected = np.repeat(np.add.reduceat(verdict, starts) / sizes, sizes)
+    before = np.r_[0.0, np.cumsum(verdict)][starts][group]
+    means = (before + (count - starts[group]) * expected) / count
+    rates = np.empty((resamples, len(sure)))
+    rng, done = np.random.default_rng((seed, 1)), 0
+    for rows in resampled_rows(len(sure), resamples, seed):
+        rank = group[rows] + rng.random(rows.shape)
+        ranked = np.take_along_axis(rows, np.argsort(rank, axis=1), axis=1)
+        rates[done : done + len(rows)] = np.cumsum(verdict[ranked], axis=1) / count
+        done += len(rows)
+    low, high = quantiles(rates, level).tolist()
+    bands = [interval(*ends) for ends in zip(means.tolist(), low, high, strict=True)]
+    return SelectiveCurve(strategy, (count / len(sure)).tolist(), bands, sure.tolist(), math.fsum(means) / len(sure))

@@ -1,0 +1,58 @@
+"""On which splits strategies are measured: what `--on` may name, and what is taken without it."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from fractal.errors import InputError
+from fractal.records import SPLITS, Label, Problem, Split
+
+SEEN = "these are train problems: the critic has seen them, so its figures flatter it."
+
+
+def parse_splits(text: str) -> list[str]:
+    """The splits of `--on test,validation`, in the order of records.SPLITS.
+
+    Raises InputError: unknown, or train beside others.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = f"Known: {', '.join(SPLITS)}."
+    if unknown := [name for name in names if name not in SPLITS]:
+        raise InputError(f"--on {text}: {unknown[0]!r} is no split. {known}")
+    if not names:
+        raise InputError(f"--on {text!r}: names no split. {known}")
+    if "train" in names and len(set(names)) > 1:
+        raise InputError(
+            f"--on {text}: the critic has seen the train problems, so they are never measured together with others. "
+            "Leave train out, or name it alone."
+        )
+    return [split for split in SPLITS if split in names]
+
+
+def evaluation_splits(
+    problems: Collection[Problem], labels: Iterable[Label], names: Sequence[str] | None = None
+) -> tuple[Split, ...]:
+    """The splits on which strategies are measured: those named, else the first of them that has labels.
+
+    By default: test, else validation, else the few-shot prompts, else train. The critic is trained on train problems
+    only, so it is new to all others. In the order of records.SPLITS.
+    """
+    if names is not None:
+        return tuple(cast(Split, split) for split in SPLITS if split in names)
+    labelled = {label.task_id for label in labels}
+    present = {problem.split for problem in problems if problem.task_id in labelled}
+    order: tuple[Split, ...] = ("test", "validation", "prompt", "train")
+    return (next((split for split in order if split in present), "test"),)
+
+
+def recorded_splits(
+    config: Mapping[str, Any], problems: Collection[Problem], labels: Iterable[Label]
+) -> tuple[Split, ...]:
+    """The splits that a run's selection was made on, from its manifest's `config`: the report measures the same."""
+    section = config.get("select")
+    return evaluation_splits(problems, labels, section.get("on") if isinstance(section, dict) else None)
+
+
+def join_splits(splits: Sequence[str]) -> str:
+    """`test`, `validation and test`, `validation, test and prompt`."""
+    *before, last = splits
+    return f"{', '.join(before)} and {last}" if before else last
