@@ -20,6 +20,9 @@ SOCKET = os.environ.get("FRACTAL_SOCKET")  # of a sandbox that runs already: ins
 SHARED = ROOT.parent / "shared"  # real data beside the checkout, where there is some
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script started us with &: our children would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Marks the sandboxes of this session: what looks for containers that are left over looks at these only, so that two
+# clones may test on one engine at a time.
+os.environ.setdefault("FRACTAL_LABEL", f"test-{os.getpid()}-{int(time.time())}")
 FULL_BYTES = 500 * 2**20  # with less free, tests fail for want of room, one after the other
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fractal.errors import InputError, RecordError
 from fractal.jsonl import encode, read_jsonl, write_jsonl
 from fractal.records import Label, Problem, Sample, Status, code_sha256
+from fractal.report.facts import facts_of
 from fractal.rundir import RunDir
 from fractal.sandbox.host.limits import Limits
 from fractal.verify import labelling, outputs, resume, stage
@@ -24,6 +25,7 @@ class Stand:
     """In place of the sandbox: a label that depends on the sample only; `ran` is what it was given."""
 
     image = image_id = "none"
+    no_sharing = ""
     checks: dict[str, Any] = {}
     ran: list[tuple[int, int]] = []
     stop_after: int | None = None  # raise KeyboardInterrupt then
@@ -239,3 +241,43 @@ def test_a_run_folder_is_labelled_the_same_way(tmp_path: Path) -> None:
             path.write_bytes(encode(samples[0]) + bad)
             with pytest.raises(RecordError, match=rf"samples\.jsonl: line 2: .*{words}"):
                 stage.run(folder, Limits())
+
+
+def test_the_manifest_counts_the_labels_of_each_image_and_the_report_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another image labels the rest, after a Ctrl-C; then everything is there. An earlier version noted one image."""
+    samples = [sample(11, i) for i in range(9)]
+    with RunDir(tmp_path / "r", create=True) as folder:
+        folder.set_problems(PROBLEMS)
+        write_jsonl(folder.file("samples.jsonl"), samples)
+        for image, stop in (("a", 4), ("b", 0), ("c", None)):
+            monkeypatch.setattr(Stand, "image", image)
+            monkeypatch.setattr(Stand, "image_id", f"sha256:{image}")
+            monkeypatch.setattr(Stand, "stop_after", stop)
+            try:
+                stage.run(folder, Limits())
+            except KeyboardInterrupt:
+                continue
+        noted = folder.manifest["images"]["sandbox"]
+        counts = [(entry["name"], entry["labels"]) for entry in noted["labelled_by"]]
+        assert counts == [("a", 4), ("c", 5)], "b has labelled nothing"
+        assert (noted["name"], noted["digest"]) == ("c", "sha256:c")
+        (warning,) = facts_of(folder).warnings
+        assert warning.endswith("from 2 sandbox images, which may judge differently: a (sha256:a): 4, c (sha256:c): 5.")
+        del noted["labelled_by"]
+        stage.run(folder, Limits())
+        assert list(facts_of(folder).warnings) == []
+        write_jsonl(folder.file("samples.jsonl"), [*samples, sample(11, 9)])
+        monkeypatch.setattr(Stand, "image", "d")
+        stage.run(folder, Limits())
+        counts = [(entry["name"], entry["labels"]) for entry in folder.manifest["images"]["sandbox"]["labelled_by"]]
+        assert counts == [("c", 9), ("d", 1)]
+
+
+def test_programs_that_cannot_share_a_process_are_announced(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Stand, "no_sharing", "the byte code of cpython 3.99 is not known, only that of CPython 3.11")
+    run(place, [sample(11, 0), sample(11, 1)])
+    assert capsys.readouterr().err.count("cpython 3.99") == 1

@@ -182,3 +182,13 @@ def test_modules_give_only_what_was_meant() -> None:
     assert open_names["collections"] == {"Counter", "defaultdict", "deque"}
     assert open_names["string"] == {n for n in open_names["string"] if isinstance(getattr(importlib.import_module("string"), n), str)}  # fmt: skip
     assert open_names["math"] == {n for n in vars(math) if n[0] != "_"}
+
+
+def test_an_unknown_interpreter_is_told_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fractal.sandbox.inside.supervisor import Supervisor
+
+    supervisor: Any = Supervisor.__new__(Supervisor)
+    supervisor._workers, supervisor._checks = [], {}
+    assert supervisor._greeting()["no_sharing"] == ""
+    monkeypatch.setattr(sharing, "VERSION", (3, 99))
+    assert "is not known, only that of CPython 3.99" in supervisor._greeting()["no_sharing"]

@@ -91,6 +91,7 @@ def read_facts(folder: RunDir) -> Facts:
         generate_seconds=generation.get("decode_seconds"),
         sandbox_image=sandbox.get("name"),
         sandbox_digest=sandbox.get("digest"),
+        warnings=_image_warnings(sandbox.get("labelled_by", [])),
         git_commit=manifest["git_commit"],
         git_dirty=manifest["git_dirty"],
         packages={name: version for name, version in manifest["packages"].items() if version},
@@ -127,3 +128,14 @@ def read_split_accuracies(folder: RunDir) -> list[SplitAccuracy]:
         return msgspec.json.decode(file.read_bytes(), type=list[SplitAccuracy])
     except msgspec.DecodeError as error:
         raise RecordError(f"{file}: not a list of split accuracies: {error}. Train again: fractal train.") from error
+
+
+def _image_warnings(labelled_by: list[dict[str, Any]]) -> list[str]:
+    """A warning where the labels come from different sandbox images; `labelled_by`: verify/provenance.py."""
+    counts: Counter[str] = Counter()
+    for image in labelled_by:
+        counts[f"{image['name']} ({image['digest'][:19]})"] += image["labels"]
+    images = [f"{name}: {count:,}" for name, count in counts.items() if count]
+    if len(images) < 2:
+        return []
+    return [f"The labels come from {len(images)} sandbox images, which may judge differently: {', '.join(images)}."]

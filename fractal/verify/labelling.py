@@ -6,7 +6,6 @@ It holds neither all samples nor all labels.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from fractal import console
 from fractal.generate.sample_files import FileSample, read_samples
 from fractal.jsonl import Appender
 from fractal.records import Label, Problem, Sample
-from fractal.rundir import RunDir
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
 from fractal.verify import resume
@@ -33,17 +31,6 @@ class SampleFile:
     def read(self, watch: Callable[[float], None] | None = None) -> Iterator[FileSample]:
         """`watch` is called with the share that has been read. Raises RecordError."""
         return read_samples(self.path, self.problems, own=self.own, watch=watch)
-
-
-def record_sandbox(folder: RunDir, limits: Limits, sandbox: Sandbox) -> None:
-    """Note the image and the limits before the first label is written: a stage that is killed has labels, too."""
-    folder.configure("verify", {"limits": asdict(limits)})
-    folder.manifest["images"]["sandbox"] = {
-        "name": sandbox.image,
-        "digest": sandbox.image_id,
-        "checks": sandbox.checks,
-    }
-    folder.save()
 
 
 def make_plan(source: SampleFile, labels: Path) -> resume.Plan:

@@ -20,7 +20,8 @@ from fractal.records import Sample
 from fractal.rundir import RunDir
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
-from fractal.verify.labelling import SampleFile, append_labels, make_plan, record_sandbox
+from fractal.verify.labelling import SampleFile, append_labels, make_plan
+from fractal.verify.provenance import record_sandbox
 
 BURST = 64  # samples for which the sandbox is woken
 BURST_AFTER_S = 20.0  # or for fewer after this long
@@ -51,6 +52,7 @@ class Overlap:
         self._readable = 0  # bytes of samples.jsonl that may be read
         self._ending = self._stopping = False
         self._bar: console.Bar | None = None
+        self._verdicts_before = 0  # labels with a verdict at the start
         self._left_before = 0  # labels that were missing at the start
         self._total = 0  # labels to be written
 
@@ -80,7 +82,8 @@ class Overlap:
         self._sandbox.check()
         source = SampleFile(samples, folder.problems(), own=True)
         plan = make_plan(source, folder.file("labels.jsonl"))
-        record_sandbox(folder, self._limits, self._sandbox)
+        self._verdicts_before = plan.samples - plan.todo
+        record_sandbox(folder, self._limits, self._sandbox, self._verdicts_before)
         self._left_before = self._total = plan.samples - plan.end
         self._readable = samples.stat().st_size if samples.exists() else 0
         self._thread = threading.Thread(target=self._work, args=(source, plan.end), daemon=True, name="verify")
@@ -112,7 +115,7 @@ class Overlap:
             if self.error:
                 console.warn(f"verify: stopped while samples were drawn ({self.error}); now it goes on.")
             elif self.labels:
-                record_sandbox(self._folder, self._limits, self._sandbox)
+                record_sandbox(self._folder, self._limits, self._sandbox, self._verdicts_before + self.labels)
                 console.say(f"verify: {before:,} of {self.labels:,} labels were there when the last sample was drawn")
 
     # --- the thread ---------------------------------------------------------------------------------------------------

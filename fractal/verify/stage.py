@@ -15,11 +15,13 @@ from fractal import console
 from fractal.errors import InputError
 from fractal.problems.formats import read_problems
 from fractal.rundir import RunDir
+from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
 from fractal.verify import outputs
 from fractal.verify.counts import Tally, count, lost_lines, summary
-from fractal.verify.labelling import SampleFile, label_samples, make_plan, record_sandbox
+from fractal.verify.labelling import SampleFile, label_samples, make_plan
 from fractal.verify.overlap import Overlap
+from fractal.verify.provenance import count_labels, record_sandbox
 
 
 def run(folder: RunDir, limits: Limits, overlap: Overlap | None = None, **options: Any) -> Tally:
@@ -36,15 +38,18 @@ def run(folder: RunDir, limits: Limits, overlap: Overlap | None = None, **option
     folder.configure("verify", {"limits": asdict(limits)})
     if plan.todo:
         with folder.stage("verify", "labels.jsonl") as entry:
-            seconds = label_samples(
-                plan, source, labels, limits, lambda sandbox: record_sandbox(folder, limits, sandbox), **options
-            )
+
+            def started(sandbox: Sandbox) -> None:
+                record_sandbox(folder, limits, sandbox, plan.samples - plan.todo)
+
+            seconds = label_samples(plan, source, labels, limits, started, **options)
             entry["samples"] = entry.get("samples", 0) + plan.todo
         tally = _report(labels, plan.todo, seconds)
     elif overlap and overlap.labels:
         tally = _report(labels, overlap.labels, overlap.seconds)
     else:
         tally = _report_nothing_to_do(labels)
+    count_labels(folder, tally.total - tally.errors)
     outputs.run(folder, limits, **options)
     return tally
 
