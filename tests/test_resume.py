@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fractal.errors import InputError, RecordError
 from fractal.jsonl import encode, read_jsonl, write_jsonl
 from fractal.records import Label, Problem, Sample, Status, code_sha256
-from fractal.report.facts import facts_of
+from fractal.report.facts import read_facts
 from fractal.rundir import RunDir
 from fractal.sandbox.host.limits import Limits
 from fractal.verify import labelling, outputs, resume, stage
@@ -263,11 +263,11 @@ def test_the_manifest_counts_the_labels_of_each_image_and_the_report_warns(
         counts = [(entry["name"], entry["labels"]) for entry in noted["labelled_by"]]
         assert counts == [("a", 4), ("c", 5)], "b has labelled nothing"
         assert (noted["name"], noted["digest"]) == ("c", "sha256:c")
-        (warning,) = facts_of(folder).warnings
+        (warning,) = read_facts(folder).warnings
         assert warning.endswith("from 2 sandbox images, which may judge differently: a (sha256:a): 4, c (sha256:c): 5.")
         del noted["labelled_by"]
         stage.run(folder, Limits())
-        assert list(facts_of(folder).warnings) == []
+        assert list(read_facts(folder).warnings) == []
         write_jsonl(folder.file("samples.jsonl"), [*samples, sample(11, 9)])
         monkeypatch.setattr(Stand, "image", "d")
         stage.run(folder, Limits())

@@ -1,6 +1,7 @@
 """What the manifest and the stages' own files tell of a run, and its records do not."""
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
