@@ -24,7 +24,7 @@ def program(body, sample_id=0, task_id=1):
 
 
 def outputs(sandbox, test, bodies, **options):
-    asked = verify_outputs.probe(problem(test, **options))
+    asked = verify_outputs.output_problem(problem(test, **options))
     labels = sandbox.verify([program(body, i) for i, body in enumerate(bodies)], {1: asked})
     return [verify_outputs.output_of(label) for label in labels]
 
@@ -47,9 +47,9 @@ def outputs(sandbox, test, bodies, **options):
     ],
 )
 def test_the_calls_are_taken_without_the_expected_value(test, values):
-    asked = verify_outputs.probe(problem(test))
+    asked = verify_outputs.output_problem(problem(test))
     (text,) = asked.tests
-    assert f"fx_text(({values},))" in text
+    assert f"fractal_report(({values},))" in text
     if "f(777)" not in values:
         assert "777" not in text
 
@@ -58,11 +58,11 @@ def test_the_calls_are_taken_without_the_expected_value(test, values):
     "test",
     ["assert g(1) == 2", "assert all(f(i) for i in [1])", "def check(f): pass", "assert f(", "x = f(1)", ""],
 )
-def test_a_test_without_a_call_that_can_be_taken_out_has_no_probe(test):
-    assert verify_outputs.probe(problem(test)) is None
+def test_a_test_without_a_call_that_can_be_taken_out_has_none(test):
+    assert verify_outputs.output_problem(problem(test)) is None
 
 
-def test_a_verdict_that_is_not_the_probe_s_is_no_output():
+def test_a_verdict_that_is_no_report_is_no_output():
     words = f"{verify_outputs.MARK}3 (1,"
     label = Label(1, 0, "error", False, ["error"], 0, 0, f"test 1: AssertionError: {words}", "")
     assert verify_outputs.output_of(label) is None
@@ -105,7 +105,7 @@ def test_equal_values_have_equal_texts_and_others_do_not(sandbox):
     texts = [{next(found) for _ in group} for group in groups]
     assert all(len(group) == 1 and None not in group for group in texts), texts
     assert len(set.union(*texts)) == len(texts)
-    assert max(len(text) for group in texts for text in group) <= verify_outputs.LONGEST
+    assert max(len(text) for group in texts for text in group) <= verify_outputs.MAX_LENGTH
 
 
 FORGED = [
@@ -132,6 +132,12 @@ def test_names_of_program_and_test_do_not_meet_the_probe_s(sandbox):
     """The entry point is called like a built-in that the probe uses, and the test imports and sets up its own."""
     body = "def repr(x): return [x]\nstr = type = isinstance = sorted = None"
     assert outputs(sandbox, "assert repr(2) == [2]", [body], entry_point="repr") == ["([2,],)"]
+    body = "from collections import deque\ndef f(x): return list(x)"
+    asked = Problem(
+        1, "p", body, ["assert f(deque([1])) == [1]"], "", "f", "test"
+    )  # the program's import, not the test's
+    (label,) = sandbox.verify([program(body)], {1: verify_outputs.output_problem(asked)})
+    assert verify_outputs.output_of(label) == "([1,],)"
     body = "def f(x): return x / 2"
     assert outputs(sandbox, "assert math.floor(f(math.pi)) == 1", [body], setup="import math") == [
         f"({math.pi / 2!r},)"
