@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a
 from benchmarks.verify import BenchError, machine, outcome, save, show
 from fractal import console
 from fractal.errors import InputError, OutsideError
-from fractal.images import build, recipes, scan
+from fractal.images import recipes, scan
+from fractal.images.configuration import reproducible_configuration
+from fractal.images.engine import connect, first_line
+from fractal.images.saved_layers import PIECE, ScanError, saved_layers
+from fractal.images.secret_patterns import PATTERNS, Pattern
 from fractal.install import apt, docker_engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +104,7 @@ def title(command: str, last: bool = False) -> str:
     text = text.removeprefix("RUN ")
     if not text:
         return "base"
-    if match := re.search(r"-r /(?:run|tmp)/(\S+)", text):
+    if match := re.search(r"-r /run/(\S+)", text):
         return f"Python packages of {match[1]}" if "uv.lock" not in match[1] else "uv itself"
     if "apt-get install" in text:
         return "uv's Debian packages" if "python3-venv" in text else "Debian packages"
@@ -434,7 +438,7 @@ def second_engine() -> Iterator[str]:
 def history_of(client: docker.DockerClient, name: str) -> tuple[list[str], list[str]]:
     """Titles and diff ids of an image's layers, bottom first."""
     attrs = client.images.get(name).attrs
-    return titles(build.pinned_config(attrs, client.api.history(name))["history"]), attrs["RootFS"]["Layers"]
+    return titles(reproducible_configuration(attrs, client.api.history(name))["history"]), attrs["RootFS"]["Layers"]
 
 
 def compare(ours: docker.DockerClient, name: str, theirs: docker.DockerClient, other: str) -> dict[str, Any]:
@@ -450,7 +454,7 @@ def compare(ours: docker.DockerClient, name: str, theirs: docker.DockerClient, o
                 listing(ours, name, set(here) - set(there)),
                 listing(theirs, other, set(there) - set(here)),
             )
-        except scan.ScanError as error:
+        except ScanError as error:
             compared = False
             console.warn(f"bench: contents are not compared: {error}")
     for i, (words, one) in enumerate(zip(names, here, strict=True)):
@@ -471,15 +475,15 @@ def compare(ours: docker.DockerClient, name: str, theirs: docker.DockerClient, o
 def listing(client: docker.DockerClient, name: str, wanted: set[str]) -> dict[str, dict[str, Facts]]:
     """The entries of some layers, by diff id."""
     found: dict[str, dict[str, Facts]] = {}
-    for layer in scan.saved(client, name):
+    for layer in saved_layers(client, name):
         entries = {}
-        for entry, file in layer.entries:
+        for member, file in layer.members:
             content = hashlib.sha256()
-            while file is not None and (piece := file.read(scan.PIECE)):
+            while file is not None and (piece := file.read(PIECE)):
                 content.update(piece)
-            entries[entry.name] = Facts(
-                entry.type.decode(), entry.mode, f"{entry.uid}:{entry.gid}", entry.mtime, entry.size,
-                entry.linkname, content.hexdigest() if file else "", repr(sorted(entry.pax_headers.items())),
+            entries[member.name] = Facts(
+                member.type.decode(), member.mode, f"{member.uid}:{member.gid}", member.mtime, member.size,
+                member.linkname, content.hexdigest() if file else "", repr(sorted(member.pax_headers.items())),
             )  # fmt: skip
         if (diff_id := layer.diff_id()) in wanted:
             found[diff_id] = entries
@@ -498,7 +502,7 @@ class Bench:
     folder: Path  # the copy of the checkout
     registry: Registry | None
     second: str | None  # address of the second engine
-    needles: list[scan.Needle]
+    patterns: list[Pattern]
     mark: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y%m%d%H%M%S"))
 
     def image(self, key: str, found: dict[str, Any]) -> None:
@@ -521,7 +525,7 @@ class Bench:
         found["sizes"] = weigh(sizes(self.client, name))
         try:
             found["scan"] = self.scan(name)
-        except scan.ScanError as error:
+        except ScanError as error:
             console.warn(f"bench: left out the scan: {error}")
 
     def nothing(self, key: str) -> dict[str, Any]:
@@ -592,21 +596,18 @@ class Bench:
         console.say(f"{key}: the same commit on a second engine with empty caches")
         run = by_module(key, self.folder, host=host)
         found = {**spread([run.seconds]), "steps_run": run.said["layers_built"], "steps": steps(_log(name))[:6]}
-        client = docker.DockerClient(base_url=host, timeout=BUILD_TIMEOUT_S)
-        try:
+        with closing(docker.DockerClient(base_url=host, timeout=BUILD_TIMEOUT_S)) as client:
             found["same"] = compare(self.client, name, client, run.said["image"])
-        finally:
-            client.close()
         return found
 
     def scan(self, name: str) -> dict[str, Any]:
         """Every layer, searched."""
         user = self.client.images.get(name).attrs["Config"].get("User") or "root"
         begun = time.perf_counter()
-        report = scan.scan(self.client, name, self.needles)
+        report = scan.scan(self.client, name, self.patterns)
         return {"seconds": time.perf_counter() - begun, "layers": report.layers, "files": report.files,
-                "bytes": report.bytes, "searched_for": len(scan.NEEDLES) + len(self.needles), "user": user,
-                "findings": [asdict(finding) for finding in report.findings]}  # fmt: skip
+                "bytes": report.bytes, "searched_for": len(PATTERNS) + len(self.patterns), "user": user,
+                "findings": [asdict(finding) | {"excuse": finding.known} for finding in report.findings]}  # fmt: skip
 
 
 def sizes(client: docker.DockerClient, name: str) -> dict[str, int]:
@@ -809,8 +810,7 @@ def run(given: argparse.Namespace) -> Path:
     failed: dict[str, str] = {}
     images: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        client = build.connect()
-        stack.callback(client.close)
+        client = stack.enter_context(closing(connect()))
         folder = stack.enter_context(copy_of_checkout())
         helpers: dict[str, Any] = {"registry": None, "second engine": None}
         for name, helper in (("registry", registry), ("second engine", second_engine)):
@@ -821,15 +821,15 @@ def run(given: argparse.Namespace) -> Path:
             except OutsideError as error:
                 skipped[name] = str(error)
                 console.warn(f"bench: left out the {name}: {error}")
-        needles = scan.machine_needles()
-        bench = Bench(plan, client, folder, helpers["registry"], helpers["second engine"], needles)
+        patterns = scan.machine_patterns()
+        bench = Bench(plan, client, folder, helpers["registry"], helpers["second engine"], patterns)
         for key in plan.images:
             try:
                 bench.image(key, images.setdefault(key, {}))
             except BenchError as error:
                 failed[key] = str(error)
             except (docker.errors.DockerException, requests.RequestException) as error:
-                failed[key] = f"the engine failed: {build.first_line(error)}"
+                failed[key] = f"the engine failed: {first_line(error)}"
             ratios(images[key])
     for table in (speed_table(images), same_table(images), size_table(images)):
         if table.row_count:

@@ -144,9 +144,9 @@ def image() -> str:
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     """A Docker client."""
-    from fractal.images import build
+    from fractal.images.engine import connect
 
-    client = build.connect()
+    client = connect()
     yield client
     client.close()
 

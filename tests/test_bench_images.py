@@ -206,7 +206,7 @@ def test_bad_input_is_one_line(words: list[str], code: int, message: str, tmp_pa
 
 
 @pytest.mark.docker
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quick_run_changes_one_layer_and_leaves_no_image(image: str, tmp_path: Path) -> None:
     done = bench("--quick", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

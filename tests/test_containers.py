@@ -15,8 +15,9 @@ import docker
 import pytest
 
 from fractal.errors import InputError
-from fractal.images import build, containers, hub_token, recipes
-from fractal.images.containers import Setup, options
+from fractal.images import containers, hub_token, recipes
+from fractal.images.containers import Setup, host_options
+from fractal.images.engine import connect
 from fractal.jsonl import read_jsonl, write_jsonl
 from fractal.records import Label, Sample
 from fractal.rundir import RunDir, commit, own_image
@@ -26,7 +27,7 @@ from tests.engines import Engine
 
 def test_no_container_gets_the_docker_socket_or_a_capability() -> None:
     for wanted in (containers.suite_setup("v"), containers.run_setup("v", Path("/"), gpus=True)):
-        given = options(wanted)
+        given = host_options(wanted)
         assert not [bind for bind in given["binds"] if "docker.sock" in bind]
         assert (given["cap_drop"], given["security_opt"]) == (["ALL"], ["no-new-privileges"])
         assert not wanted.user.startswith("0:")
@@ -34,15 +35,15 @@ def test_no_container_gets_the_docker_socket_or_a_capability() -> None:
 
 def test_the_suite_has_no_network_and_may_change_nothing_of_ours() -> None:
     wanted = containers.suite_setup("v")
-    assert options(wanted)["network_mode"] == "none"
+    assert host_options(wanted)["network_mode"] == "none"
     assert [bind for bind in wanted.binds if not bind.endswith(":ro")] == []
     assert f"{ROOT}/tests:/app/tests:ro" in wanted.binds
 
 
 def test_gpus_are_asked_for_as_docker_run_does_it() -> None:
-    (request,) = options(Setup(sidecar="v", gpus=True))["device_requests"]
+    (request,) = host_options(Setup(sidecar="v", gpus=True))["device_requests"]
     assert (request.count, request.capabilities) == (-1, [["gpu"]])
-    assert "device_requests" not in options(Setup(sidecar="v"))
+    assert "device_requests" not in host_options(Setup(sidecar="v"))
 
 
 def test_a_run_belongs_to_who_owns_its_folder(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def processes() -> bytes:
 @pytest.mark.parametrize("token", [pytest.param(TOKEN, id="token"), pytest.param("", id="none")])
 def test_a_token_is_a_file_of_the_job_and_seen_nowhere_else(image: str, token: str) -> None:
     before = left_over()
-    client = build.connect()
+    client = connect()
     (recipe,) = recipes.choose("sandbox")
 
     def make_setup(volume: str) -> Setup:
@@ -180,7 +181,7 @@ def test_each_user_has_a_cache_of_its_own() -> None:
     volumes = {user: containers.cache_volume(user) for user in (recipes.USER, "1000:50", "1234:5678")}
     assert list(volumes.values()) == ["fractal-cache", "fractal-cache", "fractal-cache-1234"]
     for user, volume in volumes.items():
-        assert options(Setup(sidecar="v", user=user))["binds"][0] == f"{volume}:/cache"
+        assert host_options(Setup(sidecar="v", user=user))["binds"][0] == f"{volume}:/cache"
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ def test_a_cache_volume_is_its_users_whoever_made_it(cache: tuple[docker.DockerC
         "-c",
         "mkdir /cache/mine && echo new > /cache/theirs/file && cat /cache/theirs/file && stat -Lc %u /cache/link",
     ]
-    given = options(Setup(sidecar="v", user=user, network=False))
+    given = host_options(Setup(sidecar="v", user=user, network=False))
     wanted = {**given, "binds": given["binds"][:1]}
 
     def run() -> str:
@@ -279,7 +280,7 @@ def gpu_engine(image: str, tmp_path: Path) -> Iterator[docker.DockerClient]:
 
 
 @pytest.mark.docker
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpus_all_reaches_nvidias_hook(gpu_engine: docker.DockerClient, image: str, tmp_path: Path) -> None:
     wanted = Setup(sidecar="volume", gpus=True, network=False)
     code = "import os; print(os.environ['NVIDIA_VISIBLE_DEVICES'], os.getuid())"
@@ -288,7 +289,7 @@ def test_gpus_all_reaches_nvidias_hook(gpu_engine: docker.DockerClient, image: s
         ["-c", code],
         entrypoint=["python3"],
         user=wanted.user,
-        host_config=gpu_engine.api.create_host_config(**options(wanted)),
+        host_config=gpu_engine.api.create_host_config(**host_options(wanted)),
     )["Id"]
     gpu_engine.api.start(created)
     assert gpu_engine.api.wait(created)["StatusCode"] == 0
@@ -301,7 +302,7 @@ def test_an_engine_without_nvidias_toolkit_says_what_is_missing(image: str, capf
     if shutil.which("nvidia-container-runtime-hook"):
         pytest.skip("this engine has NVIDIA's toolkit")
     before = left_over()
-    client = build.connect()
+    client = connect()
     (recipe,) = recipes.choose("sandbox")
     try:
         with pytest.raises(containers.ContainerError, match="nvidia-container-toolkit"):
@@ -314,7 +315,7 @@ def test_an_engine_without_nvidias_toolkit_says_what_is_missing(image: str, capf
 
 
 @pytest.mark.docker
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_labels_of_the_containers_are_those_of_the_host(tmp_path: Path, image: str) -> None:
     """The pipeline's image judges a run's samples over the socket of a sidecar; the host judges the same ones."""

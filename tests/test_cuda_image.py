@@ -15,11 +15,12 @@ import docker
 import pytest
 
 from fractal.errors import InputError
-from fractal.images import build, recipes
-from fractal.images.containers import Setup, options
+from fractal.images import recipes
+from fractal.images.containers import Setup, host_options
+from fractal.images.engine import has_image
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.docker, pytest.mark.long, pytest.mark.timeout(1200)]
 
 # What reads the samples' tokens: precompiled, but for sm_100, where CuTe DSL compiles it without nvcc.
 ATTENTION = {80: "_vllm_fa2_C::varlen_fwd", 90: "_vllm_fa3_C::fwd", 100: "FlashAttention 4"}
@@ -43,7 +44,7 @@ def cuda_image(client: docker.DockerClient) -> str:
         (recipe,) = recipes.choose("pipeline")
     except InputError as error:
         pytest.skip(str(error))  # this copy lacks what the image is made from
-    if not build.has(client, recipe.name):
+    if not has_image(client, recipe.name):
         pytest.skip(f"{recipe.name} is not here. Run: invoke build --image=pipeline")
     return recipe.name
 
@@ -59,7 +60,7 @@ def volume(client: docker.DockerClient) -> Iterator[str]:
 
 def run(client: docker.DockerClient, image: str, volume: str, words: list[str]) -> str:
     """What `sh WORDS` prints in a container as a run has it, without network."""
-    given = options(Setup(sidecar="none", network=False))
+    given = host_options(Setup(sidecar="none", network=False))
     given["binds"] = [f"{volume}:{recipes.CACHE}", f"{ROOT}/tests/cuda_image:/check:ro"]
     made = client.api.create_container(
         image, words, entrypoint=["sh"], user=recipes.USER, host_config=client.api.create_host_config(**given)

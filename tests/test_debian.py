@@ -84,7 +84,7 @@ def test_what_a_base_leaves_out(kind: str, kept: list[str], dropped: list[str], 
             tar.addfile(shadow, (tmp_path / "shadow").open("rb"))
         one = debian.KINDS[kind]
         with tarfile.open(whole) as old, tarfile.open(settled, "w", format=tarfile.GNU_FORMAT) as new:
-            debian.settle(old, new, one.left_out, one.modes, day)
+            debian.normalize(old, new, one.left_out, one.modes, day)
         made.append(settled.read_bytes())
         with tarfile.open(settled) as tar:
             names = [entry.name.removeprefix("./") for entry in tar]

@@ -63,4 +63,4 @@ def test_a_run_on_this_machines_gpu_is_refused_before_the_image_is_built(monkeyp
     monkeypatch.setattr(containers.gpu, "driver_version", lambda: "470.256.02")
     (recipe,) = recipes.choose("pipeline")
     with pytest.raises(driver.DriverError, match="--image=pipeline-cpu"):
-        containers._compat(None, recipe)
+        containers._driver_environment(None, recipe)

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fractal.images import builder, recipes
+from fractal.images import buildkit, recipes
 from fractal.images.image import Image, ImageError
 from fractal.images.rendering import COMMITTED, Rendering, instructions
 from fractal.sandbox.host import source
 from tests.conftest import ROOT
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests/golden"
+REFUSED = ROOT / "tests/data/refused_image_calls.txt"
 CLOSED = Rendering(settings=True, wheels="fractal-wheels:0123456789ab")
-CLASSIC = Rendering(mounts=False)
 HASH = "0" * 64
 LOCK = f"rich==15.0.0 \\\n    --hash=sha256:{HASH}\n    # via nothing\n"
 
@@ -86,7 +85,6 @@ def chains(root: Path) -> dict[str, tuple[Image, Rendering]]:
     own = Image.from_dockerfile("own/Dockerfile", root=root).run_commands("true")
     return {
         "service": (web, COMMITTED),
-        "service-classic": (web, CLASSIC),
         "service-closed": (web, CLOSED),
         "copied": (copied, COMMITTED),
         "rootfs": (rootfs, COMMITTED),
@@ -94,8 +92,7 @@ def chains(root: Path) -> dict[str, tuple[Image, Rendering]]:
     }
 
 
-@pytest.mark.parametrize("name", ["service", "service-classic", "service-closed", "copied", "rootfs", "own"])
-def test_typical_images_render_as_their_golden_files(name: str, project: Path) -> None:
+def test_typical_images_render_as_their_golden_files(project: Path) -> None:
     """FRACTAL_GOLDEN=1 writes the files anew; read the difference before you commit it."""
     (project / "base.tar.xz").write_bytes(b"tar")
     (project / "own").mkdir(exist_ok=True)
@@ -103,16 +100,19 @@ def test_typical_images_render_as_their_golden_files(name: str, project: Path) -
         "# syntax=docker/dockerfile:1\nARG V=1\nFROM debian:12 AS build\nRUN make \\\n  FROM=x\n\n\n\n"
         "FROM --platform=linux/amd64 \\\n  debian:12\nCOPY --from=build /x /x\n"
     )
-    image, rendering = chains(project)[name]
-    file = GOLDEN / f"{name}.Dockerfile"
-    if os.environ.get("FRACTAL_GOLDEN"):
-        file.write_text(image.dockerfile(rendering))
-    assert image.dockerfile(rendering) == file.read_text()
+    different = []
+    for name, (image, rendering) in chains(project).items():
+        file = GOLDEN / f"{name}.Dockerfile"
+        if os.environ.get("FRACTAL_GOLDEN"):
+            file.write_text(image.dockerfile(rendering))
+        if image.dockerfile(rendering) != file.read_text():
+            different.append(name)
+    assert different == []
 
 
-@pytest.mark.parametrize("path", recipes.renderings())
-def test_the_committed_dockerfiles_are_the_recipes_renderings(path: str) -> None:
-    assert (ROOT / path).read_text() == recipes.renderings()[path], "run: invoke render"
+def test_the_committed_dockerfiles_are_the_recipes_renderings() -> None:
+    different = [path for path, text in recipes.renderings().items() if (ROOT / path).read_text() != text]
+    assert different == [], "run: invoke render"
 
 
 def test_the_sandbox_finds_its_image_by_the_recipes_name() -> None:
@@ -123,156 +123,8 @@ def test_what_runs_in_the_sandbox_is_what_its_image_holds() -> None:
     assert recipes.sandbox().context() == {name: ROOT / name for name in source.files()}
 
 
-def test_a_builder_without_mounts_gets_no_secrets() -> None:
-    with pytest.raises(ValueError, match="mount"):
-        Rendering(mounts=False, settings=True)
-
-
 # --- what is refused, when it is written
 
-REFUSED: dict[str, tuple[Callable[[Image], object], str]] = {
-    # where to begin
-    "tag: none": (lambda i: Image.from_registry("debian"), "Write debian:TAG"),
-    "tag: latest": (lambda i: Image.from_registry("debian:latest"), "Write debian:TAG"),
-    "tag: a port is none": (lambda i: Image.from_registry("localhost:5000/x"), "Write localhost:5000/x:TAG"),
-    "tag: empty": (lambda i: Image.from_registry(""), "Write repository:tag"),
-    "tag: upper case": (lambda i: Image.from_registry("Debian:12"), "Write repository:tag"),
-    "tag: a line more": (lambda i: Image.from_registry("debian:12\nRUN x"), "Write repository:tag"),
-    "tag: a stage's name": (lambda i: Image.from_registry("debian:12 AS x"), "Write repository:tag"),
-    "tag: None": (lambda i: Image.from_registry(None), "Write repository:tag"),  # type: ignore[arg-type]
-    "tag: half a digest": (lambda i: Image.from_registry("debian:12@sha256:abc"), "Write repository:tag"),
-    "tag: a wrong digest": (lambda i: Image.from_registry("a:1", digests={"a:1": "md5:1"}), "Write repository:tag"),
-    "root: a file": (lambda i: Image.debian_slim(root=i.root / "tool.py"), "Write the one that holds your files"),
-    "root: not there": (lambda i: Image.debian_slim(root="/no/such"), "Write the one that holds your files"),
-    "root: None": (lambda i: Image.debian_slim(root=None), "Write the one that holds your files"),  # type: ignore[arg-type]
-    "dockerfile: not there": (lambda i: Image.from_dockerfile("no", root=i.root), "Check the path"),
-    "dockerfile: a folder": (lambda i: Image.from_dockerfile("app", root=i.root), "Name a text file"),
-    "dockerfile: not text": (lambda i: Image.from_dockerfile("binary.lock", root=i.root), "Name a text file"),
-    "dockerfile: no FROM": (lambda i: Image.from_dockerfile("tool.py", root=i.root), "Write FROM"),
-    "rootfs: a folder": (lambda i: Image.from_rootfs("app", root=i.root), "Give a file that ends in .tar"),
-    "rootfs: not a tar": (lambda i: Image.from_rootfs("tool.py", root=i.root), "Give a file that ends in .tar"),
-    # Debian packages
-    "apt: nothing": (lambda i: i.apt_install(), "Write at least one"),
-    "apt: a list": (lambda i: i.apt_install(["gcc", "g++"]), "one by one"),  # type: ignore[arg-type]
-    "apt: several in one": (lambda i: i.apt_install("gcc g++"), "one by one"),
-    "apt: an option": (lambda i: i.apt_install("-y", "gcc"), "extra_options='-y'"),
-    "apt: removes": (lambda i: i.apt_install("gcc-"), "write NAME or NAME=VERSION"),
-    "apt: empty": (lambda i: i.apt_install(""), "write NAME or NAME=VERSION"),
-    "apt: None": (lambda i: i.apt_install(None), "write NAME or NAME=VERSION"),  # type: ignore[arg-type]
-    "apt: shell": (lambda i: i.apt_install("gcc;reboot"), "write NAME or NAME=VERSION"),
-    "apt: a line more": (lambda i: i.apt_install("gcc\nRUN x"), "write NAME or NAME=VERSION"),
-    "apt: an end of line": (lambda i: i.apt_install("gcc\n"), "write NAME or NAME=VERSION"),
-    "apt: as pip's": (lambda i: i.apt_install("gcc==12"), "write NAME or NAME=VERSION"),
-    "apt: options as a list": (lambda i: i.apt_install("gcc", extra_options=["-t"]), "one string"),  # type: ignore[arg-type]
-    "apt: options of two lines": (lambda i: i.apt_install("gcc", extra_options="-t\nx"), "one string"),
-    "apt: an open quote": (lambda i: i.apt_install("gcc", extra_options="-o 'x"), "Close what is open"),
-    "apt: an open line": (lambda i: i.apt_install("gcc", extra_options="-o x\\"), "Close what is open"),
-    # Python packages
-    "pip: nothing": (lambda i: i.pip_install(), "Write at least one"),
-    "pip: a list": (lambda i: i.pip_install(["rich==15.0.0"]), "one by one"),  # type: ignore[arg-type]
-    "pip: several in one": (lambda i: i.pip_install("rich==15.0.0 numpy==2.3.0"), "Write NAME==VERSION"),
-    "pip: no version": (lambda i: i.pip_install("rich"), "Write rich==VERSION"),
-    "pip: at least": (lambda i: i.pip_install("rich>=15"), "Write rich==VERSION"),
-    "pip: any of 15": (lambda i: i.pip_install("rich==15.*"), "Write rich==VERSION"),
-    "pip: about": (lambda i: i.pip_install("rich~=15.0"), "Write rich==VERSION"),
-    "pip: more than a pin": (lambda i: i.pip_install("rich==15.0,!=14"), "Write rich==VERSION"),
-    "pip: as Debian's": (lambda i: i.pip_install("rich=15.0.0"), "Write NAME==VERSION"),
-    "pip: a requirements file": (lambda i: i.pip_install("-r", "requirements.txt"), "extra_options='-r'"),
-    "pip: an address without a hash": (lambda i: i.pip_install("x @ https://h.example/x.whl"), "Add #sha256="),
-    "pip: a line more": (lambda i: i.pip_install("rich==15.0.0\nRUN x"), "write NAME==VERSION"),
-    "pip: a number": (lambda i: i.pip_install(3), "write NAME==VERSION"),  # type: ignore[arg-type]
-    "pip: backend": (lambda i: i.pip_install("torch==2.13.0", torch_backend="gpu; x"), "write cpu, auto"),
-    "pip: no backend": (lambda i: i.pip_install("torch==2.13.0", torch_backend=None), "write cpu, auto"),  # type: ignore[arg-type]
-    # a lock
-    "lock: not there": (lambda i: i.uv_sync("no.lock"), "Check the path"),
-    "lock: a folder": (lambda i: i.uv_sync("app"), "Name a text file"),
-    "lock: not text": (lambda i: i.uv_sync("binary.lock"), "Name a text file"),
-    "lock: empty": (lambda i: i.uv_sync("blank.lock"), "invoke lock"),
-    "lock: no versions": (lambda i: i.uv_sync("unpinned.lock"), "invoke lock"),
-    "lock: any version": (lambda i: i.uv_sync("star.lock"), "Write rich==VERSION"),
-    "lock: no hashes": (lambda i: i.uv_sync("unhashed.lock"), "invoke lock"),
-    "lock: options": (lambda i: i.uv_sync("options.lock"), "invoke lock"),
-    "lock: a space": (lambda i: i.uv_sync("my lock.txt"), "Rename it"),
-    "lock: None": (lambda i: i.uv_sync(None), "Write one, relative to"),  # type: ignore[arg-type]
-    # commands
-    "run: nothing": (lambda i: i.run_commands(), 'run_commands("make install")'),
-    "run: an empty list": (lambda i: i.run_commands([]), 'run_commands("make install")'),
-    "run: empty": (lambda i: i.run_commands(" "), "Write a line for the shell"),
-    "run: a number": (lambda i: i.run_commands(3), "Write a line for the shell"),  # type: ignore[arg-type]
-    "run: None in a list": (lambda i: i.run_commands(["x", None]), "Write a line for the shell"),  # type: ignore[list-item]
-    "run: a comment": (lambda i: i.run_commands("# later"), "Write a line for the shell"),
-    "run: two lines": (lambda i: i.run_commands("a\nb"), "Join lines with &&"),
-    "run: a carriage return": (lambda i: i.run_commands("a\r"), "Join lines with &&"),
-    "run: an open line": (lambda i: i.run_commands("a \\"), "Join lines with &&"),
-    "run: an open line and a space": (lambda i: i.run_commands("a \\ "), "Join lines with &&"),
-    "run: Docker's option": (lambda i: i.run_commands("--mount=type=secret,id=x cat"), "Write the command first"),
-    "run: a list for Docker": (lambda i: i.run_commands('["echo", "x y"]'), "Write \"echo 'x y'\""),
-    "run: a document": (lambda i: i.run_commands("cat > x <<EOF"), "add_local_file"),
-    "run: a comment that is none": (lambda i: i.run_commands("a", comment=3), "Write a string"),  # type: ignore[arg-type]
-    # settings
-    "env: nothing": (lambda i: i.env({}), "Write a dictionary"),
-    "env: a text": (lambda i: i.env("A=1"), "Write a dictionary"),  # type: ignore[arg-type]
-    "env: a list": (lambda i: i.env(["A=1"]), "Write a dictionary"),  # type: ignore[arg-type]
-    "env: None": (lambda i: i.env(None), "Write a dictionary"),  # type: ignore[arg-type]
-    "env: a number": (lambda i: i.env({"A": 1}), "Write a string"),  # type: ignore[dict-item]
-    "env: two lines": (lambda i: i.env({"A": "1\nRUN x"}), "Write a string"),
-    "env: a name with a space": (lambda i: i.env({"A B": "1"}), "Write letters"),
-    "env: a name with a line": (lambda i: i.env({"A\n": "1"}), "Write letters"),
-    "env: a name that is none": (lambda i: i.env({1: "1"}), "Write letters"),  # type: ignore[dict-item]
-    "env: a token": (lambda i: i.env({"HF_TOKEN": "hunter2"}), "docker run -e HF_TOKEN"),
-    "env: a cloud's key": (lambda i: i.env({"AWS_SECRET_ACCESS_KEY": "hunter2"}), "docker run -e"),
-    "workdir: relative": (lambda i: i.workdir("app"), "Write an absolute one"),
-    "workdir: up": (lambda i: i.workdir("/app/../etc"), "Write an absolute one"),
-    "workdir: a variable": (lambda i: i.workdir("/$HOME"), "Write an absolute one"),
-    "workdir: a line more": (lambda i: i.workdir("/app\nRUN x"), "Write an absolute one"),
-    "workdir: an open line": (lambda i: i.workdir("/app\\"), "Write an absolute one"),
-    "workdir: None": (lambda i: i.workdir(None), "Write an absolute one"),  # type: ignore[arg-type]
-    "user: a number": (lambda i: i.user(1000), 'Write "1000:1000"'),  # type: ignore[arg-type]
-    "user: empty": (lambda i: i.user(""), 'Write "1000:1000"'),
-    "user: a line more": (lambda i: i.user("me\nRUN x"), 'Write "1000:1000"'),
-    "user: a variable": (lambda i: i.user("$ME"), 'Write "1000:1000"'),
-    "entrypoint: a text": (lambda i: i.entrypoint("python3 -m x"), "as a list"),
-    "entrypoint: an open quote": (lambda i: i.entrypoint("it's"), "as a list"),
-    "entrypoint: numbers": (lambda i: i.entrypoint([1, 2]), "as a list"),  # type: ignore[list-item]
-    "entrypoint: None": (lambda i: i.entrypoint(None), "as a list"),  # type: ignore[arg-type]
-    "title: empty": (lambda i: i.title(" "), "write a text"),
-    "title: an order to Docker": (lambda i: i.title("syntax=evil/frontend:1"), "an order to Docker"),
-    "title: None": (lambda i: i.title(None), "write a text"),  # type: ignore[arg-type]
-    "pipe: no function": (lambda i: i.pipe("apt"), "Write one that takes an Image"),  # type: ignore[arg-type]
-    "pipe: gives nothing": (lambda i: i.pipe(lambda image: None), "Let it return"),
-    # local files
-    "file: not there": (lambda i: i.add_local_file("no.txt", "/x"), "Check the path"),
-    "file: empty": (lambda i: i.add_local_file("", "/x"), "Write one, relative to"),
-    "file: None": (lambda i: i.add_local_file(None, "/x"), "Write one, relative to"),  # type: ignore[arg-type]
-    "file: nobody's": (lambda i: i.add_local_file("~no-such-user/x", "/x"), "Check the path"),
-    "file: a loop": (lambda i: i.add_local_file("loop", "/x"), "Check the path"),
-    "file: a null byte": (lambda i: i.add_local_file("a\0b", "/x"), "Check the path"),
-    "file: a folder": (lambda i: i.add_local_file("app", "/x"), "A folder: add_local_dir"),
-    "file: a quote": (lambda i: i.add_local_file("it's.txt", "/x"), "Rename it"),
-    "file: to a relative path": (lambda i: i.add_local_file("tool.py", "tool.py"), "Write an absolute one"),
-    "file: to /": (lambda i: i.add_local_dir("app", "//"), "Write an absolute one"),
-    "file: up": (lambda i: i.add_local_file("tool.py", "/app/../etc/passwd"), "Write an absolute one"),
-    "file: a line more": (lambda i: i.add_local_file("tool.py", "/x\nRUN y"), "Write an absolute one"),
-    "file: nowhere": (lambda i: i.add_local_file("tool.py", None), "Write an absolute one"),  # type: ignore[arg-type]
-    "file: .env": (lambda i: i.add_local_file(".env", "/x"), "Mount it"),
-    "file: .env by another name": (lambda i: i.add_local_file("hidden.txt", "/x"), "Mount it"),
-    "file: a key": (lambda i: i.add_local_file("key.pem", "/x"), "Mount it"),
-    "file: a private key": (lambda i: i.add_local_file("app/deep/id_rsa", "/x"), "Mount it"),
-    "file: weights": (lambda i: i.add_local_file("model.gguf", "/x"), "Mount it"),
-    "dir: a file": (lambda i: i.add_local_dir("tool.py", "/x"), "A file: add_local_file"),
-    "dir: nothing in it": (lambda i: i.add_local_dir("empty", "/x"), "Is everything ignored"),
-    "dir: runs": (lambda i: i.add_local_dir("runs", "/x"), "Is everything ignored"),
-    "dir: all ignored": (lambda i: i.add_local_dir("app", "/x", ignore=["*"]), "Is everything ignored"),
-    "dir: ignores a number": (lambda i: i.add_local_dir("app", "/x", ignore=3), "write a list"),  # type: ignore[arg-type]
-    "dir: ignores numbers": (lambda i: i.add_local_dir("app", "/x", ignore=[3]), "write a list"),  # type: ignore[list-item]
-    "dir: ignores what no pattern is": (lambda i: i.add_local_dir("app", "/x", ignore=["!"]), "gitignore's patterns"),
-    "source: nothing": (lambda i: i.add_local_python_source(), "Write at least one"),
-    "source: not there": (lambda i: i.add_local_python_source("nothing"), "root="),
-    "source: no module": (lambda i: i.add_local_python_source("noext"), "root="),
-    "source: a file's name": (lambda i: i.add_local_python_source("tool.py"), "without dots and .py"),
-    "source: a submodule": (lambda i: i.add_local_python_source("app.main"), "without dots and .py"),
-    "source: a list": (lambda i: i.add_local_python_source(["app"]), "one by one"),  # type: ignore[arg-type]
-}
 METHODS = {
     "tag": "from_registry", "root": "debian_slim|from_registry", "dockerfile": "from_dockerfile", "rootfs": "from_rootfs",
     "apt": "apt_install", "pip": "pip_install", "lock": "uv_sync", "run": "run_commands",
@@ -280,17 +132,25 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_wrong_argument_is_refused_when_it_is_written(what: str, image: Image) -> None:
-    write, remedy = REFUSED[what]
-    with pytest.raises(ImageError) as caught:
-        write(image)
-    text = str(caught.value)
-    method = what.partition(":")[0]
-    assert re.match(rf"(Image\.)?({METHODS.get(method, method)})\b", text)  # names the call
-    assert remedy in text
-    assert "\n" not in text
-    assert "hunter2" not in text
+def refused_calls() -> dict[str, tuple[str, str]]:
+    """Name of a case -> the call, and what its error says."""
+    lines = [line for line in REFUSED.read_text().splitlines() if line and not line.startswith("#")]
+    return {name: (call, remedy) for name, call, remedy in (line.split(" | ") for line in lines)}
+
+
+def test_a_wrong_argument_is_refused_when_it_is_written(image: Image) -> None:
+    wrong = []
+    for name, (call, remedy) in refused_calls().items():
+        try:
+            eval(call, {"Image": Image, "image": image})
+            wrong.append(f"{name}: accepted")
+        except ImageError as error:
+            method = name.partition(":")[0]
+            names_call = re.match(rf"(Image\.)?({METHODS.get(method, method)})\b", str(error))
+            if not names_call or remedy not in str(error) or "\n" in str(error) or "hunter2" in str(error):
+                wrong.append(f"{name}: {error}")
+    assert wrong == []
+    assert len(refused_calls()) == 134
 
 
 TOKEN = "hf_" + "x1" * 17
@@ -304,11 +164,11 @@ SECRETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("where", SECRETS)
-def test_a_secret_is_refused_and_not_repeated(where: str, image: Image) -> None:
-    with pytest.raises(ImageError) as caught:
-        SECRETS[where](image)
-    assert TOKEN not in str(caught.value)
+def test_a_secret_is_refused_and_not_repeated(image: Image) -> None:
+    for call in SECRETS.values():
+        with pytest.raises(ImageError) as caught:
+            call(image)
+        assert TOKEN not in str(caught.value)
 
 
 def test_right_arguments_that_look_wrong(image: Image) -> None:
@@ -327,30 +187,24 @@ def test_right_arguments_that_look_wrong(image: Image) -> None:
 # --- build steps after local files
 
 
-@pytest.mark.parametrize("add", [
-    lambda i: i.add_local_python_source("app"), lambda i: i.add_local_file("tool.py", "/x").add_local_dir("app", "/y", ignore=["data/"]),
-    lambda i: i.add_local_file("tool.py", "/a", copy=True).add_local_file("tool.py", "/b"),
-])  # fmt: skip
-@pytest.mark.parametrize("late", [
-    lambda i: i.run_commands("make"), lambda i: i.pip_install("rich==15.0.0"), lambda i: i.env({"A": "it's"}),
-    lambda i: i.add_local_file("config.json", "/c", copy=True), lambda i: i.force_build(), lambda i: i.workdir("/app"),
-])  # fmt: skip
-def test_a_step_after_local_files_shows_two_programs_that_build(add: Any, late: Any, project: Path) -> None:
-    image = add(Image.debian_slim(root=project).title("A title.").apt_install("python3"))
-    with pytest.raises(ImageError) as caught:
-        late(image)
-    programs = re.findall(r"^\(\n.*?^\)$", str(caught.value), re.DOTALL | re.MULTILINE)
-    last, copied = [eval(program) for program in programs]
-    assert [step.kind for step in last.last] == [step.kind for step in image.last]
-    assert len(last.steps) == len(copied.steps) - len(image.last) == len(image.steps) + 1
-    assert not copied.last
-    for made in (last, copied):
-        assert made.digest()
-        assert "a title" in made.dockerfile().lower()
-
-
-def test_more_local_files_may_follow_local_files(image: Image) -> None:
-    image.add_local_python_source("app").add_local_file("tool.py", "/x").title("One.")
+def test_a_step_after_local_files_says_how_to_write_it(image: Image) -> None:
+    added = [
+        image.add_local_python_source("app"),
+        image.add_local_file("tool.py", "/a", copy=True).add_local_dir("app", "/y"),
+    ]
+    steps = {
+        "run_commands": lambda i: i.run_commands("make"),
+        "pip_install": lambda i: i.pip_install("rich==15.0.0"),
+        "env": lambda i: i.env({"A": "it's"}),
+        "add_local_file": lambda i: i.add_local_file("config.json", "/c", copy=True),
+        "force_build": lambda i: i.force_build(),
+        "workdir": lambda i: i.workdir("/app"),
+    }
+    for before in added:
+        for method, step in steps.items():
+            with pytest.raises(ImageError, match=rf"^{method}\b.*: a build step after local files.*copy=True\.$"):
+                step(before)
+    assert added[0].add_local_file("tool.py", "/x").title("One.").digest()
 
 
 # --- the context
@@ -541,8 +395,8 @@ def test_any_chain_of_right_calls(project: Path, data: st.DataObject) -> None:
     start = start.title(title) if title else start
     values = apply(apply(start, steps, copy=True)[-1], last, copy=False)
     image = values[-1]
-    for rendering in (COMMITTED, CLASSIC, CLOSED):
-        check_lines(image, image.dockerfile(rendering), steps, last, rendering)
+    for rendering in (COMMITTED, CLOSED):
+        check_lines(image, image.dockerfile(rendering), steps, last)
     # Deterministic, and nobody's doing changes an earlier value.
     again = [start, *apply(apply(start, steps, copy=True)[-1], last, copy=False)][-1]
     texts = [value.dockerfile() for value in values]
@@ -551,7 +405,6 @@ def test_any_chain_of_right_calls(project: Path, data: st.DataObject) -> None:
     # What stands in a call's arguments in another order is the same image.
     shuffled = [(name, (reordered(name, args),)) for name, (args,) in steps]
     assert apply(apply(start, shuffled, copy=True)[-1], last, copy=False)[-1].digest() == image.digest()
-    assert eval(str(image)) == image
     assert sum(1 for _ in image.parts()) >= 2
 
 
@@ -561,7 +414,7 @@ def reordered(name: str, args: list[Any]) -> list[Any]:
     return [dict(reversed(args[0].items()))] if name == "env" else args
 
 
-def check_lines(image: Image, text: str, steps: list[Any], last: list[Any], rendering: Rendering) -> None:
+def check_lines(image: Image, text: str, steps: list[Any], last: list[Any]) -> None:
     """Read the Dockerfile back: the instructions are those that were asked for, and the files those it copies."""
     found = [line for _, line in instructions(text.split("\n"))]
     counts = {
@@ -575,7 +428,7 @@ def check_lines(image: Image, text: str, steps: list[Any], last: list[Any], rend
     sources = any(name == "add_local_python_source" for name, _ in last)
     folders = kinds.count("workdir")
     as_root = sum(kind == "workdir" and "user" in kinds[:i] for i, kind in enumerate(kinds))
-    for_python = 4 - rendering.mounts if python else 0  # of uv, the environment, and uv's way out
+    for_python = 3 if python else 0  # of uv and the environment
     assert counts["RUN"] == kinds.count("apt_install") + commands + folders + python + for_python + stages
     assert counts["ENV"] == kinds.count("env") + (1 if python else 0) + (1 if sources else 0)
     assert counts["USER"] == kinds.count("user") + stages + 2 * as_root
@@ -628,7 +481,6 @@ def test_a_dockerfiles_context_is_its_folder_without_what_is_ignored(own: Path) 
 def test_a_dockerfiles_context_may_be_another_folder(own: Path) -> None:
     image = Image.from_dockerfile("Dockerfile", context="src", root=own)
     assert set(image.context()) == {"a.py", "data/b.csv"}
-    assert eval(str(image)) == image
     with pytest.raises(ImageError, match=r"would be mixed .* root="):
         image.add_local_file("sub/c.py", "/x")
     whole = Image.from_dockerfile("./Dockerfile", root=own).add_local_file("./sub/c.py", "/x")
@@ -637,26 +489,39 @@ def test_a_dockerfiles_context_may_be_another_folder(own: Path) -> None:
     assert Image.from_dockerfile("Dockerfile", root=own).context() == {}
 
 
-@pytest.mark.parametrize(("text", "base"), [
-    ("FROM debian:12", "FROM debian:12 AS base"), ("from debian:12\n\n\n", "from debian:12 AS base"),
-    ("FROM a:1 AS x\nFROM b:1", "FROM a:1 AS x\nFROM b:1 AS base"), ("FROM a:1 AS Last", "FROM a:1 AS Last\nFROM Last AS base"),
-    ("FROM a:1 AS base", "FROM a:1 AS base"), ("FROM \\\n  a:1\nRUN x", "FROM \\\n  a:1 AS base\nRUN x"),
-    ("FROM a:1\nRUN echo \\\n  FROM b", "FROM a:1 AS base\nRUN echo \\\n  FROM b"),
-    ("FROM a:1\nRUN <<EOF\nFROM b\nEOF\nUSER x", "FROM a:1 AS base\nRUN <<EOF\nFROM b\nEOF\nUSER x"),
-    ("# escape=\\\nFROM a:1", "# escape=\\\nFROM a:1 AS base"),
-])  # fmt: skip
-def test_the_last_stage_of_a_dockerfile_is_the_base(text: str, base: str, tmp_path: Path) -> None:
-    (tmp_path / "Dockerfile").write_text(text)
-    assert Image.from_dockerfile("Dockerfile", root=tmp_path).dockerfile().startswith(f"{base}\n# It sets back")
+LAST_STAGES = {
+    "FROM debian:12": "FROM debian:12 AS base",
+    "from debian:12\n\n\n": "from debian:12 AS base",
+    "FROM a:1 AS x\nFROM b:1": "FROM a:1 AS x\nFROM b:1 AS base",
+    "FROM a:1 AS Last": "FROM a:1 AS Last\nFROM Last AS base",
+    "FROM a:1 AS base": "FROM a:1 AS base",
+    "FROM \\\n  a:1\nRUN x": "FROM \\\n  a:1 AS base\nRUN x",
+    "FROM a:1\nRUN echo \\\n  FROM b": "FROM a:1 AS base\nRUN echo \\\n  FROM b",
+    "FROM a:1\nRUN <<EOF\nFROM b\nEOF\nUSER x": "FROM a:1 AS base\nRUN <<EOF\nFROM b\nEOF\nUSER x",
+    "# escape=\\\nFROM a:1": "# escape=\\\nFROM a:1 AS base",
+}
 
 
-@pytest.mark.parametrize(
-    "text", ["# escape=`\nFROM a:1", "FROM a:1 AS uv\nFROM b:1", "FROM a:1 AS base\nFROM b:1", "FROM a:1 AS local1\n"]
-)
-def test_a_dockerfile_that_does_not_go_with_ours(text: str, tmp_path: Path) -> None:
-    (tmp_path / "Dockerfile").write_text(text)
-    with pytest.raises(ImageError, match=r"from_dockerfile\('Dockerfile'.*(Rename it|Write it with)"):
-        Image.from_dockerfile("Dockerfile", root=tmp_path)
+def test_the_last_stage_of_a_dockerfile_is_the_base(tmp_path: Path) -> None:
+    wrong = []
+    for text, base in LAST_STAGES.items():
+        (tmp_path / "Dockerfile").write_text(text)
+        rendered = Image.from_dockerfile("Dockerfile", root=tmp_path).dockerfile()
+        if not rendered.startswith(f"{base}\n# It sets back"):
+            wrong.append(f"{text}: {rendered}")
+    assert wrong == []
+
+
+def test_a_dockerfile_that_does_not_go_with_ours(tmp_path: Path) -> None:
+    for text in (
+        "# escape=`\nFROM a:1",
+        "FROM a:1 AS uv\nFROM b:1",
+        "FROM a:1 AS base\nFROM b:1",
+        "FROM a:1 AS local1\n",
+    ):
+        (tmp_path / "Dockerfile").write_text(text)
+        with pytest.raises(ImageError, match=r"from_dockerfile\('Dockerfile'.*(Rename it|Write it with)"):
+            Image.from_dockerfile("Dockerfile", root=tmp_path)
 
 
 def test_a_title_stays_below_a_dockerfiles_directives(tmp_path: Path) -> None:
@@ -665,23 +530,18 @@ def test_a_title_stays_below_a_dockerfiles_directives(tmp_path: Path) -> None:
     assert text.startswith("# syntax=docker/dockerfile:1\n# One\nFROM a:1 AS base\n")
 
 
-# --- the archive for the builder
-
-
-def test_the_context_archive_is_the_same_bytes_from_another_clone(project: Path, tmp_path: Path) -> None:
+def test_the_build_context_is_the_same_from_another_clone(project: Path, tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     shutil.copytree(project, clone, symlinks=True)
     for path in clone.rglob("*"):
         if not path.is_symlink():
             path.chmod(0o700 if path.is_dir() else 0o600)
-    one, two = (Image.debian_slim(root=root).add_local_python_source("app") for root in (project, clone))
-    assert builder.context_tar(one) == builder.context_tar(two)
-    for number, image in enumerate((one, two)):
-        builder.context_folder(image, tmp_path / f"context{number}")
-    states = [
-        {str(path.relative_to(folder)): (path.lstat().st_mode, path.lstat().st_mtime) for path in folder.rglob("*")}
-        for folder in (tmp_path / "context0", tmp_path / "context1")
-    ]
+    states = []
+    for root in (project, clone):
+        folder = tmp_path / f"context{len(states)}"
+        buildkit.write_context(Image.debian_slim(root=root).add_local_python_source("app"), folder)
+        files = [(str(path.relative_to(folder)), path.lstat()) for path in sorted(folder.rglob("*"))]
+        states.append([(name, state.st_mode, state.st_mtime) for name, state in files])
     assert states[0] == states[1]
-    assert {mtime for _, mtime in states[0].values()} == {0}
+    assert {mtime for _, _, mtime in states[0]} == {0}
     assert (tmp_path / "context0/app/inner").readlink() == Path("main.py")

@@ -25,7 +25,8 @@ import pytest
 import requests
 
 from fractal.errors import InputError, OutsideError
-from fractal.images import progress, push, registry, remote_engine, ssh
+from fractal.images import push, push_errors, registry, remote_engine, ssh
+from fractal.images.progress import PushProgress
 from tests.conftest import ROOT, until
 from tests.engines import Engine
 from tests.machine import Machine, Unavailable
@@ -44,20 +45,20 @@ HTPASSWD = f"{USER}:$2b$04$1z8vIz2wKP8qBgQVLAcECu3uTzGpKaZuVOSbhpoLeSxJAf3H96dkS
         ("no basic auth credentials", push.PushError, "Run: docker login reg.example:5000"),
         ("unauthorized: authentication required", push.PushError, "Run: docker login reg.example:5000"),
         ("denied: requested access to the resource is denied", push.PushError, "does not let this user push"),
-        ('Get "http://127.0.0.1:1/v2/": dial tcp 127.0.0.1:1: connect: connection refused', push.LostError, "Start the registry"),
-        ('Get "https://x.invalid:5000/v2/": dial tcp: lookup x.invalid on 10.0.0.53:53: no such host', push.LostError, "Check the name"),
+        ('Get "http://127.0.0.1:1/v2/": dial tcp 127.0.0.1:1: connect: connection refused', push.PushConnectionError, "Start the registry"),
+        ('Get "https://x.invalid:5000/v2/": dial tcp: lookup x.invalid on 10.0.0.53:53: no such host', push.PushConnectionError, "Check the name"),
         ('Get "https://172.17.0.1:5554/v2/": http: server gave HTTP response to HTTPS client', push.PushError, "insecure-registries"),
         ('Get "https://r.example/v2/": x509: certificate signed by unknown authority', push.PushError, "/etc/docker/certs.d/reg.example:5000/ca.crt"),
-        ("received unexpected HTTP status: 500 Internal Server Error", push.LostError, "broke off"),
-        ('Patch "http://127.0.0.1:5000/v2/pt/blobs/uploads/7f?_state=c2VjcmV0": EOF', push.LostError, "broke off"),
-        ("http: server closed idle connection", push.LostError, "broke off"),
-        ('Get "https://r.example/v2/": net/http: request canceled (Client.Timeout exceeded while awaiting headers)', push.LostError, "does not answer"),
+        ("received unexpected HTTP status: 500 Internal Server Error", push.PushConnectionError, "broke off"),
+        ('Patch "http://127.0.0.1:5000/v2/pt/blobs/uploads/7f?_state=c2VjcmV0": EOF', push.PushConnectionError, "broke off"),
+        ("http: server closed idle connection", push.PushConnectionError, "broke off"),
+        ('Get "https://r.example/v2/": net/http: request canceled (Client.Timeout exceeded while awaiting headers)', push.PushConnectionError, "does not answer"),
         ("write /var/lib/docker/tmp/x: no space left on device", push.PushError, "Make room"),
         ("something new", push.PushError, "something new"),
     ],
 )  # fmt: skip
 def test_an_engines_words_become_one_line_with_the_remedy(said: str, kind: type, expected: str) -> None:
-    error = push.explain(said, "reg.example:5000/team/x")
+    error = push_errors.error_from_engine(said, "reg.example:5000/team/x")
     assert type(error) is kind
     assert expected in str(error)
     assert "\n" not in str(error)
@@ -65,9 +66,9 @@ def test_an_engines_words_become_one_line_with_the_remedy(said: str, kind: type,
 
 def test_no_signature_and_no_password_of_a_url_is_repeated() -> None:
     said = 'Put "https://joe:hunter2@r.example/v2/x/blobs/uploads/1?X-Amz-Signature=abc&_state=def": EOF'
-    assert str(push.explain(said, "r.example/x")).count("r.example") == 2
+    assert str(push_errors.error_from_engine(said, "r.example/x")).count("r.example") == 2
     for secret in ("hunter2", "abc", "def"):
-        assert secret not in str(push.explain(said, "r.example/x"))
+        assert secret not in str(push_errors.error_from_engine(said, "r.example/x"))
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,8 @@ def test_no_signature_and_no_password_of_a_url_is_repeated() -> None:
     ],
 )
 def test_the_digest_is_found_in_what_any_engine_says(event: dict[str, object]) -> None:
-    assert push.reported(event) == f"sha256:{'0a' * 32}"
-    assert push.reported({"status": "Pushed", "progressDetail": {}, "id": "0a0a0a0a0a0a"}) is None
+    assert push.reported_digest(event) == f"sha256:{'0a' * 32}"
+    assert push.reported_digest({"status": "Pushed", "progressDetail": {}, "id": "0a0a0a0a0a0a"}) is None
 
 
 @pytest.mark.parametrize(
@@ -87,16 +88,16 @@ def test_the_digest_is_found_in_what_any_engine_says(event: dict[str, object]) -
     [  # OpenSSH 9.2
         ("ubuntu@10.0.0.1: Permission denied (publickey).", ssh.SshError, "does not let us in"),
         ("Host key verification failed.", ssh.SshError, "Connect once and confirm"),
-        ("ssh: Could not resolve hostname lambda: Name or service not known", ssh.SshLost, "add the alias"),
-        ("ssh: connect to host 10.0.0.1 port 22: Connection refused", ssh.SshLost, "still booting"),
-        ("ssh: connect to host 10.0.0.1 port 22: Connection timed out", ssh.SshLost, "firewall"),
-        ("Timeout, server 10.0.0.1 not responding.", ssh.SshLost, "ended"),
+        ("ssh: Could not resolve hostname lambda: Name or service not known", ssh.SshConnectionError, "add the alias"),
+        ("ssh: connect to host 10.0.0.1 port 22: Connection refused", ssh.SshConnectionError, "still booting"),
+        ("ssh: connect to host 10.0.0.1 port 22: Connection timed out", ssh.SshConnectionError, "firewall"),
+        ("Timeout, server 10.0.0.1 not responding.", ssh.SshConnectionError, "ended"),
         ("/x/config: line 1: Bad configuration option: nonsense", ssh.SshError, "rejects its configuration"),
-        ("", ssh.SshLost, "without a word"),
+        ("", ssh.SshConnectionError, "without a word"),
     ],
 )
 def test_sshs_words_become_one_line_with_the_remedy(words: str, kind: type, expected: str) -> None:
-    error = ssh.explain("lambda", words)
+    error = ssh.error_from_output("lambda", words)
     assert type(error) is kind
     assert expected in str(error)
 
@@ -127,7 +128,7 @@ def test_what_is_no_name_is_bad_input(name: str, prefix: str) -> None:
 @pytest.mark.parametrize("host", ["", "-oProxyCommand=touch /tmp/x", "a b", "a\nb"])
 def test_what_is_no_ssh_destination_is_bad_input(host: str) -> None:
     with pytest.raises(InputError):
-        ssh.Link(host, "exit")
+        ssh.SshConnection(host, "exit")
 
 
 @pytest.mark.parametrize(
@@ -140,13 +141,13 @@ def test_what_is_no_ssh_destination_is_bad_input(host: str) -> None:
     ],
 )  # fmt: skip
 def test_a_far_side_without_docker_is_told_what_to_do(output: str, expected: str) -> None:
-    with pytest.raises(remote_engine.FarError, match=expected):
-        remote_engine.read_probe("lambda", output)
+    with pytest.raises(remote_engine.RemoteEngineError, match=expected):
+        remote_engine.parse_engine("lambda", output)
 
 
 def test_the_far_engine_is_found_behind_chatter_and_sudo() -> None:
     words = "Welcome!\nno docker: permission denied\nok linux/amd64 sudo -n docker\n"
-    assert remote_engine.read_probe("lambda", words) == remote_engine.Engine("sudo -n docker", "linux/amd64")
+    assert remote_engine.parse_engine("lambda", words) == remote_engine.Engine("sudo -n docker", "linux/amd64")
 
 
 def test_a_tunnel_begins_at_the_same_port_each_time() -> None:
@@ -155,21 +156,24 @@ def test_a_tunnel_begins_at_the_same_port_each_time() -> None:
     assert next(remote_engine.local_ports("lambda")) != next(remote_engine.local_ports("ubuntu@10.0.0.1"))
 
 
-def test_without_a_terminal_progress_is_a_plain_line_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "PLAIN_S", 0.0)
-    with progress.board("push") as shown:
-        shown.see({"status": "The push refers to repository [x]"})
-        shown.see({"status": "Pushing", "id": "a", "progressDetail": {"current": 3 * MB, "total": 8 * MB}})
-        shown.see({"status": "Layer already exists", "id": "b", "progressDetail": {}})
-        shown.see({"status": "Pushed", "id": "a", "progressDetail": {}})
-    lines = capsys.readouterr().err.splitlines()
-    assert [line[: line.rindex(",")] for line in lines] == [
-        "push: 0 of 1 layers are there, 3 of 8 MB sent",
-        "push: 1 of 2 layers are there, 3 of 8 MB sent",
-        "push: 2 of 2 layers are there, 3 of 8 MB sent",
+def test_progress_counts_layers_and_bytes() -> None:
+    progress = PushProgress()
+    texts = []
+    for event in (
+        {"status": "The push refers to repository [x]"},
+        {"status": "Pushing", "id": "a", "progressDetail": {"current": 3 * MB, "total": 8 * MB}},
+        {"status": "Layer already exists", "id": "b", "progressDetail": {}},
+        {"status": "Pushed", "id": "a", "progressDetail": {}},
+    ):
+        progress.update(event)
+        texts.append(f"{progress.began} {progress}")
+    assert texts == [
+        "False 0 of 0 layers are there, 0 of 0 MB sent",
+        "True 0 of 1 layers are there, 3 of 8 MB sent",
+        "True 1 of 2 layers are there, 3 of 8 MB sent",
+        "True 2 of 2 layers are there, 3 of 8 MB sent",
     ]
+    assert progress.sent == {"a"}
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -270,7 +274,9 @@ MADE: list[str] = []  # ids of the test's images
 def processes() -> set[str]:
     """ssh of pushes, and the far side's, which this machine sees where the far side is a container."""
     found = {process.pid: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])}
-    return {f"process {pid} {words}" for pid, words in found.items() if "fractal-ssh-" in words or ssh.BEGINS in words}
+    return {
+        f"process {pid} {words}" for pid, words in found.items() if "fractal-ssh-" in words or ssh.START_MARKER in words
+    }
 
 
 def folders() -> set[str]:
@@ -363,7 +369,7 @@ class Registry:
 
     def digest(self, path: str, tag: str) -> str:
         reply = requests.get(
-            f"http://{self.host}/v2/{path}/manifests/{tag}", headers={"Accept": registry.IMAGES[0]}, timeout=10
+            f"http://{self.host}/v2/{path}/manifests/{tag}", headers={"Accept": registry.MANIFEST_TYPES[0]}, timeout=10
         )
         return reply.headers["Docker-Content-Digest"]
 
@@ -578,7 +584,7 @@ def test_a_registry_that_dies_in_the_middle_and_comes_back_gets_all(
 
 
 @pytest.mark.docker
-@pytest.mark.slow  # the engine itself tries for 50 s
+@pytest.mark.long  # the engine itself tries for 50 s
 def test_a_registry_that_stays_dead_is_given_up(client: docker.DockerClient, server: Registry) -> None:
     name = load(client, os.urandom(100 * KB), os.urandom(3 * MB))
     said: list[str] = []
@@ -688,7 +694,7 @@ def test_a_host_gets_the_image_and_then_only_what_it_lacks(client: docker.Docker
         again = over(client, first, there, said.append, there.config("proxy", HostName="127.0.0.1", Port=proxy.port))
         assert (again.digest, again.layers_sent, again.bytes_sent) == (pushed.digest, 0, 0)
         assert proxy.sent < 100 * KB  # of ssh and HTTP themselves
-    assert sum("registry's program" in line for line in said) == 1
+    assert sum("registry's image" in line for line in said) == 1
 
     second = load(client, layers[0], os.urandom(200 * KB), layers[2])
     changed = over(client, second, there)
@@ -742,16 +748,18 @@ def test_the_far_registry_ends_when_we_fall_silent(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     over(client, load(client, b""), there)
-    monkeypatch.setattr(remote_engine, "KEEPER", remote_engine.KEEPER.replace(f"timeout {ssh.SILENCE_S}", "timeout 2"))
-    monkeypatch.setattr(ssh, "BEAT_S", 0.5)
+    monkeypatch.setattr(ssh, "HEARTBEAT_TIMEOUT_S", 2)
+    monkeypatch.setattr(ssh, "HEARTBEAT_S", 0.5)
     monkeypatch.setattr(ssh, "END_TIMEOUT_S", 1)
     with (
         Proxy((there.ip, 22)) as proxy,
         remote_engine.connect(there.alias, there.config("proxy", HostName="127.0.0.1", Port=proxy.port)) as link,
     ):
-        engine = remote_engine.engine(link)
-        assert engine.words == "sudo -n docker"
-        served = remote_engine.start_registry(link, engine, remote_engine.ensure_program(link, engine, "debian", quiet))
+        engine = remote_engine.find_engine(link)
+        assert engine.command == "sudo -n docker"
+        served = remote_engine.start_registry(
+            link, engine, remote_engine.ensure_registry_image(link, engine, "debian", quiet)
+        )
         time.sleep(3)  # beats keep it
         assert served.container in there.sh("docker ps")
         proxy.silent = True
@@ -806,28 +814,30 @@ def test_a_persons_ssh_config_does_not_disturb(client: docker.DockerClient, ther
 @pytest.mark.docker
 def test_a_far_registrys_program_that_is_there_is_taken(client: docker.DockerClient, there: Machine) -> None:
     over(client, load(client, b""), there)
-    ours = registry.program_name("amd64")
+    ours = registry.program_image("amd64")
     with remote_engine.connect(there.alias, there.ssh_config) as link:
-        engine = remote_engine.engine(link)
-        assert remote_engine.ensure_program(link, engine, "auto", quiet) == ours
-        there.sh(f"docker tag {ours} {remote_engine.PUBLIC_PROGRAM}")
-        assert remote_engine.ensure_program(link, engine, "auto", quiet) == remote_engine.PUBLIC_PROGRAM
-        assert remote_engine.ensure_program(link, engine, "pull", quiet) == remote_engine.PUBLIC_PROGRAM
-        there.sh(f"docker rmi {remote_engine.PUBLIC_PROGRAM}")
+        engine = remote_engine.find_engine(link)
+        assert remote_engine.ensure_registry_image(link, engine, "auto", quiet) == ours
+        there.sh(f"docker tag {ours} {remote_engine.PUBLIC_IMAGE}")
+        assert remote_engine.ensure_registry_image(link, engine, "auto", quiet) == remote_engine.PUBLIC_IMAGE
+        assert remote_engine.ensure_registry_image(link, engine, "pull", quiet) == remote_engine.PUBLIC_IMAGE
+        there.sh(f"docker rmi {remote_engine.PUBLIC_IMAGE}")
 
 
 @pytest.mark.docker
 def test_a_far_side_that_cannot_pull_gets_the_program_from_here(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_engine, "PULL_PROGRAM_TIMEOUT_S", 2)
-    there.sh(f"docker rmi {registry.program_name('amd64')} 2> /dev/null; echo '127.0.0.1 nowhere' > /etc/resolv.conf")
+    monkeypatch.setattr(remote_engine, "PULL_REGISTRY_TIMEOUT_S", 2)
+    there.sh(f"docker rmi {registry.program_image('amd64')} 2> /dev/null; echo '127.0.0.1 nowhere' > /etc/resolv.conf")
     said: list[str] = []
     with remote_engine.connect(there.alias, there.ssh_config) as link:
-        engine = remote_engine.engine(link)
-        with pytest.raises(remote_engine.FarError, match=r"docker save registry:2 \| ssh lambda sudo -n docker load"):
-            remote_engine.ensure_program(link, engine, "pull", said.append)
-        assert remote_engine.ensure_program(link, engine, "auto", said.append) == registry.program_name("amd64")
+        engine = remote_engine.find_engine(link)
+        with pytest.raises(
+            remote_engine.RemoteEngineError, match=r"docker save registry:2 \| ssh lambda sudo -n docker load"
+        ):
+            remote_engine.ensure_registry_image(link, engine, "pull", said.append)
+        assert remote_engine.ensure_registry_image(link, engine, "auto", said.append) == registry.program_image("amd64")
     assert [line.split()[0] for line in said] == ["lambda", "lambda", "sending"]
 
 
@@ -853,12 +863,14 @@ def test_an_image_for_another_machine_is_not_sent(client: docker.DockerClient, t
 def test_another_image_than_ours_is_not_tagged_there(client: docker.DockerClient, there: Machine) -> None:
     name = load(client, os.urandom(KB))
     with remote_engine.connect(there.alias, there.ssh_config) as link:
-        engine = remote_engine.engine(link)
-        served = remote_engine.start_registry(link, engine, remote_engine.ensure_program(link, engine, "debian", quiet))
+        engine = remote_engine.find_engine(link)
+        served = remote_engine.start_registry(
+            link, engine, remote_engine.ensure_registry_image(link, engine, "debian", quiet)
+        )
         pushed = push.to_registry(client, name, f"127.0.0.1:{served.local_port}", say=quiet)
         false = registry.Manifest(pushed.digest, "sha256:" + "0" * 64, ())
-        with pytest.raises(remote_engine.FarError, match=f"{pushed.image_id}, and here it is sha256:000"):
-            remote_engine.pull(link, engine, served.port, "fractal-push-test", false, name)
+        with pytest.raises(remote_engine.RemoteEngineError, match=f"{pushed.image_id}, and here it is sha256:000"):
+            remote_engine.pull_from_loopback(link, engine, served.port, "fractal-push-test", false, name)
     assert there.sh(f"docker images -q {name}") == ""
 
 

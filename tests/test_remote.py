@@ -364,7 +364,7 @@ def test_a_shell_is_the_users_own_ssh(machine: Machine, remote: Remote) -> None:
 def test_a_machine_that_is_gone_ends_the_patience(machine: Machine, said: list[str], tmp_path: Path) -> None:
     config = machine.config(f"gone{time.time_ns()}", HostName="127.0.0.1", Port=1)
     with (
-        pytest.raises(ssh.SshLost, match="nothing listens"),
+        pytest.raises(ssh.SshConnectionError, match="nothing listens"),
         Remote(config, lambda: None, said.append, host=machine.alias, patience_s=2),
     ):
         pass

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal.images import scan
+from fractal.images import saved_layers, scan
+from fractal.images.secret_patterns import PATTERNS, Pattern, search
 
 # Put together here: written out, they would be found in this file by others' scans.
 AWS = b"AKIA" + b"Q3EGAXWZ7LMNOPRT"
@@ -25,8 +26,8 @@ KEY = b"-----BEGIN RSA PRIVATE" + b" KEY-----\n" + base64.b64encode(bytes(range(
 ADDRESS = b"index = https://ci-robot:" + b"9fK2xLq71z@pypi.internal.example/simple\n"
 
 
-def kinds(text: bytes, *more: scan.Needle) -> set[str]:
-    return {needle.kind for needle in scan.search([text], (*scan.NEEDLES, *more))}
+def kinds(text: bytes, *more: Pattern) -> set[str]:
+    return {pattern.kind for pattern in search([text], (*PATTERNS, *more))}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_borders_of_pieces_hide_nothing(before: bytes, secret: bytes, cuts: list
     text = before + b" " + secret + b" "
     places = [0, *sorted({min(cut, len(text)) for cut in cuts}), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(places)]
-    assert scan.search(pieces, scan.NEEDLES) == scan.search([text], scan.NEEDLES)
+    assert search(pieces, PATTERNS) == search([text], PATTERNS)
 
 
 def entry(name: str, size: int = 10, mode: int = 0o644) -> tarfile.TarInfo:
@@ -97,27 +98,27 @@ def entry(name: str, size: int = 10, mode: int = 0o644) -> tarfile.TarInfo:
     ],
 )
 def test_names_and_modes(found: tarfile.TarInfo, kind: str | None) -> None:
-    assert [k for k, _ in scan.look(found)] == ([kind] if kind else [])
+    assert [k for k, _ in scan.check_member(found)] == ([kind] if kind else [])
 
 
 def test_excuses_are_of_one_kind_and_place() -> None:
-    assert scan.excuse("setuid", "usr/bin/su")
-    assert not scan.excuse("setuid", "usr/bin/python3")
-    assert not scan.excuse("token", "usr/bin/su")
+    assert scan.known_reason("setuid", "usr/bin/su")
+    assert not scan.known_reason("setuid", "usr/bin/python3")
+    assert not scan.known_reason("token", "usr/bin/su")
 
 
 def test_a_certificate_is_known_as_pem_and_as_der() -> None:
     data = secrets.token_bytes(900)
     body = base64.b64encode(data).decode()
-    needles = scan.certificate_needles(body)
+    patterns = scan.certificate_patterns(body)
     pem = "-----BEGIN CERTIFICATE-----\n" + "\n".join(body[i : i + 64] for i in range(0, len(body), 64))
-    assert kinds(pem.encode(), *needles) == kinds(b"keystore" + data, *needles) == {"machine"}
-    assert kinds(base64.b64encode(secrets.token_bytes(900)), *needles) == set()
+    assert kinds(pem.encode(), *patterns) == kinds(b"keystore" + data, *patterns) == {"machine"}
+    assert kinds(base64.b64encode(secrets.token_bytes(900)), *patterns) == set()
 
 
 def test_only_addresses_that_not_everybody_uses_betray_a_machine() -> None:
     text = "deb https://deb.debian.org/debian x\nexport A='https://mirror.corp.example:8080/simple' http://localhost:1/"
-    assert scan.addresses(text) == {"mirror.corp.example"}
+    assert scan.private_hosts(text) == {"mirror.corp.example"}
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -136,7 +137,9 @@ def test_layers_are_read_from_pieces_of_any_size_and_known_by_their_hash(size: i
         {"x.json": b"{}", **{f"{i}/layer.tar": data for i, data in enumerate(layers)}, "manifest.json": b"[]"}
     )
     pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
-    found = [([e.name for e, _ in layer.entries], layer.diff_id()) for layer in scan.layers(pieces)]
+    found = [
+        ([member.name for member, _ in layer.members], layer.diff_id()) for layer in saved_layers.read_layers(pieces)
+    ]
     assert found == [
         (names, f"sha256:{hashlib.sha256(data).hexdigest()}")
         for names, data in zip([["a"], [], ["b", "c"]], layers, strict=True)
@@ -169,7 +172,7 @@ def planted(client: docker.DockerClient) -> Iterator[str]:
 
 @pytest.mark.docker
 def test_planted_secrets_are_found_in_every_layer(client: docker.DockerClient, planted: str) -> None:
-    mine = scan.Needle("machine", "a path", b"/home/someone/here")
+    mine = Pattern("machine", "a path", b"/home/someone/here")
     found = scan.scan(client, planted, [mine])
     assert {(f.kind, f.layer, f.path) for f in found.bad} == {
         ("private file", 0, "root/.netrc"),
@@ -192,17 +195,17 @@ def clean(client: docker.DockerClient) -> Iterator[str]:
 
 @pytest.mark.docker
 def test_a_clean_image_passes(client: docker.DockerClient, clean: str) -> None:
-    found = scan.scan(client, clean, scan.machine_needles())
+    found = scan.scan(client, clean, scan.machine_patterns())
     assert found.findings == []
     assert (found.layers, found.files) == (2, 2)
 
 
 @pytest.mark.docker
 def test_the_sandbox_image_is_clean(client: docker.DockerClient, image: str) -> None:
-    found = scan.scan(client, image, scan.machine_needles())
+    found = scan.scan(client, image, scan.machine_patterns())
     assert found.bad == []
     assert [f.kind for f in found.findings] == ["root"]
-    assert found.findings[0].excuse == scan.ROOT_EXCUSE
+    assert found.findings[0].known == scan.ROOT_REASON
 
 
 class Forgetful:
@@ -218,5 +221,5 @@ class Forgetful:
 
 @pytest.mark.docker
 def test_an_image_that_was_not_read_whole_is_not_called_clean(client: docker.DockerClient, clean: str) -> None:
-    with pytest.raises(scan.ScanError, match="2 of its layers"):
+    with pytest.raises(saved_layers.ScanError, match="2 of its layers"):
         scan.scan(Forgetful(client), clean)

@@ -29,7 +29,7 @@ from fractal.cloud.remote import ALIAS, Remote
 from fractal.errors import InputError, OutsideError
 from fractal.generate import models
 from fractal.images import build as images
-from fractal.images import containers, driver, push, recipes
+from fractal.images import containers, driver, engine, push, recipes
 from fractal.install import docker_engine
 from fractal.problems import sets
 
@@ -420,7 +420,7 @@ def driver_environment(remote: Remote, base: str) -> dict[str, str]:
 
 def base_of(name: str) -> str:
     """The label of an image that the engine here has; "" where it has none."""
-    client = images.connect()
+    client = engine.connect()
     try:
         return str(client.images.get(name).labels.get(images.BASE_LABEL, ""))
     except docker.errors.ImageNotFound:

@@ -195,20 +195,20 @@ def follow(
                 if once:
                     state = find(remote, job)
                     take(REST)
-                    link.check()
+                    link.check_alive()
                     return state
                 take(FOLLOW)
-                link.check()
+                link.check_alive()
                 state = find(remote, job)
                 if state.ended:
                     before = offset
                     take(REST)  # what the engine had not written out when it closed the stream
-                    link.check()
+                    link.check_alive()
                     if offset == before:
                         return state
                 else:
                     time.sleep(0.5)  # the stream ended, the job did not: the engine over there was restarted
-            except ssh.SshLost as error:
+            except ssh.SshConnectionError as error:
                 remote.again(error, link)
 
 

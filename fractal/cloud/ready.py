@@ -144,7 +144,7 @@ def wait(folder: Path, entry: Entry, say: Say, *, gpus: bool = True, refresh: Ca
         try:
             _climb(folder, entry, ip, say, found, gpus, refresh)
             break
-        except ssh.SshLost as error:
+        except ssh.SshConnectionError as error:
             if climb == CLIMBS:
                 raise CloudError(f"The machine was lost {CLIMBS} times on the way up. {error} {BILL}.") from error
         say("the machine was lost on the way, as if it boots again: once more from the first rung")
@@ -229,29 +229,29 @@ def _pin(folder: Path, ip: str, entry: Entry, say: Say) -> None:
         if keys:
             break
         if time.time() > deadline:
-            raise ssh.SshLost(f"{ip}: no sshd shows its host key within {KEY_TIMEOUT_S:.0f} s.")
+            raise ssh.SshConnectionError(f"{ip}: no sshd shows its host key within {KEY_TIMEOUT_S:.0f} s.")
         time.sleep(LOOK_S)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(place, "".join(f"{line}\n" for line in [*lines, *(f"{entry.id} {key}" for key in keys)]).encode())
     say(f"the host key of {entry.id} is pinned, as seen at its first contact")
 
 
-def _login(folder: Path, entry: Entry) -> ssh.Link:
-    """A connection. Raises SshLost where the machine does not answer, CloudError where it does not let us in."""
+def _login(folder: Path, entry: Entry) -> ssh.SshConnection:
+    """A connection. Raises SshConnectionError if the machine does not answer, CloudError if it does not let us in."""
     deadline = time.time() + LOGIN_TIMEOUT_S
     while True:
         try:
-            link = ssh.Link(alias.ALIAS, ssh.BEATS, alias.config_file(folder))
-            link.tell()
+            link = ssh.SshConnection(alias.ALIAS, ssh.WAIT_FOR_HEARTBEATS, config=alias.config_file(folder))
+            link.send_lines()
             return link
-        except ssh.SshKeyChanged as error:  # waiting changes nothing
+        except ssh.SshHostKeyError as error:  # waiting changes nothing
             known = shlex.quote(str(alias.known_hosts(folder)))
             raise CloudError(
                 f"The host key at the address of {entry.id} is not the one of its first contact: another machine has "
                 "this address now, or someone is in between. Nothing was sent there. If you gave the machine a new key "
                 f"yourself, forget the old one: ssh-keygen -R {entry.id} -f {known}. {BILL}."
             ) from error
-        except ssh.SshLost:
+        except ssh.SshConnectionError:
             if time.time() > deadline:
                 raise
         except ssh.SshError as error:
@@ -283,7 +283,7 @@ def _joined(lines: list[str]) -> str:
     return text if len(text) <= 300 else f"{text[:130]} ... {text[-165:]}"
 
 
-def _cloud_init(link: ssh.Link, say: Say, there: str) -> None:
+def _cloud_init(link: ssh.SshConnection, say: Say, there: str) -> None:
     deadline, told = time.time() + CLOUD_INIT_TIMEOUT_S, False
     log = f"{there} tail /var/log/cloud-init-output.log"
     while True:
@@ -309,12 +309,12 @@ def _cloud_init(link: ssh.Link, say: Say, there: str) -> None:
         raise CloudError(f"cloud-init failed: {_joined(reasons[:1] or lines[:1])}. See why: {log}. {BILL}.")
 
 
-def _ask_docker(link: ssh.Link) -> list[str]:
+def _ask_docker(link: ssh.SshConnection) -> list[str]:
     words = (f"{ANSWER_TIMEOUT_S:.0f}", f"{REPAIR_TIMEOUT_S:.0f}")
     return link.run(DOCKER, *words, timeout_s=3 * REPAIR_TIMEOUT_S).stdout.splitlines()
 
 
-def _docker(link: ssh.Link, found: Ready, there: str) -> None:
+def _docker(link: ssh.SshConnection, found: Ready, there: str) -> None:
     lines = _ask_docker(link)
     if "absent" in lines:
         raise CloudError(
@@ -337,7 +337,7 @@ def _docker(link: ssh.Link, found: Ready, there: str) -> None:
     found.docker = answer.removeprefix("answers ")
 
 
-def _rsync(link: ssh.Link, found: Ready, there: str) -> None:
+def _rsync(link: ssh.SshConnection, found: Ready, there: str) -> None:
     done = link.run(RSYNC, f"{REPAIR_TIMEOUT_S:.0f}", timeout_s=4 * REPAIR_TIMEOUT_S)
     if done.returncode:
         raise CloudError(
@@ -348,7 +348,7 @@ def _rsync(link: ssh.Link, found: Ready, there: str) -> None:
         found.repaired.append("rsync was installed")
 
 
-def _gpu(link: ssh.Link, found: Ready, say: Say, there: str) -> None:
+def _gpu(link: ssh.SshConnection, found: Ready, say: Say, there: str) -> None:
     def probe() -> tuple[bool, list[str]]:
         done = link.run(GPU, found.docker, f"{GPU_TIMEOUT_S:.0f}", timeout_s=2 * GPU_TIMEOUT_S + REPAIR_TIMEOUT_S)
         return done.returncode == 0, (done.stdout.strip() or done.stderr).splitlines()
@@ -390,7 +390,7 @@ def _gpu(link: ssh.Link, found: Ready, say: Say, there: str) -> None:
     )
 
 
-def _configure_toolkit(link: ssh.Link, found: Ready, there: str) -> None:
+def _configure_toolkit(link: ssh.SshConnection, found: Ready, there: str) -> None:
     done = link.run(CTK, found.docker, f"{REPAIR_TIMEOUT_S:.0f}", timeout_s=2 * REPAIR_TIMEOUT_S)
     if done.returncode == 0:
         found.repaired.append("NVIDIA's container toolkit was configured and Docker restarted")

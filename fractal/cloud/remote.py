@@ -47,7 +47,7 @@ class RemoteError(OutsideError):
 
 
 class Remote:
-    """A context manager; threads may share it. Raises SshError, SshLost, RemoteError, and what `refresh` raises."""
+    """A context manager; threads may share it. Raises SshError, RemoteError, and what `refresh` raises."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Remote:
         self.config, self.host, self.patience_s = config, host, patience_s
         self._refresh, self._say = refresh, say
         self._lock = threading.RLock()
-        self._link: ssh.Link | None = None
+        self._link: ssh.SshConnection | None = None
         self._docker = ""
 
     def __enter__(self) -> Self:
@@ -73,13 +73,13 @@ class Remote:
             self._link.close()
 
     @property
-    def link(self) -> ssh.Link:
+    def link(self) -> ssh.SshConnection:
         """The connection; made if there is none, with patience."""
         with self._lock:
             return self._link or self._connect(None)
 
-    def again(self, lost: ssh.SshLost, link: ssh.Link) -> ssh.Link:
-        """Another connection in the place of this one, which was lost. Raises SshLost when patience is over."""
+    def again(self, lost: ssh.SshConnectionError, link: ssh.SshConnection) -> ssh.SshConnection:
+        """Another connection in place of this one, which was lost. Raises SshConnectionError when patience is over."""
         with self._lock:
             if self._link is not link and self._link is not None:  # another thread was quicker
                 return self._link
@@ -88,16 +88,16 @@ class Remote:
             self._say(f"the connection is lost ({str(lost).split(':')[0].rstrip('.')}), what runs over there goes on")
             return self._connect(lost)
 
-    def _connect(self, lost: ssh.SshLost | None) -> ssh.Link:
+    def _connect(self, lost: ssh.SshConnectionError | None) -> ssh.SshConnection:
         deadline, began = time.time() + self.patience_s, time.time()  # the wall's clock: a laptop may have slept
         for attempt in range(10_000):
             if lost is not None:  # at first the alias leads to where the machine was seen a moment ago
                 self._refresh()
             try:
-                self._link = ssh.Link(self.host, ssh.BEATS, self.config)
-                self._link.tell()
+                self._link = ssh.SshConnection(self.host, ssh.WAIT_FOR_HEARTBEATS, config=self.config)
+                self._link.send_lines()
                 break
-            except ssh.SshLost as error:
+            except ssh.SshConnectionError as error:
                 lost = error
                 pause_s = PAUSES_S[min(attempt, len(PAUSES_S) - 1)]
                 if time.time() + pause_s > deadline:
@@ -116,7 +116,7 @@ class Remote:
             link = self.link
             try:
                 return link.run(script, *words, timeout_s=timeout_s)
-            except ssh.SshLost as error:
+            except ssh.SshConnectionError as error:
                 self.again(error, link)
 
     def must(self, what: str, script: str, *words: str, timeout_s: float = ssh.RUN_TIMEOUT_S) -> str:
@@ -169,14 +169,14 @@ class Remote:
             raise RemoteError("There is no rsync here. Install it: apt-get install rsync, or brew install rsync.")
         while True:
             link = self.link
-            done = _rsync([*RSYNC, "--rsh", link.shell, *words])
+            done = _rsync([*RSYNC, "--rsh", link.rsync_shell, *words])
             if done.returncode in (0, 24):  # 24: a file vanished meanwhile
                 return done.stdout
             if done.returncode in (10, 12, 30, 35, 255, -9, -15):  # of the transport
                 try:
-                    link.check()
+                    link.check_alive()
                     link.run("true")
-                except ssh.SshLost as error:
+                except ssh.SshConnectionError as error:
                     self.again(error, link)
                     continue
             raise self._rsync_failed(done.stderr)

@@ -26,6 +26,7 @@ from fractal.errors import InputError, OutsideError
 from fractal.generate import models
 from fractal.images import build as images
 from fractal.images import containers, hub_token, recipes
+from fractal.images.engine import first_line
 
 INPUTS = "/inputs"  # files and models from here, in the container
 PROCESSES = "ps -eo pid,etime,pcpu,pmem,args --sort=-pcpu | grep -E 'PID|[p]ython|[f]ractal' | cut -c1-160"
@@ -45,7 +46,7 @@ def need_images(engine: docker.DockerClient, names: Iterable[str], key: str, reg
             engine.images.pull(f"{registry}/{repository}", tag=tag).tag(repository, tag)
         except docker.errors.APIError as error:
             raise OutsideError(
-                f"The machine cannot pull {registry}/{name}: {images.first_line(error)}. Log in here (docker login), "
+                f"The machine cannot pull {registry}/{name}: {first_line(error)}. Log in here (docker login), "
                 f"or send it over ssh: invoke push --host={ALIAS}"
             ) from error
 

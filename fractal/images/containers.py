@@ -2,7 +2,7 @@
 
     code = run_stages("pipeline-cpu", Path("runs/demo"), ["--stage", "verify"])
 
-What `docker run` would be told is decided by pure functions; `run` starts both containers, follows, and ends them.
+Pure functions decide the options of `docker run`; `run` starts both containers, prints their output, and ends them.
 """
 
 import os
@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 import docker
 import docker.errors
 import docker.types
+import platformdirs
 import requests
 
 from fractal.console import note
 from fractal.errors import InputError, OutsideError
-from fractal.generate import models
 from fractal.images import driver, hub_token, recipes
-from fractal.images.build import BASE_LABEL, Say, connect, ensure, first_line
+from fractal.images.build import BASE_LABEL, ensure
+from fractal.images.engine import Say, connect, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
 from fractal.install import docker_engine, gpu
 from fractal.rundir import commit
@@ -37,7 +38,7 @@ SIDECAR_TIMEOUT_S = 30
 LABEL = "fractal.pipeline"
 SHARED_MEMORY = "2g"  # vLLM's processes exchange tensors there; Docker's default is 64 MiB
 # What the tests read beside the package, mounted where the image has the package.
-TESTED = (
+TEST_SOURCES = (
     "tests",
     "docker",
     "docs",
@@ -70,16 +71,16 @@ class Setup:
     token: str = field(default="", repr=False)  # of the model hub; becomes a file, not a part of the configuration
 
 
-def options(wanted: Setup) -> dict[str, Any]:
+def host_options(setup: Setup) -> dict[str, Any]:
     """Options of the Docker SDK's create_host_config. No Docker socket, no capability, no new privilege."""
     return {
-        "binds": [f"{cache_volume(wanted.user)}:{CACHE}", f"{wanted.sidecar}:{Path(SOCKET).parent}", *wanted.binds],
-        "network_mode": "bridge" if wanted.network else "none",
+        "binds": [f"{cache_volume(setup.user)}:{CACHE}", f"{setup.sidecar}:{Path(SOCKET).parent}", *setup.binds],
+        "network_mode": "bridge" if setup.network else "none",
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "shm_size": SHARED_MEMORY,
         "init": True,  # reaps what vLLM leaves, and hands signals on
-        **({"device_requests": [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]} if wanted.gpus else {}),
+        **({"device_requests": [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]} if setup.gpus else {}),
     }
 
 
@@ -118,7 +119,7 @@ def chown_cache(client: docker.DockerClient, image: str, user: str) -> None:
 
 def suite_setup(sidecar: str, root: Path = ROOT) -> Setup:
     """The test suite inside the image: without network, the sources of the tests mounted read-only."""
-    binds = [f"{root / name}:/app/{name}:ro" for name in TESTED if (root / name).exists()]
+    binds = [f"{root / name}:/app/{name}:ro" for name in TEST_SOURCES if (root / name).exists()]
     shared = root.parent / "shared"  # real data beside the checkout, where there is some
     binds += [f"{shared}:/shared:ro"] if shared.is_dir() else []
     return Setup(
@@ -146,7 +147,7 @@ def run_setup(sidecar: str, folder: Path, *, gpus: bool, network: bool = True) -
 
 def model_binds() -> tuple[str, ...]:
     """Models that were prepared on this machine, made readable for the pipeline's user."""
-    folder = models.cache_dir() / "models"
+    folder = Path(os.environ.get("FRACTAL_CACHE") or platformdirs.user_cache_dir("fractal")) / "models"
     for file in folder.glob("*/*"):
         if file.stat().st_uid == os.geteuid() and file.is_file():
             file.chmod(file.stat().st_mode | 0o444)
@@ -199,7 +200,7 @@ def sidecar(client: docker.DockerClient, say: Say, image: str) -> Iterator[str]:
 def _start_sidecar(client: docker.DockerClient, name: str, image: str) -> None:
     start_sidecar(volume=name, name=name, image=image, client=client)
     try:
-        _await_socket(client, name)
+        _wait_for_socket(client, name)
     except BaseException:
         _end_sidecar(client, name)
         raise
@@ -210,7 +211,7 @@ def _end_sidecar(client: docker.DockerClient, name: str) -> None:
     _remove_volume(client, name)
 
 
-def _await_socket(client: docker.DockerClient, name: str) -> None:
+def _wait_for_socket(client: docker.DockerClient, name: str) -> None:
     deadline = time.monotonic() + SIDECAR_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
@@ -245,13 +246,15 @@ def run(client: docker.DockerClient, recipe: Recipe, command: Iterable[str], mak
     name = ensure(client, recipe, say).name
     try:
         with sidecar(client, say, sandbox_name) as volume:
-            facts = provenance(client.images.get(name), name, client.images.get(sandbox_name), sandbox_name, recipe)
-            return _follow(client, name, list(command), make_setup(volume), facts)
+            manifest_facts = provenance(
+                client.images.get(name), name, client.images.get(sandbox_name), sandbox_name, recipe
+            )
+            return _follow(client, name, list(command), make_setup(volume), manifest_facts)
     except (docker.errors.DockerException, requests.RequestException) as error:
-        raise _failed(name, error) from error
+        raise _start_error(name, error) from error
 
 
-def _failed(name: str, error: Exception) -> ContainerError:
+def _start_error(name: str, error: Exception) -> ContainerError:
     reason = first_line(error)
     remedy = docker_engine.problem() or "Run the command again."
     if "could not select device driver" in reason:
@@ -279,12 +282,14 @@ def start(
     name = f"fractal-sandbox-{job}"
     try:
         _start_sidecar(client, name, sandbox)
-        facts = provenance(client.images.get(pipeline), pipeline, client.images.get(sandbox), sandbox, recipe)
-        wanted = make_setup(name)
-        client.api.start(_create(client, pipeline, list(command), wanted, facts, f"fractal-job-{job}", labels, size))
+        manifest_facts = provenance(client.images.get(pipeline), pipeline, client.images.get(sandbox), sandbox, recipe)
+        setup = make_setup(name)
+        client.api.start(
+            _create(client, pipeline, list(command), setup, manifest_facts, f"fractal-job-{job}", labels, size)
+        )
     except (docker.errors.DockerException, requests.RequestException) as error:
         end(client, job)
-        raise _failed(pipeline, error) from error
+        raise _start_error(pipeline, error) from error
     except BaseException:
         end(client, job)
         raise
@@ -301,35 +306,35 @@ def _create(
     client: docker.DockerClient,
     image: str,
     command: list[str],
-    wanted: Setup,
-    facts: Mapping[str, str],
+    setup: Setup,
+    provenance: Mapping[str, str],
     name: str,
     labels: Mapping[str, str],
     size: os.terminal_size | None,
 ) -> str:
-    environment = {"FRACTAL_SOCKET": SOCKET, **facts, **wanted.environment}
-    if wanted.token:
+    environment = {"FRACTAL_SOCKET": SOCKET, **provenance, **setup.environment}
+    if setup.token:
         environment["HF_TOKEN_PATH"] = hub_token.PATH
     if size:
         environment |= {"TERM": os.environ.get("TERM", "xterm"), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
-    chown_cache(client, image, wanted.user)
+    chown_cache(client, image, setup.user)
     logs = docker.types.LogConfig(type=docker.types.LogConfig.types.JSON, config={"max-size": "1000g"})  # never cut
     created = client.api.create_container(
         image,
         command,
         name=name,
-        user=wanted.user,
+        user=setup.user,
         tty=size is not None,
         environment=environment,
-        working_dir=wanted.workdir,
-        entrypoint=list(wanted.entrypoint) or None,
+        working_dir=setup.workdir,
+        entrypoint=list(setup.entrypoint) or None,
         labels={LABEL: "1", **labels},
-        host_config=client.api.create_host_config(**options(wanted), log_config=logs),
+        host_config=client.api.create_host_config(**host_options(setup), log_config=logs),
     )
     identity: str = created["Id"]
-    if wanted.token:
+    if setup.token:
         try:
-            client.api.put_archive(identity, "/", hub_token.archive(wanted.token, wanted.user))
+            client.api.put_archive(identity, "/", hub_token.archive(setup.token, setup.user))
         except BaseException:
             client.api.remove_container(identity, force=True)
             raise
@@ -341,65 +346,63 @@ def terminal() -> os.terminal_size | None:
     return shutil.get_terminal_size() if sys.stdout.isatty() and sys.stderr.isatty() else None
 
 
-def _follow(client: docker.DockerClient, name: str, command: list[str], wanted: Setup, facts: Mapping[str, str]) -> int:
-    created = _create(client, name, command, wanted, facts, f"fractal-pipeline-{secrets.token_hex(4)}", {}, terminal())
+def _follow(
+    client: docker.DockerClient, name: str, command: list[str], setup: Setup, provenance: Mapping[str, str]
+) -> int:
+    created = _create(
+        client, name, command, setup, provenance, f"fractal-pipeline-{secrets.token_hex(4)}", {}, terminal()
+    )
     try:
         stream = client.api.attach(created, stdout=True, stderr=True, stream=True, logs=True, demux=True)
         client.api.start(created)
         for out, err in stream:
-            for data, place in ((out, sys.stdout), (err, sys.stderr)):
+            for data, output in ((out, sys.stdout), (err, sys.stderr)):
                 if data:
-                    place.buffer.write(data)
-                    place.flush()
+                    output.buffer.write(data)
+                    output.flush()
         return int(client.api.wait(created)["StatusCode"])
     finally:
         client.api.remove_container(created, force=True)
 
 
-def run_stages(key: str, run_folder: Path, words: Iterable[str], *, gpus: bool = False) -> int:
+def run_stages(key: str, run_folder: Path, arguments: Iterable[str], *, gpus: bool = False) -> int:
     """`fractal run` in an image; the run's folder is this machine's. Returns the exit code."""
     recipe = pipeline(key)
     folder = prepare_run(run_folder)
-    given = [str(word) for word in words]
+    given = [str(argument) for argument in arguments]
     command = ["run", "--run", f"{WORK}/runs/{folder.name}", *given]
     if token := hub_token.find(given, folder):
         note(f"your Hugging Face token goes into the container, as a file; {hub_token.SWITCH}=1 keeps it out")
-    client = connect()
-    try:
-        on_gpu = gpus or gpu.has_gpu()
-        compat = _compat(client, recipe) if on_gpu and key == "pipeline" else {}
+    on_gpu = gpus or gpu.has_gpu()
+    with closing(connect()) as client:
+        compatibility = _driver_environment(client, recipe) if on_gpu and key == "pipeline" else {}
 
         def make_setup(volume: str) -> Setup:
-            wanted = run_setup(volume, folder, gpus=on_gpu)
-            return replace(wanted, environment={**wanted.environment, **compat}, token=token)
+            setup = run_setup(volume, folder, gpus=on_gpu)
+            return replace(setup, environment={**setup.environment, **compatibility}, token=token)
 
         return run(client, recipe, command, make_setup, note)
-    finally:
-        client.close()
 
 
-def _compat(client: docker.DockerClient, recipe: Recipe) -> dict[str, str]:
+def _driver_environment(client: docker.DockerClient, recipe: Recipe) -> dict[str, str]:
     """What the CUDA image needs beside this machine's driver. Raises DriverError."""
-    version, cards = gpu.driver_version() or "", [card.name for card in gpu.gpus()]
+    version, names = gpu.driver_version() or "", [device.name for device in gpu.gpus()]
     remedy = "Upgrade the driver, or take --image=pipeline-cpu."
-    if not driver.environment(version, cards, base="", remedy=remedy):
+    if not driver.environment(version, names, base="", remedy=remedy):
         return {}
-    return driver.environment(version, cards, base=ensure(client, recipe, note).base, remedy=remedy)
+    return driver.environment(version, names, base=ensure(client, recipe, note).base, remedy=remedy)
 
 
-def run_tests(key: str, words: Iterable[str]) -> int:
+def run_tests(key: str, arguments: Iterable[str]) -> int:
     """The test suite in an image, without network. Returns pytest's exit code."""
     recipe = pipeline(key)
-    client = connect()
-    try:
-        return run(client, recipe, words, suite_setup, note)
-    finally:
-        client.close()
+    with closing(connect()) as client:
+        return run(client, recipe, arguments, suite_setup, note)
 
 
 def pipeline(key: str) -> Recipe:
     """The recipe of an image that holds the pipeline. Raises InputError."""
-    found = recipes.choose(key)
-    if len(found) != 1 or not found[0].key.startswith("pipeline"):
+    chosen = recipes.choose(key)
+    if len(chosen) != 1 or not chosen[0].key.startswith("pipeline"):
         raise InputError(f"--image={key}: holds no pipeline. There are: pipeline-cpu, pipeline.")
-    return found[0]
+    return chosen[0]

@@ -66,7 +66,7 @@ class BootstrapError(OutsideError):
 
 def sources(text: str) -> list[str]:
     """Debian's own entries for our suite in a file of apt sources (either style), as one-line sources."""
-    found = []
+    entries = []
     stanzas = re.split(r"\n\s*\n", "\n".join(line for line in text.splitlines() if not line.startswith("#")))
     for stanza in stanzas:
         fields = {
@@ -77,14 +77,14 @@ def sources(text: str) -> list[str]:
             key = fields.get("signed-by", [])
             options = f"[signed-by={key[0]}] " if len(key) == 1 else ""
             for uri in fields.get("uris", []):
-                found += [(options, uri, suite, fields.get("components", [])) for suite in fields.get("suites", [])]
+                entries += [(options, uri, suite, fields.get("components", [])) for suite in fields.get("suites", [])]
     for match in re.finditer(r"^deb\s+(\[[^]]*\]\s+)?(\S+)\s+(\S+)\s+(.+)$", text, re.M):
-        found.append((match[1] or "", match[2], match[3], match[4].split()))
-    wanted = {SUITE, f"{SUITE}-updates", f"{SUITE}-security"}
+        entries.append((match[1] or "", match[2], match[3], match[4].split()))
+    suites = {SUITE, f"{SUITE}-updates", f"{SUITE}-security"}
     return [
         f"deb {options}{uri} {suite} main"
-        for options, uri, suite, components in found
-        if suite in wanted and "main" in components and "debian" in uri
+        for options, uri, suite, components in entries
+        if suite in suites and "main" in components and "debian" in uri
     ]
 
 
@@ -98,9 +98,9 @@ def mirror_arguments(environ: Mapping[str, str], etc: Path = Path("/etc")) -> li
     ]
     entries: dict[str, str] = {}  # apt refuses an entry that stands twice with different options
     for line in (line for text in texts for line in sources(text)):
-        place = re.sub(r"^deb (\[.*\] )?", "", line).replace("/ ", " ")
-        if place not in entries or "[" in line:
-            entries[place] = line
+        source = re.sub(r"^deb (\[.*\] )?", "", line).replace("/ ", " ")
+        if source not in entries or "[" in line:
+            entries[source] = line
     return list(entries.values()) if any(f" {SUITE} main" in line for line in entries) else []
 
 
@@ -132,12 +132,12 @@ def bootstrap(client: docker.DockerClient, kind: Kind, log: Path) -> str:
     with tempfile.TemporaryDirectory(prefix="fractal-base-") as folder:
         whole, filtered = Path(folder, "whole.tar"), Path(folder, "filtered.tar")
         argv = ["mmdebstrap", f"--variant={kind.variant}", f"--include={','.join(packages)}", *hook, *network_options()]
-        begun = int(time.time())
+        start = int(time.time())
         mirrors = mirror_arguments(os.environ)
         run([*argv, SUITE, str(whole), *mirrors], log)
         with tarfile.open(whole) as old, tarfile.open(filtered, "w", format=tarfile.GNU_FORMAT) as new:
             # A mirror of this network reaches the builds as a secret.
-            settle(old, new, kind.left_out + r"|etc/apt/sources\.list" * bool(mirrors), kind.modes, begun)
+            normalize(old, new, kind.left_out + r"|etc/apt/sources\.list" * bool(mirrors), kind.modes, start)
         reply = str(client.api.import_image(src=str(filtered), repository=repository, tag=tag))
         if '"error"' in reply:
             raise BootstrapError(f"The engine does not take the base image: {reply.strip()[-300:]}")
@@ -149,7 +149,7 @@ def run(argv: list[str], log: Path) -> None:
     with log.open("a+") as out:
         out.write(f"$ {argv}\n")
         out.flush()
-        start = out.tell()
+        offset = out.tell()
         # A session of its own: a Ctrl-C reaches it once, from us, and it cleans up.
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         try:
@@ -160,7 +160,7 @@ def run(argv: list[str], log: Path) -> None:
             if isinstance(error, subprocess.TimeoutExpired):
                 raise BootstrapError(f"mmdebstrap does not end after {BOOTSTRAP_TIMEOUT_S} s. Look at {log}") from error
             raise
-        out.seek(start)
+        out.seek(offset)
         if code:
             raise BootstrapError(
                 f"mmdebstrap failed: {reason(out)}. Check that Debian's mirror can be reached, or name another one "
@@ -174,24 +174,24 @@ def reason(output: IO[str]) -> str:
     return next((line for line in lines if line.startswith(("E:", "Err:"))), (lines or ["no output"])[-1])[:300]
 
 
-def settle(old: tarfile.TarFile, new: tarfile.TarFile, left_out: str, modes: int, begun: int) -> None:
-    """Copy what is not left out. What was written since `begun` (a Unix time) gets the time 0 and no trace of the day.
+def normalize(old: tarfile.TarFile, new: tarfile.TarFile, left_out: str, modes: int, start: int) -> None:
+    """Copy what is not left out. What was written since `start` (a Unix time) gets the time 0 and no trace of the day.
 
     Older times stay: Python's compiled files know those of their sources.
     """
     drop = re.compile(left_out)
-    for entry in old:
-        name = entry.name.removeprefix("./")
+    for member in old:
+        name = member.name.removeprefix("./")
         if drop.match(name) or name in EMPTY:
             continue
-        entry.mode &= modes
-        if entry.mtime >= begun:
-            entry.mtime = 0
-        content = old.extractfile(entry) if entry.isreg() else None
+        member.mode &= modes
+        if member.mtime >= start:
+            member.mtime = 0
+        content = old.extractfile(member) if member.isreg() else None
         if content is not None and re.fullmatch("etc/shadow-?", name):
             # The third field is the day on which the account was made.
             text = re.sub(rb"(?m)^([^:]*:[^:]*:)\d*:", rb"\1:", content.read())
-            entry.size, content = len(text), io.BytesIO(text)
-        new.addfile(entry, content)
+            member.size, content = len(text), io.BytesIO(text)
+        new.addfile(member, content)
     for name in EMPTY:
         new.addfile(tarfile.TarInfo(f"./{name}"))

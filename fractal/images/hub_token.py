@@ -14,19 +14,19 @@ from itertools import pairwise
 from pathlib import Path
 
 from fractal.errors import OutsideError
-from fractal.generate import models
 
 PATH = "/run/secrets/hf_token"
+EMBEDDED_MODEL = "smollm2-135m-instruct"  # comes with a package, not from the hub
 SWITCH = "HF_HUB_DISABLE_IMPLICIT_TOKEN"  # huggingface_hub's own: never send the token unasked
 
 
-def find(words: Sequence[str], folder: Path) -> str:
-    """The token for `fractal run` with these words in this folder; "" if there is none, or the model is not the hub's.
+def find(arguments: Sequence[str], folder: Path) -> str:
+    """The token for `fractal run` with these arguments in a run's folder; "" without one, or for a model on disk.
 
     HF_TOKEN, or what `hf auth login` has kept. Raises OutsideError if huggingface_hub cannot read it.
     """
-    model = model_of(words, folder)
-    if model in (None, models.EMBEDDED) or model.startswith((".", "/", "~")) or Path(model).exists():
+    model = model_of(arguments, folder)
+    if model in (None, EMBEDDED_MODEL) or model.startswith((".", "/", "~")) or Path(model).exists():
         return ""
     from huggingface_hub import constants, get_token
 
@@ -39,13 +39,13 @@ def find(words: Sequence[str], folder: Path) -> str:
         raise OutsideError(f"The Hugging Face token cannot be read: {reason}. Mend that, or set {SWITCH}=1.") from error
 
 
-def model_of(words: Sequence[str], folder: Path) -> str | None:
-    """The model that `fractal run` with these words takes: the one named, else the one that the run was made with."""
-    for word, value in pairwise([*words, ""]):
-        if word == "--model":
+def model_of(arguments: Sequence[str], folder: Path) -> str | None:
+    """The model that `fractal run` with these arguments takes: --model, else the one that the run was made with."""
+    for option, value in pairwise([*arguments, ""]):
+        if option == "--model":
             return value
-        if word.startswith("--model="):
-            return word.removeprefix("--model=")
+        if option.startswith("--model="):
+            return option.removeprefix("--model=")
     try:
         return str(json.loads((folder / "manifest.json").read_bytes())["config"]["generate"]["model"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,7 @@
 """What is here of our images, and what a rebuild would do and why: `invoke images`. Builds nothing."""
 
 import json
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,14 +12,15 @@ from rich.table import Table
 
 from fractal import console
 from fractal.images import recipes
-from fractal.images.build import BASE_LABEL, PARTS_LABEL, connect, first_line
-from fractal.images.builder import BuildError
+from fractal.images.build import BASE_LABEL, PARTS_LABEL
+from fractal.images.build_errors import BuildError
+from fractal.images.engine import connect, first_line
 from fractal.images.recipes import Recipe
 from fractal.install import docker_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class ImageState:
     """One of our images, as the engine has it."""
 
     image: str  # key
@@ -33,7 +35,7 @@ class Entry:
     older: int  # images of earlier sources that are here
 
 
-def inventory(client: docker.DockerClient) -> list[Entry]:
+def inventory(client: docker.DockerClient) -> list[ImageState]:
     """All recipes, looked up. Raises BuildError if the engine fails."""
     try:
         return [look_up(client, recipe) for recipe in recipes.recipes().values()]
@@ -43,23 +45,24 @@ def inventory(client: docker.DockerClient) -> list[Entry]:
         ) from error
 
 
-def look_up(client: docker.DockerClient, recipe: Recipe) -> Entry:
+def look_up(client: docker.DockerClient, recipe: Recipe) -> ImageState:
+    """The state of one recipe's image."""
     name = recipe.name
     known = client.images.list(name=f"fractal-{recipe.key}")
-    found = next((image for image in known if name in image.tags), None)
-    others = sorted((image for image in known if name not in image.tags), key=_tagged)
+    current = next((image for image in known if name in image.tags), None)
+    older = sorted((image for image in known if name not in image.tags), key=_last_tagged)
     tag, _, digest = recipe.image.base.partition("@")
-    return Entry(
+    return ImageState(
         image=recipe.key,
         name=name,
-        here=found is not None,
-        digest=found.id if found else None,
-        bytes=found.attrs["Size"] if found else None,
+        here=current is not None,
+        digest=current.id if current else None,
+        bytes=current.attrs["Size"] if current else None,
         base=tag,
         base_digest=digest or None,
-        built_on=found.labels.get(BASE_LABEL) if found else None,
-        rebuild="nothing" if found else why(recipe.image.parts(), _parts(others[-1]) if others else None),
-        older=len(others),
+        built_on=current.labels.get(BASE_LABEL) if current else None,
+        rebuild="nothing" if current else why(recipe.image.parts(), _parts(older[-1]) if older else None),
+        older=len(older),
     )
 
 
@@ -72,28 +75,23 @@ def why(wanted: dict[str, str], built: dict[str, str] | None) -> str:
             reason = "changed" if part in built else "is new"
             kept = f"{at} of {len(wanted)} parts are kept"
             return f"from [{part}] on, which {reason}; {kept}"
-    gone = [part for part in built if part not in wanted]
-    return f"its last steps: [{gone[0]}] is gone" if gone else "its configuration"
+    removed = [part for part in built if part not in wanted]
+    return f"its last steps: [{removed[0]}] is gone" if removed else "its configuration"
 
 
 def prune(client: docker.DockerClient) -> list[str]:
     """Remove our images of earlier sources, except those that a container uses; returns their names."""
-    gone = []
+    removed = []
     for recipe in recipes.recipes().values():
-        current = recipe.name
-        for image in client.images.list(name=f"fractal-{recipe.key}"):
-            for name in image.tags:
-                if name == current:
-                    continue
-                try:
-                    client.images.remove(name)
-                    gone.append(name)
-                except docker.errors.APIError:  # a container uses it
-                    pass
-    return gone
+        images = client.images.list(name=f"fractal-{recipe.key}")
+        for name in {tag for image in images for tag in image.tags} - {recipe.name}:
+            with suppress(docker.errors.APIError):  # a container uses it
+                client.images.remove(name)
+                removed.append(name)
+    return sorted(removed)
 
 
-def _tagged(image: Any) -> str:
+def _last_tagged(image: Any) -> str:
     return str(image.attrs.get("Metadata", {}).get("LastTagTime", ""))
 
 
@@ -107,27 +105,24 @@ def _parts(image: Any) -> dict[str, str] | None:
 
 def show(*, as_json: bool = False, older: bool = True) -> None:
     """Print it, as a table or as JSON lines. Without `older`, images of earlier sources are removed first."""
-    client = connect()
-    try:
+    with closing(connect()) as client:
         for name in [] if older else prune(client):
             console.note(f"{name} is removed")
-        entries = inventory(client)
-    finally:
-        client.close()
+        images = inventory(client)
     if as_json:
-        for entry in entries:
-            print(json.dumps(asdict(entry)))
+        for image in images:
+            print(json.dumps(asdict(image)))
         return
     table = Table(box=None, pad_edge=False)
     for column in ("image", "tag", "here", "size", "digest"):
         table.add_column(column, no_wrap=True)
-    for entry in entries:
-        size = f"{entry.bytes / 1e6:,.0f} MB" if entry.bytes is not None else ""
-        here = "yes" if entry.here else f"no, {entry.older} older" if entry.older else "no"
-        digest = entry.digest.removeprefix("sha256:")[:12] if entry.digest else ""
-        table.add_row(entry.name.partition(":")[0], entry.name.partition(":")[2], here, size, digest)
+    for image in images:
+        size = f"{image.bytes / 1e6:,.0f} MB" if image.bytes is not None else ""
+        here = "yes" if image.here else f"no, {image.older} older" if image.older else "no"
+        digest = image.digest.removeprefix("sha256:")[:12] if image.digest else ""
+        table.add_row(image.name.partition(":")[0], image.name.partition(":")[2], here, size, digest)
     console.say(table)
-    for entry in entries:
-        pinned = entry.base_digest or "its digest is not known here: `invoke lock` where a registry answers"
-        built_on = f"; what is here stands on {entry.built_on}" if entry.built_on else ""
-        console.say(f"{entry.image}: base {entry.base}, {pinned}{built_on}. A build would do: {entry.rebuild}.")
+    for image in images:
+        pinned = image.base_digest or "its digest is not known here: `invoke lock` where a registry answers"
+        built_on = f"; what is here stands on {image.built_on}" if image.built_on else ""
+        console.say(f"{image.image}: base {image.base}, {pinned}{built_on}. A build would do: {image.rebuild}.")

