@@ -18,26 +18,22 @@ from fractal.images import recipes
 from tests.conftest import ROOT
 
 SHELL = 'RUN /bin/sh -c begun=@$(($(date +%s) - 600)); sh -ec "$0" && { find / -exec touch -hcd @0 {} + 2> /dev/null || :; } '
+APT = "{ dpkg -s a > /dev/null || { apt-get update && apt-get install -y a; }; }"
+TITLES = {
+    "": "base",
+    f"{SHELL}{APT} # buildkit": "Debian packages",
+    f"{SHELL}/run/uv venv --no-cache --quiet /opt/venv # buildkit": "empty environment",
+    f"{SHELL}. /run/secrets/settings && X=Y /run/uv pip install --find-links /w --no-deps torch==2.1+cpu # buildkit": "Python package torch==2.1+cpu",
+    "[stage-5 4/8] RUN --mount=type=tmpfs,target=/run --mount=type=bind,a=b X=Y /run/uv pip install -r /run/cpu.lock": "Python packages of cpu.lock",
+    "[uv 2/2] RUN python3 -m venv /uv && /uv/bin/pip install --require-hashes -r /run/uv.lock": "uv itself",
+    "COPY /local/ / # buildkit": "local files",
+    "[stage-5 5/8] COPY --from=local1 /local/ /": "local files",
+    f"{SHELL}. /run/secrets/settings && mkdir -m 1777 -p /cache # buildkit": "mkdir -m 1777 -p /cache",
+}
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("", "base"),
-        (SHELL + "{ dpkg -s a > /dev/null || { apt-get update && apt-get install -y a; }; } # buildkit", "Debian packages"),
-        (SHELL + "/run/uv venv --no-cache --quiet /opt/venv # buildkit", "empty environment"),
-        (SHELL + ". /run/secrets/settings && X=Y /run/uv pip install --find-links /w --no-deps torch==2.1+cpu # buildkit",
-         "Python package torch==2.1+cpu"),
-        ("[stage-5 4/8] RUN --mount=type=tmpfs,target=/run     --mount=type=bind,a=b X=Y /run/uv pip install -r /run/cpu.lock",
-         "Python packages of cpu.lock"),
-        ("[uv 2/2] RUN python3 -m venv /uv && /uv/bin/pip install --require-hashes -r /run/uv.lock", "uv itself"),
-        ("COPY /local/ / # buildkit", "local files"),
-        ("[stage-5 5/8] COPY --from=local1 /local/ /", "local files"),
-        (SHELL + ". /run/secrets/settings && mkdir -m 1777 -p /cache # buildkit", "mkdir -m 1777 -p /cache"),
-    ],
-)  # fmt: skip
-def test_a_layer_has_a_title(command: str, words: str) -> None:
-    assert images.title(command) == words
+def test_a_layer_has_a_title() -> None:
+    assert {command: images.title(command) for command in TITLES} == TITLES
 
 
 def test_the_last_local_files_are_our_code() -> None:
@@ -95,35 +91,31 @@ def test_a_package_that_is_not_locked_cannot_be_changed() -> None:
         images.repinned(LOCK, "tqdm", "1", ["ff"])
 
 
-@pytest.mark.parametrize("key", ["pipeline", "pipeline-cpu"])
-def test_our_locks_can_be_changed(key: str) -> None:
-    text = (ROOT / recipes.LOCKS["cuda" if key == "pipeline" else "cpu"][-1]).read_text()
-    name = next(n for n in images.DEPENDENCIES if images.pinned(text, n))
-    changed = images.repinned(text, name, "0.1", ["ff"])
-    assert images.pinned(changed, name) == "0.1"
-    assert [line for line in changed.splitlines() if line not in text.splitlines()] == [
-        f"{name}==0.1 \\",
-        "    --hash=sha256:ff",
-    ]
+def test_our_locks_can_be_changed() -> None:
+    for accelerator in ("cuda", "cpu"):
+        text = (ROOT / recipes.LOCKS[accelerator][-1]).read_text()
+        name = next(n for n in images.DEPENDENCIES if images.pinned(text, n))
+        changed = images.repinned(text, name, "0.1", ["ff"])
+        assert images.pinned(changed, name) == "0.1"
+        new = [line for line in changed.splitlines() if line not in text.splitlines()]
+        assert new == [f"{name}==0.1 \\", "    --hash=sha256:ff"]
 
 
 FILE = Facts("0", 0o644, "0:0", 0.0, 3, "", "aa", "[]")
 
 
-@pytest.mark.parametrize(
-    ("theirs", "found", "verdict"),
-    [
+def test_differences_of_layers() -> None:
+    cases: list[tuple[dict[str, Facts], dict[str, list[str]], str]] = [
         ({"a": FILE, "b": FILE}, {}, "same contents"),
         ({"b": FILE, "a": FILE}, {"order": ["the same entries in another order"]}, "same contents"),
         ({"a": FILE, "b": FILE._replace(time=1.0)}, {"time": ["b"]}, "same contents"),
         ({"a": FILE, "b": FILE._replace(content="bb", size=4)}, {"size": ["b"], "content": ["b"]}, "differs"),
         ({"a": FILE, "b": FILE._replace(owner="1:1")}, {"owner": ["b"]}, "differs"),
         ({"a": FILE, "c": FILE}, {"only here": ["b"], "only there": ["c"]}, "differs"),
-    ],
-)
-def test_differences_of_layers(theirs: dict[str, Facts], found: dict[str, list[str]], verdict: str) -> None:
-    assert images.differences({"a": FILE, "b": FILE}, theirs) == found
-    assert images.verdict(found) == verdict
+    ]
+    for theirs, expected, verdict in cases:
+        assert images.differences({"a": FILE, "b": FILE}, theirs) == expected
+        assert images.verdict(expected) == verdict
 
 
 def test_bytes_by_item_and_by_what_could_go() -> None:
@@ -185,23 +177,15 @@ def test_options_are_checked_before_anything_runs() -> None:
         images.plan_of(images.parser().parse_args(["--repeats=0"]))
 
 
-def bench(*words: str, cwd: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "benchmarks" / "images.py"), *words]
+def bench(*options: str, cwd: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(ROOT / "benchmarks" / "images.py"), *options]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["--image=x"], 2, "no such image"),
-        (["--repeats=0"], 2, "must be positive"),
-        ([], 3, "No Docker engine answers"),
-    ],
-)
-def test_bad_input_is_one_line(words: list[str], code: int, message: str, tmp_path: Path) -> None:
-    done = bench(*words, cwd=tmp_path, DOCKER_HOST=f"unix://{tmp_path}/none.sock")
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (code, 1), done.stderr
-    assert message in done.stderr
+def test_no_engine_is_one_line(tmp_path: Path) -> None:
+    done = bench(cwd=tmp_path, DOCKER_HOST=f"unix://{tmp_path}/none.sock")
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (3, 1), done.stderr
+    assert "No Docker engine answers" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

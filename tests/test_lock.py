@@ -40,12 +40,12 @@ def test_the_committed_compiler_fits_the_committed_headers() -> None:
     assert set(lock.COMPILER + lock.HEADERS) <= locked  # else the check above looked at nothing
 
 
-@pytest.mark.parametrize("package", lock.COMPILER + lock.HEADERS)
-def test_any_part_of_another_release_is_refused(package: str) -> None:
+def test_any_part_of_another_release_is_refused() -> None:
     check_cuda(text(FITTING))
-    with pytest.raises(LockError, match=rf"{package} 13\.5\.37.*No lock has changed; name cuda-toolkit") as caught:
-        check_cuda(text(FITTING | {package: "13.5.37"}))
-    assert len(str(caught.value).splitlines()) == 1
+    for package in lock.COMPILER + lock.HEADERS:
+        with pytest.raises(LockError, match=rf"{package} 13\.5\.37.*No lock has changed; name cuda-toolkit") as caught:
+            check_cuda(text(FITTING | {package: "13.5.37"}))
+        assert "\n" not in str(caught.value)
 
 
 def test_other_machines_than_those_with_gpus_do_not_count() -> None:

@@ -39,29 +39,48 @@ HTPASSWD = f"{USER}:$2b$04$1z8vIz2wKP8qBgQVLAcECu3uTzGpKaZuVOSbhpoLeSxJAf3H96dkS
 # What needs no Docker
 
 
-@pytest.mark.parametrize(
-    ("said", "kind", "expected"),
-    [  # engine 20.10.24, registry 2.8.2
-        ("no basic auth credentials", push.PushError, "Run: docker login reg.example:5000"),
-        ("unauthorized: authentication required", push.PushError, "Run: docker login reg.example:5000"),
-        ("denied: requested access to the resource is denied", push.PushError, "does not let this user push"),
-        ('Get "http://127.0.0.1:1/v2/": dial tcp 127.0.0.1:1: connect: connection refused', push.PushConnectionError, "Start the registry"),
-        ('Get "https://x.invalid:5000/v2/": dial tcp: lookup x.invalid on 10.0.0.53:53: no such host', push.PushConnectionError, "Check the name"),
-        ('Get "https://172.17.0.1:5554/v2/": http: server gave HTTP response to HTTPS client', push.PushError, "insecure-registries"),
-        ('Get "https://r.example/v2/": x509: certificate signed by unknown authority', push.PushError, "/etc/docker/certs.d/reg.example:5000/ca.crt"),
-        ("received unexpected HTTP status: 500 Internal Server Error", push.PushConnectionError, "broke off"),
-        ('Patch "http://127.0.0.1:5000/v2/pt/blobs/uploads/7f?_state=c2VjcmV0": EOF', push.PushConnectionError, "broke off"),
-        ("http: server closed idle connection", push.PushConnectionError, "broke off"),
-        ('Get "https://r.example/v2/": net/http: request canceled (Client.Timeout exceeded while awaiting headers)', push.PushConnectionError, "does not answer"),
-        ("write /var/lib/docker/tmp/x: no space left on device", push.PushError, "Make room"),
-        ("something new", push.PushError, "something new"),
-    ],
-)  # fmt: skip
-def test_an_engines_words_become_one_line_with_the_remedy(said: str, kind: type, expected: str) -> None:
-    error = push_errors.error_from_engine(said, "reg.example:5000/team/x")
-    assert type(error) is kind
-    assert expected in str(error)
-    assert "\n" not in str(error)
+# What an engine says of a push to reg.example:5000 (engine 20.10.24, registry 2.8.2), the kind of error, words of it.
+PUSH_FAILURES = """
+no basic auth credentials | PushError | Run: docker login reg.example:5000
+unauthorized: authentication required | PushError | Run: docker login reg.example:5000
+denied: requested access to the resource is denied | PushError | does not let this user push
+dial tcp 127.0.0.1:1: connect: connection refused | PushConnectionError | Start the registry
+dial tcp: lookup x.invalid on 10.0.0.53:53: no such host | PushConnectionError | Check the name
+Get "https://172.17.0.1:5554/v2/": http: server gave HTTP response to HTTPS client | PushError | insecure-registries
+x509: certificate signed by unknown authority | PushError | /etc/docker/certs.d/reg.example:5000/ca.crt
+received unexpected HTTP status: 500 Internal Server Error | PushConnectionError | broke off
+Patch "http://127.0.0.1:5000/v2/pt/blobs/uploads/7f?_state=c2VjcmV0": EOF | PushConnectionError | broke off
+http: server closed idle connection | PushConnectionError | broke off
+net/http: request canceled (Client.Timeout exceeded while awaiting headers) | PushConnectionError | does not answer
+write /var/lib/docker/tmp/x: no space left on device | PushError | Make room
+something new | PushError | something new
+"""
+# What ssh prints (OpenSSH 9.2).
+SSH_FAILURES = """
+ubuntu@10.0.0.1: Permission denied (publickey). | SshError | does not let us in
+Host key verification failed. | SshError | Connect once and confirm
+@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @ | SshHostKeyError | ssh-keygen -R
+ssh: Could not resolve hostname lambda: Name or service not known | SshConnectionError | add the alias
+ssh: connect to host 10.0.0.1 port 22: Connection refused | SshConnectionError | still booting
+ssh: connect to host 10.0.0.1 port 22: Connection timed out | SshConnectionError | firewall
+Timeout, server 10.0.0.1 not responding. | SshConnectionError | ended
+/x/config: line 1: Bad configuration option: nonsense | SshError | rejects its configuration
+ | SshConnectionError | without a word
+"""
+
+
+def test_an_engines_or_sshs_output_becomes_one_line_with_the_remedy() -> None:
+    wrong = []
+    for table, error_of in (
+        (PUSH_FAILURES, lambda output: push_errors.error_from_engine(output, "reg.example:5000/team/x")),
+        (SSH_FAILURES, lambda output: ssh.error_from_output("lambda", output)),
+    ):
+        for line in table.strip("\n").splitlines():
+            output, kind, expected = (part.strip() for part in line.split(" | "))
+            error = error_of(output)
+            if type(error).__name__ != kind or expected not in str(error) or "\n" in str(error):
+                wrong.append(f"{output}: {error!r}")
+    assert wrong == []
 
 
 def test_no_signature_and_no_password_of_a_url_is_repeated() -> None:
@@ -71,81 +90,54 @@ def test_no_signature_and_no_password_of_a_url_is_repeated() -> None:
         assert secret not in str(push_errors.error_from_engine(said, "r.example/x"))
 
 
-@pytest.mark.parametrize(
-    "event",
-    [
-        {"progressDetail": {}, "aux": {"Tag": "1", "Digest": f"sha256:{'0a' * 32}", "Size": 748}},  # engine 20.10.24
-        {"status": f"1: digest: sha256:{'0a' * 32} size: 748"},  # 26.1.5 with containerd's image store
-    ],
-)
-def test_the_digest_is_found_in_what_any_engine_says(event: dict[str, object]) -> None:
-    assert push.reported_digest(event) == f"sha256:{'0a' * 32}"
+def test_the_digest_is_found_in_the_events_of_any_engine() -> None:
+    digest = f"sha256:{'0a' * 32}"
+    assert push.reported_digest({"progressDetail": {}, "aux": {"Tag": "1", "Digest": digest}}) == digest  # 20.10.24
+    assert push.reported_digest({"status": f"1: digest: {digest} size: 748"}) == digest  # 26.1.5, containerd's store
     assert push.reported_digest({"status": "Pushed", "progressDetail": {}, "id": "0a0a0a0a0a0a"}) is None
 
 
-@pytest.mark.parametrize(
-    ("words", "kind", "expected"),
-    [  # OpenSSH 9.2
-        ("ubuntu@10.0.0.1: Permission denied (publickey).", ssh.SshError, "does not let us in"),
-        ("Host key verification failed.", ssh.SshError, "Connect once and confirm"),
-        ("ssh: Could not resolve hostname lambda: Name or service not known", ssh.SshConnectionError, "add the alias"),
-        ("ssh: connect to host 10.0.0.1 port 22: Connection refused", ssh.SshConnectionError, "still booting"),
-        ("ssh: connect to host 10.0.0.1 port 22: Connection timed out", ssh.SshConnectionError, "firewall"),
-        ("Timeout, server 10.0.0.1 not responding.", ssh.SshConnectionError, "ended"),
-        ("/x/config: line 1: Bad configuration option: nonsense", ssh.SshError, "rejects its configuration"),
-        ("", ssh.SshConnectionError, "without a word"),
-    ],
-)
-def test_sshs_words_become_one_line_with_the_remedy(words: str, kind: type, expected: str) -> None:
-    error = ssh.error_from_output("lambda", words)
-    assert type(error) is kind
-    assert expected in str(error)
+def test_a_registrys_prefix_comes_before_the_name() -> None:
+    cases = {
+        ("fractal-sandbox:1a", "reg.example:5000/team"): ("reg.example:5000/team/fractal-sandbox", "1a"),
+        ("fractal-sandbox", "reg.example"): ("reg.example/fractal-sandbox", "latest"),
+        ("other.example/a/b:1", "localhost:5000"): ("localhost:5000/a/b", "1"),
+        ("localhost:5000/a:1", "reg:5000"): ("reg:5000/a", "1"),
+        ("a:1", "team"): ("team/a", "1"),
+        ("a:1", "[::1]:5000"): ("[::1]:5000/a", "1"),
+        ("a:1", "10.0.0.1:5000/x/y"): ("10.0.0.1:5000/x/y/a", "1"),
+    }
+    assert {case: push.target(*case) for case in cases} == cases
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix", "expected"),
-    [
-        ("fractal-sandbox:1a", "reg.example:5000/team", ("reg.example:5000/team/fractal-sandbox", "1a")),
-        ("fractal-sandbox", "reg.example", ("reg.example/fractal-sandbox", "latest")),
-        ("other.example/a/b:1", "localhost:5000", ("localhost:5000/a/b", "1")),
-        ("localhost:5000/a:1", "reg:5000", ("reg:5000/a", "1")),
-        ("a:1", "team", ("team/a", "1")),
-        ("a:1", "[::1]:5000", ("[::1]:5000/a", "1")),
-        ("a:1", "10.0.0.1:5000/x/y", ("10.0.0.1:5000/x/y/a", "1")),
-    ],
-)
-def test_a_registrys_prefix_comes_before_the_name(name: str, prefix: str, expected: tuple[str, str]) -> None:
-    assert push.target(name, prefix) == expected
+def test_what_is_no_name_and_no_host_is_bad_input() -> None:
+    for prefix in ("https://reg.example", "", "reg.example/Team", "reg.example/"):
+        with pytest.raises(InputError):
+            push.target("a:1", prefix)
+    for name in ("A:1", "a@sha256:00", "a:", "", "a b"):
+        with pytest.raises(InputError):
+            push.target(name, "reg.example")
+    for host in ("", "-oProxyCommand=touch /tmp/x", "a b", "a\nb"):
+        with pytest.raises(InputError):
+            ssh.SshConnection(host, "exit")
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("a:1", "https://reg.example"), ("a:1", ""), ("a:1", "reg.example/Team"), ("a:1", "reg.example/"),
-                                              ("A:1", "reg.example"), ("a@sha256:00", "reg.example"), ("a:", "reg.example"), ("", "reg.example"), ("a b", "r.example")])  # fmt: skip
-def test_what_is_no_name_is_bad_input(name: str, prefix: str) -> None:
-    with pytest.raises(InputError):
-        push.target(name, prefix)
-
-
-@pytest.mark.parametrize("host", ["", "-oProxyCommand=touch /tmp/x", "a b", "a\nb"])
-def test_what_is_no_ssh_destination_is_bad_input(host: str) -> None:
-    with pytest.raises(InputError):
-        ssh.SshConnection(host, "exit")
-
-
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
+def test_a_host_without_docker_gets_the_remedy() -> None:
+    no_daemon = (
+        "no docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?\n"
+    )
+    no_right = "no docker: permission denied while trying to connect to the Docker daemon socket\nno sudo -n docker: sudo: a password is required\n"
+    for output, expected in (
         ("absent\n", "has no Docker"),
-        ("no docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?\nno sudo -n docker: Cannot connect to the Docker daemon at …\n", "systemctl start docker"),
-        ("no docker: permission denied while trying to connect to the Docker daemon socket\nno sudo -n docker: sudo: a password is required\n", "usermod -aG docker"),
+        (no_daemon, "systemctl start docker"),
+        (no_right, "usermod -aG docker"),
         ("", "no output"),
-    ],
-)  # fmt: skip
-def test_a_far_side_without_docker_is_told_what_to_do(output: str, expected: str) -> None:
-    with pytest.raises(remote_engine.RemoteEngineError, match=expected):
-        remote_engine.parse_engine("lambda", output)
+    ):
+        with pytest.raises(remote_engine.RemoteEngineError, match=expected):
+            remote_engine.parse_engine("lambda", output)
 
 
-def test_the_far_engine_is_found_behind_chatter_and_sudo() -> None:
+def test_the_remote_engine_is_found_behind_chatter_and_sudo() -> None:
     words = "Welcome!\nno docker: permission denied\nok linux/amd64 sudo -n docker\n"
     assert remote_engine.parse_engine("lambda", words) == remote_engine.Engine("sudo -n docker", "linux/amd64")
 
@@ -176,35 +168,19 @@ def test_progress_counts_layers_and_bytes() -> None:
     assert progress.sent == {"a"}
 
 
-class Answers(BaseHTTPRequestHandler):
-    """A registry that wants a token, with an index of two platforms."""
+class IndexServer(BaseHTTPRequestHandler):
+    """A registry with an index of two platforms."""
 
-    seen: list[tuple[str, str]] = []
-    realm = ""
+    authorization: list[str | None] = []
 
     def do_GET(self) -> None:
-        self.seen.append((self.path.split("?")[0], self.headers.get("Authorization", "")))
+        self.authorization.append(self.headers.get("Authorization"))
+        platforms = [{"os": "linux", "architecture": architecture} for architecture in ("arm64", "amd64")]
+        index = {"manifests": [{"digest": f"sha256:{p['architecture']}", "platform": p} for p in platforms]}
         manifest = {"config": {"digest": "sha256:c0"}, "layers": [{"digest": "sha256:d0", "size": 7}]}
-        index = {
-            "manifests": [
-                {"digest": f"sha256:{arch}", "platform": {"os": "linux", "architecture": arch}}
-                for arch in ("arm64", "amd64")
-            ]
-        }
-        if self.path.startswith("/token"):
-            self.reply(200, {"token": "t0"})
-        elif self.headers.get("Authorization") != "Bearer t0":
-            self.reply(
-                401, {}, {"WWW-Authenticate": f'Bearer realm="{self.realm}",service="s",scope="repository:x:pull"'}
-            )
-        else:
-            self.reply(200, manifest if self.path.endswith("sha256:amd64") else index)
-
-    def reply(self, code: int, content: object, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(code)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
+        body = json.dumps(manifest if self.path.endswith("sha256:amd64") else index).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -212,32 +188,22 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+def test_a_manifest_is_read_through_an_index_and_without_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), IndexServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(Answers, "seen", [])
-    monkeypatch.setattr(Answers, "realm", f"http://{host}/token")
     write_credentials(tmp_path, monkeypatch, host)
-    yield host
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_manifest_is_read_with_a_token_and_through_an_index(answers: str) -> None:
-    found = registry.read_manifest(answers, "x", "1", "linux/amd64")
-    assert (found.config, found.layers) == ("sha256:c0", (("sha256:d0", 7),))
-    basic = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-    assert ("/token", f"Basic {basic}") in Answers.seen
-    with pytest.raises(registry.RegistryError, match="not for linux/riscv64"):
-        registry.read_manifest(answers, "x", "1", "linux/riscv64")
-
-
-def test_credentials_go_to_no_plain_http_elsewhere(answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Answers, "realm", "http://tokens.example/token")
-    with pytest.raises(registry.RegistryError, match="https only"):
-        registry.read_manifest(answers, "x", "1", "linux/amd64")
+    try:
+        manifest = registry.read_manifest(host, "x", "1", "linux/amd64")
+        assert (manifest.config, manifest.layers) == ("sha256:c0", (("sha256:d0", 7),))
+        with pytest.raises(registry.RegistryError, match="not for linux/riscv64"):
+            registry.read_manifest(host, "x", "1", "linux/riscv64")
+        assert set(IndexServer.authorization) == {None}
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 # What the tests with Docker share
@@ -272,7 +238,7 @@ MADE: list[str] = []  # ids of the test's images
 
 
 def processes() -> set[str]:
-    """ssh of pushes, and the far side's, which this machine sees where the far side is a container."""
+    """ssh of pushes, and the remote host's, which is a container here."""
     found = {process.pid: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])}
     return {
         f"process {pid} {words}" for pid, words in found.items() if "fractal-ssh-" in words or ssh.START_MARKER in words
@@ -502,40 +468,34 @@ def test_credentials_are_dockers_own(
     program: Path, client: docker.DockerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = load(client, os.urandom(KB))
+
+    def push_anew(host: str) -> push.Pushed:
+        with contextlib.closing(docker.from_env()) as fresh:  # reads the configuration
+            return push.to_registry(fresh, name, host, say=quiet)
+
     with Registry(program, tmp_path, locked=True) as server:
         with pytest.raises(push.PushError, match=f"docker login {server.host}"):
-            push.to_registry(client, name, server.host, say=quiet)
+            push_anew(server.host)
 
         write_credentials(tmp_path, monkeypatch, server.host, "wrong horse")
         with pytest.raises(push.PushError, match=f"docker login {server.host}") as caught:
-            push.to_registry(docker.from_env(), name, server.host, say=quiet)
+            push_anew(server.host)
         assert "wrong horse" not in str(caught.value)
 
         write_credentials(tmp_path, monkeypatch, server.host)
-        pushed = push.to_registry(docker.from_env(), name, server.host, say=quiet)
-        assert (pushed.layers_sent, bool(pushed.bytes_sent)) == (1, True)
+        pushed = push_anew(server.host)
+        # The engine has read the digest back; sizes are read without credentials, or not at all.
+        assert (pushed.layers, pushed.layers_sent, pushed.bytes_sent) == (1, 1, None)
 
         (tmp_path / "config.json").write_text(json.dumps({"credHelpers": {server.host: "fractal-test"}}))
-        with pytest.raises(push.PushError, match="docker-credential-fractal-test, which") as caught:
-            push.to_registry(docker.from_env(), name, server.host, say=quiet)
+        with pytest.raises(push.PushError, match="docker-credential-fractal-test, which"):
+            push_anew(server.host)
 
         helper = tmp_path / "docker-credential-fractal-test"
         helper.write_text(f"#!/bin/sh\necho '{json.dumps({'Username': USER, 'Secret': PASSWORD})}'\n")
         helper.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        assert push.to_registry(docker.from_env(), name, server.host, say=quiet).digest == pushed.digest
-
-
-@pytest.mark.docker
-def test_what_only_the_engine_may_read_is_read_by_the_engine(
-    client: docker.DockerClient, server: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise requests.ConnectionError
-
-    monkeypatch.setattr(push, "read_manifest", refuse)
-    pushed = push.to_registry(client, load(client, os.urandom(KB)), server.host, say=quiet)
-    assert (pushed.layers, pushed.layers_sent, pushed.bytes_sent) == (1, 1, None)
+        assert push_anew(server.host).digest == pushed.digest
 
 
 @pytest.mark.docker
@@ -563,6 +523,7 @@ def test_a_registry_without_tls_is_told_from_one_that_is_down(
 
 
 @pytest.mark.docker
+@pytest.mark.long
 def test_a_registry_that_dies_in_the_middle_and_comes_back_gets_all(
     client: docker.DockerClient, server: Registry
 ) -> None:
@@ -703,6 +664,7 @@ def test_a_host_gets_the_image_and_then_only_what_it_lacks(client: docker.Docker
 
 
 @pytest.mark.docker
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_client_killed_in_the_middle_leaves_nothing_and_goes_on_later(
     number: int, client: docker.DockerClient, there: Machine
@@ -744,7 +706,7 @@ def test_a_lost_connection_is_made_again(client: docker.DockerClient, there: Mac
 
 
 @pytest.mark.docker
-def test_the_far_registry_ends_when_we_fall_silent(
+def test_the_remote_registry_ends_without_heartbeats(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     over(client, load(client, b""), there)
@@ -767,7 +729,7 @@ def test_the_far_registry_ends_when_we_fall_silent(
 
 
 @pytest.mark.docker
-def test_a_registry_left_by_a_killed_keeper_is_replaced_and_a_living_one_is_not(
+def test_a_registry_left_by_a_killed_session_is_replaced_and_a_living_one_is_not(
     client: docker.DockerClient, there: Machine
 ) -> None:
     over(client, load(client, b""), there)
@@ -782,6 +744,7 @@ def test_a_registry_left_by_a_killed_keeper_is_replaced_and_a_living_one_is_not(
 
 
 @pytest.mark.docker
+@pytest.mark.long
 def test_two_pushes_to_one_host_do_not_disturb_each_other(client: docker.DockerClient, there: Machine) -> None:
     two = [load(client, os.urandom(2 * MB)) for _ in range(2)]
     processes = [
@@ -812,7 +775,7 @@ def test_a_persons_ssh_config_does_not_disturb(client: docker.DockerClient, ther
 
 
 @pytest.mark.docker
-def test_a_far_registrys_program_that_is_there_is_taken(client: docker.DockerClient, there: Machine) -> None:
+def test_a_registrys_image_that_is_there_is_taken(client: docker.DockerClient, there: Machine) -> None:
     over(client, load(client, b""), there)
     ours = registry.program_image("amd64")
     with remote_engine.connect(there.alias, there.ssh_config) as link:
@@ -825,7 +788,7 @@ def test_a_far_registrys_program_that_is_there_is_taken(client: docker.DockerCli
 
 
 @pytest.mark.docker
-def test_a_far_side_that_cannot_pull_gets_the_program_from_here(
+def test_a_host_that_cannot_pull_gets_the_registrys_image_from_here(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_engine, "PULL_REGISTRY_TIMEOUT_S", 2)
@@ -842,6 +805,7 @@ def test_a_far_side_that_cannot_pull_gets_the_program_from_here(
 
 
 @pytest.mark.docker
+@pytest.mark.long
 def test_an_sshd_that_forbids_what_we_need_is_named(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -870,11 +834,12 @@ def test_another_image_than_ours_is_not_tagged_there(client: docker.DockerClient
         pushed = push.to_registry(client, name, f"127.0.0.1:{served.local_port}", say=quiet)
         false = registry.Manifest(pushed.digest, "sha256:" + "0" * 64, ())
         with pytest.raises(remote_engine.RemoteEngineError, match=f"{pushed.image_id}, and here it is sha256:000"):
-            remote_engine.pull_from_loopback(link, engine, served.port, "fractal-push-test", false, name)
+            remote_engine.pull_from_loopback(link, engine, served.remote_port, "fractal-push-test", false, name)
     assert there.sh(f"docker images -q {name}") == ""
 
 
 @pytest.mark.docker
+@pytest.mark.long
 def test_a_full_disk_there_is_named(client: docker.DockerClient, there: Machine) -> None:
     over(client, load(client, b""), there)
     place = "/var/lib/docker/volumes/fractal-registry/_data"
@@ -932,7 +897,7 @@ def test_who_is_not_let_in_learns_why(client: docker.DockerClient, there: Machin
 
 
 @pytest.mark.docker
-def test_a_far_side_that_may_not_use_docker_is_told_what_to_do(client: docker.DockerClient, there: Machine) -> None:
+def test_a_host_that_may_not_use_docker_gets_the_remedy(client: docker.DockerClient, there: Machine) -> None:
     name = load(client, b"")
     there.sh("sed -i s/NOPASSWD:// /etc/sudoers.d/ubuntu")
     try:
@@ -949,6 +914,7 @@ def test_a_far_side_that_may_not_use_docker_is_told_what_to_do(client: docker.Do
 
 
 @pytest.mark.docker
+@pytest.mark.long
 def test_an_engine_that_dies_in_the_middle_is_one_line(
     client: docker.DockerClient, server: Registry, machine: Machine
 ) -> None:
@@ -959,13 +925,13 @@ def test_an_engine_that_dies_in_the_middle_is_one_line(
         tunnel = subprocess.Popen(words, stdin=subprocess.DEVNULL)
         try:
             until((other.folder / "engine").exists, 10)
-            with contextlib.closing(docker.DockerClient(base_url=f"unix://{other.folder}/engine")) as far_client:
-                name = load(far_client, os.urandom(10 * MB))
+            with contextlib.closing(docker.DockerClient(base_url=f"unix://{other.folder}/engine")) as remote_client:
+                name = load(remote_client, os.urandom(10 * MB))
                 threading.Thread(
                     target=lambda: (until(lambda: proxy.sent > MB, 20), other.sh("pkill -KILL dockerd"))
                 ).start()
                 with pytest.raises(push.PushError, match=r"^The Docker engine broke off"):
-                    push.to_registry(far_client, name, "127.0.0.1:5000", say=quiet)
+                    push.to_registry(remote_client, name, "127.0.0.1:5000", say=quiet)
         finally:
             tunnel.terminate()
             tunnel.wait()
