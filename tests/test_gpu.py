@@ -214,10 +214,10 @@ def test_a_gpu_with_a_torch_for_the_cpu_is_not_used(machine: Path, monkeypatch: 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(A10))
     monkeypatch.setattr(gpu, "torch_cuda", lambda: None)
     assert (gpu.has_gpu(), gpu.usable()) == (True, False)
-    finding = doctor._gpu()
+    finding = doctor.check_gpu()
     assert (finding.state, finding.found) == ("optional", "NVIDIA A10, 24 GiB, driver 580.95.05")
     monkeypatch.setattr(gpu, "torch_cuda", lambda: (13, 0))
-    assert (gpu.usable(), models.preferred_dtype(), doctor._gpu().state) == (True, "bfloat16", "ok")
+    assert (gpu.usable(), models.preferred_dtype(), doctor.check_gpu().state) == (True, "bfloat16", "ok")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(A10._replace(capability=(7, 5))))
     gpu.gpus(fresh=True)
     assert models.preferred_dtype() == "float32"
@@ -244,7 +244,7 @@ def test_a_driver_too_old_for_torch_is_said_before_anything_is_loaded(
     monkeypatch.setattr(gpu, "torch_cuda", lambda: torch)
     said = gpu.driver_trouble()
     assert bool(said) == old
-    assert (doctor._gpu().state == "missing") == old
+    assert (doctor.check_gpu().state == "missing") == old
     if old:
         assert "driver 580.95.05 runs CUDA 12.8, the installed torch needs 13.0" in said
         with pytest.raises(OutsideError, match="Upgrade the driver"):
@@ -264,8 +264,6 @@ def test_the_installed_torch_is_read_as_it_was_built() -> None:
 
 
 def test_no_part_of_torch_is_loaded() -> None:
-    code = (
-        "import sys; from fractal import gpu; gpu.has_gpu(), gpu.usable(), gpu.trouble(); print('torch' in sys.modules)"
-    )
+    code = "import sys; from fractal.install import gpu; gpu.has_gpu(), gpu.usable(), gpu.trouble(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -13,6 +13,7 @@ from fractal.report.strategies import by_strategy, evaluate
 from fractal.rundir import RunDir
 from fractal.selection import stage, strategies
 from fractal.selection.bootstrap import Interval
+from fractal.selection.choices import recompute
 from fractal.selection.outcomes import LeftOut, left_out, outcomes
 from fractal.selection.splits import parse_splits, recorded_splits
 from fractal.selection.strategies import STRATEGIES
@@ -260,7 +261,7 @@ def test_the_splits_that_were_asked_for_stay_the_run_s_own(tmp_path):
         stage.run(folder)
         assert measured(folder) == {2, 3}
         assert recorded_splits(folder.manifest["config"], problems, labels) == ("validation", "test")
-        assert stage.recompute(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
+        assert recompute(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
 
 
 def test_a_split_without_labels_is_refused_and_the_choices_stay(tmp_path):

@@ -20,7 +20,7 @@ from fractal.report import make
 from fractal.report.criteria import element_name
 from fractal.report.inputs import NUMBERS, PAGE, TABLE, inputs
 from fractal.rundir import RunDir
-from fractal.selection import stage as selection_stage
+from fractal.selection.choices import recompute
 
 TOLERANCE = 1e-9  # of the larger number
 NEAR_ZERO = 1e-12  # sums over resamples that cancel
@@ -63,7 +63,7 @@ def compare(folder: RunDir) -> tuple[int, list[Difference]]:
             f"{folder.path}: has no finished report to check. Write it: fractal report --run {folder.path}"
         )
     stored = _stored(folder, made_with.get("files", {}))
-    choices = selection_stage.recompute(folder)
+    choices = recompute(folder)
     report = make.make(folder, made_with.get("bill", {}), choices)
     recorded = read_jsonl(folder.file("selection.jsonl"), Choice)
     numbers, again = json.loads(stored[NUMBERS]), json.loads(report.files[NUMBERS])

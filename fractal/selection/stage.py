@@ -3,19 +3,14 @@
 `strategies.choose` decides. The choices are made on the problems of the measured splits only.
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
-
 from fractal import console
 from fractal.errors import InputError
-from fractal.jsonl import Keyed, read_jsonl, unique, write_jsonl
-from fractal.records import Choice, Label, Output, Sample, Score
+from fractal.jsonl import write_jsonl
 from fractal.rundir import RunDir
-from fractal.selection.outcomes import Outcome, count_unscored, outcomes
-from fractal.selection.splits import SEEN, evaluation_splits, join_splits, parse_splits, recorded_splits
+from fractal.selection.choices import read_outcomes
+from fractal.selection.outcomes import count_unscored
+from fractal.selection.splits import SEEN, evaluation_splits, join_splits, parse_splits
 from fractal.selection.strategies import choose
-
-K = TypeVar("K", bound=Keyed)
 
 FILES = ("problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl", "outputs.jsonl")  # that decide
 
@@ -39,7 +34,7 @@ def run(folder: RunDir, on: str | None = None) -> None:
         raise InputError(f"--on {','.join(names or ())}: the run has no labelled {missing[0]} problem, only {known}.")
     splits = evaluation_splits(problems.values(), labels, names)
     with folder.stage("select", "selection.jsonl"):
-        evaluated = _evaluated(folder, splits)
+        evaluated = read_outcomes(folder, splits)
         choices = choose(evaluated)
         write_jsonl(folder.file("selection.jsonl"), choices)
         strategies = {choice.strategy for choice in choices}
@@ -54,27 +49,3 @@ def run(folder: RunDir, on: str | None = None) -> None:
         console.warn(f"select: {SEEN}")
     folder.manifest["config"]["select"] = config
     folder.save()
-
-
-def recompute(folder: RunDir) -> list[Choice]:
-    """The choices that a run's records lead to, on the splits that its manifest names; nothing is written."""
-    problems = folder.problems().values()
-    labels = read_jsonl(folder.file("labels.jsonl"), Label)
-    return choose(_evaluated(folder, recorded_splits(folder.manifest["config"], problems, labels)))
-
-
-def _evaluated(folder: RunDir, splits: Sequence[str]) -> dict[int, list[Outcome]]:
-    """The usable samples of the splits, by problem."""
-    inside = {task_id for task_id, problem in folder.problems().items() if problem.split in splits}
-    samples = [sample for sample in _records(folder, "samples.jsonl", Sample) if sample.task_id in inside]
-    return outcomes(
-        samples,
-        _records(folder, "labels.jsonl", Label),
-        _records(folder, "scores.jsonl", Score),
-        _records(folder, "outputs.jsonl", Output),
-    )
-
-
-def _records(folder: RunDir, name: str, kind: type[K]) -> list[K]:
-    """One file's records. Raises InputError where two have the same key."""
-    return list(unique(read_jsonl(folder.file(name), kind), folder.file(name)).values())

@@ -1,0 +1,18 @@
+"""`fractal doctor`: can this machine build images?"""
+
+import docker
+
+from fractal.errors import OutsideError
+from fractal.images import buildkit
+from fractal.install.doctor import Finding
+
+
+def check_builder() -> Finding:
+    """Images are built with BuildKit, by a docker command."""
+    client = docker.from_env()
+    try:
+        return Finding("image builder", "ok", f"BuildKit, by {buildkit.find_command(client)}")
+    except OutsideError as error:
+        return Finding("image builder", "missing", "no BuildKit", str(error))
+    finally:
+        client.close()
