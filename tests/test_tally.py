@@ -11,9 +11,9 @@ from rich.console import Console, RenderableType
 from fractal.jsonl import write_jsonl
 from fractal.records import STATUSES, Label
 from fractal.verify import counts as verify_counts
-from fractal.verify.counts import Seen, Tally
+from fractal.verify.counts import CountedLabel, Tally
 
-seen = st.builds(Seen, st.integers(1, 30), st.integers(0, 5), st.sampled_from(STATUSES), st.text(max_size=5))
+seen = st.builds(CountedLabel, st.integers(1, 30), st.integers(0, 5), st.sampled_from(STATUSES), st.text(max_size=5))
 
 
 def shown(what: RenderableType) -> str:
@@ -22,7 +22,7 @@ def shown(what: RenderableType) -> str:
     return file.getvalue()
 
 
-def counted(*labels: Seen) -> Tally:
+def counted(*labels: CountedLabel) -> Tally:
     counts = Tally()
     for one in labels:
         counts.add(one)
@@ -30,11 +30,11 @@ def counted(*labels: Seen) -> Tally:
 
 
 @given(st.lists(seen, max_size=60))
-def test_counts_add_up(labels: list[Seen]) -> None:
+def test_counts_add_up(labels: list[CountedLabel]) -> None:
     counts = counted(*labels)
     assert counts.total == len(labels) == sum(of.total() for of in counts.problems.values())
     assert counts.statuses == Counter(one.status for one in labels)
-    assert len(counts.lost) == min(counts.errors, verify_counts.LISTED)
+    assert len(counts.lost) == min(counts.errors, verify_counts.MAX_LISTED)
     rows = shown(verify_counts.problem_table(counts, complete=True)).splitlines()[2:]
     assert len(rows) == len(counts.problems)
     assert sum(int(row.split()[1]) for row in rows) == len(labels)
@@ -45,7 +45,9 @@ def test_counts_add_up(labels: list[Seen]) -> None:
 
 def test_the_hardest_come_first_with_their_most_common_failure() -> None:
     labels = [
-        Seen(task, i, "passed" if i < task else "failed" if i else "error", "") for task in range(13) for i in range(12)
+        CountedLabel(task, i, "passed" if i < task else "failed" if i else "error", "")
+        for task in range(13)
+        for i in range(12)
     ]
     text = shown(verify_counts.problem_table(counted(*labels))).splitlines()
     assert text[0].startswith("13 problems: 1 solved by all their samples, 1 by none; the 10 hardest")
@@ -56,7 +58,7 @@ def test_the_hardest_come_first_with_their_most_common_failure() -> None:
 
 
 def test_the_summary_line() -> None:
-    labels = [Seen(1, i, "passed" if i < 614 else "timeout" if i < 635 else "failed", "") for i in range(1000)]
+    labels = [CountedLabel(1, i, "passed" if i < 614 else "timeout" if i < 635 else "failed", "") for i in range(1000)]
     assert verify_counts.summary(counted(*labels), 1000, 20.0) == (
         "verify: 1,000 samples, 61.4 % pass, 2.1 % timeout, 0 lost, 20 s, 50 a second"
     )
@@ -64,7 +66,7 @@ def test_the_summary_line() -> None:
 
 
 def test_the_first_twenty_losses_are_told_one_by_one() -> None:
-    labels = [Seen(7, i, "sandbox_error", f"reason {i}\nmore") for i in range(23)]
+    labels = [CountedLabel(7, i, "sandbox_error", f"reason {i}\nmore") for i in range(23)]
     lines = verify_counts.lost_lines(counted(*labels))
     assert lines[0] == "sandbox_error: task_id 7, sample_id 0: reason 0"
     assert lines[20:] == ["... and 3 more"]

@@ -62,10 +62,10 @@ def problem_from_mbpp(line: Line, value: dict[str, Any]) -> Problem:
         return default
 
     def texts(name: str) -> list[str]:
-        found = value.get(name, [])
-        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        items = value.get(name, [])
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise line.error(f"field {name}: expected a list of strings")
-        return [item.replace("\r\n", "\n").replace("\r", "\n").strip() for item in found]
+        return [item.replace("\r\n", "\n").replace("\r", "\n").strip() for item in items]
 
     task_id = value.get("task_id")
     if isinstance(task_id, str) or type(task_id) is not int:
@@ -107,7 +107,7 @@ def entry_point(reference: str, tests: list[str]) -> str:
             others |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     used = Counter(n.id for t in trees for n in ast.walk(t) if isinstance(n, ast.Name))
     for names in (functions, others):
-        found = [name for name, _ in used.most_common() if name in names]
-        if found:
-            return found[0]
+        for name, _ in used.most_common():
+            if name in names:
+                return name
     raise ValueError("no name that the tests use is defined in the reference")

@@ -15,13 +15,13 @@ from rich.text import Text
 from fractal.jsonl import decode, iter_lines
 from fractal.records import STATUSES, Status
 
-LISTED = 20  # sandbox errors told one by one
+MAX_LISTED = 20  # sandbox errors that are listed
 HARDEST = 10  # problems in the short table
 BAR = 40  # columns
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class CountedLabel:
     """What is counted of a Label; the rest of its line is skipped, which halves the time."""
 
     task_id: int
@@ -36,7 +36,7 @@ class Tally:
 
     statuses: Counter[str] = field(default_factory=Counter)
     problems: dict[int, Counter[str]] = field(default_factory=dict)
-    lost: list[Seen] = field(default_factory=list)  # the first LISTED
+    lost: list[CountedLabel] = field(default_factory=list)  # the first MAX_LISTED
 
     @property
     def total(self) -> int:
@@ -46,17 +46,17 @@ class Tally:
     def errors(self) -> int:
         return self.statuses["sandbox_error"]
 
-    def add(self, label: Seen) -> None:
+    def add(self, label: CountedLabel) -> None:
         self.statuses[label.status] += 1
         self.problems.setdefault(label.task_id, Counter())[label.status] += 1
-        if label.status == "sandbox_error" and len(self.lost) < LISTED:
+        if label.status == "sandbox_error" and len(self.lost) < MAX_LISTED:
             self.lost.append(label)
 
 
 def count(labels: Path) -> Tally:
     tally = Tally()
     for line in iter_lines(labels, own=True):
-        tally.add(decode(line, Seen))
+        tally.add(decode(line, CountedLabel))
     return tally
 
 
@@ -72,7 +72,7 @@ def summary(tally: Tally, now: int, seconds: float) -> str:
 
 
 def lost_lines(tally: Tally) -> list[str]:
-    """Each sandbox error with its place, LISTED of them at most."""
+    """Each sandbox error with its place, MAX_LISTED of them at most."""
     lines = [
         f"sandbox_error: task_id {v.task_id}, sample_id {v.sample_id}: {_first_line(v.detail)}" for v in tally.lost
     ]

@@ -1,4 +1,4 @@
-"""The host's end of the sandbox, whatever it is connected to: feeds programs, keeps order, repeats what got lost.
+"""The host's end of the sandbox, whatever it is connected to: sends programs, keeps order, repeats what got lost.
 
     with Sandbox() as sandbox:                              # container.py
         for label in sandbox.verify(samples, problems):
@@ -47,7 +47,7 @@ IN_FLIGHT = 64  # samples under way for each slot
 IN_FLIGHT_BYTES = 16 << 20  # of their programs, for each call of verify
 MAX_LABELS_HELD = 4000  # labels held back at most while an earlier sample is being decided
 MAX_REMEMBERED = 20_000  # verdicts kept for programs that come again
-PROBLEMS_KNOWN = 2048  # problems that the sandbox is told to keep
+MAX_PROBLEMS = 2048  # problems that the sandbox keeps
 LOSSES = 3  # containers that may be lost over a sample before it is given up
 SILENCE_S = 60.0  # the sandbox says something every 5 s
 RECONNECT_S = 120.0  # patience with an engine, or a sidecar, that is being restarted
@@ -62,7 +62,7 @@ class UnsafeError(SandboxError):
 
 
 class Verdict(msgspec.Struct):
-    """What the sandbox says of one program."""
+    """What the sandbox decided about one program."""
 
     status: Status
     tests: list[str] = []
@@ -205,8 +205,8 @@ class Verifier:
                         job = self._pending.pop(VERDICT_HEAD.unpack_from(body)[1], None)
                     if job is not None:
                         groups.setdefault(id(job.inbox), (job.inbox, []))[1].append((job, verdict))
-                for inbox, found in groups.values():
-                    inbox.put(found)
+                for inbox, decided in groups.values():
+                    inbox.put(decided)
         except (OSError, ProtocolError) as error:
             log.info("the sandbox's connection broke: %r", error)
         with self._lock:
@@ -224,7 +224,7 @@ class Verifier:
         self._resend(last_output)
 
     def _reopen(self) -> None:
-        """With patience: the engine, or the sidecar, may be restarting. Raises SandboxError."""
+        """Connect again, repeatedly: the engine, or the sidecar, may be restarting. Raises SandboxError."""
         deadline = time.monotonic() + RECONNECT_S
         while True:
             try:
@@ -237,7 +237,7 @@ class Verifier:
             time.sleep(0.5)
 
     def _fail(self, error: Exception) -> None:
-        """Nothing will answer any more: tell all who wait."""
+        """Nothing will answer any more: raise the error in all calls that wait."""
         with self._lock:
             self._broken = error
             inboxes = {id(job.inbox): job.inbox for job in self._pending.values()}
@@ -270,11 +270,11 @@ class Verifier:
             parts: list[bytes] = []
             for job in jobs:
                 if job.key not in connection.known_problems:
-                    if len(connection.known_problems) >= PROBLEMS_KNOWN:
+                    if len(connection.known_problems) >= MAX_PROBLEMS:
                         connection.known_problems.clear()
                         parts.append(frame(FORGET))
                     connection.known_problems.add(job.key)
-                    parts.append(frame(PROBLEM + job.key + _json(problem_frame(job.problem))))
+                    parts.append(frame(PROBLEM + job.key + _json(problem_message(job.problem))))
                 head = SAMPLE_HEAD.pack(SAMPLE, job.id, job.key, job.limits.wall_s, job.alone)
                 parts.append(frame(head + _json([job.code, job.limits, self._isolate])))
             try:
@@ -323,9 +323,9 @@ class Verifier:
         known = self._keys.get(id(problem))
         if known is not None and known[0] is problem:
             return known[1]
-        if len(self._keys) > 2 * PROBLEMS_KNOWN:
+        if len(self._keys) > 2 * MAX_PROBLEMS:
             self._keys.clear()
-        key = hashlib.blake2b(_json(problem_frame(problem)), digest_size=KEY_BYTES).digest()
+        key = hashlib.blake2b(_json(problem_message(problem)), digest_size=KEY_BYTES).digest()
         self._keys[id(problem)] = (problem, key)
         return key
 
@@ -384,7 +384,7 @@ class _VerifyCall:
         return under_way < most and len(self.pending) < MAX_LABELS_HELD and self.bytes_in_flight < IN_FLIGHT_BYTES
 
     def _add(self, sample: Sample) -> Job | None:
-        """A sample takes its place. Returns the job to be sent, or None where its verdict is known or under way."""
+        """Take in a sample. Returns the job to be sent, or None where its verdict is known or under way."""
         problem = self.problems[sample.task_id]
         digest = code_sha256(sample.code)
         pending_label = PendingLabel(sample, problem, digest)
@@ -414,17 +414,17 @@ class _VerifyCall:
         return job
 
     def _wait(self) -> None:
-        found = self.inbox.get()
-        if isinstance(found, Exception):
-            raise found
+        verdicts = self.inbox.get()
+        if isinstance(verdicts, Exception):
+            raise verdicts
         again: list[Job] = []
-        for job, verdict in found:
+        for job, verdict in verdicts:
             again += self._decide(job, verdict)
         if again:
             self.verifier._send(again)
 
     def _decide(self, job: Job, verdict: Verdict) -> list[Job]:
-        """Take a verdict, or doubt it. Returns the jobs that this calls for.
+        """Accept a verdict, or have it confirmed. Returns the jobs that this needs.
 
         A timeout counts when the reference's own CPU time is known and allows no more, and, if wall time ended it,
         when it happened with nothing beside it.
@@ -477,7 +477,7 @@ def _json(value: object) -> bytes:
         return json.dumps(msgspec.to_builtins(value)).encode("ascii")
 
 
-def problem_frame(problem: Problem) -> dict[str, Any]:
+def problem_message(problem: Problem) -> dict[str, Any]:
     """What the judge is told of a problem."""
     return {
         "reference": problem.reference,

@@ -15,11 +15,12 @@ SILENCE_S = 60.0  # the sandbox sends something every 5 s
 class AttachedConnection:
     """The attached streams of one container. Undoes Docker's multiplexing (8-byte header: stream, 0, 0, 0, length)."""
 
-    def __init__(self, container: Any, keep: Any) -> None:
+    def __init__(self, container: Any, stream: Any) -> None:
         self.container = container
         self.known_problems: set[bytes] = set()
-        self._keep = keep  # the SDK's wrapper: closing it would close the socket
-        self._sock: socket.socket = getattr(keep, "_sock", keep)
+        self._stream = stream  # closing it closes the socket
+        # The SDK opens the stream for reading only and has no public way to its socket, which may speak TLS.
+        self._sock: socket.socket = getattr(stream, "_sock", stream)
         self._sock.settimeout(SILENCE_S)
         self._raw = bytearray()
         self._errors: deque[bytes] = deque(maxlen=50)
@@ -55,7 +56,7 @@ class AttachedConnection:
             self.container.remove(force=True)
         except (docker.errors.DockerException, requests.exceptions.RequestException):
             pass  # it removes itself
-        self._keep.close()
+        self._stream.close()
 
     def last_output(self) -> str:
         text = b"".join(self._errors).decode("utf-8", "replace").strip()

@@ -149,19 +149,19 @@ class Sandbox(Verifier):
             self._client.close()
             self._client = None
 
-    def check_protections(self, found: dict[str, dict[str, Any]]) -> None:
+    def check_protections(self, checks: dict[str, dict[str, Any]]) -> None:
         """Refuse to go on unless every protection is in force, or may be missing by name."""
-        if unknown := self._allow - found.keys():
-            names = ", ".join(found)
+        if unknown := self._allow - checks.keys():
+            names = ", ".join(checks)
             raise InputError(f"--allow-missing {', '.join(sorted(unknown))}: no such protection. There are: {names}.")
         allow = self._allow | (UNSEEN_IN_GVISOR if _is_gvisor(self._runtime) else frozenset())
-        missing = [f"{n} ({c['found']})" for n, c in found.items() if not c["ok"] and n not in allow]
+        missing = [f"{n} ({c['found']})" for n, c in checks.items() if not c["ok"] and n not in allow]
         if missing:
             raise UnsafeError(
                 f"The sandbox is not safe: not in force: {', '.join(missing)}. The engine dropped an option; no "
                 "program was run. `fractal doctor` shows the details; --allow-missing NAME runs all the same."
             )
-        self.checks = {n: {**c, "allowed": True} if not c["ok"] else c for n, c in found.items()}
+        self.checks = {n: {**c, "allowed": True} if not c["ok"] else c for n, c in checks.items()}
 
     def _connect(self) -> AttachedConnection | SocketConnection:
         return self._connect_sidecar() if self._socket is not None else self._start_container()
@@ -181,8 +181,8 @@ class Sandbox(Verifier):
         try:
             created = _create(client, self.image, self.limits, self._asked_slots, self._runtime)
             container = client.containers.get(created)
-            keep = client.api.attach_socket(created, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-            line = AttachedConnection(container, keep)
+            stream = client.api.attach_socket(created, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+            line = AttachedConnection(container, stream)
             try:
                 container.start()
             except BaseException:

@@ -87,8 +87,8 @@ class Judge:
         self, suite: Suite, code: str, limits: dict[str, Any], begin: float, isolate: bool
     ) -> tuple[Outcome | None, ProgramRun, str, bool]:
         """Try the shared candidate. No Outcome: the program needs its own process (compiled, if it came so far)."""
-        worn = self._shared is not None and self._shared.programs >= SHARED_LIFE
-        if self._shared is not None and (worn or self._shared.memory_mib != limits["memory_mib"]):
+        worn_out = self._shared is not None and self._shared.programs >= SHARED_LIFE
+        if self._shared is not None and (worn_out or self._shared.memory_mib != limits["memory_mib"]):
             self._shared.end()
             self._shared = None
         if self._shared is None:
@@ -219,8 +219,8 @@ def _run_tests(run: ProgramRun, suite: Suite, names: dict[str, Any], results: li
 def _refresh(run: ProgramRun, stale: list[str], names: dict[str, Any]) -> None:
     """Let the test see the program's globals as the call left them."""
     if run.ended is None:
-        found = run.end.names()
-        names.update((name, found[name]) for name in stale if name in found)
+        current = run.end.names()
+        names.update((name, current[name]) for name in stale if name in current)
 
 
 def _run_code(run: ProgramRun, code: Callable[[], None]) -> tuple[str, str]:
@@ -309,8 +309,8 @@ def _attempt(judge: Judge, suite: Suite | str, body: bytes) -> dict[str, Any]:
         return judge.judge(suite, code, limits, isolate)
     except Exception as error:
         judge.close()
-        words = [value for value in error.args if type(value) in (str, int)]  # no proxy: its str() would ask
-        return sandbox_error(f"{type(error).__name__}: {' '.join(map(str, words))}", retry=True)
+        parts = [value for value in error.args if type(value) in (str, int)]  # no proxy: its str() would ask
+        return sandbox_error(f"{type(error).__name__}: {' '.join(map(str, parts))}", retry=True)
 
 
 def sandbox_error(detail: str, retry: bool = False) -> dict[str, Any]:
@@ -328,20 +328,20 @@ def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:
     suite = prepare({"setup": "", "reference": "", "entry_point": "inspect", "tests": ["result.append(inspect())"]})
     suite.ahead.clear()
     limits = {"cpu_s": 10.0, "wall_s": 20.0, "memory_mib": 512, "file_mib": 16}
-    found: list[Any] = []
-    trouble = "it returned nothing"
+    returned: list[Any] = []
+    problem = "it returned nothing"
     candidate = CandidateProcess(judge.slot, limits, shared=False)
     try:
         run = ProgramRun(candidate, 10.0, 20.0, time.monotonic() + 20)
         run.end.send_frames(pack(["program", 0, protections.INSPECT_CANDIDATE, "", suite.imports, suite.names, False]))
         outcome, names = _start_program(suite, run, 0)
         if outcome is None:
-            exec(suite.tests[0], {**names, "result": found})
+            exec(suite.tests[0], {**names, "result": returned})
         else:
-            trouble = outcome.detail
+            problem = outcome.detail
     except (CandidateEndedError, ProgramExitedError, ProtocolError, Exception) as error:
         run.drain()
-        trouble = f"{type(error).__name__}: {error} {run.detail} {run.output.decode('utf-8', 'replace')}"
+        problem = f"{type(error).__name__}: {error} {run.detail} {run.output.decode('utf-8', 'replace')}"
     finally:
         candidate.end()
-    return protections.candidate_protections(found[0] if found else {"trouble": trouble}, judge.slot.uid, limits)
+    return protections.candidate_protections(returned[0] if returned else {"problem": problem}, judge.slot.uid, limits)

@@ -28,7 +28,7 @@ def inspect_container() -> dict[str, dict[str, Any]]:
     no_new_privs = ctypes.CDLL(None).prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
     sockets = [path for path in DOCKER_SOCKETS if os.path.exists(path)]
     memory, pids = _limit("memory", "memory.max", "memory.limit_in_bytes"), _limit("pids", "pids.max", "pids.max")
-    found = {
+    protections = {
         "capabilities": (capabilities == CAPABILITIES, f"{capabilities:#x}, expected {CAPABILITIES:#x}"),
         "no_new_privs": (no_new_privs == 1, f"no_new_privs {no_new_privs}"),
         "seccomp": (status.get("Seccomp") == "2", f"mode {status.get('Seccomp')}, expected 2 (filter)"),
@@ -40,7 +40,7 @@ def inspect_container() -> dict[str, dict[str, Any]]:
         "pids_limit": (pids is not None, f"{pids} processes"),
         "docker_socket": (not sockets, f"found {sockets}"),
     }
-    return {name: {"ok": ok, "found": text} for name, (ok, text) in found.items()}
+    return {name: {"ok": ok, "found": text} for name, (ok, text) in protections.items()}
 
 
 # A program of ours: what the process that runs programs may do, as that process sees it.
@@ -64,22 +64,22 @@ def inspect():
 """
 
 
-def candidate_protections(found: Any, uid: int, limits: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def candidate_protections(seen: Any, uid: int, limits: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Each protection of a candidate by name, from what INSPECT_CANDIDATE returned."""
-    if type(found) is not dict or "uids" not in found:
-        return {"candidate": {"ok": False, "found": f"cannot be looked at: {found}"}}
+    if type(seen) is not dict or "uids" not in seen:
+        return {"candidate": {"ok": False, "found": f"cannot be looked at: {seen}"}}
     most = {"AS": limits["memory_mib"] << 20, "CPU": int(limits["cpu_s"]) + 2, "FSIZE": limits["file_mib"] << 20}
     most |= {"NOFILE": 64, "NPROC": 64, "CORE": 0, "MEMLOCK": 0}
-    loose = [n for n, highest in most.items() if not 0 <= found["limits"].get(n, [-1, -1])[1] <= highest]
-    powers = found["capabilities"]  # permitted, effective, ambient; the bounding set is the container's
+    not_in_force = [n for n, highest in most.items() if not 0 <= seen["limits"].get(n, [-1, -1])[1] <= highest]
+    capabilities = seen["capabilities"]  # permitted, effective, ambient; the bounding set is the container's
     checks = {
-        "candidate_uid": (found["uids"] == [uid] and found.get("groups") == [], f"uid and gid {found['uids']}"),
-        "candidate_capabilities": (all(p == "0" * 16 for p in powers), f"{powers}"),
-        "candidate_no_new_privs": (found.get("no_new_privs") == 1, f"no_new_privs {found.get('no_new_privs')}"),
-        "candidate_seccomp": (found.get("seccomp") == "2", f"mode {found.get('seccomp')}, expected 2 (filter)"),
-        "candidate_limits": (not loose, f"limits not in force: {loose}"),
-        "candidate_descriptors": (found["descriptors"] == [0, 1, 2, 3], f"open descriptors {found['descriptors']}"),
-        "candidate_folder": (found["folder"].startswith("/scratch/"), f"in {found['folder']!r}"),
+        "candidate_uid": (seen["uids"] == [uid] and seen.get("groups") == [], f"uid and gid {seen['uids']}"),
+        "candidate_capabilities": (all(mask == "0" * 16 for mask in capabilities), f"{capabilities}"),
+        "candidate_no_new_privs": (seen.get("no_new_privs") == 1, f"no_new_privs {seen.get('no_new_privs')}"),
+        "candidate_seccomp": (seen.get("seccomp") == "2", f"mode {seen.get('seccomp')}, expected 2 (filter)"),
+        "candidate_limits": (not not_in_force, f"limits not in force: {not_in_force}"),
+        "candidate_descriptors": (seen["descriptors"] == [0, 1, 2, 3], f"open descriptors {seen['descriptors']}"),
+        "candidate_folder": (seen["folder"].startswith("/scratch/"), f"in {seen['folder']!r}"),
     }
     return {name: {"ok": ok, "found": text} for name, (ok, text) in checks.items()}
 

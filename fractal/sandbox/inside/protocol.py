@@ -306,9 +306,9 @@ def _named_type(name: str, fields: tuple[str, ...]) -> Any:
         if len(_NAMED_TYPES) > 1000:
             _NAMED_TYPES.clear()
         members: dict[str, Any] = {"__slots__": (), "_fields": fields, "__new__": lambda cls, *v: tuple.__new__(cls, v)}
-        for place, field in enumerate(fields):
+        for index, field in enumerate(fields):
             if not field.startswith("_"):
-                members[field] = property(operator.itemgetter(place))
+                members[field] = property(operator.itemgetter(index))
         members["__repr__"] = lambda self: (
             f"{name}({', '.join(f'{f}={v!r}' for f, v in zip(fields, self, strict=True))})"
         )

@@ -73,8 +73,8 @@ class Proxy:
     def __iter__(self) -> Iterator[Any]:
         if self._kind == "iterator":
             return self
-        found: Any = self._end.ask("iter", self)
-        return found if isinstance(found, Proxy) else iter(found)
+        iterator: Any = self._end.ask("iter", self)
+        return iterator if isinstance(iterator, Proxy) else iter(iterator)
 
     def __next__(self) -> Any:
         return self._end.next(self)
@@ -308,10 +308,10 @@ class JudgeEnd:
         """The program's names that the tests use, as they are by now."""
         self._cancel_ahead()
         self.send(["q", "names", None])
-        found = self._value(self.reply())
-        if type(found) is not list or not all(type(name) is str for name, _ in pairs(found)):
+        names = self._value(self.reply())
+        if type(names) is not list or not all(type(name) is str for name, _ in pairs(names)):
             raise ProtocolError("not names")
-        return dict(found)
+        return dict(names)
 
     def next(self, target: Proxy) -> Any:
         """The next element of one of the program's iterators, fetched in batches once the first has been drawn."""
@@ -368,10 +368,10 @@ def update(old: Any, new: Any) -> None:
     if type(old) is not type(new):
         return
     if isinstance(old, list | deque):
-        for place, (a, b) in enumerate(zip(list(old), list(new), strict=False)):
+        for index, (a, b) in enumerate(zip(list(old), list(new), strict=False)):
             if isinstance(a, list | dict | set | bytearray | deque) and type(a) is type(b):
                 update(a, b)
-                new[place] = a
+                new[index] = a
         if isinstance(old, list):
             old[:] = new
         else:

@@ -104,13 +104,13 @@ def reason_against(code: types.CodeType) -> str:
         code = todo.pop()
         if code.co_flags & ASYNC:
             return "a coroutine"
-        if found := _instructions(code.co_code, code.co_names):
-            return found
+        if reason := _reason_in(code.co_code, code.co_names):
+            return reason
         todo += [constant for constant in code.co_consts if type(constant) is types.CodeType]
     return ""
 
 
-def _instructions(text: bytes, names: tuple[str, ...]) -> str:
+def _reason_in(text: bytes, names: tuple[str, ...]) -> str:
     """The first instruction that is not allowed. Two bytes each; EXTENDED_ARG brings an argument's high bits."""
     high = 0
     for operation, low in zip(text[::2], text[1::2], strict=True):

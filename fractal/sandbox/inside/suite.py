@@ -89,7 +89,7 @@ def prepare(problem: dict[str, Any]) -> Suite:
 
 def _ahead(tests: list[ast.Module], entry_point: str, programs: set[str]) -> list[Ahead]:
     """The calls of the leading tests that call the program once, unconditionally, with literal arguments."""
-    found: list[Ahead] = []
+    calls: list[Ahead] = []
     size = 0
     for test in tests:
         call = _only_call(test, entry_point, programs)
@@ -105,8 +105,8 @@ def _ahead(tests: list[ast.Module], entry_point: str, programs: set[str]) -> lis
         size += len(frame)
         if size > AHEAD_BYTES:
             break
-        found.append(Ahead(args, kwargs, frame))
-    return found
+        calls.append(Ahead(args, kwargs, frame))
+    return calls
 
 
 def _refuse(value: Any) -> dict[str, Any]:
@@ -154,16 +154,16 @@ def _names(trees: list[ast.Module]) -> tuple[set[str], set[str]]:
 
 def _own_imports(node: ast.Import | ast.ImportFrom) -> dict[str, Any]:
     """What an import statement binds, from the judge's own trusted modules; nothing for other modules."""
-    found: dict[str, Any] = {}
+    bound: dict[str, Any] = {}
     if isinstance(node, ast.Import):
         for alias in node.names:
             if alias.name in TRUSTED_MODULES:
-                found[alias.asname or alias.name] = __import__(alias.name)
+                bound[alias.asname or alias.name] = __import__(alias.name)
     elif node.module in TRUSTED_MODULES and not node.level:
         module = __import__(node.module)
         for alias in node.names:
             if alias.name == "*":
-                found |= {n: getattr(module, n) for n in getattr(module, "__all__", dir(module)) if n[0] != "_"}
+                bound |= {n: getattr(module, n) for n in getattr(module, "__all__", dir(module)) if n[0] != "_"}
             elif hasattr(module, alias.name):
-                found[alias.asname or alias.name] = getattr(module, alias.name)
-    return found
+                bound[alias.asname or alias.name] = getattr(module, alias.name)
+    return bound

@@ -18,25 +18,22 @@ import signal
 import socket
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 from fractal.sandbox.inside import protections, sharing
 from fractal.sandbox.inside.candidate_process import Slot
-from fractal.sandbox.inside.judge import sandbox_error, work
+from fractal.sandbox.inside.connections import Client, Task, Worker
+from fractal.sandbox.inside.judge import sandbox_error
 from fractal.sandbox.inside.protocol import (
     ALIVE,
     FORGET,
     KEY_BYTES,
-    MAX_FRAME,
     PROBLEM,
     READY,
     SAMPLE,
     VERDICT,
     VERDICT_HEAD,
-    FrameBuffer,
     ProtocolError,
-    SampleHead,
     frame,
     pack,
     sample_head,
@@ -45,112 +42,12 @@ from fractal.sandbox.inside.protocol import (
 )
 
 QUEUE_DEPTH = 8  # samples handed to a judge at once: it must not idle while the supervisor is elsewhere
-GRACE_S = 0.8  # after the wall limit, before a judge is replaced
-START_S = 30.0  # for a judge that has just been started
 SHARED_UIDS = 500  # between a slot's uid and that of its shared candidate
-PROBLEMS_KNOWN = 4096  # problems that a judge keeps
 MAX_WAITING = 64 << 20  # bytes of samples that a client may have waiting here; then it has to wait itself
 MAX_WALL_S = 1e6  # no wall limit is longer
 MAX_UNSENT = 1 << 20  # bytes of verdicts that a client may leave unread; then none of its samples is run
 ALIVE_S = 5.0
 FLUSH_AT, FLUSH_S = 64, 0.004  # verdicts that are written together, and how long the first of them waits at most
-
-
-@dataclass(eq=False)
-class Client:
-    """One connection: what it sent, what waits for a judge, what it has not yet read."""
-
-    source: int  # file descriptors
-    sink: int
-    sock: socket.socket | None = None
-    buffer: FrameBuffer = field(default_factory=lambda: FrameBuffer(2 * MAX_FRAME))
-    problems: dict[bytes, bytes] = field(default_factory=dict)  # by key: whole frame bodies
-    waiting: deque["Task"] = field(default_factory=deque)
-    waiting_bytes: int = 0
-    running: int = 0
-    unsent: list[bytes] = field(default_factory=list)
-    unsent_bytes: int = 0
-    due: float = 0.0  # when `unsent` has to be on its way
-    written_at: float = 0.0
-    watched: dict[int, int] = field(default_factory=dict)  # events by file descriptor
-    open_input: bool = True
-    dismissed: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Task:
-    """A sample on its way: the frame as it came, and whose it is."""
-
-    head: SampleHead
-    body: bytes
-    problem: bytes
-    client: Client
-
-
-class Worker:
-    """A judge process as the supervisor sees it."""
-
-    def __init__(self, slot: Slot, others: list[int]) -> None:
-        self.slot = slot
-        self.known: set[bytes] = set()
-        self.tasks: deque[Task] = deque()  # handed over; it is at the first one
-        self.deadline = 0.0
-        self.buffer = FrameBuffer()
-        self.unsent = bytearray()
-        self.watched: dict[int, int] = {}  # events by file descriptor
-        self.ready = False  # its check of a candidate is done
-        self.sock, theirs = socket.socketpair()
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self.sock.close()
-                for fd in others:
-                    os.close(fd)
-                os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
-                os.dup2(2, 1)  # nothing but the supervisor writes frames
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                work(theirs, slot)
-            finally:
-                os._exit(0)
-        theirs.close()
-
-    def assign(self, task: Task) -> None:
-        data = b""
-        if task.head.key not in self.known:
-            if len(self.known) >= PROBLEMS_KNOWN:
-                self.known.clear()
-                data = frame(FORGET)
-            self.known.add(task.head.key)
-            data += frame(task.problem)
-        self.tasks.append(task)
-        if len(self.tasks) == 1:
-            self.begin()
-        self.unsent += data + frame(task.body)
-        self.push()
-
-    def begin(self) -> None:
-        """It is at the next task, if there is one; a judge that has just been started starts its zygote first."""
-        wait_s = self.tasks[0].head.wall_s + GRACE_S + (0 if self.ready else START_S) if self.tasks else 0.0
-        self.deadline = time.monotonic() + wait_s
-
-    def push(self) -> None:
-        """Send what the judge's socket takes. It may be stuck over a sample: the supervisor never waits for it."""
-        if self.unsent:
-            try:
-                del self.unsent[: self.sock.send(self.unsent)]
-            except BlockingIOError:
-                pass
-            except (BrokenPipeError, ConnectionResetError):
-                self.unsent.clear()  # it died: its socket tells, and its tasks are taken back
-
-    def end(self) -> None:
-        """Kill the judge; its zygote and candidates die with their sockets and parents."""
-        try:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        self.sock.close()
 
 
 class Supervisor:
@@ -166,7 +63,7 @@ class Supervisor:
         self._checks: dict[str, Any] = {}
         for slot in slots:
             self._start_worker(slot)
-        self._checks = protections.inspect_container() | _worst(
+        self._checks = protections.inspect_container() | _combined(
             [self._first_checks(worker) for worker in self._workers]
         )
         for worker in self._workers:
@@ -195,8 +92,8 @@ class Supervisor:
         while data := worker.sock.recv(1 << 16):
             for body in worker.buffer.feed(data):
                 worker.ready = True
-                found: dict[str, Any] = unpack(body[1:])
-                return found
+                checks: dict[str, Any] = unpack(body[1:])
+                return checks
         return {}
 
     def _replace(self, worker: Worker) -> deque[Task]:
@@ -430,16 +327,16 @@ class Supervisor:
                     return
 
 
-def _worst(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The findings of several slots as one: a protection that one of them lacks is missing."""
-    together: dict[str, Any] = {}
-    for one in found:
-        if not one:
-            together["candidate"] = {"ok": False, "found": "the judge died over looking at one"}
-        for name, check in one.items():
-            if name not in together or not check["ok"]:
-                together[name] = check
-    return together
+def _combined(checks_of_slots: list[dict[str, Any]]) -> dict[str, Any]:
+    """The checks of several slots as one: a protection that one of them lacks is missing."""
+    combined: dict[str, Any] = {}
+    for checks in checks_of_slots:
+        if not checks:
+            combined["candidate"] = {"ok": False, "found": "the judge died while it inspected a candidate"}
+        for name, check in checks.items():
+            if name not in combined or not check["ok"]:
+                combined[name] = check
+    return combined
 
 
 def _kill_orphans(slot: Slot) -> None:

@@ -133,8 +133,8 @@ def _warm_up() -> None:
 
 def _reap(pid: int, wait: bool) -> bytes:
     """How a candidate ended, as JSON; {} if it runs and shall not be waited for."""
-    found, status, usage = os.wait4(pid, 0 if wait else os.WNOHANG)
-    if not found:
+    ended, status, usage = os.wait4(pid, 0 if wait else os.WNOHANG)
+    if not ended:
         return b"{}"
     cpu_s = usage.ru_utime + usage.ru_stime
     return json.dumps({"exit": os.waitstatus_to_exitcode(status), "cpu_s": cpu_s}).encode()
@@ -177,11 +177,11 @@ def _wipe(uid: int, folder: str) -> None:
         depth = 0
         while True:
             below = None
-            for entry in os.listdir("."):
-                if stat.S_ISDIR(os.lstat(entry).st_mode):
-                    below = entry
+            for name in os.listdir("."):
+                if stat.S_ISDIR(os.lstat(name).st_mode):
+                    below = name
                 else:
-                    os.unlink(entry)
+                    os.unlink(name)
             if below is None and depth == 0:
                 os._exit(0)
             if below is None:
