@@ -169,7 +169,7 @@ def run(given: argparse.Namespace) -> Path:
     """Measure, print, and return the path of the table."""
     if not given.quick and not gpu.usable():
         raise OutsideError(
-            f"no GPU to measure: {gpu.trouble() or 'torch is a build for the CPU'}. --quick tries the command."
+            f"no GPU to measure: {gpu.problem() or 'torch is a build for the CPU'}. --quick tries the command."
         )
     plan = QUICK if given.quick else Plan(
         given.model, given.problems, given.split, given.limit, given.n, given.rounds

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a
 from benchmarks.verify import BenchError, chosen, machine, order, outcome, save, show
 from fractal import console
 from fractal.errors import InputError
-from fractal.generate import models, stage
+from fractal.generate import models
+from fractal.generate.backends import why_no_vllm
 from fractal.generate.memory import read_shape
 from fractal.install import gpu
 from fractal.problems.sets import load
@@ -118,31 +119,38 @@ def programs(plan: Plan) -> list[tuple[Problem, Sample]]:
 def turn(plan: Plan, contestant: str) -> Turn:
     """Load, then measure."""
     called = time.perf_counter()
-    from fractal.critic import critic
-    from fractal.critic.features import Asked, Features, load_model, read
+    from fractal.critic.features import Features
+    from fractal.critic.forward import load_model, read
+    from fractal.critic.prompt import PromptTokenizer
 
     files = models.resolve(plan.model)
     pairs = programs(plan)
-    asker = critic.Asker(files.path)
-    asked = [Asked(str(i), p.task_id, asker.ids(critic.question(p, s.code))) for i, (p, s) in enumerate(pairs)]
-    tokens = sum(len(one.ids) for one in asked)
+    tokenizer = PromptTokenizer(files.path)
+    prompts = tokenizer.prompts(pairs)
+    tokens = sum(len(prompt.token_ids) for prompt in prompts)
     depth = read_shape(files.path).layers
     if contestant in ("shared", "plain"):
         model = load_model(files.path)
-        texts = asked if contestant == "shared" else [Asked(a.key, i, a.ids) for i, a in enumerate(asked)]
-        list(read(model, texts[:1], [depth], asker.pad))  # the first pass sets things up
+        if contestant == "plain":  # no two prompts of one problem, so none shares its beginning
+            prompts = [replace(prompt, task_id=number) for number, prompt in enumerate(prompts)]
+        list(read(model, prompts[:1], [depth], tokenizer.pad))  # the first pass sets things up
         begin = time.perf_counter()
-        done = sum(len(batch) for batch, states in read(model, texts, [depth], asker.pad) if states.isfinite().all())
+        done = sum(
+            len(batch) for batch, states in read(model, prompts, [depth], tokenizer.pad) if states.isfinite().all()
+        )
         return Turn(0, contestant, done, tokens, time.perf_counter() - begin, start_s=begin - called)
     if contestant == "vllm":
-        from fractal.critic.vllm_pooling import VllmScorer
+        from fractal.critic.head import zero_shot_head
+        from fractal.critic.vllm_export import export
+        from fractal.critic.vllm_pooling import PoolingEngine
 
+        texts = [prompt.token_ids for prompt in prompts]
         with tempfile.TemporaryDirectory() as folder:
-            critic.export(files.path, critic.answer_direction(files.path)[None], Path(folder) / "c")
-            scorer = VllmScorer(Path(folder) / "c", models.preferred_dtype(), max(len(a.ids) for a in asked))
-            list(scorer.logits([asked[0].ids[:-1]]))
+            export(files.path, zero_shot_head(files.path).weight[None], Path(folder) / "c")
+            engine = PoolingEngine(Path(folder) / "c", models.preferred_dtype(), max(map(len, texts)))
+            list(engine.logits([texts[0][:-1]]))
             begin = time.perf_counter()
-            done = len(list(scorer.logits([a.ids for a in asked])))
+            done = len(list(engine.logits(texts)))
             return Turn(0, contestant, done, tokens, time.perf_counter() - begin, start_s=begin - called)
     if contestant == "cached":
         with tempfile.TemporaryDirectory() as folder:
@@ -150,27 +158,29 @@ def turn(plan: Plan, contestant: str) -> Turn:
             begin = time.perf_counter()
             Features(files.path, files.digest, Path(folder)).of(pairs)
             return Turn(0, contestant, len(pairs), tokens, time.perf_counter() - begin, start_s=begin - called)
-    return _training(plan, contestant, [(a.task_id, a.ids) for a in asked], tokens, asker.pad, called)
+    return _training(plan, contestant, [(p.task_id, p.token_ids) for p in prompts], tokens, tokenizer.pad, called)
 
 
 def _training(
     plan: Plan, contestant: str, texts: list[tuple[int, list[int]]], tokens: int, pad: int, called: float
 ) -> Turn:
     from fractal.critic import finetune
-    from fractal.critic.features import device
+    from fractal.critic.batching import Example
+    from fractal.critic.forward import device
+    from fractal.critic.recipe import Recipe
 
     mode: Any = contestant.removesuffix("-unpacked")
-    recipe = finetune.Recipe(mode)
+    recipe = Recipe(mode)
     where = finetune.placement(device(), models.preferred_dtype())
     if contestant in UNPACKED:
         where = replace(where, packed=False)
-    judge = finetune.Judge(models.resolve(plan.model), recipe, where=where)
-    examples = [finetune.Example(task, ids, i % 2 == 0, 1) for i, (task, ids) in enumerate(texts)]
-    size = sum(p.numel() for n, p in judge.backbone.named_parameters() if "lora_" not in n and "embed" not in n)
-    finetune.train_epoch(judge, examples[:2], 1, recipe.batch_tokens, pad)
+    model = finetune.TrainableCritic(models.resolve(plan.model), recipe, where=where)
+    examples = [Example(task, ids, i % 2 == 0, 1) for i, (task, ids) in enumerate(texts)]
+    size = sum(p.numel() for n, p in model.backbone.named_parameters() if "lora_" not in n and "embed" not in n)
+    finetune.train_epoch(model, examples[:2], 1, recipe.batch_tokens, pad)
     begin = time.perf_counter()
     finetune.train_epoch(
-        judge, examples, 1, recipe.batch_tokens, pad
+        model, examples, 1, recipe.batch_tokens, pad
     )  # its last act reads the loss: the GPU has finished
     seconds = time.perf_counter() - begin
     return Turn(0, contestant, len(examples), tokens, seconds, FLOPS[mode] * size * tokens, begin - called)
@@ -277,8 +287,8 @@ def plan_of(given: argparse.Namespace) -> Plan:
         raise InputError("--limit, --n and --rounds must be positive.")
     if not gpu.usable() and not given.only:
         contestants = [one for one in contestants if one not in UNPACKED]
-    if "vllm" in contestants and (trouble := stage.vllm_trouble()):
-        console.warn(f"bench: left out vllm: {trouble}")
+    if "vllm" in contestants and (problem := why_no_vllm()):
+        console.warn(f"bench: left out vllm: {problem}")
         contestants.remove("vllm")
     size = (
         {"limit": 2, "n": 2, "rounds": 1}

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from fractal.generate import prompts
+from fractal.generate.extraction import definition_pattern, extract_code, is_python
 from fractal.generate.sample_files import read_samples
 from fractal.problems.formats import read_problems
 from fractal.records import Sample
@@ -54,9 +54,9 @@ def main() -> None:
     counts: Counter[str] = Counter()
     for sample in draw(samples, options.seed)[options.start : options.start + options.count]:
         name = by_id[sample.task_id].entry_point
-        code = prompts.extract_code(sample.completion, name)
-        remark = "" if prompts.definition(name).search(code) else "missing"
-        remark = remark if prompts.parses(code) else "no Python"
+        code = extract_code(sample.completion, name)
+        remark = "" if definition_pattern(name).search(code) else "missing"
+        remark = remark if is_python(code) else "no Python"
         cut = "cut" if sample.finish_reason == "length" else ""
         counts[" and ".join(filter(None, [remark or "defines the entry point", cut]))] += 1
         print(f"=== {sample.task_id}/{sample.sample_id} {name} {cut} {remark}".rstrip())

@@ -35,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is run as a
 from benchmarks.verify import SHARED, BenchError, chosen, machine, order, outcome, save, show
 from fractal import console
 from fractal.errors import InputError, OutsideError
-from fractal.generate import models, prompts
+from fractal.generate import memory, models, prompts
 from fractal.generate import stage as generate_stage
+from fractal.generate.backends import why_no_vllm
+from fractal.generate.engine import Completion, Request, Sampling, never_stop
 from fractal.install import docker_engine, gpu
 from fractal.problems.sets import load
 from fractal.records import Problem
@@ -227,11 +229,11 @@ class Bench:
         self.plan = plan
         self.problems: list[Problem] = load(plan.problems, plan.split, plan.limit).problems
         files = models.resolve(plan.model)
-        self.sampling = generate_stage.Sampling(plan.n, plan.temperature, 1.0, plan.max_tokens, plan.seed)
-        tokenizer = generate_stage._tokenizer(str(files.path))
+        self.sampling = Sampling(plan.n, plan.temperature, 1.0, plan.max_tokens, plan.seed)
+        tokenizer = prompts.load_tokenizer(str(files.path))
         wanted = [(p, i) for p in self.problems for i in range(plan.n)]
         context = models.context_length(files.path)
-        self.requests = generate_stage._requests(wanted, tokenizer, context, self.sampling, {})
+        self.requests = prompts.build_requests(wanted, tokenizer, context, self.sampling, {})
         if not self.requests:
             raise InputError(f"--problems {plan.problems}: no prompt fits the model's context.")
         dtype, length = models.preferred_dtype(), max(len(r.prompt) for r in self.requests) + plan.max_tokens
@@ -247,7 +249,7 @@ class Bench:
             from fractal.generate.vllm_processes import EngineProcesses
 
             count = plan.engines if kind == "several" else 1
-            budget = generate_stage.gpu_budget() if count > 1 else None
+            budget = memory.gpu_budget() if count > 1 else None
             self.engine = EngineProcesses(
                 files.path, self.sampling, dtype, length, size, engines=count, budget_bytes=budget, options=options
             )
@@ -306,7 +308,7 @@ class Bench:
             begin = time.perf_counter()
             with Overlap(run, Limits()) as overlap:
                 follower = overlap.begin() if contestant == "overlapped" else None
-                generate_stage._draw(source, self.requests, problems, path, self.sampling, "m", entry, follower)
+                generate_stage.draw(source, self.requests, problems, path, self.sampling, "m", entry, follower)
             if follower:
                 verify_stage.run(run, Limits(), overlap)
             seconds = time.perf_counter() - begin
@@ -331,7 +333,7 @@ def replies(problems: list[Problem]) -> list[str]:
 class Defaults:
     """vLLM as its user gets it who names a model and nothing else."""
 
-    def __init__(self, path: Path, sampling: generate_stage.Sampling) -> None:
+    def __init__(self, path: Path, sampling: Sampling) -> None:
         from fractal.generate.vllm import VllmEngine
 
         from vllm import LLM  # isort: skip
@@ -347,9 +349,7 @@ class Stock:
     def __init__(self, loaded: Any) -> None:
         self._loaded = loaded
 
-    def generate(
-        self, requests: list[generate_stage.Request], stopped: Callable[[], bool] = generate_stage.never
-    ) -> Iterator[list[generate_stage.Completion]]:
+    def generate(self, requests: list[Request], stopped: Callable[[], bool] = never_stop) -> Iterator[list[Completion]]:
         llm_engine = self._loaded._llm.llm_engine
         under_way = {f"{r.task_id}/{r.sample_id}": r for r in requests}
         for name, request in under_way.items():
@@ -361,7 +361,7 @@ class Stock:
                 one = output.outputs[0]
                 stop, count = one.finish_reason == "stop", len(one.token_ids)
                 request = under_way[output.request_id]
-                done.append(generate_stage.Completion(request, one.text, stop, count, float(one.cumulative_logprob)))
+                done.append(Completion(request, one.text, stop, count, float(one.cumulative_logprob)))
             if done:
                 yield done
 
@@ -498,7 +498,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
         raise InputError(f"--instant with --only {wrong[0]}: of no use; what can be had: {', '.join(INSTANT)}.")
     if min(given.limit, given.n, given.rounds, given.engines) < 1:
         raise InputError("--limit, --n, --rounds and --engines must be positive.")
-    generate_stage.Sampling(given.n, given.temperature, 1.0, given.max_tokens, given.seed)
+    Sampling(given.n, given.temperature, 1.0, given.max_tokens, given.seed)
     beside = SHARED / "mbpp" / "mbpp.jsonl"
     problems = given.problems or (str(beside) if beside.exists() else "starter")
     size = {"limit": 2, "n": 2, "rounds": 1, "max_tokens": 24} if given.quick else {
@@ -510,7 +510,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
 def available(plan: Plan) -> Plan:
     """The plan without the contestants that this machine cannot have, each with one line that says why."""
     left_out: dict[str, str] = {}
-    if trouble := generate_stage.vllm_trouble():
+    if trouble := why_no_vllm():
         left_out |= dict.fromkeys([c for c in TITLES if c != "transformers"], trouble)
     if trouble := docker_engine.problem():
         left_out.setdefault("overlapped", trouble)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fractal.generate.prompts import extract_code, tree
+from fractal.generate.extraction import extract_code
 from fractal.jsonl import decode_object, read_lines
+from fractal.problems.syntax import syntax_tree
 from fractal.records import Problem, Sample
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
@@ -50,9 +51,9 @@ def mutants(code: str, seed: str) -> Iterator[Mutant]:
 
     Raises ValueError if `code` is not Python.
     """
-    original = ast.unparse(tree(code))
+    original = ast.unparse(syntax_tree(code))
     by_kind: dict[str, list[int]] = {}
-    for index, edit in enumerate(edits(tree(code))):
+    for index, edit in enumerate(edits(syntax_tree(code))):
         by_kind.setdefault(edit.kind, []).append(index)
     rng = random.Random(f"{seed}/mutants")
     kinds = sorted(by_kind)
@@ -62,7 +63,7 @@ def mutants(code: str, seed: str) -> Iterator[Mutant]:
     while kinds:
         rng.shuffle(kinds)
         for kind in kinds:
-            fresh = tree(code)
+            fresh = syntax_tree(code)
             edits(fresh)[by_kind[kind].pop()].apply()
             try:
                 mutated = ast.unparse(fresh)
@@ -186,7 +187,7 @@ def literal_tests(problem: Problem) -> tuple[list[list[object]], list[object]] |
     inputs: list[list[object]] = []
     expected: list[object] = []
     for test in problem.tests:
-        match tree(test).body:
+        match syntax_tree(test).body:
             case [ast.Assert(test=ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[right]))]:
                 pass
             case _:

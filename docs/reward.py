@@ -6,7 +6,7 @@ One sandbox serves all batches, from any number of threads; a program that comes
 
 from collections.abc import Sequence
 
-from fractal.generate.prompts import extract_code
+from fractal.generate.extraction import extract_code
 from fractal.problems.formats import read_problems
 from fractal.problems.sets import STARTER
 from fractal.records import Problem, Sample

@@ -248,16 +248,17 @@ def _record_criteria(folder: RunDir, options: CriteriaOptions) -> None:
 def _generate(folder: RunDir, problem_set: ProblemSet, options: GenerateOptions, follow: Any = None) -> None:
     """Options that are not given are the run's own, else DEFAULTS. `follow` labels samples while others are drawn."""
     from fractal.generate import models, stage
+    from fractal.generate.engine import Sampling, Server
 
     known = folder.manifest["config"].get("generate", {})
     given = {name: getattr(options, name) for name in DEFAULTS}
     values = {name: known.get(name, DEFAULTS[name]) if given[name] is None else given[name] for name in DEFAULTS}
-    model, served = options.model, None
+    model, server = options.model, None
     if options.backend == "openai" or (options.backend == "auto" and known.get("backend") == "openai"):
         model = model or known.get("model")
         base_url = options.base_url or known.get("base_url")
         if base_url:
-            served = stage.Served(base_url, options.tokenizer or known.get("tokenizer"), options.concurrency)
+            server = Server(base_url, options.tokenizer or known.get("tokenizer"), options.concurrency)
         if model is None:
             raise InputError("--backend openai: give --model, the name under which the server has it.")
     elif options.tokenizer:
@@ -265,8 +266,8 @@ def _generate(folder: RunDir, problem_set: ProblemSet, options: GenerateOptions,
     if model is None:
         model = folder.model_path(known.get("model", models.EMBEDDED))
     stage.run(
-        folder, problem_set, model, stage.Sampling(**values), options.backend,
-        batch=options.batch, engines=options.engines, served=served, follow=follow,
+        folder, problem_set, model, Sampling(**values), options.backend,
+        batch=options.batch, engines=options.engines, server=server, follow=follow,
     )  # fmt: skip
 
 
@@ -497,10 +498,11 @@ def _verify(
 def _train(folder: RunDir, options: TrainOptions, stage: Stage) -> bool:
     """Whether there is a critic. Where all stages run, labels that nothing can be learnt from are a warning."""
     from fractal.critic import train
+    from fractal.critic.rows import TrainError
 
     try:
         train.run(folder, **vars(options))
-    except train.TrainError as error:
+    except TrainError as error:
         if stage is Stage.train:
             raise
         console.warn(f"train: {error}")

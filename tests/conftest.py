@@ -108,7 +108,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
     no_docker = docker_engine.problem()
     no_sandbox = None if SOCKET else no_docker
-    no_gpu = None if gpu.usable() else gpu.trouble() or "the installed torch is built for the CPU"
+    no_gpu = None if gpu.usable() else gpu.problem() or "the installed torch is built for the CPU"
     for item in items:
         found = getattr(item, "_fixtureinfo", None)
         defined = found.name2fixturedefs.get("image", ()) if found else ()

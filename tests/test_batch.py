@@ -89,7 +89,7 @@ def test_a_large_model_is_not_starved(model: dict[str, int], weights: float, gig
 def test_engines_are_as_many_as_keep_the_gpu_busy(
     weights: float, gigabytes: int, processors: int, samples: int, expected: int
 ) -> None:
-    assert memory.engines(int(weights), int(0.99 * gigabytes * (1 << 30)), processors, samples) == expected
+    assert memory.engine_count(int(weights), int(0.99 * gigabytes * (1 << 30)), processors, samples) == expected
 
 
 def test_free_memory_hears_a_containers_limit(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import pytest
 
 from fractal.errors import InputError, OutsideError
 from fractal.generate import prompts
-from fractal.generate.openai import OpenAiEngine, completion
-from fractal.generate.stage import Completion, Request, Sampling, Served, sample_seed
+from fractal.generate.engine import Completion, Request, Sampling, Server
+from fractal.generate.openai import OpenAiEngine, parse_answer
+from fractal.generate.prompts import sample_seed
 from fractal.jsonl import read_jsonl
 from fractal.records import Sample
 from tests.conftest import ROOT
@@ -31,7 +32,7 @@ FIELDS: dict[str, dict[str, type]] = {
 }
 
 
-class Server(ThreadingHTTPServer):
+class FakeServer(ThreadingHTTPServer):
     """Knows one model, "m". `script`: what the next requests get, a function each; then good answers."""
 
     daemon_threads = True
@@ -57,7 +58,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Server
+    server: FakeServer
 
     def log_message(self, *_: object) -> None: ...
 
@@ -157,8 +158,8 @@ def garbled(data: bytes) -> Callable[[Handler], None]:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    one = Server()
+def server() -> Iterator[FakeServer]:
+    one = FakeServer()
     thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield one
@@ -173,8 +174,8 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def engine(server: Server, *, tokenizer: str | None = "t", concurrency: int = 4, model: str = "m", retries: int = 3) -> OpenAiEngine:  # fmt: skip
-    return OpenAiEngine(model, Sampling(n=4), Served(server.url, tokenizer, concurrency), retries)
+def engine(server: FakeServer, *, tokenizer: str | None = "t", concurrency: int = 4, model: str = "m", retries: int = 3) -> OpenAiEngine:  # fmt: skip
+    return OpenAiEngine(model, Sampling(n=4), Server(server.url, tokenizer, concurrency), retries)
 
 
 def requests(count: int) -> list[Request]:
@@ -187,7 +188,7 @@ def drawn(one: OpenAiEngine, count: int) -> dict[int, Completion]:
     return found
 
 
-def test_every_sample_has_its_own_seed_and_no_more_are_in_flight_than_allowed(server: Server) -> None:
+def test_every_sample_has_its_own_seed_and_no_more_are_in_flight_than_allowed(server: FakeServer) -> None:
     server.pause_s = 0.02
     found = drawn(engine(server, concurrency=5), 40)
     assert all(c.text == f"def f():\n    return {c.request.seed}" for c in found.values())
@@ -197,7 +198,7 @@ def test_every_sample_has_its_own_seed_and_no_more_are_in_flight_than_allowed(se
     assert 2 <= server.most <= 5
 
 
-def test_without_a_tokenizer_the_chat_form_is_used(server: Server) -> None:
+def test_without_a_tokenizer_the_chat_form_is_used(server: FakeServer) -> None:
     found = drawn(engine(server, tokenizer=None), 3)
     assert all("```python\ndef f" in c.text and c.sum_logprob == -1.75 for c in found.values())
     assert all(b["messages"] == [{"role": "user", "content": "the prompt"}] for b in server.asked)
@@ -208,20 +209,22 @@ def test_without_a_tokenizer_the_chat_form_is_used(server: Server) -> None:
     [status(500), status(503), status(408), drop, half, garbled(b"<html>busy</html>"), garbled(b'{"choices": []}')],
     ids=["500", "503", "408", "dropped", "half", "html", "empty"],
 )
-def test_a_passing_fault_costs_a_second_try_and_nothing_else(server: Server, fault: Callable[[Handler], None]) -> None:
+def test_a_passing_fault_costs_a_second_try_and_nothing_else(
+    server: FakeServer, fault: Callable[[Handler], None]
+) -> None:
     server.script = [fault, fault]
     drawn(engine(server), 6)
     assert len(server.asked) == 6
     assert len(server.times) == 8
 
 
-def test_retry_after_is_heard(server: Server) -> None:
+def test_retry_after_is_heard(server: FakeServer) -> None:
     server.script = [status(429, Retry_After="2")]
     drawn(engine(server, concurrency=1), 1)
     assert server.times[1] - server.times[0] >= 2.0
 
 
-def test_a_server_that_never_recovers_ends_it_in_one_line(server: Server) -> None:
+def test_a_server_that_never_recovers_ends_it_in_one_line(server: FakeServer) -> None:
     server.script = [status(503)] * 50
     with pytest.raises(OutsideError, match=r"keeps refusing \(503: .*try later") as caught:
         drawn(engine(server, retries=1), 4)
@@ -231,7 +234,7 @@ def test_a_server_that_never_recovers_ends_it_in_one_line(server: Server) -> Non
         drawn(engine(server), 4)
 
 
-def test_what_was_finished_before_the_fault_is_handed_out(server: Server) -> None:
+def test_what_was_finished_before_the_fault_is_handed_out(server: FakeServer) -> None:
     one, found = engine(server, concurrency=1), []
     server.pause_s = 0.05
     with pytest.raises(InputError, match="refuses the request"):
@@ -241,7 +244,7 @@ def test_what_was_finished_before_the_fault_is_handed_out(server: Server) -> Non
     assert len(found) in (3, 4)
 
 
-def test_a_wrong_key_stops_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_stops_at_once(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = "right"
     with pytest.raises(OutsideError, match=r"refuses the key \(401\). Set OPENAI_API_KEY"):
         engine(server).check()
@@ -253,21 +256,21 @@ def test_a_wrong_key_stops_at_once(server: Server, monkeypatch: pytest.MonkeyPat
     drawn(engine(server), 2)
 
 
-def test_an_unknown_model_is_named_with_those_there_are(server: Server) -> None:
+def test_an_unknown_model_is_named_with_those_there_are(server: FakeServer) -> None:
     with pytest.raises(InputError, match=r"--model other: http.* serves m\."):
         engine(server, model="other").check()
     with pytest.raises(InputError, match=r"--model other: .* does not know it"):
         drawn(engine(server, model="other"), 2)
 
 
-def test_no_server_is_one_line(server: Server) -> None:
-    one = OpenAiEngine("m", Sampling(), Served("http://127.0.0.1:9/v1"), retries=0)
+def test_no_server_is_one_line(server: FakeServer) -> None:
+    one = OpenAiEngine("m", Sampling(), Server("http://127.0.0.1:9/v1"), retries=0)
     with pytest.raises(OutsideError, match=r"does not answer.*Is it running") as caught:
         one.check()
     assert "\n" not in str(caught.value)
 
 
-def test_missing_log_probabilities_are_none(server: Server) -> None:
+def test_missing_log_probabilities_are_none(server: FakeServer) -> None:
     server.logprobs = False
     for tokenizer in ("t", None):
         assert {c.sum_logprob for c in drawn(engine(server, tokenizer=tokenizer), 2).values()} == {None}
@@ -284,28 +287,45 @@ def test_missing_log_probabilities_are_none(server: Server) -> None:
 )
 def test_odd_answers(choice: dict[str, Any], expected: tuple[str, bool]) -> None:
     data = json.dumps({"choices": [choice], "usage": {"completion_tokens": 2}}).encode()
-    found = completion(requests(1)[0], data, prompts.STOPS)
+    found = parse_answer(requests(1)[0], data, cut=True)
     assert (found.text, found.stopped) == expected
     assert found.sum_logprob is None
 
 
-def test_stopped_it_asks_for_nothing_more_and_hands_out_what_is_there(server: Server) -> None:
+def test_tokens_and_log_probability_are_of_the_text_that_is_kept() -> None:
+    """A stop that the server does not know cuts text that was drawn; what follows the stop is not counted."""
+    tokens = ["def f(): 0", "\n# Ch", "eck the", " program", "\n"]
+    logprobs = {"tokens": tokens, "token_logprobs": [-1.0, -0.5, -0.25, -9.0, -9.0]}
+
+    def parsed(logprobs: object, text: str = "".join(tokens), cut: bool = True) -> tuple[object, ...]:
+        choice = {"text": text, "finish_reason": "length", "logprobs": logprobs}
+        data = json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
+        found = parse_answer(requests(1)[0], data, cut=cut)
+        return found.text, found.stopped, found.tokens, found.sum_logprob
+
+    assert parsed(logprobs) == ("def f(): 0", True, 3, -1.75)
+    assert parsed(logprobs, cut=False) == ("".join(tokens), False, 5, -19.75)
+    assert parsed({**logprobs, "tokens": ["?"] * 5}) == ("def f(): 0", True, 5, None)
+    assert parsed(None) == ("def f(): 0", True, 5, None)
+
+
+def test_stopped_it_asks_for_nothing_more_and_hands_out_what_is_there(server: FakeServer) -> None:
     server.pause_s = 0.05
     one = engine(server, concurrency=2)
     found: list[Completion] = []
-    for done in one.generate(requests(50), stopped=lambda: len(found) >= 4):
+    for done in one.generate(requests(50), should_stop=lambda: len(found) >= 4):
         found.extend(done)
     assert 4 <= len(found) <= 8
     assert len(server.times) <= len(found) + 2
 
 
-def command(run: Path, server: Server, *more: str) -> "subprocess.CompletedProcess[str]":
+def command(run: Path, server: FakeServer, *more: str) -> "subprocess.CompletedProcess[str]":
     words = [sys.executable, "-m", "fractal", "generate", "--run", str(run), "--problems", "starter", "--limit", "2"]
     words += ["--n", "3", "--backend", "openai", "--base-url", server.url, *more]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_the_command_draws_and_goes_on_and_imports_no_torch(server: Server, tmp_path: Path) -> None:
+def test_the_command_draws_and_goes_on_and_imports_no_torch(server: FakeServer, tmp_path: Path) -> None:
     server.script = [status(500)]
     done = command(tmp_path / "r", server, "--model", "m")
     assert done.returncode == 0, done.stderr
@@ -336,7 +356,7 @@ def test_the_command_draws_and_goes_on_and_imports_no_torch(server: Server, tmp_
         (["--model", "m", "--backend", "auto", "--tokenizer", "x"], 2, "--tokenizer goes with --backend openai"),
     ],
 )
-def test_bad_input_is_one_line(server: Server, tmp_path: Path, more: list[str], code: int, words: str) -> None:
+def test_bad_input_is_one_line(server: FakeServer, tmp_path: Path, more: list[str], code: int, words: str) -> None:
     done = command(tmp_path / "r", server, *more)
     assert done.returncode == code, done.stderr
     assert words in done.stderr

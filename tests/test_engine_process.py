@@ -15,8 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal.errors import InputError, OutsideError
-from fractal.generate.stage import Request, Sampling, _tokenizer
-from fractal.generate.vllm_processes import Drawn, EngineProcesses, Failed, Incoming, _error, frames, write
+from fractal.generate.engine import Request, Sampling
+from fractal.generate.prompts import load_tokenizer
+from fractal.generate.vllm_processes import (
+    Completions,
+    EngineProcesses,
+    Failure,
+    RequestReader,
+    _error,
+    read_frames,
+    write_frame,
+)
 from tests.conftest import ROOT, until
 
 EXECUTOR = "benchmarks.instant.Instant"  # answers at once; vLLM's scheduler and process are the real ones
@@ -27,21 +36,21 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
 def test_what_is_written_is_read_whole_or_not_at_all(rows: list[tuple[Any, ...]]) -> None:
     stream = BytesIO()
     for row in rows:
-        write(stream, Drawn([row]))
+        write_frame(stream, Completions([row]))
     data = stream.getvalue()
-    whole = list(frames(BytesIO(data)))
+    whole = list(read_frames(BytesIO(data)))
     assert len(whole) == len(rows)
-    assert list(frames(BytesIO(data[:-1]))) == whole[:-1], "what a killed writer leaves is no frame"
+    assert list(read_frames(BytesIO(data[:-1]))) == whole[:-1], "what a killed writer leaves is no frame"
 
 
 def test_requests_wait_for_the_engine_or_the_engine_for_them() -> None:
-    from fractal.generate.vllm_processes import Draw
+    from fractal.generate.vllm_processes import Requests
 
     stream = BytesIO()
     requests = [Request(i, 0, [1, 2], i) for i in range(5)]
     for some in (requests[:2], requests[2:]):
-        write(stream, Draw([(one.task_id, one.prompt, one.seed) for one in some]))
-    incoming = Incoming(frames(BytesIO(stream.getvalue())))
+        write_frame(stream, Requests([(one.task_id, one.prompt, one.seed) for one in some]))
+    incoming = RequestReader(read_frames(BytesIO(stream.getvalue())))
     taken: list[Request] = []
     while (some := incoming.take(2, True)) is not None:
         assert 1 <= len(some) <= 2
@@ -51,8 +60,8 @@ def test_requests_wait_for_the_engine_or_the_engine_for_them() -> None:
 
 
 def test_the_end_of_an_engine_is_told_in_one_line() -> None:
-    assert isinstance(_error(Failed(2, "bad"), 0), InputError)
-    assert str(_error(Failed(3, "no memory"), 0)) == "no memory"
+    assert isinstance(_error(Failure(2, "bad"), 0), InputError)
+    assert str(_error(Failure(3, "no memory"), 0)) == "no memory"
     for code, words in ((-9, "signal 9 (SIGKILL)"), (1, "exit code 1")):
         error = _error(None, code)
         assert isinstance(error, OutsideError)
@@ -66,9 +75,10 @@ import json, random, sys
 from pathlib import Path
 from benchmarks.generate import Stock
 from fractal.engine_vllm import VllmEngine
-from fractal.generate import Request, Sampling, _tokenizer
+from fractal.generate.engine import Request, Sampling
+from fractal.generate.prompts import load_tokenizer
 path = Path(sys.argv[1])
-tokenizer = _tokenizer(str(path))
+tokenizer = load_tokenizer(str(path))
 dice = random.Random(0)
 pieces = ["\\n", "\\n```", "```", "\\nassert x", "\\n\\nassert f(1) == 2", " assert", "\\nprint(", "\\nprint", "\\n# Te", "st",
           "\\nif __name__", "def f(x):", "\\n    return x", "\\u00e9\\u4e2d\\U0001f600\\U0001f468\\u200d\\U0001f469", "\\t", " ", "x = 1"]
@@ -110,7 +120,7 @@ def test_we_read_what_vllms_own_output_processor_reads(small_model: Path) -> Non
 
 
 def engines(model: Path, count: int, step_s: float = 0.05) -> EngineProcesses:
-    answer = _tokenizer(str(model))("def f(x):\n    return x\n```", add_special_tokens=False)["input_ids"]
+    answer = load_tokenizer(str(model))("def f(x):\n    return x\n```", add_special_tokens=False)["input_ids"]
     config = {"answers": [answer], "step_s": step_s}
     options = {"distributed_executor_backend": EXECUTOR, "additional_config": config}
     return EngineProcesses(model, Sampling(max_tokens=40), "float32", 100, 8, engines=count, options=options)
@@ -179,7 +189,7 @@ def runs(pid: int) -> bool:
 PARENT = """
 import sys, time
 from pathlib import Path
-from fractal.generate import Request
+from fractal.generate.engine import Request
 from tests.test_engine_process import children, engines
 pool = engines(Path(sys.argv[1]), 1)
 for done in pool.generate([Request(1, i, [1, 2, 3], i) for i in range(10_000)]):

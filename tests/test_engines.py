@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fractal.errors import InputError, OutsideError
-from fractal.generate.stage import Request, Sampling, Served, _requests, _tokenizer
+from fractal.generate.engine import Request, Sampling, Server
+from fractal.generate.prompts import build_requests, load_tokenizer
 from fractal.problems.sets import load
 from tests.conftest import ROOT
 
@@ -36,7 +37,7 @@ def test_the_nucleus_is_the_smallest_set_with_its_probability(logits: list[float
 def asked(path: Path, count: int = 5, problems: int = 2) -> list[Request]:
     chosen = load("starter", "test", problems).problems
     wanted = [(p, i) for p in chosen for i in range(count)]
-    return _requests(wanted, _tokenizer(str(path)), 4096, Sampling(max_tokens=TOKENS), {})
+    return build_requests(wanted, load_tokenizer(str(path)), 4096, Sampling(max_tokens=TOKENS), {})
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def decoder(small_model: Path) -> Any:
 
 
 def draw(engine: Any, requests: list[Request], size: int, **more: Any) -> dict[tuple[int, int], tuple[str, int, float]]:
-    engine.batch, engine._stepped = size, False
+    engine.batch, engine._halved = size, False
     found = [c for done in engine.generate(requests, **more) for c in done]
     keys = {(c.request.task_id, c.request.sample_id): (c.text, c.tokens, round(c.sum_logprob, 3)) for c in found}
     assert len(keys) == len(found)
@@ -99,7 +100,7 @@ def test_stopped_in_mid_batch_the_rows_that_ended_are_kept(
         steps[0] += 1
         return steps[0] > first  # once before the batch, then once a step: it ends after `first` tokens
 
-    kept = draw(decoder, requests, 6, stopped=stopped)
+    kept = draw(decoder, requests, 6, should_stop=stopped)
     assert kept
     assert kept == {key: one for key, one in whole.items() if one[1] <= first}
 
@@ -108,7 +109,7 @@ VLLM = """
 import json, sys
 from pathlib import Path
 from fractal.engine_vllm import VllmEngine
-from fractal.generate import Sampling
+from fractal.generate.engine import Sampling
 from tests.test_engines import TOKENS, asked
 path = Path(sys.argv[1])
 requests = asked(path)
@@ -152,5 +153,5 @@ def test_vllm_steps_down_and_draws_the_same(small_model: Path) -> None:
 def test_settings_of_a_server_are_checked() -> None:
     for wrong in ({"base_url": ""}, {"base_url": "ftp://x"}, {"base_url": "http://x", "concurrency": 0}):
         with pytest.raises(InputError, match=r"--base-url|--concurrency"):
-            Served(**wrong)  # type: ignore[arg-type]
-    assert dataclasses.asdict(Served("http://x/v1"))["concurrency"] == 32
+            Server(**wrong)  # type: ignore[arg-type]
+    assert dataclasses.asdict(Server("http://x/v1"))["concurrency"] == 32

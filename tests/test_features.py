@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModel
 
 from fractal import console
-from fractal.critic import critic, features
-from fractal.critic.features import Asked, Features
+from fractal.critic import features, forward
+from fractal.critic.features import Features
+from fractal.critic.head import zero_shot_head
+from fractal.critic.prompt import PromptTokenizer, TokenizedPrompt, question
 from fractal.errors import OutsideError
 from fractal.records import Problem, Sample
 from tests.judged import DEPTH, WIDTH, tiny_qwen
@@ -35,7 +37,7 @@ def pairs(count: int = 3) -> list[tuple[Problem, Sample]]:
 def plain(qwen: Path, layers: list[int], pair: tuple[Problem, Sample]) -> np.ndarray:
     """(layers, D) by one forward pass of this text alone."""
     model = AutoModel.from_pretrained(qwen, dtype=torch.float32).eval()
-    ids = torch.tensor([critic.Asker(qwen).ids(critic.question(pair[0], pair[1].code))])
+    ids = torch.tensor([PromptTokenizer(qwen).token_ids(question(pair[0], pair[1].code))])
     with torch.inference_mode():
         hidden = model(ids, output_hidden_states=True).hidden_states
         return torch.stack([hidden[n][0, -1] if n == DEPTH else model.norm(hidden[n][0, -1]) for n in layers]).numpy()
@@ -56,12 +58,12 @@ def test_the_last_state_times_the_answer_direction_is_yes_minus_no(qwen: Path, t
 
     pair = pairs()[2]
     states = Features(qwen, "d", tmp_path / "cache", dtype="float32").of([pair])
-    asker = critic.Asker(qwen)
+    tokenizer = PromptTokenizer(qwen)
     model = AutoModelForCausalLM.from_pretrained(qwen, dtype=torch.float32).eval()
     with torch.inference_mode():
-        logits = model(torch.tensor([asker.ids(critic.question(pair[0], pair[1].code))])).logits[0, -1]
-    yes, no = asker.answers()
-    found = critic.Head(critic.answer_direction(qwen), 0.0).logits(states[:, -1])[0]
+        logits = model(torch.tensor([tokenizer.token_ids(question(pair[0], pair[1].code))])).logits[0, -1]
+    yes, no = tokenizer.answers()
+    found = zero_shot_head(qwen).logits(states[:, -1])[0]
     assert found == pytest.approx(float(logits[yes] - logits[no]), abs=0.01)
 
 
@@ -89,7 +91,7 @@ def test_a_torn_shard_costs_its_features_and_no_more(
     read: list[int] = []
     original = features.read
 
-    def count(model: object, asked: list[Asked], *rest: object) -> object:
+    def count(model: object, asked: list[TokenizedPrompt], *rest: object) -> object:
         read.append(len(asked))
         return original(model, asked, *rest)  # type: ignore[arg-type]
 
@@ -99,12 +101,12 @@ def test_a_torn_shard_costs_its_features_and_no_more(
 
 
 def test_out_of_memory_halves_the_batches_and_then_says_what_to_do(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = features.load_model(qwen, "float32")
-    asker = critic.Asker(qwen)
-    asked = [Asked(str(i), p.task_id, asker.ids(critic.question(p, s.code))) for i, (p, s) in enumerate(pairs())]
+    model = forward.load_model(qwen, "float32")
+    tokenizer = PromptTokenizer(qwen)
+    asked = tokenizer.prompts(pairs())
     calm = {
         one.key: row
-        for batch, rows in features.read(model, asked, [DEPTH], asker.pad)
+        for batch, rows in forward.read(model, asked, [DEPTH], tokenizer.pad)
         for one, row in zip(batch, rows, strict=True)
     }
     original = model.forward
@@ -121,7 +123,7 @@ def test_out_of_memory_halves_the_batches_and_then_says_what_to_do(qwen: Path, m
     limit = [250]
     found = {
         one.key: row
-        for batch, rows in features.read(model, asked, [DEPTH], asker.pad, 400)
+        for batch, rows in forward.read(model, asked, [DEPTH], tokenizer.pad, 400)
         for one, row in zip(batch, rows, strict=True)
     }
     assert len(warned) == 1  # 200 tokens are few enough
@@ -129,34 +131,34 @@ def test_out_of_memory_halves_the_batches_and_then_says_what_to_do(qwen: Path, m
     assert all(torch.allclose(found[key], calm[key], atol=1e-4) for key in calm)
     limit = [0]
     with pytest.raises(OutsideError, match=r"out of memory.*smaller --base"):
-        list(features.read(model, asked, [DEPTH], asker.pad, 400))
+        list(forward.read(model, asked, [DEPTH], tokenizer.pad, 400))
     assert warned[1:] == [f"out of memory: going on with batches of {n} tokens" for n in (200, 100, 50, 25)]
 
 
 def test_batches_keep_order_and_bound() -> None:
     lengths = [10, 20, 3000, 3000, 5000]
-    found = [lengths[part] for part in features.batches(lengths, 4096)]
+    found = [lengths[part] for part in forward.batches(lengths, 4096)]
     assert [length for batch in found for length in batch] == lengths
     assert all(len(batch) == 1 or batch[-1] * len(batch) <= 4096 for batch in found)
-    assert features.batches([], 4096) == []
+    assert forward.batches([], 4096) == []
 
 
 def test_blocks_hold_every_problem_and_keep_those_without_a_prefix_apart() -> None:
-    problems = [(shared, [Asked(str(i), i, [0] * 200)]) for i, shared in enumerate([50, 0, 30, 60, 0, 40])]
-    assert [[shared for shared, _ in block] for block in features.blocks(problems, 110)] == [
+    problems = [(shared, [TokenizedPrompt(str(i), i, [0] * 200)]) for i, shared in enumerate([50, 0, 30, 60, 0, 40])]
+    assert [[shared for shared, _ in block] for block in forward.blocks(problems, 110)] == [
         [0, 0],
         [30, 40],
         [50],
         [60],
     ]
-    assert [[shared for shared, _ in block] for block in features.blocks(problems, 1000)] == [[0, 0], [30, 40, 50, 60]]
+    assert [[shared for shared, _ in block] for block in forward.blocks(problems, 1000)] == [[0, 0], [30, 40, 50, 60]]
 
 
 def test_problems_read_together_have_the_states_that_they_have_alone(qwen: Path) -> None:
     """A GPU's way, on the CPU, in float32: different prefixes, some problems of one text, and far fewer passes."""
-    model, asker = features.load_model(qwen, "float32"), critic.Asker(qwen)
+    model, tokenizer = forward.load_model(qwen, "float32"), PromptTokenizer(qwen)
     some = [pair for i, pair in enumerate(pairs(5)) if pair[0].task_id not in (1, 3) or i % 4 == 0]
-    asked = [Asked(str(i), p.task_id, asker.ids(critic.question(p, s.code))) for i, (p, s) in enumerate(some)]
+    asked = tokenizer.prompts(some)
     layers = [1, DEPTH]
     passes = []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -165,7 +167,7 @@ def test_problems_read_together_have_the_states_that_they_have_alone(qwen: Path)
         passes.clear()
         found[across] = {
             one.key: row
-            for batch, rows in features.read(model, asked, layers, asker.pad, 4096, across)
+            for batch, rows in forward.read(model, asked, layers, tokenizer.pad, 4096, across)
             for one, row in zip(batch, rows, strict=True)
         }
         assert len(passes) == (3 if across else 8)
@@ -207,9 +209,9 @@ def test_a_shard_whose_states_are_damaged_costs_its_features(
 
 def test_a_program_too_long_for_the_context_loses_its_middle(qwen: Path) -> None:
     problem = pairs()[0][0]
-    asker = critic.Asker(qwen)
-    ids = asker.ids(critic.question(problem, "x = 1\n" * 3000))
-    short = asker.ids(critic.question(problem, "x = 1"))
+    tokenizer = PromptTokenizer(qwen)
+    ids = tokenizer.token_ids(question(problem, "x = 1\n" * 3000))
+    short = tokenizer.token_ids(question(problem, "x = 1"))
     assert len(ids) == 2048
     assert ids[:20] == short[:20]
     assert ids[-10:] == short[-10:]

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from fractal.errors import InputError
 from fractal.generate import models, prompts, stage
-from fractal.generate.stage import Completion, Halt, Request, Sampling, sample_seed
+from fractal.generate.backends import choose_backend
+from fractal.generate.engine import Completion, Request, Sampling, never_stop
+from fractal.generate.interrupt import DeferredInterrupt
+from fractal.generate.prompts import sample_seed
 from fractal.jsonl import read_jsonl
 from fractal.problems.sets import ProblemSet, load
 from fractal.records import Sample
@@ -38,10 +41,10 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_auto_stays_with_what_the_run_began_with() -> None:
-    assert stage.choose_backend("auto", "transformers") == "transformers"
-    assert stage.choose_backend("auto", None) in ("vllm", "transformers")
+    assert choose_backend("auto", "transformers") == "transformers"
+    assert choose_backend("auto", None) in ("vllm", "transformers")
     with pytest.raises(InputError):
-        stage.choose_backend("llama", None)
+        choose_backend("llama", None)
 
 
 class Counting:
@@ -65,10 +68,10 @@ class Counting:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_held_back_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with Halt() as halt:
-        assert not halt()
+    with DeferredInterrupt() as interrupt:
+        assert not interrupt.received()
         os.kill(os.getpid(), number)
-        assert halt()
+        assert interrupt.received()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
             signal.pause()  # where the handler did not run yet
@@ -79,13 +82,13 @@ class Signalled(Counting):
     """A SIGTERM arrives after some samples; what is finished then is still handed out, as an engine has to."""
 
     def generate(
-        self, requests: list[Request], stopped: Callable[[], bool] = stage.never
+        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
     ) -> Iterator[list[Completion]]:
         for done in super().generate(requests):
             if len(self.asked) == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield done
-            if stopped():
+            if should_stop():
                 return
 
 
@@ -93,7 +96,7 @@ def test_what_is_finished_when_a_signal_comes_is_written(tmp_path: Path, starter
     requests = [Request(starter.problems[0].task_id, i, [1], i, "text") for i in range(20)]
     entry: dict[str, object] = {}
     with pytest.raises(KeyboardInterrupt):
-        stage._draw(Signalled(), requests, starter.by_id(), tmp_path / "s", Sampling(), "m", entry)
+        stage.draw(Signalled(), requests, starter.by_id(), tmp_path / "s", Sampling(), "m", entry)
     assert [s.sample_id for s in read_jsonl(tmp_path / "s", Sample)] == [0, 1, 2, 3, 4]
     assert entry["tokens"] == 25
 
@@ -123,7 +126,7 @@ def test_an_interrupted_run_goes_on_without_repeating(
 ) -> None:
     first, second = Counting(stop_after=7), Counting()
     engines = iter([first, second])
-    monkeypatch.setattr(stage, "_engine", lambda *_: next(engines))
+    monkeypatch.setattr(stage, "load_engine", lambda *_: next(engines))
     for expected in (KeyboardInterrupt, None):
         with RunDir(tmp_path / "run", create=True) as folder:
             if expected:
@@ -154,7 +157,7 @@ def test_a_prompt_too_long_for_the_context_is_skipped_and_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     engine = Counting()
-    monkeypatch.setattr(stage, "_engine", lambda *_: engine)
+    monkeypatch.setattr(stage, "load_engine", lambda *_: engine)
     long = [p for p in starter.problems]
     import dataclasses
 
@@ -207,15 +210,16 @@ def test_both_engines_agree_on_log_probabilities(tmp_path: Path, small_model: Pa
     import sys
 
     script = (
-        "import sys\nfrom pathlib import Path\nfrom fractal.generate import Request, Sampling, _engine\n"
-        "from transformers import AutoTokenizer\nfrom fractal import prompts\nfrom fractal.problems import load\n"
+        "import sys\nfrom pathlib import Path\nfrom fractal.generate.engine import Request, Sampling\nfrom fractal.generate.stage import load_engine\n"
+        "from transformers import AutoTokenizer\nfrom fractal.generate import prompts\nfrom fractal.problems.sets import load\n"
         "path = Path(sys.argv[1])\ntokenizer = AutoTokenizer.from_pretrained(path)\n"
         "problem = load('starter', 'train', 1).problems[0]\n"
         "text = prompts.render(problem, tokenizer.apply_chat_template)\n"
         "ids = tokenizer(text, add_special_tokens=False)['input_ids']\n"
         "for backend in ('vllm', 'transformers'):\n"
-        "    engine = _engine(backend, path, Sampling(n=1, temperature=0, max_tokens=40), 'float32', len(ids))\n"
-        "    (batch,) = engine.generate([Request(problem.task_id, 0, ids, 1)])\n"
+        "    requests = [Request(problem.task_id, 0, ids, 1)]\n"
+        "    engine = load_engine(backend, path, Sampling(n=1, temperature=0, max_tokens=40), 'float32', requests)\n"
+        "    (batch,) = engine.generate(requests)\n"
         "    print('RESULT', batch[0].tokens, batch[0].sum_logprob, repr(batch[0].text))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(small_model)], capture_output=True, text=True, timeout=300)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from fractal.errors import OutsideError
-from fractal.generate import models, stage
+from fractal.generate import models
+from fractal.generate.backends import choose_backend
 from fractal.install import doctor, gpu, setup
 from fractal.install.gpu import Gpu, Reading, visible
 
@@ -110,7 +111,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_everything_is_read_from_the_driver() -> None:
     library = Nvml(H100, A10)
-    assert gpu.ask(lambda name: library) == Reading((H100, A10), "580.95.05", (13, 2))
+    assert gpu.query(lambda name: library) == Reading((H100, A10), "580.95.05", (13, 2))
     assert library.users == 0  # shut down again
 
 
@@ -120,7 +121,7 @@ def test_the_second_library_is_tried() -> None:
             raise OSError(f"{name}: cannot open shared object file")
         return Nvml(H100)
 
-    assert gpu.ask(load).gpus == (H100,)
+    assert gpu.query(load).gpus == (H100,)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +137,14 @@ def test_the_second_library_is_tried() -> None:
     ],
 )
 def test_a_driver_that_fails_is_no_gpu_with_a_reason(library: Any, trouble: str) -> None:
-    found = gpu.ask(lambda name: library)
+    found = gpu.query(lambda name: library)
     assert found.gpus == ()
-    assert trouble in found.trouble
+    assert trouble in found.problem
     assert getattr(library, "users", 0) == 0
 
 
 def test_memory_shared_with_the_processor_is_unknown_and_no_failure() -> None:
-    (card,) = gpu.ask(lambda name: Nvml(H100, fails={"nvmlDeviceGetMemoryInfo": NOT_SUPPORTED})).gpus
+    (card,) = gpu.query(lambda name: Nvml(H100, fails={"nvmlDeviceGetMemoryInfo": NOT_SUPPORTED})).gpus
     assert card == H100._replace(total_bytes=0, free_bytes=0)
 
 
@@ -169,13 +170,13 @@ def test_hidden_gpus_are_not_there(value: str | None, expected: tuple[Gpu, ...])
 
 def test_without_a_device_file_no_library_is_loaded(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (machine / "nvidiactl").unlink()
-    monkeypatch.setattr(gpu, "ask", lambda load: pytest.fail("the driver was asked"))
-    assert (gpu.has_gpu(), gpu.driver_version(), gpu.trouble()) == (False, None, "no NVIDIA GPU")
+    monkeypatch.setattr(gpu, "query", lambda load: pytest.fail("the driver was asked"))
+    assert (gpu.has_gpu(), gpu.driver_version(), gpu.problem()) == (False, None, "no NVIDIA GPU")
 
 
 def test_a_device_without_the_drivers_library_is_said(machine: Path) -> None:
     assert not gpu.has_gpu()
-    assert "no libnvidia-ml.so.1" in gpu.trouble()
+    assert "no libnvidia-ml.so.1" in gpu.problem()
     (machine / "libnvidia-ml.so.1").write_bytes(b"no library")
     gpu._read.cache_clear()
     assert not gpu.has_gpu()
@@ -194,11 +195,11 @@ def test_a_real_library_is_called_as_c_wants_it(machine: Path, monkeypatch: pyte
     """Widths of arguments and the layout of structures, which the stand-in in Python cannot get wrong."""
     compiled(machine)
     assert gpu.gpus() == (H100,)
-    assert (gpu.driver_version(), gpu.trouble()) == ("580.95.05", "")
+    assert (gpu.driver_version(), gpu.problem()) == ("580.95.05", "")
     assert setup.choose_accelerator({}, gpu.has_gpu) == "cuda"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not gpu.has_gpu()
-    assert gpu.trouble() == "CUDA_VISIBLE_DEVICES= hides every GPU"
+    assert gpu.problem() == "CUDA_VISIBLE_DEVICES= hides every GPU"
 
 
 def test_free_memory_is_read_again_on_demand(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,18 +243,18 @@ def test_a_driver_too_old_for_torch_is_said_before_anything_is_loaded(
     monkeypatch.setattr(Nvml, "_nvmlSystemGetCudaDriverVersion_v2", answer)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(H100))
     monkeypatch.setattr(gpu, "torch_cuda", lambda: torch)
-    said = gpu.driver_trouble()
+    said = gpu.driver_problem()
     assert bool(said) == old
     assert (doctor.check_gpu().state == "missing") == old
     if old:
         assert "driver 580.95.05 runs CUDA 12.8, the installed torch needs 13.0" in said
         with pytest.raises(OutsideError, match="Upgrade the driver"):
-            stage.choose_backend("auto", None)
-        assert stage.choose_backend("openai", None) == "openai"
+            choose_backend("auto", None)
+        assert choose_backend("openai", None) == "openai"
 
 
 def test_without_libcuda_nothing_is_said_of_cuda() -> None:
-    assert gpu.ask(lambda name: Nvml(H100, fails={"nvmlSystemGetCudaDriverVersion_v2": NOT_SUPPORTED})).cuda is None
+    assert gpu.query(lambda name: Nvml(H100, fails={"nvmlSystemGetCudaDriverVersion_v2": NOT_SUPPORTED})).cuda is None
 
 
 def test_the_installed_torch_is_read_as_it_was_built() -> None:
@@ -264,6 +265,6 @@ def test_the_installed_torch_is_read_as_it_was_built() -> None:
 
 
 def test_no_part_of_torch_is_loaded() -> None:
-    code = "import sys; from fractal.install import gpu; gpu.has_gpu(), gpu.usable(), gpu.trouble(); print('torch' in sys.modules)"
+    code = "import sys; from fractal.install import gpu; gpu.has_gpu(), gpu.usable(), gpu.problem(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fractal.generate import stage as generate_stage
-from fractal.generate.stage import Completion, Request, Sampling
+from fractal.generate.engine import Completion, Request, Sampling
 from fractal.jsonl import Appender, encode, read_jsonl
 from fractal.records import Label, Problem, Sample, code_sha256
 from fractal.rundir import RunDir
@@ -104,7 +104,7 @@ def draw(folder: RunDir, engine: Engine, n: int, overlap: Overlap) -> None:
     requests = [Request(task_id, i, [1], 7, "text") for task_id, i in wanted]
     follower = overlap.begin()
     with folder.stage("generate", "samples.jsonl") as entry:
-        generate_stage._draw(
+        generate_stage.draw(
             engine, requests, {p.task_id: p for p in PROBLEMS}, path, Sampling(n=n), "m", entry, follower
         )
 

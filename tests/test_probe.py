@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
-from fractal.critic import critic, probe
+from fractal.critic import probe
+from fractal.critic.arrays import Flags, Floats, Groups, Half
+from fractal.critic.head import Head
 from fractal.selection import metrics
 
 
-def made(problems: int, each: int, seed: int, signal: float) -> tuple[critic.Half, critic.Flags, critic.Groups]:
+def made(problems: int, each: int, seed: int, signal: float) -> tuple[Half, Flags, Groups]:
     """States (N, 2, 6): layer 0 is noise, layer 1 holds `signal` times the label in its first place."""
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(problems), each)
@@ -17,7 +19,7 @@ def made(problems: int, each: int, seed: int, signal: float) -> tuple[critic.Hal
     return states.astype(np.float16), passed, groups
 
 
-def named(seed: int) -> tuple[critic.Half, critic.Flags, critic.Groups]:
+def named(seed: int) -> tuple[Half, Flags, Groups]:
     """States (240, 2, 64) that name the problem and nothing else; most problems are nearly all easy or all hard."""
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(30), 8)
@@ -27,7 +29,7 @@ def named(seed: int) -> tuple[critic.Half, critic.Flags, critic.Groups]:
     return np.repeat(name[:, None, :], 2, axis=1), passed, groups
 
 
-def within(logits: critic.Floats, passed: critic.Flags, groups: critic.Groups) -> float:
+def within(logits: Floats, passed: Flags, groups: Groups) -> float:
     found = metrics.within_problem_auc(logits, passed, groups.tolist()).auc
     assert found is not None
     return found
@@ -36,34 +38,34 @@ def within(logits: critic.Floats, passed: critic.Flags, groups: critic.Groups) -
 def test_cross_validation_finds_the_layer_that_tells() -> None:
     states, passed, groups = made(24, 6, 0, 3.0)
     chosen = probe.cross_validate(states, passed, groups, [7, 9])
-    assert (chosen.place, chosen.layer) == (1, 9)
+    assert (chosen.index, chosen.layer) == (1, 9)
     assert chosen.within_auc is not None
     assert chosen.within_auc > 0.9
     assert chosen.within_auc == within(chosen.logits, passed, groups)
 
 
 def test_no_problem_is_on_both_sides_of_a_fold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every head that cross-validation fits is watched: no problem that it is judged on was in its data."""
+    """Every head that cross-validation fits is watched: no problem that it is tested on was in its data."""
     states, passed, groups = made(12, 5, 1, 1.0)
     states[:, :, 5] = groups[:, None]  # a mark that survives: which problem a row belongs to
     seen: list[set[float]] = []
-    judged: list[set[float]] = []
+    tested: list[set[float]] = []
     original = probe.HeadFit.__init__
 
-    def watch(self: probe.HeadFit, rows: critic.Half, *rest: object) -> None:  # rows (N, D)
+    def watch(self: probe.HeadFit, rows: Half, *rest: object) -> None:  # rows (N, D)
         seen.append(set(rows[:, 5].tolist()))
         original(self, rows, *rest)  # type: ignore[arg-type]
 
-    def look(self: critic.Head, rows: critic.Half) -> critic.Floats:
-        judged.append(set(rows[:, 5].tolist()))
+    def look(self: Head, rows: Half) -> Floats:
+        tested.append(set(rows[:, 5].tolist()))
         return np.zeros(len(rows))
 
     monkeypatch.setattr(probe.HeadFit, "__init__", watch)
-    monkeypatch.setattr(critic.Head, "logits", look)
+    monkeypatch.setattr(Head, "logits", look)
     probe.cross_validate(states, passed, groups, [3, 4])
-    assert len(seen) == len(judged) == 2 * len(probe.RIDGES) * probe.FOLDS
-    assert all(not a & b for a, b in zip(seen, judged, strict=True))
-    assert all(a | b == set(range(12)) for a, b in zip(seen, judged, strict=True))
+    assert len(seen) == len(tested) == 2 * len(probe.RIDGES) * probe.FOLDS
+    assert all(not a & b for a, b in zip(seen, tested, strict=True))
+    assert all(a | b == set(range(12)) for a, b in zip(seen, tested, strict=True))
 
 
 def test_features_that_only_name_the_problem_are_worth_nothing_on_new_problems() -> None:
@@ -100,7 +102,7 @@ def test_a_start_is_kept_where_the_ridge_is_strong_and_left_where_it_misleads() 
     good = np.eye(6, dtype=np.float32)[0]
     held = probe.HeadFit(states[:, 1], passed, groups, 1e4, good)
     held.epoch()
-    alone = critic.Head(good, 0.0).logits(states[:, 1])
+    alone = Head(good, 0.0).logits(states[:, 1])
     assert np.corrcoef(held.head().logits(states[:, 1]), alone)[0, 1] > 0.999
     bad = np.eye(6, dtype=np.float32)[3]
     free = probe.HeadFit(states[:, 1], passed, groups, 1e-3, bad)
@@ -108,8 +110,8 @@ def test_a_start_is_kept_where_the_ridge_is_strong_and_left_where_it_misleads() 
     assert within(free.head().logits(states[:, 1]), passed, groups) > 0.85
 
 
-def test_cross_validation_starts_from_the_zero_shot_judge_where_that_is_better() -> None:
-    """Few problems and a good judge: what is learned from so little cannot beat it."""
+def test_cross_validation_starts_from_the_zero_shot_critic_where_that_is_better() -> None:
+    """Few problems and a good zero-shot critic: what is learned from so little cannot beat it."""
     rng = np.random.default_rng(9)
     groups = np.repeat(np.arange(10), 6)
     passed = rng.random(60) < 0.4

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from benchmarks import extraction
 from fractal.generate import prompts
-from fractal.generate.prompts import FENCE, _longest_program, extract_code, fenced_blocks, parses, without_self_tests
+from fractal.generate.extraction import (
+    FENCE_LINE,
+    _longest_program,
+    extract_code,
+    fenced_blocks,
+    is_python,
+    without_self_tests,
+)
 from fractal.records import Problem
 
 CODE = "def f(x):\n    return x * 2\n"
@@ -261,12 +268,12 @@ PROGRAMS = st.lists(LINES, min_size=1, max_size=12).map(lambda lines: "\n".join(
 @example("def f(): 0\n", "", "", "```")
 def test_a_fenced_program_comes_back_without_its_tests(program, before, after, fence):
     code = program.replace("\r", "\n").rstrip("\n") + "\n"
-    if FENCE.search(code) or not code.strip():
+    if FENCE_LINE.search(code) or not code.strip():
         return
     for opening in (f"{fence}python", fence):
         reply = f"{before}\n{opening}\n{code}{fence}\n{after}"
         assert fenced_blocks(reply) == [(opening.strip("`~"), code)]
-        if fence != "~~~" or not parses(reply):
+        if fence != "~~~" or not is_python(reply):
             assert extract_code(reply, "f") == without_self_tests(code, "f")
 
 
@@ -277,7 +284,7 @@ def test_any_reply_gives_some_program(reply):
         warnings.simplefilter("always")
         code = extract_code(reply, "f")
         assert isinstance(code, str)
-        if parses(code) and "~~~" not in code:
+        if is_python(code) and "~~~" not in code:
             assert extract_code(code, "f") == code, "a program is its own extraction"
     assert not seen, "a program's warnings are not the user's"
 
@@ -288,7 +295,7 @@ def test_lines_are_only_ever_left_out(code):
     found = without_self_tests(code, "f")
     rest = iter(code.split("\n"))
     assert all(line in rest for line in found.rstrip("\n").split("\n")), "the lines that stay, in their order"
-    assert found == code or parses(found)
+    assert found == code or is_python(found)
 
 
 def longest_by_trying_all(text):

@@ -232,7 +232,7 @@ def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
     import gzip
     from concurrent.futures import ThreadPoolExecutor
 
-    from fractal.generate.prompts import extract_code
+    from fractal.generate.extraction import extract_code
 
     path = SHARED / "generations" / "qwen2.5-coder-0.5b-mbpp.jsonl.gz"
     if not path.exists():

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fractal.critic import critic, score, train
+from fractal.critic import checkpoint, score, train
+from fractal.critic.scorers import TransformersScorer
+from fractal.critic.vllm_export import export
 from fractal.errors import InputError
-from fractal.generate import models, stage
+from fractal.generate import models
+from fractal.generate.backends import why_no_vllm
 from fractal.install import gpu
 from fractal.jsonl import read_jsonl
 from fractal.records import Sample, Score
@@ -40,21 +43,23 @@ def run(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Path:
 BOTH = """
 import sys, numpy as np
 from pathlib import Path
-from fractal import critic, models, score, scorer_vllm
-from fractal.records import Sample, read_jsonl
-from fractal.run import RunDir
-start, starts = scorer_vllm.VllmScorer.__init__, []
+from fractal.critic import scorers, vllm_pooling
+from fractal.generate import models
+from fractal.jsonl import read_jsonl
+from fractal.records import Sample
+from fractal.rundir import RunDir
+start, starts = vllm_pooling.PoolingEngine.__init__, []
 def counted(self, *rest):
     starts.append(rest)
     start(self, *rest)
-scorer_vllm.VllmScorer.__init__ = counted
+vllm_pooling.PoolingEngine.__init__ = counted
 where, run, out = (Path(word) for word in sys.argv[1:4])
 files = models.resolve(sys.argv[4])
 with RunDir(run) as folder:
     problems = folder.problems()
 pairs = [(problems[s.task_id], s) for s in read_jsonl(run / "samples.jsonl", Sample)]
-judges = [score.TransformersJudge(where, critic.load(where), files, out / "features", dtype="float32"), score.VllmJudge(where, critic.load(where), files, dtype="float32")]
-found = [judge.judge(pairs) for judge in judges]
+both = [scorers.TransformersScorer(where, files, out / "features", "float32"), scorers.VllmScorer(where, files, "float32")]
+found = [scorer.score(pairs) for scorer in both]
 assert len(starts) == 1, starts  # one engine for both heads
 np.save(out / "logits.npy", [one.critic for one in found])
 np.save(out / "zero.npy", [one.zero_shot for one in found])
@@ -63,14 +68,14 @@ import os; os._exit(0)  # vLLM's threads
 
 
 @pytest.mark.parametrize("mode", ["probe of a layer", "probe of the last layer", "lora", "full"])
-@pytest.mark.skipif(stage.vllm_trouble() is not None, reason="vLLM is not here")
+@pytest.mark.skipif(why_no_vllm() is not None, reason="vLLM is not here")
 def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_path: Path) -> None:
     """The same logits but for rounding, so every pair that is further apart than that stands in the same order."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     if mode.startswith("probe"):
-        head, about = critic.load(copy / "critic/best")
-        critic.save(copy / "critic/best", head, replace(about, depth=2 if mode == "probe of a layer" else DEPTH))
+        head, about = checkpoint.load(copy / "critic/best")
+        checkpoint.save(copy / "critic/best", head, replace(about, depth=2 if mode == "probe of a layer" else DEPTH))
     else:
         with RunDir(copy) as folder:
             train.run(folder, None, mode, epochs=1, learning_rate=1e-2 if mode == "lora" else 1e-3)
@@ -90,7 +95,7 @@ def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_
 def test_a_probe_reads_with_transformers_and_others_with_vllm_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stage, "vllm_trouble", lambda: None)
+    monkeypatch.setattr(score, "why_no_vllm", lambda: None)
     monkeypatch.setattr(gpu, "usable", lambda: True)
     found = {mode: score.choose_backend("auto", mode) for mode in train.MODES}
     assert found == {"probe": "transformers", "lora": "vllm", "full": "vllm"}
@@ -106,7 +111,7 @@ def test_weights_are_linked_and_only_those_that_the_index_names(run: Path, qwen:
     shutil.copytree(qwen, base)
     (base / "consolidated.safetensors").write_bytes(b"the same weights by other names")
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model.safetensors"}}')
-    critic.export(base, np.ones((2, 64), dtype=np.float32), tmp_path / "out")
+    export(base, np.ones((2, 64), dtype=np.float32), tmp_path / "out")
     weights = {p.name: p for p in (tmp_path / "out").glob("*.safetensors")}
     assert weights.keys() == {"model.safetensors", "score.safetensors"}
     assert weights["model.safetensors"].resolve() == (base / "model.safetensors").resolve()
@@ -117,19 +122,15 @@ def test_every_sample_has_its_own_score(run: Path) -> None:
     samples, scores = read_jsonl(run / "samples.jsonl", Sample), read_jsonl(run / "scores.jsonl", Score)
     assert [(s.task_id, s.sample_id) for s in scores] == [(s.task_id, s.sample_id) for s in samples]
     assert len({s.score for s in scores}) > 80  # nearly all programs differ
-    head, about = critic.load(run / "critic/best")
+    head, about = checkpoint.load(run / "critic/best")
     for one in scores[:5]:
         assert one.probability == pytest.approx(1 / (1 + np.exp(-one.score / about.temperature)))
         assert one.zero_shot is not None
     with RunDir(run) as folder:
         problems = folder.problems()
-        alone = score.TransformersJudge(
-            run / "critic/best",
-            (head, about),
-            models.resolve(str(folder.manifest["model_paths"].popitem()[1])),
-            run / "fresh",
-        )
-        assert alone.judge([(problems[samples[7].task_id], samples[7])]).critic[0] == pytest.approx(
+        files = models.resolve(str(folder.manifest["model_paths"].popitem()[1]))
+        alone = TransformersScorer(run / "critic/best", files, run / "fresh")
+        assert alone.score([(problems[samples[7].task_id], samples[7])]).critic[0] == pytest.approx(
             scores[7].score, abs=0.3
         )
     assert head.weight.shape == (64,)
@@ -137,7 +138,7 @@ def test_every_sample_has_its_own_score(run: Path) -> None:
 
 def test_combined_is_the_weighted_sum_with_the_log_probability(run: Path) -> None:
     samples, scores = read_jsonl(run / "samples.jsonl", Sample), read_jsonl(run / "scores.jsonl", Score)
-    _, about = critic.load(run / "critic/best")
+    _, about = checkpoint.load(run / "critic/best")
     both = about.combination
     assert both is not None
     for sample, one in zip(samples, scores, strict=True):

@@ -18,8 +18,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fractal import console
-from fractal.critic import critic, finetune, train
-from fractal.critic.finetune import Example, Recipe
+from fractal.critic import batching, checkpoint, finetune, train
+from fractal.critic.batching import Example
+from fractal.critic.loss import loss as critic_loss
+from fractal.critic.prompt import PromptTokenizer, question
+from fractal.critic.recipe import Recipe
+from fractal.critic.rows import TrainError
 from fractal.errors import InputError, OutsideError
 from fractal.generate import models
 from fractal.jsonl import read_jsonl, write_jsonl
@@ -36,14 +40,14 @@ programs = st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, ma
 @given(programs, st.integers(64, 400))
 def test_micro_batches_hold_every_program_once_within_the_bound(data: list[tuple[int, bool]], bound: int) -> None:
     examples = [Example(1, [i] * length, passed, 1) for i, (length, passed) in enumerate(data)]
-    found = finetune.micro_batches(examples, bound)
+    found = batching.micro_batches(examples, bound)
     assert sorted(id(e) for batch in found for e in batch) == sorted(id(e) for e in examples)
     assert all(len(b) == 1 or max(len(e.ids) for e in b) * len(b) <= bound for b in found)
 
 
 def test_a_problem_that_is_split_keeps_both_kinds_in_each_batch() -> None:
     examples = [Example(1, [0] * 50, i % 2 == 0, 1) for i in range(16)]
-    found = finetune.micro_batches(examples, 200)
+    found = batching.micro_batches(examples, 200)
     assert len(found) == 4
     assert all({e.passed for e in batch} == {True, False} for batch in found)
 
@@ -51,7 +55,7 @@ def test_a_problem_that_is_split_keeps_both_kinds_in_each_batch() -> None:
 def test_an_epoch_has_every_program_once_in_an_order_of_its_own() -> None:
     examples = [Example(task, [task], i == 0, 1) for task in range(20) for i in range(3)]
     recipe = Recipe("lora", problems=8)
-    first, again, second = (finetune.steps_of_epoch(examples, recipe, epoch) for epoch in (1, 1, 2))
+    first, again, second = (batching.steps_of_epoch(examples, recipe, epoch) for epoch in (1, 1, 2))
     assert first == again != second
     assert [len(step) for step in first] == [24, 24, 12]
     assert sorted(e.task_id for step in first for e in step) == sorted(e.task_id for e in examples)
@@ -60,21 +64,21 @@ def test_an_epoch_has_every_program_once_in_an_order_of_its_own() -> None:
 
 @given(st.sets(st.integers(1, 974), max_size=60))
 def test_dev_problems_are_some_of_the_train_problems(tasks: set[int]) -> None:
-    dev = finetune.dev_problems(np.array(sorted(tasks), dtype=np.int64))
+    dev = batching.dev_problems(np.array(sorted(tasks), dtype=np.int64))
     assert dev <= tasks
     assert len(dev) == (max(1, round(0.2 * len(tasks))) if len(tasks) >= 5 else 0)
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
-    rates = [finetune.learning_rate(step, 100, 1e-3) for step in range(100)]
+    rates = [batching.learning_rate(step, 100, 1e-3) for step in range(100)]
     assert max(rates) == pytest.approx(1e-3)
     assert rates.index(max(rates)) == 9
     assert 0 < rates[-1] < 2e-5
-    assert finetune.learning_rate(0, 1, 1e-3) > 0
+    assert batching.learning_rate(0, 1, 1e-3) > 0
 
 
 def part_of(logits: torch.Tensor, groups: list[list[Example]], share: float, total: int, mixed: int) -> torch.Tensor:
-    return finetune.batch_loss(logits, *finetune.loss_weights(groups, share, total, mixed, logits.dtype))
+    return batching.batch_loss(logits, *batching.loss_weights(groups, share, total, mixed, logits.dtype))
 
 
 def test_the_loss_of_a_step_is_the_sum_of_its_parts() -> None:
@@ -87,7 +91,7 @@ def test_the_loss_of_a_step_is_the_sum_of_its_parts() -> None:
     parts = sum(part_of(x, [b], 0.5, 6, 2) for x, b in zip(logits, batches, strict=True))
     y = torch.tensor([1.0, 0, 0, 1, 1, 0])
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(torch.cat(logits), y)
-    pairs = [critic.loss(x, yy, torch.tensor(p), 0.5) - critic.loss(x, yy, torch.zeros(0, 2, dtype=torch.long), 0.5)
+    pairs = [critic_loss(x, yy, torch.tensor(p), 0.5) - critic_loss(x, yy, torch.zeros(0, 2, dtype=torch.long), 0.5)
              for x, yy, p in ((logits[0], y[:3], [[0, 1], [0, 2]]), (logits[1], y[3:], [[0, 2], [1, 2]]))]  # fmt: skip
     assert float(parts) == pytest.approx(float(entropy + sum(pairs) / 2), rel=1e-5)
 
@@ -114,7 +118,7 @@ def groups_of(data: list[list[tuple[bool, int, int]]]) -> list[list[Example]]:
 @given(step_of_groups, st.integers(0, 400))
 def test_packing_splits_no_group_and_keeps_the_bound(data: list[list[tuple[bool, int, int]]], bound: int) -> None:
     groups = groups_of(data)
-    found = finetune.packed(groups, bound)
+    found = batching.pack(groups, bound)
     assert sorted(id(group) for some in found for group in some) == sorted(map(id, groups))
     for some in found:
         batch = [e for group in some for e in group]
@@ -123,8 +127,8 @@ def test_packing_splits_no_group_and_keeps_the_bound(data: list[list[tuple[bool,
 
 def test_small_problems_share_a_pass() -> None:
     groups = groups_of([[(True, 1, 10), (False, 1, 12)]] * 4 + [[(True, 1, 100), (False, 1, 90)]])
-    assert [len(some) for some in finetune.packed(groups, 200)] == [4, 1]
-    assert [len(some) for some in finetune.packed(groups, 0)] == [1] * 5
+    assert [len(some) for some in batching.pack(groups, 200)] == [4, 1]
+    assert [len(some) for some in batching.pack(groups, 0)] == [1] * 5
 
 
 @settings(deadline=None)
@@ -218,16 +222,16 @@ def test_training_learns_and_leaves_a_checkpoint_of_each_epoch(mode: str, qwen: 
     weights = "adapter_model.safetensors" if mode == "lora" else "model.safetensors"
     for row in rows[1:]:
         folder = tmp_path / f"run/critic/epoch-{row['epoch']}"
-        assert {weights, "head.safetensors", critic.ABOUT} <= {p.name for p in folder.iterdir()}
+        assert {weights, "head.safetensors", checkpoint.INFO_FILE} <= {p.name for p in folder.iterdir()}
         assert (folder / finetune.OPTIMISER).exists() == (row is rows[-1])
-    _, about = critic.load(tmp_path / "run/critic/best")
+    _, about = checkpoint.load(tmp_path / "run/critic/best")
     assert rows[about.epoch]["chosen"]
     assert (tmp_path / "run/critic/best" / weights).exists()
 
 
 @pytest.mark.model
-def test_epoch_zero_is_the_zero_shot_judge(qwen: Path, tmp_path: Path) -> None:
-    """Both ways to it agree: frozen features times the answer direction, and the untrained judge of lora."""
+def test_epoch_zero_is_the_zero_shot_critic(qwen: Path, tmp_path: Path) -> None:
+    """Both ways to it agree: frozen features times the answer direction, and the untrained model of lora."""
     run = run_folder(tmp_path / "run", qwen)
     lora = trained(run, "lora", epochs=1)[0]
     with RunDir(run) as folder:
@@ -240,8 +244,8 @@ def test_epoch_zero_is_the_zero_shot_judge(qwen: Path, tmp_path: Path) -> None:
 COMMAND = """
 import sys, torch
 from pathlib import Path
-from fractal import train
-from fractal.run import RunDir
+from fractal.critic import train
+from fractal.rundir import RunDir
 torch.set_num_threads(1)
 with RunDir(Path(sys.argv[1])) as folder:
     train.run(folder, None, sys.argv[2], learning_rate=float(sys.argv[3]), epochs=3)
@@ -283,8 +287,8 @@ def test_a_checkpoint_cut_short_costs_one_epoch(qwen: Path, tmp_path: Path, monk
     (run / "critic/best").rmdir()
     trained(run, "lora", epochs=2)
     assert any("epoch-2" in text and "cut short" in text for text in warned)
-    critic.load(run / "critic/epoch-2")
-    critic.load(run / "critic/best")
+    checkpoint.load(run / "critic/epoch-2")
+    checkpoint.load(run / "critic/best")
 
 
 @pytest.mark.model
@@ -300,10 +304,10 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
         return original(*args) * (float("nan") if calls[0] > 8 else 1.0)
 
     monkeypatch.setattr(finetune, "batch_loss", late)
-    with pytest.raises(train.TrainError, match=r"no number any more \(epoch 2.*--learning-rate.*epoch 1's") as error:
+    with pytest.raises(TrainError, match=r"no number any more \(epoch 2.*--learning-rate.*epoch 1's") as error:
         trained(run, "lora")
     assert error.value.kept
-    _, about = critic.load(run / "critic/best")
+    _, about = checkpoint.load(run / "critic/best")
     assert about.epoch == 1
 
 
@@ -311,22 +315,22 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
 def test_out_of_memory_halves_the_batch_then_checkpoints_then_gives_up(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = finetune.Judge.logits
+    original = finetune.TrainableCritic.logits
     tried: list[tuple[int, bool]] = []
     room = {False: 2, True: 2}  # programs at once, with checkpointing and without
 
-    def small(self: finetune.Judge, batch: list[Example], pad: int) -> torch.Tensor:
+    def small(self: finetune.TrainableCritic, batch: list[Example], pad: int) -> torch.Tensor:
         checkpointing = bool(self.backbone.base_model.model.is_gradient_checkpointing)
         tried.append((len(batch), checkpointing))
         if len(batch) > room[checkpointing]:
             raise torch.OutOfMemoryError
         return original(self, batch, pad)
 
-    monkeypatch.setattr(finetune.Judge, "logits", small)
+    monkeypatch.setattr(finetune.TrainableCritic, "logits", small)
     run = run_folder(tmp_path / "run", qwen)
     longest = 4 * max(map(len, _questions(run, qwen)))
     rows = trained(run, "lora", epochs=1, batch_tokens=longest)
-    assert [row["epoch"] for row in rows] == [0, 1]  # the untrained judge is not judged again
+    assert [row["epoch"] for row in rows] == [0, 1]  # the untrained model is not scored again
     assert tried[0][0] > 2
     assert {size for size, _ in tried[1:]} <= {1, 2}
     assert not any(checkpointing for _, checkpointing in tried)
@@ -342,22 +346,22 @@ def test_out_of_memory_halves_the_batch_then_checkpoints_then_gives_up(
 def examples_of(qwen: Path, tmp_path: Path, problems: int = 5) -> list[Example]:
     """Programs of different lengths; weights of 1 and 2; one problem with passing ones only."""
     run = run_folder(tmp_path / "examples", qwen, per_split=problems)
-    asker = critic.Asker(qwen)
+    tokenizer = PromptTokenizer(qwen)
     known = {p.task_id: p for p in _problems(run) if p.split == "train"}
     return [
-        Example(s.task_id, asker.ids(critic.question(known[s.task_id], s.code)), s.sample_id % 2 == 0, 1 + i % 2)
+        Example(s.task_id, tokenizer.token_ids(question(known[s.task_id], s.code)), s.sample_id % 2 == 0, 1 + i % 2)
         for i, s in enumerate(s for s in read_jsonl(run / "samples.jsonl", Sample) if s.task_id in known)
         if s.task_id != min(known) or s.sample_id % 2 == 0
     ]
 
 
 def gradients(
-    judge: finetune.Judge, examples: list[Example], batch_tokens: int
+    model: finetune.TrainableCritic, examples: list[Example], batch_tokens: int
 ) -> tuple[float, int, list[torch.Tensor]]:
     """Loss of a step of all examples, its number of passes, and what it leaves at each parameter."""
-    judge.backbone.train()
-    found = [float(value) for _, value in finetune.parts(judge, examples, 0.4, batch_tokens, 0)]
-    return sum(found), len(found), [p.grad.clone() for p in judge.parameters if p.grad is not None]
+    model.backbone.train()
+    found = [float(value) for _, value in finetune.accumulate(model, examples, 0.4, batch_tokens, 0)]
+    return sum(found), len(found), [p.grad.clone() for p in model.parameters if p.grad is not None]
 
 
 @pytest.mark.model
@@ -375,11 +379,13 @@ def test_packed_and_checkpointed_steps_have_the_gradients_of_plain_ones(
         ("packed", replace(plain, packed=True), False),
         ("checkpointed", plain, True),
     ):
-        judge = finetune.Judge(models.resolve(str(qwen)), Recipe(mode), checkpointing=checkpointing, where=where)
+        model = finetune.TrainableCritic(
+            models.resolve(str(qwen)), Recipe(mode), checkpointing=checkpointing, where=where
+        )
         with torch.no_grad():
-            for parameter in judge.parameters:  # LoRA's second matrix starts at zero, which would hide the first
+            for parameter in model.parameters:  # LoRA's second matrix starts at zero, which would hide the first
                 parameter.add_(0.01)
-        results[name] = gradients(judge, examples, 4096)
+        results[name] = gradients(model, examples, 4096)
     assert results["plain"][1] > results["packed"][1] >= 1
     for name in ("packed", "checkpointed"):
         assert results[name][0] == pytest.approx(results["plain"][0], rel=1e-6), name
@@ -417,9 +423,11 @@ def test_an_epoch_on_a_gpu_waits_once_and_multiplies_in_bfloat16(mode: Any, qwen
     gpu = replace(finetune.placement("cuda", "bfloat16"), device="cpu", pinned=False)
     waits = {}
     for watched in (False, True):
-        judge = finetune.Judge(models.resolve(str(qwen)), Recipe(mode, problems=2), where=replace(gpu, watched=watched))
+        model = finetune.TrainableCritic(
+            models.resolve(str(qwen)), Recipe(mode, problems=2), where=replace(gpu, watched=watched)
+        )
         with Calls() as calls:
-            loss = finetune.train_epoch(judge, examples, 1, 1024, 0)
+            loss = finetune.train_epoch(model, examples, 1, 1024, 0)
         waits[watched] = calls.waits
         assert np.isfinite(loss)
     assert waits[False] == ["_local_scalar_dense"]  # the mean loss, after the last step
@@ -440,9 +448,9 @@ def test_a_loss_that_is_no_number_is_found_after_an_unwatched_epoch(
 
     monkeypatch.setattr(finetune, "batch_loss", once)
     where = replace(finetune.placement("cpu", "float32"), watched=False)
-    judge = finetune.Judge(models.resolve(str(qwen)), Recipe("lora", problems=1), where=where)
-    with pytest.raises(finetune.Diverged, match=r"epoch 1, step 2 of 5; problems \d+\)"):
-        finetune.train_epoch(judge, examples_of(qwen, tmp_path), 1, 4096, 0)
+    model = finetune.TrainableCritic(models.resolve(str(qwen)), Recipe("lora", problems=1), where=where)
+    with pytest.raises(finetune.DivergedError, match=r"epoch 1, step 2 of 5; problems \d+\)"):
+        finetune.train_epoch(model, examples_of(qwen, tmp_path), 1, 4096, 0)
 
 
 @pytest.mark.model
@@ -452,22 +460,24 @@ def test_a_critic_stays_until_the_next_one_is_whole(
     run = run_folder(tmp_path / "run", qwen)
     with RunDir(run) as folder:
         train.run(folder, None, "probe")
-    before = critic.load(run / "critic/best")[1].inputs
+    before = checkpoint.load(run / "critic/best")[1].inputs
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "batch_loss", lambda logits, *rest: logits.sum() * float("nan"))
-        with pytest.raises(train.TrainError, match="no number any more"):
+        with pytest.raises(TrainError, match="no number any more"):
             trained(run, "lora")
-    assert critic.load(run / "critic/best")[1].inputs == before
+    assert checkpoint.load(run / "critic/best")[1].inputs == before
     trained(run, "lora", epochs=1)
-    assert critic.load(run / "critic/best")[1].mode == "lora"
+    assert checkpoint.load(run / "critic/best")[1].mode == "lora"
     assert {p.name for p in (run / "critic").iterdir() if p.name.startswith(".")} == set()
 
 
 def _questions(run: Path, qwen: Path) -> list[list[int]]:
-    asker = critic.Asker(qwen)
+    tokenizer = PromptTokenizer(qwen)
     with RunDir(run) as folder:
         problems = folder.problems()
-    return [asker.ids(critic.question(problems[s.task_id], s.code)) for s in read_jsonl(run / "samples.jsonl", Sample)]
+    return [
+        tokenizer.token_ids(question(problems[s.task_id], s.code)) for s in read_jsonl(run / "samples.jsonl", Sample)
+    ]
 
 
 # --- what the labels do not allow
@@ -486,7 +496,7 @@ def relabel(run: Path, passed: Any) -> None:
 def test_labels_of_one_class_train_nothing(mode: str, qwen: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", qwen)
     relabel(run, lambda v: False)
-    with RunDir(run) as folder, pytest.raises(train.TrainError, match="all 32 train samples fail") as error:
+    with RunDir(run) as folder, pytest.raises(TrainError, match="all 32 train samples fail") as error:
         train.run(folder, None, mode)
     assert not error.value.kept
 
@@ -507,7 +517,7 @@ def test_few_problems_with_one_sample_each_and_nothing_held_out_still_train(
     rows = [json.loads(line) for line in (run / "critic/metrics.jsonl").read_text().splitlines()]
     assert all(row["val_acc"] is None for row in rows)
     assert "no labelled sample belongs to a validation problem" in capsys.readouterr().err
-    assert critic.load(run / "critic/best")[1].combination is None
+    assert checkpoint.load(run / "critic/best")[1].combination is None
 
 
 def _problems(run: Path) -> list[Any]:

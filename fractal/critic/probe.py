@@ -1,7 +1,8 @@
 """`--mode probe`: a linear head on frozen states of one layer, chosen by cross-validation grouped by problem.
 
-On the last layer it may start from the zero-shot judge: then only what it adds to that is penalised, and a strong ridge
-leaves the judge as it is. Everything here is convex: no random start, no chosen epoch. It sees train problems only.
+On the last layer it may start from the zero-shot critic: then only what it adds to that is penalised, and a strong
+ridge leaves the zero-shot critic as it is. Everything here is convex: no random start, no chosen epoch. It sees train
+problems only.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ import torch
 from sklearn.model_selection import GroupKFold, KFold
 
 from fractal import console
-from fractal.critic.critic import Array, Flags, Floats, Groups, Half, Head, loss, prior_shift, problem_pairs
-from fractal.selection import metrics
+from fractal.critic.arrays import Array, Flags, Floats, Groups, Half
+from fractal.critic.head import Head
+from fractal.critic.loss import loss, prior_shift, problem_pairs
+from fractal.critic.ranking import auc, within_problem_auc
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # weight of the squared norm of the head, on standardised states
-START_RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # the same, of what is added to the zero-shot judge
+START_RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # the same, of what is added to the zero-shot critic
 EPOCHS = 5  # rounds of L-BFGS; the loss is convex, so more only polish
 FOLDS = 5
 
@@ -50,47 +53,47 @@ class HeadFit:
         self._y = torch.tensor(passed, dtype=torch.float64)
         self._prior = prior_shift(passed)
         self._pairs = torch.tensor(problem_pairs(passed, groups))
-        toward = np.zeros(x.shape[1]) if start is None else start.astype(np.float64) * self._scale
-        spread = float(np.std(self._x.numpy() @ toward)) or 1.0
-        self._toward = torch.tensor(toward / spread)  # its logits vary by 1
+        direction = np.zeros(x.shape[1]) if start is None else start.astype(np.float64) * self._scale
+        spread = float(np.std(self._x.numpy() @ direction)) or 1.0
+        self._direction = torch.tensor(direction / spread)  # its logits vary by 1
         self._a = torch.zeros((), dtype=torch.float64, requires_grad=start is not None)
         self._w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
         self._b = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        free = [one for one in (self._a, self._w, self._b) if one.requires_grad]
-        self._steps = torch.optim.LBFGS(free, max_iter=20, line_search_fn="strong_wolfe")
+        free = [parameter for parameter in (self._a, self._w, self._b) if parameter.requires_grad]
+        self._optimizer = torch.optim.LBFGS(free, max_iter=20, line_search_fn="strong_wolfe")
 
     @_one_thread()
     def epoch(self) -> float:
         """One round of steps; returns the loss before the penalty."""
 
         def closure() -> torch.Tensor:
-            self._steps.zero_grad()
+            self._optimizer.zero_grad()
             value = self._loss() + self.ridge * self._w.square().sum()
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
-        self._steps.step(closure)  # type: ignore[no-untyped-call]
+        self._optimizer.step(closure)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             return float(self._loss())
 
     def _loss(self) -> torch.Tensor:
-        return loss(self._x @ (self._a * self._toward + self._w) + self._b, self._y, self._pairs)
+        return loss(self._x @ (self._a * self._direction + self._w) + self._b, self._y, self._pairs)
 
     def head(self) -> Head:
         """For states as they come: the standardisation is folded into weight and bias."""
-        weight = (self._a * self._toward + self._w).detach().numpy() / self._scale
+        weight = (self._a * self._direction + self._w).detach().numpy() / self._scale
         bias = float(self._b.detach()) + self._prior - float(weight @ self._mean)
         return Head(weight.astype(np.float32), bias)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ProbeChoice:
     """Layer, ridge and start, as grouped cross-validation within the train problems chose them."""
 
-    place: int  # of the layer in Features.layers
+    index: int  # of the layer in Features.layers
     layer: int
     ridge: float
-    start: bool  # from the zero-shot judge
+    start: bool  # from the zero-shot critic
     within_auc: float | None  # of the held-out folds, over pairs of one problem
     pooled_auc: float | None
     logits: Floats  # (N,) of the held-out folds
@@ -99,33 +102,35 @@ class Chosen:
 
 def cross_validate(
     states: Half, passed: Flags, groups: Groups, layers: list[int], start: Array | None = None
-) -> Chosen:
+) -> ProbeChoice:
     """Try every layer and ridge on folds of whole problems. Needs at least two problems and both classes.
 
-    states (N, layers, D); `start` (D,): the zero-shot judge, of the last layer.
+    states (N, layers, D); `start` (D,): the zero-shot critic, of the last layer.
     """
     folds = list(GroupKFold(n_splits=min(FOLDS, len(np.unique(groups)))).split(passed, groups=groups))
-    tried = [(place, ridge, False) for place in range(len(layers)) for ridge in RIDGES]
+    tried = [(index, ridge, False) for index in range(len(layers)) for ridge in RIDGES]
     if start is not None:
         tried += [(len(layers) - 1, ridge, True) for ridge in START_RIDGES]
     table: list[dict[str, Any]] = []
     held_out: list[Floats] = []
     with console.bar("cross-validation", len(tried)) as bar:
-        for place, ridge, started in tried:
-            logits = _held_out(states[:, place], passed, groups, ridge, folds, start if started else None)
-            within = metrics.within_problem_auc(logits, passed, groups.tolist()).auc
-            pooled = metrics.auc(logits, passed)
-            row = {"layer": layers[place], "ridge": ridge, "zero_shot_start": started}
+        for index, ridge, started in tried:
+            logits = _held_out(states[:, index], passed, groups, ridge, folds, start if started else None)
+            within = within_problem_auc(logits, passed, groups)
+            pooled = auc(logits, passed)
+            row = {"layer": layers[index], "ridge": ridge, "zero_shot_start": started}
             table.append({**row, "within_auc": within, "pooled_auc": pooled})
             held_out.append(logits)
             bar.advance()
     best = max(
         range(len(table)),
-        key=lambda i: (_known(table[i]["within_auc"]), _known(table[i]["pooled_auc"]), table[i]["ridge"]),
+        key=lambda i: (_or_chance(table[i]["within_auc"]), _or_chance(table[i]["pooled_auc"]), table[i]["ridge"]),
     )
-    place, ridge, started = tried[best]
+    index, ridge, started = tried[best]
     row = table[best]
-    return Chosen(place, layers[place], ridge, started, row["within_auc"], row["pooled_auc"], held_out[best], table)
+    return ProbeChoice(
+        index, layers[index], ridge, started, row["within_auc"], row["pooled_auc"], held_out[best], table
+    )
 
 
 def _held_out(
@@ -147,14 +152,14 @@ def _held_out(
     return logits
 
 
-def _known(value: float | None) -> float:
+def _or_chance(value: float | None) -> float:
     return 0.5 if value is None else value
 
 
 def compare_splits(
     states: Half, passed: Flags, groups: Groups, ridge: float, start: Array | None = None
 ) -> list[dict[str, Any]]:
-    """The same critic judged under two ways to split the same samples: by sample, which leaks, and by problem.
+    """The same critic evaluated under two ways to split the same samples: by sample, which leaks, and by problem.
 
     states (N, D). `lookup_accuracy` needs no program: the majority label of the same problem on the training side,
     and where the problem is not there the majority of all. Fields as summary.SplitAccuracy.
@@ -167,18 +172,18 @@ def compare_splits(
         else:
             folds = list(GroupKFold(n_splits=count).split(passed, groups=groups))
         logits = _held_out(states, passed, groups, ridge, folds, start)
-        looked_up = np.zeros(len(passed), dtype=bool)
+        lookup = np.zeros(len(passed), dtype=bool)
         for train, test in folds:
             for i in test:
                 same = passed[train][groups[train] == groups[i]]
-                looked_up[i] = (same if len(same) else passed[train]).mean() >= 0.5
+                lookup[i] = (same if len(same) else passed[train]).mean() >= 0.5
         rows.append(
             {
                 "by": by,
                 "accuracy": float(np.mean((logits >= 0) == passed)),
-                "auc": metrics.auc(logits, passed),
-                "within_auc": metrics.within_problem_auc(logits, passed, groups.tolist()).auc,
-                "lookup_accuracy": float(np.mean(looked_up == passed)),
+                "auc": auc(logits, passed),
+                "within_auc": within_problem_auc(logits, passed, groups),
+                "lookup_accuracy": float(np.mean(lookup == passed)),
             }
         )
     return rows

@@ -17,11 +17,11 @@ CHUNK = 4096 if ON_GPU else 256  # texts handed over at once; on a CPU these tak
 STEP_TOKENS = 16384 if ON_GPU else 4096  # tokens of one engine step
 
 
-class VllmScorer:
+class PoolingEngine:
     """One sequence classification model. Texts with the same beginning share it in the prefix cache.
 
     To start an engine costs most of a minute on a GPU, so one engine serves several critics: `shorten` leaves out the
-    last layers, `exchange` puts in other weights of the same shape.
+    last layers, `exchange` replaces the weights by others of the same shape.
     """
 
     def __init__(self, path: Path, dtype: str, longest: int) -> None:
@@ -42,33 +42,33 @@ class VllmScorer:
         )
 
     def logits(self, texts: list[list[int]]) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        """Place and logits (labels,) of each text, as they come."""
+        """Yields the index and the logits (labels,) of each text."""
         raw = PoolingParams(use_activation=False)
         for start in range(0, len(texts), CHUNK):
             prompts = [TokensPrompt(prompt_token_ids=ids) for ids in texts[start : start + CHUNK]]
-            for place, output in enumerate(self._llm.classify(prompts, pooling_params=raw, use_tqdm=False), start):
-                yield place, np.array(output.outputs.probs, dtype=np.float64)
+            for index, output in enumerate(self._llm.classify(prompts, pooling_params=raw, use_tqdm=False), start):
+                yield index, np.array(output.outputs.probs, dtype=np.float64)
 
     def shorten(self, depth: int) -> None:
         """Run only the first `depth` layers from now on. Raises OutsideError for a model that cannot."""
 
-        def leave_out(model: Any) -> bool:
+        def set_depth(model: Any) -> bool:
             if not hasattr(model.model, "end_layer"):  # where vLLM's models stop, for pipelines of several GPUs
                 return False
             model.model.end_layer = depth
             return True
 
-        if not all(self._llm.apply_model(leave_out)):
+        if not all(self._llm.apply_model(set_depth)):
             raise OutsideError("vLLM cannot leave out layers of this kind of model. Take --score-backend transformers.")
         self._llm.reset_prefix_cache()
 
     def exchange(self, weights: Iterable[tuple[str, Any]]) -> None:
-        """Go on with other weights: names and tensors, all of them and those of the head (score.weight)."""
+        """Replace the weights. `weights`: names and tensors of all of them, and of the head (score.weight)."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         self._llm.reset_prefix_cache()
 
     def close(self) -> None:
-        """Give the memory back: the next model needs it."""
+        """Free the memory: the next model needs it."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         memory.release()

@@ -1,21 +1,21 @@
-"""Problem to prompt, and completion to program. Pure text; no model, no sandbox.
+"""The generator's prompts: a problem rendered, tokenised and turned into requests. The critic's: critic/prompt.py.
 
 A prompt shows the task and its first test, as the MBPP paper does (Austin et al. 2021, arXiv:2108.07732, section 3),
 in the model's own chat template. The reply is opened with a code fence, so that a model writes code at once and
 sampling can stop at the closing fence.
 """
 
-import ast
-import re
-from collections.abc import Callable, Iterator
-from itertools import chain, islice
-from typing import Any
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from fractal.problems.syntax import syntax_tree as tree
+from fractal.errors import InputError
+from fractal.generate import models
+from fractal.generate.engine import Request, Sampling
 from fractal.records import Problem
 
 VERSION = 2  # goes into the run's configuration: other prompts, other samples
-OPENING = "```python\n"  # put into the assistant's mouth
+OPENING = "```python\n"  # the beginning of the assistant's reply
 FENCE_END = "\n```"
 # Where sampling stops: at the closing fence, or where a model begins to test its own program (EvalPlus stops there,
 # too). Such tests are often wrong, and then raise: 125 of 560 samples of a 0.5B model (docs/log.md, 2026-11-24).
@@ -23,7 +23,7 @@ STOPS = [FENCE_END, "\nassert ", "\nprint(", "\nif __name__", "\n# Test", "\n# E
 
 
 def question(problem: Problem) -> str:
-    """What the user says. Only the first test is shown; the label uses all of them.
+    """The user's message. Only the first test is shown; the label uses all of them.
 
     Naming the function doubled SmolLM2-135M's pass rate on the starter set (docs/log.md, 2026-11-24).
     """
@@ -38,184 +38,65 @@ def render(problem: Problem, apply_chat_template: Callable[..., Any]) -> str:
     return str(apply_chat_template(messages, add_generation_prompt=True, tokenize=False)) + OPENING
 
 
-# Lines at which a program that breaks later may be cut: its own tests, what announces them, and definitions.
-CUT = re.compile(r"assert\b|print\(|if __name__|# (?:Test|Example|Check)|(?:async )?def |class |@")
-FENCE = re.compile(
-    r"^(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)(?P<rest>[^\n`]*)$", re.MULTILINE
-)
-TILDES = re.compile(r"^~~~", re.MULTILINE)
-START = re.compile(r"^(?:def |class |import |from \w|@|async def |[A-Za-z_]\w* *=[^=])", re.MULTILINE)
-TRIES = 50  # places where a program may begin, or be cut, tried at most
+class Stop(NamedTuple):
+    """Where a stop text stands in a completion, in characters."""
+
+    start: int
+    end: int
 
 
-def extract_code(text: str, entry_point: str) -> str:
-    """The program in a chat reply: itself if it is Python, else the first fenced block that defines the entry point.
-
-    Where no block does: a program between the lines that does (a fence opened in mid-line), the first Python block, the
-    longest block. Without a fence: what stands between a line that looks like code and the last line with which that
-    parses. An unclosed last fence (a reply cut at max_tokens) counts. The model's own tests of the program are left out
-    (`without_self_tests`).
-    """
-    return without_self_tests(_program_in(text.replace("\r\n", "\n").replace("\r", "\n"), entry_point), entry_point)
+def find_stop(text: str) -> Stop | None:
+    """The first of STOPS in a completion."""
+    return min((Stop(start, start + len(stop)) for stop in STOPS if (start := text.find(stop)) >= 0), default=None)
 
 
-def without_self_tests(code: str, entry_point: str) -> str:
-    """The program without what a model adds to test it; EvalPlus's sanitize drops that, too (arXiv:2305.01210).
+def sample_seed(run_seed: int, task_id: int, sample_id: int) -> int:
+    """A 31-bit seed that depends on the run, the problem and the sample only, not on batch, order or resumption."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}/{task_id}/{sample_id}".encode()).digest()[:4], "big") >> 1
 
-    Top-level asserts, prints, main blocks and calls of its own functions go where they stand after the entry point
-    (after the first definition, if that is missing), with the comment lines right above them. Of a program that does
-    not parse, the last test or definition before the break goes with all behind it, until the rest parses; nothing
-    goes if the break is not behind the entry point.
-    """
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder, hub id or the embedded model. Raises InputError if it has no chat template."""
+    from transformers import AutoTokenizer  # takes two seconds to import
+
+    source = str(models.resolve(name).path) if name == models.EMBEDDED else name
     try:
-        program = tree(code)
-    except ValueError:
-        head = _before_the_break(code, entry_point)
-        return without_self_tests(head, entry_point) if head else code
-    own = {n.name for n in program.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)} | {entry_point}
-    places = [i for i, n in enumerate(program.body) if entry_point in _bound(n)]
-    places = places or [i for i, n in enumerate(program.body) if getattr(n, "name", None)]
-    drop = [n for n in program.body[places[0] + 1 :] if _self_test(n, own)] if places else []
-    lines = code.split("\n")
-    for node in reversed(drop):
-        del lines[_with_comment(lines, node.lineno - 1) : node.end_lineno]
-    rest = "\n".join(lines)
-    return rest if parses(rest) else code  # statements joined by semicolons share a line
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["?"])[0][:200]
+        raise InputError(
+            f"--tokenizer {name}: neither a folder with a tokenizer nor one on the hub: {reason}"
+        ) from error
+    if not tokenizer.chat_template:
+        raise InputError(f"--tokenizer {name}: has no chat template. Take the instruct version of the model.")
+    return tokenizer
 
 
-def _before_the_break(code: str, entry_point: str) -> str:
-    """What stands before the test or definition in which a program breaks; "" if the entry point is not whole in it."""
-    begun = definition(entry_point).search(code)
-    if begun is None:
-        return ""
-    lines = code.split("\n")
-    first, end = code.count("\n", 0, begun.start()), len(lines)
-    for _ in range(TRIES):
-        try:
-            tree("\n".join(lines[:end]))
-        except ValueError as error:
-            if not isinstance(error.__cause__, SyntaxError):
-                return ""
-            broken = min(error.__cause__.lineno or end, end) - 1  # the line in which it breaks, from 0
-            end = next((i for i in range(broken, first, -1) if CUT.match(lines[i])), 0)
-            if not end:
-                return ""
-        else:
-            return "\n".join(lines[: _with_comment(lines, end)]) + "\n"
-    return ""
+def build_requests(
+    missing: list[tuple[Problem, int]], tokenizer: Any, context: int, sampling: Sampling, skipped: dict[str, str]
+) -> list[Request]:
+    """The requests for `missing` (problem, sample_id) pairs, in their order.
 
-
-def _with_comment(lines: list[str], start: int) -> int:
-    """Where the comment that stands right above a line begins; the line itself if there is none."""
-    while start and lines[start - 1].startswith("#"):
-        start -= 1
-    return start
-
-
-def definition(name: str) -> re.Pattern[str]:
-    """Where a program defines a name at its top level, whether it parses or not."""
-    name = re.escape(name)
-    return re.compile(rf"^(?:(?:async )?def|class) +{name}\b|^{name} *=(?!=)", re.MULTILINE)
-
-
-def _bound(node: ast.stmt) -> set[str]:
-    """The names that a definition or a plain assignment binds."""
-    if isinstance(node, ast.Assign):
-        return {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return {str(getattr(node, "name", ""))}
-
-
-def _self_test(node: ast.stmt, own: set[str]) -> bool:
-    if isinstance(node, ast.Assert):
-        return True
-    if isinstance(node, ast.If):
-        return any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test))
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
-        return node.value.func.id in own | {"print"}
-    return False
-
-
-def _program_in(text: str, entry_point: str) -> str:
-    if parses(text) and not TILDES.search(text):  # ~~~python is an expression, too
-        return text
-    defines = definition(entry_point)
-    fenced = fenced_blocks(text)
-    blocks = [block for block in fenced if block[1].strip()]
-    for code in chain((code for _, code in blocks), _loose_programs(text)):
-        if defines.search(code):
-            return code
-    for language, code in blocks:
-        if language.lower() in ("python", "py", "python3"):
-            return code
-    if blocks:
-        return max((code for _, code in blocks), key=len)
-    return next(_loose_programs(text), fenced[0][1] if fenced else text)
-
-
-def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of each fenced block, nearly as CommonMark has it.
-
-    A fence is closed by the same character, at least as long, bare, and indented by less than four more: not by one in
-    a docstring. A content that is indented like its fence (in a list) loses that. A fence opened twice counts once.
+    Problems whose prompt and completion exceed `context` tokens get none; the reason is added to `skipped` by task id.
+    With `tokenizer` None (a server has it) a request's text is the question itself.
     """
-    blocks: list[tuple[str, str]] = []
-    opening: re.Match[str] | None = None
-    for fence in FENCE.finditer(text):
-        if opening is None:
-            opening = fence
-        elif _closes(opening, fence):
-            blocks.append((opening["language"], _content(opening, text[opening.end() + 1 : fence.start()])))
-            opening = None
-        elif fence["language"] and not text[opening.end() : fence.start()].strip():
-            opening = fence
-    if opening is not None:
-        blocks.append((opening["language"], _content(opening, text[opening.end() + 1 :])))
-    return blocks
-
-
-def _closes(opening: re.Match[str], fence: re.Match[str]) -> bool:
-    bare = not fence["language"] and not fence["rest"].strip()
-    return bare and fence["marks"].startswith(opening["marks"]) and _width(fence) < _width(opening) + 4
-
-
-def _width(fence: re.Match[str]) -> int:
-    return len(fence["indent"].expandtabs(4))
-
-
-def _content(opening: re.Match[str], text: str) -> str:
-    indent, lines = opening["indent"], text.split("\n")
-    if not all(line.startswith(indent) for line in lines if line.strip()):
-        return text
-    return "\n".join(line.removeprefix(indent) for line in lines)
-
-
-def _loose_programs(text: str) -> Iterator[str]:
-    """For each line that looks like the start of a program: the longest run of lines from there that is Python."""
-    for start in islice(START.finditer(text), TRIES):
-        if program := _longest_program(text[start.start() :]):
-            yield program
-
-
-def _longest_program(text: str) -> str:
-    """The longest run of lines from the start that is Python, "" if none is."""
-    lines = text.split("\n")
-    end = len(lines)
-    while end > 0:
-        candidate = "\n".join(lines[:end])
-        try:
-            tree(candidate)
-        except ValueError as error:
-            if not isinstance(error.__cause__, SyntaxError):
-                return ""
-            end = min(end, error.__cause__.lineno or end) - 1  # what breaks in a line breaks with any lines behind it
+    rendered: dict[int, tuple[str, list[int]]] = {}
+    for problem, _ in missing:
+        if problem.task_id in rendered or str(problem.task_id) in skipped:
+            continue
+        if tokenizer is None:
+            rendered[problem.task_id] = (question(problem), [])
+            continue
+        text = render(problem, tokenizer.apply_chat_template)
+        token_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(token_ids) + sampling.max_tokens > context:
+            skipped[str(problem.task_id)] = f"{len(token_ids)} + {sampling.max_tokens} tokens, context {context}"
         else:
-            return candidate.rstrip() + "\n"
-    return ""
-
-
-def parses(text: str) -> bool:
-    try:
-        tree(text)
-    except ValueError:
-        return False
-    return True
+            rendered[problem.task_id] = (text, token_ids)
+    requests = []
+    for problem, sample_id in missing:
+        if problem.task_id in rendered:
+            text, token_ids = rendered[problem.task_id]
+            seed = sample_seed(sampling.seed, problem.task_id, sample_id)
+            requests.append(Request(problem.task_id, sample_id, token_ids, seed, text))
+    return requests

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from fractal.generate import prompts
+from fractal.generate.extraction import extract_code
 from fractal.jsonl import MALFORMED, KeySet, Line, decode, decode_object, iter_lines
 from fractal.records import Problem, Sample
 
@@ -29,7 +29,7 @@ class FileSample(NamedTuple):
         """The sample with its program. Extraction takes 0.1 ms and more, so it is left until the program is needed."""
         if not self.entry_point:
             return self.sample
-        return replace(self.sample, code=prompts.extract_code(self.sample.completion, self.entry_point))
+        return replace(self.sample, code=extract_code(self.sample.completion, self.entry_point))
 
 
 def read_samples(

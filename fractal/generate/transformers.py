@@ -22,11 +22,11 @@ from transformers import (
 
 from fractal import console
 from fractal.generate import memory, prompts
-from fractal.generate.stage import Completion, Request, Sampling, never
+from fractal.generate.engine import Completion, Request, Sampling, never_stop
 from fractal.install import gpu
 
-MOST_GPU, MOST_CPU = 256, 32  # more does not decode faster
-SHARE_GPU, SHARE_CPU = 0.8, 0.5  # of free memory; on a CPU others live there, too
+MAX_BATCH_GPU, MAX_BATCH_CPU = 256, 32  # more does not decode faster
+SHARE_GPU, SHARE_CPU = 0.8, 0.5  # of free memory; on a CPU other processes need the rest
 
 
 class TransformersEngine:
@@ -38,135 +38,137 @@ class TransformersEngine:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
-        ends = self._model.generation_config.eos_token_id
-        self._ends = sorted(set(ends if isinstance(ends, list) else [ends]) - {None})
-        self._stepped = False
+        end_tokens = self._model.generation_config.eos_token_id
+        self._end_tokens = sorted(set(end_tokens if isinstance(end_tokens, list) else [end_tokens]) - {None})
+        self._halved = False
         self.batch = size or self._fitting(path, length, dtype)
 
     def _fitting(self, path: Path, length: int, dtype: str) -> int:
         on_gpu = self._device == "cuda"
         free = torch.cuda.mem_get_info()[0] if on_gpu else memory.free_memory()
-        most, share = (MOST_GPU, SHARE_GPU) if on_gpu else (MOST_CPU, SHARE_CPU)
+        most, share = (MAX_BATCH_GPU, SHARE_GPU) if on_gpu else (MAX_BATCH_CPU, SHARE_CPU)
         return memory.transformers_batch(memory.read_shape(path), free, length, dtype, most=most, share=share)
 
     def close(self) -> None:
-        """Give the memory back: the critic needs it, in the same process."""
+        """Free the memory: the critic needs it, in the same process."""
         self._model = None
         memory.release()
 
-    def generate(self, requests: list[Request], stopped: Callable[[], bool] = never) -> Iterator[list[Completion]]:
-        at = 0
-        while at < len(requests) and not stopped():
-            part = requests[at : at + self.batch]
-            done, trouble = self._try(part, stopped)
-            if trouble is None:
-                yield done
-                at += len(part)
+    def generate(
+        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
+    ) -> Iterator[list[Completion]]:
+        done = 0
+        while done < len(requests) and not should_stop():
+            batch = requests[done : done + self.batch]
+            try:
+                completions = self._decode(batch, should_stop)
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                if self._halved or self.batch == 1:
+                    raise memory.too_big(self.batch, error) from error
+                completions = None
+            if completions is None:  # outside of `except`: the error's traceback holds the tensors
+                self._halved, self.batch = True, max(1, self.batch // 2)
+                memory.release()
+                console.warn(f"generate: out of memory; goes on with {self.batch} samples at once")
                 continue
-            if self._stepped or self.batch == 1:
-                raise memory.too_big(self.batch, trouble)
-            self._stepped, self.batch = True, max(1, self.batch // 2)
-            del trouble  # its traceback holds the tensors
-            memory.release()
-            console.warn(f"generate: out of memory; goes on with {self.batch} samples at once")
-
-    def _try(self, part: list[Request], stopped: Callable[[], bool]) -> tuple[list[Completion], BaseException | None]:
-        try:
-            return self._decode(part, stopped), None
-        except Exception as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            return [], error
+            yield completions
+            done += len(batch)
 
     @torch.inference_mode()
-    def _decode(self, part: list[Request], stopped: Callable[[], bool]) -> list[Completion]:
-        """Decode some requests together; those that are finished, all of them unless it was `stopped`."""
-        longest, pad = max(len(r.prompt) for r in part), self._pad()
-        rows = [[pad] * (longest - len(r.prompt)) + r.prompt for r in part]
-        mask = [[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in part]
-        watch = _Watch(longest, len(part), StopStringCriteria(self._tokenizer, prompts.STOPS), self._ends, stopped)
-        draws = _Draws([r.seed for r in part], self._sampling, self._device, watch)
-        ids = self._model.generate(
+    def _decode(self, batch: list[Request], should_stop: Callable[[], bool]) -> list[Completion]:
+        """Decode some requests together. Returns those that are finished: all, unless `should_stop` returned True."""
+        longest = max(len(request.prompt) for request in batch)
+        pad = self._tokenizer.pad_token_id  # None for Qwen2's base models
+        pad = int(pad if pad is not None else self._tokenizer.eos_token_id)
+        rows = [[pad] * (longest - len(request.prompt)) + request.prompt for request in batch]
+        mask = [[0] * (longest - len(request.prompt)) + [1] * len(request.prompt) for request in batch]
+        stop_strings = StopStringCriteria(self._tokenizer, prompts.STOPS)
+        endings = _Endings(longest, len(batch), stop_strings, self._end_tokens, should_stop)
+        sampler = _GumbelSampler([request.seed for request in batch], self._sampling, self._device, endings)
+        token_ids = self._model.generate(
             torch.tensor(rows, device=self._device),
             attention_mask=torch.tensor(mask, device=self._device),
-            do_sample=False,  # the largest is taken, of what _Draws returns
+            do_sample=False,  # takes the largest of what _GumbelSampler returns
             temperature=None,
             top_p=None,
             top_k=None,
-            repetition_penalty=1.0,  # Qwen's generation_config.json has 1.1; vLLM is told none either
+            repetition_penalty=1.0,  # Qwen's generation_config.json has 1.1; vLLM is given none either
             max_new_tokens=self._sampling.max_tokens,
             pad_token_id=pad,
-            logits_processor=LogitsProcessorList([draws]),
-            stopping_criteria=StoppingCriteriaList([watch]),
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([endings]),
         )
-        new = ids[:, longest:].tolist()  # (B, T)
-        sums = torch.stack(draws.logprobs, dim=1).cpu()  # (B, T)
-        found = []
-        for row, request in enumerate(part):
-            length = watch.lengths[row] or len(new[row])
-            if not watch.lengths[row] and length < self._sampling.max_tokens:
-                continue  # it was stopped while this one was under way
+        new = token_ids[:, longest:].tolist()  # (B, T)
+        logprobs = torch.stack(sampler.logprobs, dim=1).cpu()  # (B, T)
+        completions = []
+        for row, request in enumerate(batch):
+            length = endings.lengths[row] or len(new[row])
+            if not endings.lengths[row] and length < self._sampling.max_tokens:
+                continue  # unfinished when `should_stop` returned True
             text = str(self._tokenizer.decode(new[row][:length], skip_special_tokens=True))
-            cut = min((at for stop in prompts.STOPS if (at := text.find(stop)) >= 0), default=-1)
-            found.append(
+            stop = prompts.find_stop(text)
+            completions.append(
                 Completion(
                     request=request,
-                    text=text if cut < 0 else text[:cut],
-                    stopped=cut >= 0 or new[row][length - 1] in self._ends,
+                    text=text if stop is None else text[: stop.start],
+                    stopped=stop is not None or new[row][length - 1] in self._end_tokens,
                     tokens=length,
-                    sum_logprob=float(sums[row, :length].sum()),
+                    sum_logprob=float(logprobs[row, :length].sum()),
                 )
             )
-        return found
-
-    def _pad(self) -> int:
-        pad = self._tokenizer.pad_token_id  # None for Qwen2's base models
-        return int(pad if pad is not None else self._tokenizer.eos_token_id)
+        return completions
 
 
-class _Watch(StoppingCriteria):
+class _Endings(StoppingCriteria):
     """When each row ended: at a stop text or an end token. Padding that follows may look like an end token."""
 
     def __init__(
-        self, prompt: int, rows: int, strings: StopStringCriteria, ends: list[int], stopped: Callable[[], bool]
+        self,
+        prompt_length: int,
+        rows: int,
+        stop_strings: StopStringCriteria,
+        end_tokens: list[int],
+        should_stop: Callable[[], bool],
     ) -> None:
         self.lengths = [0] * rows  # sampled tokens, the last one included; 0: not ended
-        self._prompt, self._strings, self._ends, self._stopped = prompt, strings, ends, stopped
+        self._prompt_length, self._stop_strings = prompt_length, stop_strings
+        self._end_tokens, self._should_stop = end_tokens, should_stop
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         """input_ids (B, L) -> (B,) bool."""
-        last = torch.isin(input_ids[:, -1], torch.tensor(self._ends, device=input_ids.device))
-        ended = (self._strings(input_ids, scores).to(last.device) | last).tolist()
-        length = input_ids.shape[1] - self._prompt
+        last = torch.isin(input_ids[:, -1], torch.tensor(self._end_tokens, device=input_ids.device))
+        ended = (self._stop_strings(input_ids, scores).to(last.device) | last).tolist()
+        length = input_ids.shape[1] - self._prompt_length
         self.lengths = [n or (length if e else 0) for n, e in zip(self.lengths, ended, strict=True)]
-        done = [bool(n) for n in self.lengths]
-        return torch.tensor([True] * len(done) if self._stopped() else done, device=input_ids.device)
+        done = [True] * len(ended) if self._should_stop() else [bool(n) for n in self.lengths]
+        return torch.tensor(done, device=input_ids.device)
 
 
-class _Draws(LogitsProcessor):
-    """Scores whose largest is the token to take; notes its log-probability at temperature 1."""
+class _GumbelSampler(LogitsProcessor):
+    """Returns scores whose largest is the token to take; records its log-probability at temperature 1."""
 
-    def __init__(self, seeds: list[int], sampling: Sampling, device: str, watch: _Watch) -> None:
+    def __init__(self, seeds: list[int], sampling: Sampling, device: str, endings: _Endings) -> None:
         self.logprobs: list[torch.Tensor] = []  # for each step (B,)
-        self._sampling, self._watch = sampling, watch
+        self._sampling, self._endings = sampling, endings
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """input_ids (B, L), scores (B, V) -> (B, V)."""
         raw = scores.float()
-        picked = raw
+        noisy = raw
         if self._sampling.temperature > 0:
-            picked = nucleus(raw / self._sampling.temperature, self._sampling.top_p)
-            noise = torch.ones_like(picked)  # log 1 = 0: none for rows that have ended
+            noisy = nucleus(raw / self._sampling.temperature, self._sampling.top_p)
+            noise = torch.ones_like(noisy)  # log 1 = 0: none for rows that have ended
             for row, generator in enumerate(self._generators):
-                if not self._watch.lengths[row]:
+                if not self._endings.lengths[row]:
                     noise[row].exponential_(generator=generator)
-            picked = (
-                picked - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
-            )  # -log of an exponential is a Gumbel variable
-        tokens = picked.argmax(dim=1, keepdim=True)
+            smallest = torch.finfo(noise.dtype).tiny
+            noisy = noisy - noise.clamp_min_(smallest).log_()  # -log of an exponential variable is a Gumbel variable
+        tokens = noisy.argmax(dim=1, keepdim=True)
         self.logprobs.append(raw.gather(1, tokens)[:, 0] - raw.logsumexp(dim=1))
-        return picked
+        return noisy
 
 
 def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -174,7 +176,7 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     arXiv:1904.09751)."""
     if top_p >= 1:
         return logits
-    ordered, places = logits.sort(dim=1, descending=True)
+    ordered, columns = logits.sort(dim=1, descending=True)
     shares = ordered.softmax(dim=1)
     outside = shares.cumsum(dim=1) - shares >= top_p  # the first one never is
-    return logits.masked_fill(outside.scatter(1, places, outside), -torch.inf)
+    return logits.masked_fill(outside.scatter(1, columns, outside), -torch.inf)

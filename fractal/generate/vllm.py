@@ -17,7 +17,7 @@ from fractal.install import gpu
 # One process: a killed run must not leave an engine behind. The rest: quiet and offline.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # its words go to our log
+os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # its messages go to our log
 # FlashInfer's sampler would be compiled for minutes at the first start, because vLLM's profiling draws without a seed.
 # Our requests have seeds, which it does not support (vllm/v1/sample/ops/topk_topp_sampler.py).
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -35,13 +35,14 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer  # noqa: E402
 
 from fractal import console  # noqa: E402
 from fractal.errors import OutsideError  # noqa: E402
-from fractal.generate import memory as generate_memory  # noqa: E402
-from fractal.generate import prompts  # noqa: E402
-from fractal.generate.memory import SHARE_GPU, SHARE_GPU_LESS, WAITING  # noqa: E402
-from fractal.generate.stage import Completion, Request, Sampling, never  # noqa: E402
+from fractal.generate import memory, prompts  # noqa: E402
+from fractal.generate.engine import Completion, Request, Sampling, never_stop  # noqa: E402
+from fractal.generate.memory import REQUESTS_AHEAD, SHARE_GPU, SHARE_GPU_RETRY  # noqa: E402
 
-SLICE = 64  # requests handed to vLLM before a step: all at once, 2,048 of them delay the first step by half a second
-MOST_GPU, MOST_CPU = 1024, 64  # samples decoded together; a CPU gains nothing beyond
+REQUESTS_PER_STEP = (
+    64  # requests handed to vLLM before a step: all at once, 2,048 of them delay the first step by half a second
+)
+MAX_BATCH_GPU, MAX_BATCH_CPU = 1024, 64  # samples decoded together; a CPU gains nothing beyond
 SHARE_CPU = 0.5  # of free memory, for the cache of keys and values
 WORKSPACE = 2 << 30  # bytes of GPU memory for activations, CUDA graphs and CUDA itself
 # Tokens in one step: the prompts of a few problems beside a full batch. More needs memory that a 7B model lacks on
@@ -76,33 +77,33 @@ class VllmEngine:
     ) -> None:
         self._path, self._sampling, self._dtype, self._length = path, sampling, dtype, max_model_len
         self._budget, self._options, self._warn = budget_bytes, options or {}, warn
-        self._stepped = False
-        self.batch, self._memory = self._fit(size)
+        self._halved = False
+        self.batch, self._memory_options = self._fit(size)
         self._llm: Any = self._load()
 
     def _fit(self, size: int | None) -> tuple[int, dict[str, Any]]:
-        share = SHARE_GPU_LESS if self._stepped else SHARE_GPU
+        share = SHARE_GPU_RETRY if self._halved else SHARE_GPU
         budget = None if self._budget is None else int(self._budget * share / SHARE_GPU)
         new = self._sampling.max_tokens
         return batch_and_memory(self._path, self._dtype, self._length, size, new=new, budget=budget, share=share)
 
     def _load(self) -> Any:
-        """With one step down where memory runs out."""
+        """Load vLLM; once more with half the batch where memory runs out."""
         try:
-            return self._llm_of(self.batch)
+            return self._make_llm(self.batch)
         except Exception as error:
-            if not generate_memory.is_out_of_memory(error):
+            if not memory.is_out_of_memory(error):
                 raise
-            trouble: Exception = error
-        self._step_down(trouble)
+            first_error: Exception = error
+        self._halve(first_error)
         try:
-            return self._llm_of(self.batch)
+            return self._make_llm(self.batch)
         except Exception as error:
-            if generate_memory.is_out_of_memory(error):
-                raise generate_memory.too_big(self.batch, error) from error
+            if memory.is_out_of_memory(error):
+                raise memory.too_big(self.batch, error) from error
             raise
 
-    def _llm_of(self, size: int) -> Any:
+    def _make_llm(self, size: int) -> Any:
         return LLM(
             str(self._path),
             dtype=self._dtype,  # type: ignore[arg-type]
@@ -115,39 +116,41 @@ class VllmEngine:
             seed=self._sampling.seed,
             disable_log_stats=True,
             **({**GPU_KERNELS, "cudagraph_capture_sizes": graph_sizes(size)} if ON_GPU else {"enforce_eager": True}),
-            **self._memory,
+            **self._memory_options,
             **self._options,
         )
 
-    def _step_down(self, trouble: Exception) -> None:
-        """Half as many at once, fitted anew into what is free. Raises OutsideError the second time."""
-        if self._stepped or self.batch == 1:
-            raise generate_memory.too_big(self.batch, trouble)
+    def _halve(self, error: Exception) -> None:
+        """Halve the batch, and fit it into the memory that is free now. Raises OutsideError the second time."""
+        if self._halved or self.batch == 1:
+            raise memory.too_big(self.batch, error)
         self._llm = None
-        trouble.__traceback__ = None  # it holds the tensors
-        generate_memory.release()
-        self._stepped = True
-        self.batch, self._memory = self._fit(self.batch // 2)
+        error.__traceback__ = None  # it holds the tensors
+        memory.release()
+        self._halved = True
+        self.batch, self._memory_options = self._fit(self.batch // 2)
         self._warn(f"generate: out of memory; goes on with {self.batch} samples at once")
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        generate_memory.release()
+        memory.release()
 
-    def generate(self, requests: list[Request], stopped: Callable[[], bool] = never) -> Iterator[list[Completion]]:
+    def generate(
+        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
+    ) -> Iterator[list[Completion]]:
         waiting = iter(requests)
 
         def take(most: int, wait: bool) -> list[Request] | None:
             return list(itertools.islice(waiting, most)) or None
 
-        yield from self.draw(take, stopped)
+        yield from self.generate_from(take, should_stop)
 
-    def draw(
-        self, take: Callable[[int, bool], list[Request] | None], stopped: Callable[[], bool] = never
+    def generate_from(
+        self, take: Callable[[int, bool], list[Request] | None], should_stop: Callable[[], bool] = never_stop
     ) -> Iterator[list[Completion]]:
-        """`generate` for requests that come while others are drawn.
+        """`generate` for requests that arrive while others are decoded.
 
         `take(most, wait)` gives up to `most` of them: none if none is there, or with `wait` at least one; None once no
         more come.
@@ -156,14 +159,16 @@ class VllmEngine:
         again: list[Request] = []
         while True:
             try:
-                yield from self._decode(take, again, under_way, stopped)
+                yield from self._decode(take, again, under_way, should_stop)
                 return
             except Exception as error:
-                if not generate_memory.is_out_of_memory(error):
+                if not memory.is_out_of_memory(error):
                     raise
-                self._step_down(error)
+                self._halve(error)
                 self._llm = self._load()
-                again += [one.request for one in under_way.values()]  # they come out the same: each has its seed
+                again += [
+                    decoding.request for decoding in under_way.values()
+                ]  # they come out the same: each has its seed
                 under_way.clear()
 
     def _decode(
@@ -171,29 +176,30 @@ class VllmEngine:
         take: Callable[[int, bool], list[Request] | None],
         again: list[Request],
         under_way: dict[str, "_Decoding"],
-        stopped: Callable[[], bool],
+        should_stop: Callable[[], bool],
     ) -> Iterator[list[Completion]]:
         """Steps vLLM's engine core and reads its outputs. `again` comes before what `take` gives."""
-        core, make = self._llm.llm_engine.engine_core, self._factory()
+        core, convert = self._llm.llm_engine.engine_core, self._converter()
         more = True
-        while not stopped() and (more or again or under_way):
-            some: list[Request] | None = []
-            if room := min(SLICE, WAITING * self.batch - len(under_way)):
-                some, again[:] = again[:room], again[room:]
-                if more and not some:
-                    some = take(room, not under_way)
-                    more = some is not None
-            for request in some or ():
-                decoding, wanted = make(request)
-                under_way[wanted.request_id] = decoding
-                core.add_request(wanted)
+        while not should_stop() and (more or again or under_way):
+            new: list[Request] | None = []
+            if most := min(REQUESTS_PER_STEP, REQUESTS_AHEAD * self.batch - len(under_way)):
+                new, again[:] = again[:most], again[most:]
+                if more and not new:
+                    new = take(most, not under_way)
+                    more = new is not None
+            for request in new or ():
+                decoding, core_request = convert(request)
+                under_way[core_request.request_id] = decoding
+                core.add_request(core_request)
             finished, aborted = [], []
             for output in core.get_output().outputs if under_way else ():
-                if (one := under_way.get(output.request_id)) is None:
-                    continue  # aborted while vLLM had its next token under way
-                if (done := one.read(output)) is None:
+                active = under_way.get(output.request_id)
+                if active is None:
+                    continue  # aborted while vLLM computed its next token
+                if (completion := active.read(output)) is None:
                     continue
-                finished.append(done)
+                finished.append(completion)
                 del under_way[output.request_id]
                 if output.finish_reason is None:  # a stop text, of which the engine core does not know
                     aborted.append(output.request_id)
@@ -201,14 +207,14 @@ class VllmEngine:
             if finished:
                 yield finished
 
-    def _factory(self) -> Callable[[Request], tuple["_Decoding", EngineCoreRequest]]:
-        """Makes vLLM's requests: one is rendered and checked for each prompt, its other samples are copies of it."""
+    def _converter(self) -> Callable[[Request], tuple["_Decoding", EngineCoreRequest]]:
+        """A function that makes vLLM's requests: one is checked for each prompt, its other samples are copies of it."""
         engine = self._llm.llm_engine
         tasks, tokenizer = engine.get_supported_tasks(), engine.input_processor.tokenizer
         prompt: list[int] = []
         first: Any = None
 
-        def make(request: Request) -> tuple[_Decoding, EngineCoreRequest]:
+        def convert(request: Request) -> tuple[_Decoding, EngineCoreRequest]:
             nonlocal prompt, first
             name = f"{request.task_id}/{request.sample_id}"
             if prompt != request.prompt:
@@ -216,10 +222,10 @@ class VllmEngine:
                 first = engine.input_processor.process_inputs(name, tokens_input(prompt), self.params(request), tasks)
             params = copy.copy(first.sampling_params)
             params.seed = request.seed
-            wanted = msgspec.structs.replace(first, request_id=name, external_req_id=name, sampling_params=params)
-            return _Decoding(request, IncrementalDetokenizer.from_new_request(tokenizer, wanted)), wanted
+            core_request = msgspec.structs.replace(first, request_id=name, external_req_id=name, sampling_params=params)
+            return _Decoding(request, IncrementalDetokenizer.from_new_request(tokenizer, core_request)), core_request
 
-        return make
+        return convert
 
     def params(self, request: Request) -> SamplingParams:
         # logprobs=0: that of the sampled token alone, before temperature (vLLM's raw_logprobs)
@@ -243,7 +249,7 @@ class _Decoding:
     sum_logprob: float = 0.0
 
     def read(self, output: EngineCoreOutput) -> Completion | None:
-        """Takes in a step's output; the completion once it ends. Raises RuntimeError if the engine gave it up."""
+        """Add a step's output; returns the completion once it has ended. Raises RuntimeError if vLLM gave it up."""
         ended = output.finish_reason
         if ended not in (None, FinishReason.STOP, FinishReason.LENGTH):
             raise RuntimeError(f"vLLM gave up sample {output.request_id}: {ended}")
@@ -268,8 +274,8 @@ def graph_sizes(size: int) -> list[int]:
     vLLM's own list ends at 512; a larger batch would then run without graphs. Its steps of 8 and 16 are coarser here:
     each size costs time at the start, and rounding up to the next one at most a few percent.
     """
-    few = (n for n in (1, 2, 4, 8, 16) if n < size)
-    return sorted({*few, *range(32, min(size, 256), 32), *range(256, size, 64), size})
+    small = (n for n in (1, 2, 4, 8, 16) if n < size)
+    return sorted({*small, *range(32, min(size, 256), 32), *range(256, size, 64), size})
 
 
 def batch_and_memory(
@@ -282,33 +288,33 @@ def batch_and_memory(
     budget: int | None = None,
     share: float = SHARE_GPU,
 ) -> tuple[int, dict[str, Any]]:
-    """Samples at once, and vLLM's options for its cache, from the memory that is free now. Raises OutsideError.
+    """Samples decoded together, and vLLM's options for its cache, from the memory free now. Raises OutsideError.
 
     length: tokens of the longest sample, of which up to `new` are drawn. budget: bytes of GPU memory for this engine
     where others have the rest, share: of all memory where there are none.
     """
-    shape = generate_memory.read_shape(path)
-    weights = generate_memory.weight_bytes(path, dtype)
+    shape = memory.read_shape(path)
+    weights = memory.weight_bytes(path, dtype)
     options: dict[str, Any] = {}
     if ON_GPU:
         free, total = torch.cuda.mem_get_info()
-        mine = min(share, 0.98 * free / total) * total if budget is None else budget
-        free = int(mine) - weights - WORKSPACE - (total - free if budget is None else 0)
-        found, cache = generate_memory.gpu_batch(shape, free, length, new, dtype, most=size or MOST_GPU)
-        options["gpu_memory_utilization"] = int(1000 * mine / total) / 1000
+        available = min(share, 0.98 * free / total) * total if budget is None else budget
+        free = int(available) - weights - WORKSPACE - (total - free if budget is None else 0)
+        samples, cache = memory.gpu_batch(shape, free, length, new, dtype, most=size or MAX_BATCH_GPU)
+        options["gpu_memory_utilization"] = int(1000 * available / total) / 1000
         if budget is not None:  # else vLLM measures what is left, which it cannot beside engines that are loading
             options["kv_cache_memory_bytes"] = cache
     else:
-        free = generate_memory.free_memory() - weights
-        room = generate_memory.cache_bytes(shape, free, length, dtype, most=size or MOST_CPU, share=SHARE_CPU)
-        if asked := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):  # GiB; vLLM reads it, too
-            room = int(asked) << 30
+        free = memory.free_memory() - weights
+        cache = memory.cache_bytes(shape, free, length, dtype, most=size or MAX_BATCH_CPU, share=SHARE_CPU)
+        if configured := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):  # GiB; vLLM reads it, too
+            cache = int(configured) << 30
         else:
-            options["kv_cache_memory_bytes"] = room
-        found = generate_memory.paged_batch(shape, room, length, dtype, most=size or MOST_CPU)
-    if found < 1:
+            options["kv_cache_memory_bytes"] = cache
+        samples = memory.paged_batch(shape, cache, length, dtype, most=size or MAX_BATCH_CPU)
+    if samples < 1:
         raise OutsideError(
             f"--model {path.name}: {max(0, free) >> 20} MiB are free beside its weights: too little for one sample of "
-            f"{length} tokens. {generate_memory.REMEDY}"
+            f"{length} tokens. {memory.REMEDY}"
         )
-    return found, options
+    return samples, options

@@ -31,8 +31,8 @@ import msgspec
 
 from fractal import console
 from fractal.errors import InputError, OutsideError
-from fractal.generate.memory import WAITING
-from fractal.generate.stage import Completion, Request, Sampling, never
+from fractal.generate.engine import Completion, Request, Sampling, never_stop
+from fractal.generate.memory import REQUESTS_AHEAD
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CLOSE_S = 30.0  # for an engine to give back its memory before it is killed
@@ -52,7 +52,7 @@ class Start(msgspec.Struct, tag=True):
     parent: int  # process id
 
 
-class Draw(msgspec.Struct, tag=True):
+class Requests(msgspec.Struct, tag=True):
     """To the engine: samples to draw, each as its number here, token ids of the prompt, seed."""
 
     requests: list[tuple[int, list[int], int]]
@@ -64,30 +64,30 @@ class Ready(msgspec.Struct, tag=True):
     batch: int
 
 
-class Drawn(msgspec.Struct, tag=True):
+class Completions(msgspec.Struct, tag=True):
     """From the engine: samples that ended, each as number, text, stopped, tokens, sum of log-probabilities."""
 
     completions: list[tuple[int, str, bool, int, float | None]]
 
 
-class Warned(msgspec.Struct, tag=True):
+class WarningText(msgspec.Struct, tag=True):
     """From the engine: a line for the user."""
 
     text: str
 
 
-class Failed(msgspec.Struct, tag=True):
+class Failure(msgspec.Struct, tag=True):
     """From the engine, last: why it ends. `code` as an exit code of ours: 2 InputError, 3 OutsideError."""
 
     code: int
     text: str
 
 
-FromEngine = Ready | Drawn | Warned | Failed
+FromEngine = Ready | Completions | WarningText | Failure
 
 
 class EngineProcesses:
-    """An Engine (generate.py) that runs `engines` of vLLM on the same device.
+    """An Engine (engine.py) that runs `engines` of vLLM on the same device.
 
     `budget_bytes`: GPU memory that they share; only needed where there are several. `options` go to vLLM's LLM.
     Raises OutsideError if the first engine does not start. The others may: then it goes on with fewer.
@@ -112,7 +112,7 @@ class EngineProcesses:
         self._processes[0].send(start)
         try:
             while not self._processes[0].batch:  # the first start may compile: the others find what it has compiled
-                self._take(*self._events.get())
+                self._handle(*self._events.get())
         except BaseException:
             self.kill()
             raise
@@ -126,10 +126,12 @@ class EngineProcesses:
         """How many are alive."""
         return len(self._processes)
 
-    def generate(self, requests: list[Request], stopped: Callable[[], bool] = never) -> Iterator[list[Completion]]:
+    def generate(
+        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
+    ) -> Iterator[list[Completion]]:
         waiting = deque(requests)
         while waiting or any(process.under_way for process in self._processes):
-            stop = stopped()
+            stop = should_stop()
             if not stop:
                 for process in self._processes:
                     process.fill(waiting)
@@ -139,30 +141,30 @@ class EngineProcesses:
                 return
 
     def _collect(self, waiting: deque[Request], wait_s: float) -> list[Completion]:
-        """What the engines have sent by now; the requests of one that has failed go back to those that wait."""
+        """What the engines have sent by now; the requests of an engine that failed go back to `waiting`."""
         done: list[Completion] = []
         with suppress(queue.Empty):
             while True:
                 process, event = self._events.get(timeout=wait_s) if wait_s else self._events.get_nowait()
-                done += self._take(process, event)
+                done += self._handle(process, event)
                 if process not in self._processes:  # a sample's seed is its own: any engine draws the same
                     waiting.extendleft(reversed(process.under_way.values()))
                     process.under_way = {}
                 wait_s = 0.0
         return done
 
-    def _take(self, process: "_Process", event: FromEngine | None) -> list[Completion]:
-        """Completions that an event brings. Raises if it tells of the end of the last engine."""
+    def _handle(self, process: "_Process", event: FromEngine | None) -> list[Completion]:
+        """Returns the completions of an event. Raises if it is the end of the last engine."""
         if isinstance(event, Ready):
             process.batch = event.batch
-        elif isinstance(event, Drawn):
+        elif isinstance(event, Completions):
             return [
                 Completion(process.under_way.pop(number), text, stopped, tokens, sum_logprob)
                 for number, text, stopped, tokens, sum_logprob in event.completions
             ]
-        elif isinstance(event, Warned):
+        elif isinstance(event, WarningText):
             console.warn(event.text)
-        elif process in self._processes:  # it failed, or its output ended without a word
+        elif process in self._processes:  # it failed, or its output ended
             self._processes.remove(process)
             code = process.end()
             error = _error(event, code)
@@ -180,19 +182,19 @@ class EngineProcesses:
         self._processes = []
 
     def kill(self) -> None:
-        """End at once what was started."""
+        """End the engines at once."""
         for process in self._processes:
             process.kill()
         self._processes = []
 
 
 def _error(event: FromEngine | None, code: int) -> Exception:
-    if isinstance(event, Failed):
+    if isinstance(event, Failure):
         return InputError(event.text) if event.code == 2 else OutsideError(event.text)
     how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-    why = " Signal 9 is often the kernel's, for want of memory." if code == -signal.SIGKILL else ""
+    why = " Signal 9 is often the kernel's, out of memory." if code == -signal.SIGKILL else ""
     return OutsideError(
-        f"vLLM's process {how}; what it said is in the run's logs/generate.log.{why} What was finished is kept: run "
+        f"vLLM's process {how}; its output is in the run's logs/generate.log.{why} Finished samples are kept: run "
         "the same command again, it goes on where it stopped."
     )
 
@@ -219,31 +221,32 @@ class _Process:
 
     def _read(self, events: "queue.SimpleQueue[tuple[_Process, FromEngine | None]]") -> None:
         assert self._child.stdout is not None
-        for data in frames(self._child.stdout):
+        for data in read_frames(self._child.stdout):
             events.put((self, _from_engine.decode(data)))
         events.put((self, None))
 
-    def send(self, message: Start | Draw) -> None:
+    def send(self, message: Start | Requests) -> None:
         assert self._child.stdin is not None
-        with suppress(OSError):  # it has ended: its reader tells
-            write(self._child.stdin, message)
+        with suppress(OSError):  # it has ended: its reader notices
+            write_frame(self._child.stdin, message)
 
     def fill(self, waiting: deque[Request]) -> None:
         """Hand out requests, once it has loaded, so that it always has some ahead; none while it has enough."""
-        if (room := WAITING * self.batch - len(self.under_way)) < min(len(waiting), max(1, self.batch // 4)):
+        count = REQUESTS_AHEAD * self.batch - len(self.under_way)
+        if count < min(len(waiting), max(1, self.batch // 4)):
             return
-        if some := {next(self._numbers): waiting.popleft() for _ in range(min(room, len(waiting)))}:
-            self.under_way |= some
-            self.send(Draw([(number, request.prompt, request.seed) for number, request in some.items()]))
+        if new := {next(self._numbers): waiting.popleft() for _ in range(min(count, len(waiting)))}:
+            self.under_way |= new
+            self.send(Requests([(number, request.prompt, request.seed) for number, request in new.items()]))
 
     def close(self) -> None:
-        """Tell it to end."""
+        """Close its standard input, at which it ends."""
         assert self._child.stdin is not None
         with suppress(OSError):
             self._child.stdin.close()
 
     def end(self) -> int:
-        """Wait for its end, which has begun; its exit code."""
+        """Wait until it has ended; returns its exit code."""
         self.close()
         try:
             return self._child.wait(CLOSE_S)
@@ -260,21 +263,21 @@ class _Process:
 
 _encoder = msgspec.msgpack.Encoder()
 _from_engine = msgspec.msgpack.Decoder(FromEngine)
-_to_engine = msgspec.msgpack.Decoder(Start | Draw)
-LENGTH = struct.Struct(">I")
+_to_engine = msgspec.msgpack.Decoder(Start | Requests)
+FRAME_LENGTH = struct.Struct(">I")
 
 
-def write(stream: IO[bytes], message: Start | Draw | FromEngine) -> None:
-    """One frame: length, then msgpack."""
+def write_frame(stream: IO[bytes], message: Start | Requests | FromEngine) -> None:
+    """Write one frame: its length, then msgpack."""
     data = _encoder.encode(message)
-    stream.write(LENGTH.pack(len(data)) + data)
+    stream.write(FRAME_LENGTH.pack(len(data)) + data)
     stream.flush()
 
 
-def frames(stream: IO[bytes]) -> Iterator[bytes]:
+def read_frames(stream: IO[bytes]) -> Iterator[bytes]:
     """Whole frames, until the stream ends."""
-    while len(head := stream.read(LENGTH.size)) == LENGTH.size:
-        (length,) = LENGTH.unpack(head)
+    while len(head := stream.read(FRAME_LENGTH.size)) == FRAME_LENGTH.size:
+        (length,) = FRAME_LENGTH.unpack(head)
         if len(data := stream.read(length)) < length:
             return
         yield data
@@ -283,8 +286,8 @@ def frames(stream: IO[bytes]) -> Iterator[bytes]:
 # --- the engine's process ---------------------------------------------------------------------------------------------
 
 
-class Incoming:
-    """Requests as the parent sends them. `ended` once it closes the stream, or is gone."""
+class RequestReader:
+    """The requests that the parent sends. `ended` is set once it closes the stream, or ends."""
 
     def __init__(self, stream: Iterator[bytes]) -> None:
         self.ended = threading.Event()
@@ -294,7 +297,7 @@ class Incoming:
     def _read(self, stream: Iterator[bytes]) -> None:
         for data in stream:
             message = _to_engine.decode(data)
-            assert isinstance(message, Draw)
+            assert isinstance(message, Requests)
             for number, prompt, seed in message.requests:
                 self._requests.put(Request(number, 0, prompt, seed))
         self.ended.set()
@@ -302,15 +305,15 @@ class Incoming:
 
     def take(self, most: int, wait: bool) -> list[Request] | None:
         """Up to `most` requests that are there; none, or with `wait` at least one. None once no more come."""
-        found: list[Request] = []
+        requests: list[Request] = []
         with suppress(queue.Empty):
-            while len(found) < most:
-                request = self._requests.get(wait and not found)
+            while len(requests) < most:
+                request = self._requests.get(wait and not requests)
                 if request is None:
                     self._requests.put(None)  # for the next call
-                    return found or None
-                found.append(request)
-        return found
+                    return requests or None
+                requests.append(request)
+        return requests
 
 
 def end_with_parent(parent: int) -> None:
@@ -322,10 +325,10 @@ def end_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Load what Start on standard input names, then draw what follows; answers go to standard output."""
+    """Load the model that Start on standard input names, then answer the requests that follow on standard output."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print
-    stream = frames(sys.stdin.buffer)
+    stream = read_frames(sys.stdin.buffer)
     start = _to_engine.decode(next(stream))
     assert isinstance(start, Start)
     end_with_parent(start.parent)
@@ -341,17 +344,19 @@ def main() -> None:
             start.size,
             budget_bytes=start.budget_bytes,
             options=start.options,
-            warn=lambda text: write(out, Warned(text)),
+            warn=lambda text: write_frame(out, WarningText(text)),
         )
-        write(out, Ready(engine.batch))
-        incoming = Incoming(stream)
-        for done in engine.draw(incoming.take, incoming.ended.is_set):
-            write(out, Drawn([(c.request.task_id, c.text, c.stopped, c.tokens, c.sum_logprob) for c in done]))
+        write_frame(out, Ready(engine.batch))
+        reader = RequestReader(stream)
+        for done in engine.generate_from(reader.take, reader.ended.is_set):
+            write_frame(
+                out, Completions([(c.request.task_id, c.text, c.stopped, c.tokens, c.sum_logprob) for c in done])
+            )
         engine.close()
     except BrokenPipeError:
         code = 1  # the parent is gone
     except (InputError, OutsideError) as error:
-        write(out, Failed(2 if isinstance(error, InputError) else 3, str(error)))
+        write_frame(out, Failure(2 if isinstance(error, InputError) else 3, str(error)))
     sys.stderr.flush()
     os._exit(code)  # vLLM's threads would delay a normal exit
 

@@ -64,13 +64,13 @@ def _resources() -> Finding:
 
 def check_gpu() -> Finding:
     if not gpu.has_gpu():
-        return Finding("GPU", "optional", gpu.trouble(), "the CPU decodes; a GPU does it a hundred times faster")
+        return Finding("GPU", "optional", gpu.problem(), "the CPU decodes; a GPU does it a hundred times faster")
     names = "; ".join(f"{device.name}, {device.total_bytes / 2**30:.0f} GiB" for device in gpu.gpus())
     text = f"{names}, driver {gpu.driver_version()}"
     if gpu.torch_cuda() is None:
         return Finding("GPU", "optional", text, "the installed torch is for the CPU: run make setup")
-    if trouble := gpu.driver_trouble():
-        return Finding("GPU", "missing", text, trouble)
+    if problem := gpu.driver_problem():
+        return Finding("GPU", "missing", text, problem)
     return Finding("GPU", "ok", text)
 
 

@@ -1,12 +1,12 @@
-"""The one answer to whether there is an NVIDIA GPU, and what it is. Standard library only; loads no torch.
+"""The NVIDIA GPUs of this machine, and whether torch can use them. Standard library only; loads no torch.
 
     if gpu.has_gpu(): ...
-    for card in gpu.gpus(): print(card.name, card.total_bytes, card.capability)
+    for device in gpu.gpus(): print(device.name, device.total_bytes, device.capability)
     gpu.gpus(fresh=True)[0].free_bytes   # as it is now
 
 Device files exclude quickly; then the driver's own library NVML is asked, which creates no CUDA context, so that a
 process may fork or choose its device afterwards. CUDA_VISIBLE_DEVICES hides GPUs as CUDA does. Nothing here raises:
-what goes wrong is no GPU, with the reason in `trouble()`.
+an error means no GPU, with the reason in `problem()`.
 
 Calls and structures: NVML API Reference Guide, "Initialization and Cleanup", "System Queries", "Device Queries".
 """
@@ -38,12 +38,12 @@ class Gpu(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What NVML says: all GPUs of the machine, in PCI order."""
+    """What NVML reports: all GPUs of the machine, in PCI order."""
 
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None  # "580.95.05"
     cuda: tuple[int, int] | None = None  # the newest CUDA that the loaded libcuda.so.1 runs, a compat library's too
-    trouble: str = ""  # why there are none, in a line
+    problem: str = ""  # why there are none, in one line
 
 
 def gpus(*, fresh: bool = False) -> tuple[Gpu, ...]:
@@ -68,25 +68,25 @@ def driver_version() -> str | None:
     return _read().driver
 
 
-def trouble() -> str:
+def problem() -> str:
     """Why there is no GPU here, in a line; empty where there is one."""
     if has_gpu():
         return ""
-    return _read().trouble or f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides every GPU"
+    return _read().problem or f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides every GPU"
 
 
-def driver_trouble() -> str:
+def driver_problem() -> str:
     """Why torch cannot compute on the GPU that is here, with the remedy, in a line; empty where it can, or has none.
 
     A driver runs every CUDA of its own major version and of older ones (CUDA Compatibility, "Minor Version
     Compatibility").
     """
-    found, wanted = _read(), torch_cuda()
-    if not has_gpu() or wanted is None or found.cuda is None or found.cuda[0] >= wanted[0]:
+    reading, needed = _read(), torch_cuda()
+    if not has_gpu() or needed is None or reading.cuda is None or reading.cuda[0] >= needed[0]:
         return ""
     return (
-        f"NVIDIA's driver {found.driver} runs CUDA {_dotted(found.cuda)}, the installed torch needs {_dotted(wanted)}. "
-        "Upgrade the driver, or set up for the CPU: FRACTAL_ACCELERATOR=cpu make setup."
+        f"NVIDIA's driver {reading.driver} runs CUDA {_dotted(reading.cuda)}, the installed torch needs "
+        f"{_dotted(needed)}. Upgrade the driver, or set up for the CPU: FRACTAL_ACCELERATOR=cpu make setup."
     )
 
 
@@ -94,8 +94,8 @@ def driver_trouble() -> str:
 def torch_cuda() -> tuple[int, int] | None:
     """The CUDA that the installed torch was built for; None for the CPU's. Reads its version.py, loads nothing."""
     try:
-        found = util.find_spec("torch")
-        text = Path(found.origin).with_name("version.py").read_text() if found and found.origin else ""
+        spec = util.find_spec("torch")
+        text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
     except (OSError, ImportError, ValueError):
         return None
     match = re.search(r"^cuda\b.*= *'(\d+)\.(\d+)", text, re.MULTILINE)
@@ -106,25 +106,24 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def visible(found: tuple[Gpu, ...], environ: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """Those of `found` that CUDA_VISIBLE_DEVICES leaves, in its order.
+def visible(all_gpus: tuple[Gpu, ...], environ: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """Those of `all_gpus` that CUDA_VISIBLE_DEVICES leaves, in its order.
 
     Entries are indices or beginnings of UUIDs; the first that names no GPU, and all after it, count for nothing (CUDA
     Programming Guide, "CUDA Environment Variables"). A MIG device, of which CUDA takes one, stands for the first GPU.
     Indices are taken in PCI order, so where GPUs differ and CUDA_DEVICE_ORDER is unset, CUDA may mean another.
     """
-    wanted = environ.get("CUDA_VISIBLE_DEVICES")
-    if wanted is None:
-        return found
+    setting = environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is None:
+        return all_gpus
     chosen: list[Gpu] = []
-    for word in wanted.split(","):
-        word = word.strip()
-        if word.startswith("MIG-"):
-            named = found[:1]
-        elif word.isdecimal():
-            named = found[int(word) : int(word) + 1]
+    for name in map(str.strip, setting.split(",")):
+        if name.startswith("MIG-"):
+            named = all_gpus[:1]
+        elif name.isdecimal():
+            named = all_gpus[int(name) : int(name) + 1]
         else:
-            named = tuple(one for one in found if word and one.uuid.startswith(word))
+            named = tuple(device for device in all_gpus if name and device.uuid.startswith(name))
         if len(named) != 1 or named[0] in chosen:
             break
         chosen += named
@@ -134,11 +133,11 @@ def visible(found: tuple[Gpu, ...], environ: Mapping[str, str]) -> tuple[Gpu, ..
 @lru_cache(maxsize=1)
 def _read() -> Reading:
     if not any(Path(device).exists() for device in DEVICES):
-        return Reading(trouble="no NVIDIA GPU")
-    return ask(ctypes.CDLL)
+        return Reading(problem="no NVIDIA GPU")
+    return query(ctypes.CDLL)
 
 
-def ask(load: Callable[[str], Any]) -> Reading:
+def query(load: Callable[[str], Any]) -> Reading:
     """Read everything through NVML; `load` opens a library by its name or raises OSError."""
     for name in LIBRARIES:
         try:
@@ -148,17 +147,17 @@ def ask(load: Callable[[str], Any]) -> Reading:
             continue
     else:
         return Reading(
-            trouble="an NVIDIA device, but no libnvidia-ml.so.1: install the driver, or start the container with --gpus"
+            problem="an NVIDIA device, but no libnvidia-ml.so.1: install the driver, or start the container with --gpus"
         )
     try:
         if code := library.nvmlInit_v2():
-            return Reading(trouble=f"the NVIDIA driver does not answer: {_error(library, code)}")
+            return Reading(problem=f"the NVIDIA driver does not answer: {_error(library, code)}")
         try:
-            return _machine(library)
+            return _read_all(library)
         finally:
             library.nvmlShutdown()
     except (AttributeError, NvmlError) as error:  # a library of another age has other functions
-        return Reading(trouble=f"the NVIDIA driver does not answer: {error}")
+        return Reading(problem=f"the NVIDIA driver does not answer: {error}")
 
 
 class NvmlError(Exception):
@@ -171,7 +170,7 @@ class Memory(ctypes.Structure):
     _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
-def _machine(library: Any) -> Reading:
+def _read_all(library: Any) -> Reading:
     def call(name: str, *arguments: Any) -> None:
         if code := getattr(library, name)(*arguments):
             raise NvmlError(f"{name}: {_error(library, code)}")
@@ -181,8 +180,9 @@ def _machine(library: Any) -> Reading:
         call(name, *arguments, buffer, ctypes.c_uint(TEXT_BYTES))
         return buffer.value.decode(errors="replace")
 
-    def card(index: int) -> Gpu:
-        device, memory, major, minor = ctypes.c_void_p(), Memory(), ctypes.c_int(), ctypes.c_int()
+    def read_gpu(index: int) -> Gpu:
+        device, memory = ctypes.c_void_p(), Memory()
+        major, minor = ctypes.c_int(), ctypes.c_int()
         call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(device))
         call("nvmlDeviceGetCudaComputeCapability", device, ctypes.byref(major), ctypes.byref(minor))
         try:
@@ -198,9 +198,9 @@ def _machine(library: Any) -> Reading:
     except NvmlError:  # there is no libcuda.so.1
         cuda.value = 0
     call("nvmlDeviceGetCount_v2", ctypes.byref(count))
-    found = tuple(card(index) for index in range(count.value))
+    devices = tuple(read_gpu(index) for index in range(count.value))
     version = (cuda.value // 1000, cuda.value % 1000 // 10) if cuda.value else None
-    return Reading(found, driver, version, "" if found else f"no GPU, though NVIDIA's driver {driver} answers")
+    return Reading(devices, driver, version, "" if devices else f"no GPU, though NVIDIA's driver {driver} answers")
 
 
 def _error(library: Any, code: int) -> str:

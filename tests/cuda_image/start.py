@@ -38,7 +38,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sampler_supported  #
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment  # noqa: E402
 
 from fractal.critic import vllm_pooling  # noqa: E402
-from fractal.generate.stage import Request, Sampling  # noqa: E402
+from fractal.generate.engine import Request, Sampling  # noqa: E402
 from fractal.generate.vllm import VllmEngine  # noqa: E402
 
 # Qwen2.5-Coder-1.5B's shape with one layer, since all are compiled alike.

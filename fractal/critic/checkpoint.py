@@ -1,0 +1,153 @@
+"""A critic's folder: head.safetensors, critic.json, and the weights of one that was fine-tuned.
+
+checkpoint.save(folder, head, info)
+head, info = checkpoint.load(folder)   # BrokenCriticError if a file is missing, cut short or of another version
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fractal.errors import InputError
+from fractal.jsonl import write_whole
+
+if TYPE_CHECKING:
+    import torch
+
+    from fractal.critic.head import Head
+    from fractal.generate.models import ModelFiles
+
+PROMPT_VERSION = 1  # of critic/prompt.py: with another question, a critic is another one
+REMEDY = "Train it again (`fractal train`), or give another --critic."
+INFO_FILE = "critic.json"  # not config.json: a fully trained model has its own
+
+
+class BrokenCriticError(InputError):
+    """A critic's folder that cannot be used: what is wrong with which file, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """A logit of critic and log-probability together; the weights are fitted on train problems held out of training."""
+
+    critic: float
+    mean_logprob: float
+    bias: float
+
+    def logit(self, logit: float, mean_logprob: float | None) -> float | None:
+        return None if mean_logprob is None else self.critic * logit + self.mean_logprob * mean_logprob + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class CriticInfo:
+    """The content of critic.json: what scoring needs to use a critic rightly."""
+
+    mode: str  # probe, lora or full
+    base: str  # the base model's name
+    weights_sha256: str  # of the base model
+    tokenizer_sha256: str
+    depth: int  # layers that are run
+    inputs: dict[str, Any]  # what it was made from: with other inputs, a critic is another one
+    temperature: float = 1.0  # probability = sigmoid(logit / temperature)
+    combination: Combination | None = None
+    prompt_version: int = PROMPT_VERSION
+    epoch: int = 0
+    figures: dict[str, Any] = field(default_factory=dict)  # of held-out train problems
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of each other file, so that a truncated copy is found
+
+
+def save(folder: Path, head: "Head", info: CriticInfo) -> None:
+    """Write head and critic.json into a folder that may hold weights already; critic.json comes last."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {"weight": head.weight, "bias": np.array([head.bias], dtype=np.float32)}
+    save_file(arrays, folder / "head.safetensors")
+    files = {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != INFO_FILE}
+    _write_info(folder, asdict(info) | {"files": files})
+
+
+def remove_file(folder: Path, name: str) -> None:
+    """Remove a file of a critic's folder, and its digest from critic.json."""
+    fields = json.loads((folder / INFO_FILE).read_bytes())
+    fields["files"].pop(name, None)
+    _write_info(folder, fields)
+    (folder / name).unlink()
+
+
+def _write_info(folder: Path, fields: dict[str, Any]) -> None:
+    write_whole(folder / INFO_FILE, (json.dumps(fields, indent=1) + "\n").encode())
+
+
+def read_info(folder: Path) -> CriticInfo:
+    """Read critic.json; the folder's other files are not looked at. Raises BrokenCriticError."""
+    try:
+        fields = json.loads((folder / INFO_FILE).read_bytes())
+        combination = fields.pop("combination")
+        return CriticInfo(**fields, combination=Combination(**combination) if combination else None)
+    except FileNotFoundError:
+        raise BrokenCriticError(f"{folder}: holds no critic ({INFO_FILE} is missing). {REMEDY}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BrokenCriticError(f"{folder}/{INFO_FILE}: not a critic's: {error}. {REMEDY}") from error
+
+
+def verify(folder: Path) -> CriticInfo:
+    """Check a critic's files against critic.json. Raises BrokenCriticError. Loads no library of arrays."""
+    info = read_info(folder)
+    for name, digest in info.files.items():
+        if not (folder / name).is_file():
+            raise BrokenCriticError(f"{folder}/{name}: is missing. {REMEDY}")
+        if _sha256(folder / name) != digest:
+            raise BrokenCriticError(f"{folder}/{name}: is damaged or was cut short: its sha256 differs. {REMEDY}")
+    if info.prompt_version != PROMPT_VERSION:
+        raise BrokenCriticError(
+            f"{folder}: was made for version {info.prompt_version} of the critic's question, this is version "
+            f"{PROMPT_VERSION}. {REMEDY}"
+        )
+    return info
+
+
+def load(folder: Path) -> "tuple[Head, CriticInfo]":
+    """Verify and read a critic. Raises BrokenCriticError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from fractal.critic.head import Head
+
+    info = verify(folder)
+    try:
+        arrays = load_file(folder / "head.safetensors")
+        return Head(arrays["weight"], float(arrays["bias"][0])), info
+    except (OSError, SafetensorError, KeyError) as error:
+        raise BrokenCriticError(f"{folder}/head.safetensors: cannot be read: {error}. {REMEDY}") from error
+
+
+def load_tensors(folder: Path, pattern: str) -> "dict[str, torch.Tensor]":
+    """The tensors of a folder's safetensors files by their names."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob(pattern)) for name, tensor in load_file(file).items()}
+
+
+def check_base(folder: Path, info: CriticInfo, files: "ModelFiles") -> None:
+    """Raise BrokenCriticError unless the model is the one, with the tokenizer, that the critic was made from."""
+    from fractal.critic.prompt import tokenizer_digest
+
+    if tokenizer_digest(files.path) != info.tokenizer_sha256:
+        raise BrokenCriticError(
+            f"{folder}: was made with another tokenizer or chat template than {files.name} has now. Give the model "
+            "that it was trained on, or train it again."
+        )
+    if files.digest != info.weights_sha256:
+        raise BrokenCriticError(
+            f"{folder}: was trained on another version of {info.base}: its weights differ now. Give that version, or "
+            "train it again."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
