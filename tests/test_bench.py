@@ -263,7 +263,7 @@ def figures(done: "subprocess.CompletedProcess[str]", cwd: Path) -> dict:
 
 
 @pytest.mark.docker
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quick_run_has_every_figure_and_fractal_agrees_with_plain(image: str, tmp_path: Path) -> None:
     done = bench("--quick", "--problems", STARTER, cwd=tmp_path)
     values = figures(done, tmp_path)
@@ -291,7 +291,7 @@ def test_a_quick_run_has_every_figure_and_fractal_agrees_with_plain(image: str, 
 
 
 @pytest.mark.docker
-@pytest.mark.slow
+@pytest.mark.long
 def test_linear_gives_seconds_and_memory_at_every_size(image: str, tmp_path: Path) -> None:
     done = bench("--linear", "--counts", "100,300", "--samples-count", 60, "--problems", STARTER, cwd=tmp_path)
     rows = figures(done, tmp_path)["rows"]

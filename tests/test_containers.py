@@ -21,6 +21,7 @@ from fractal.images.engine import connect
 from fractal.jsonl import read_jsonl, write_jsonl
 from fractal.records import Label, Sample
 from fractal.rundir import RunDir, commit, own_image
+from fractal.sandbox.host.container import LABEL_VARIABLE, SESSION_LABEL
 from tests.conftest import ROOT
 from tests.engines import Engine
 
@@ -244,11 +245,13 @@ def test_a_cache_that_cannot_be_given_away_is_one_line_with_a_remedy(image: str)
 
 
 def left_over() -> set[str]:
-    """Containers and volumes of runs."""
+    """Containers and volumes of runs, of this test session only: others may be at work on the same engine."""
     client = docker.from_env()
+    mine = {"label": f"{SESSION_LABEL}={os.environ[LABEL_VARIABLE]}"}
     try:
-        found = {str(one.id) for one in client.containers.list(all=True, filters={"label": containers.LABEL})}
-        return found | {one.name for one in client.volumes.list() if one.name.startswith("fractal-sandbox-")}
+        pipelines = client.containers.list(all=True, filters={"label": [containers.LABEL, mine["label"]]})
+        volumes = client.volumes.list(filters=mine)
+        return {str(container.id) for container in pipelines} | {volume.name for volume in volumes}
     finally:
         client.close()
 

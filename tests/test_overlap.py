@@ -234,7 +234,7 @@ def lines(path: Path) -> int:
 
 @pytest.mark.model
 @pytest.mark.docker
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_loses_nothing_that_was_finished(tmp_path: Path, sign: signal.Signals, small_model: Path, image: str) -> None:  # fmt: skip

@@ -204,7 +204,7 @@ def test_a_named_protection_may_be_missing_and_that_is_noted(image: str, monkeyp
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("file", "count"), [("mbpp.jsonl", 974), ("sanitized-mbpp.json", 427)])
 def test_every_reference_of_mbpp_passes(image: str, file: str, count: int) -> None:
     path = SHARED / "mbpp" / file
@@ -226,7 +226,7 @@ def test_every_starter_reference_passes(sandbox: Sandbox) -> None:
     assert [(v.task_id, v.status, v.detail) for v in labels if not v.passed] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
     """1,889 real completions of Qwen2.5-Coder-0.5B against a fresh interpreter each."""
     import gzip

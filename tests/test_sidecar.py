@@ -1,6 +1,7 @@
 """A sandbox beside other containers: several clients on a Unix socket, back-pressure, threads, an async loop."""
 
 import asyncio
+import os
 import socket
 import threading
 import time
@@ -12,12 +13,19 @@ import pytest
 
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.client import KEY_BYTES, SAMPLE_HEAD
-from fractal.sandbox.host.container import Sandbox, SandboxError, start_sidecar, stop_sidecar
+from fractal.sandbox.host.container import (
+    LABEL_VARIABLE,
+    SESSION_LABEL,
+    Sandbox,
+    SandboxError,
+    start_sidecar,
+    stop_sidecar,
+)
 from fractal.sandbox.host.limits import Limits
 from fractal.sandbox.inside.protocol import PROBLEM, SAMPLE, frame
 
 pytestmark = pytest.mark.docker
-NAME = "fractal-test-sidecar"
+NAME = f"fractal-test-sidecar-{os.getpid()}"  # two sessions on one engine
 PROBLEMS = {i: Problem(i, "", f"def f(x):\n    return x * {i}\n", [f"assert f(2) == {2 * i}"], "", "f", "test") for i in range(1, 9)}  # fmt: skip
 LIMITS = Limits(cpu_s=1, wall_s=3)
 
@@ -184,3 +192,18 @@ def test_a_sidecar_has_no_other_mount(sidecar: Path) -> None:
     mounts = client.api.inspect_container(NAME)["Mounts"]
     client.close()
     assert [mount["Destination"] for mount in mounts] == ["/run/fractal"]
+
+
+def test_another_session_on_the_engine_is_told_apart(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers and volumes carry FRACTAL_LABEL's value: what one session looks for as left over is its own."""
+    monkeypatch.setenv(LABEL_VARIABLE, "another-session")
+    name = f"fractal-sandbox-{os.getpid()}-other"
+    start_sidecar(volume=name, name=name, image=image, slots=1)
+    client = docker.from_env()
+    try:
+        assert client.containers.get(name).labels[SESSION_LABEL] == "another-session"
+        assert client.volumes.get(name).attrs["Labels"] == {SESSION_LABEL: "another-session"}
+    finally:
+        stop_sidecar(name)
+        client.volumes.get(name).remove(force=True)
+        client.close()

@@ -30,7 +30,7 @@ from fractal.images.engine import Say, connect, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
 from fractal.install import docker_engine, gpu
 from fractal.rundir import commit
-from fractal.sandbox.host.container import SOCKET, start_sidecar, stop_sidecar
+from fractal.sandbox.host.container import SOCKET, session_label, start_sidecar, stop_sidecar
 
 CACHE_VOLUME = "fractal-cache"  # models and compiled kernels, kept between runs; see cache_volume
 MODELS = "/models"  # models that this machine has prepared, read-only
@@ -107,7 +107,7 @@ def chown_cache(client: docker.DockerClient, image: str, user: str) -> None:
             cap_drop=["ALL"],
             cap_add=["CHOWN", "DAC_OVERRIDE"],  # of Docker's own set: a machine in a container may have no other
             security_opt=["no-new-privileges"],
-            labels={LABEL: "1"},
+            labels={LABEL: "1", **session_label()},
             remove=True,
         )
     except docker.errors.ContainerError as error:
@@ -328,7 +328,7 @@ def _create(
         environment=environment,
         working_dir=setup.workdir,
         entrypoint=list(setup.entrypoint) or None,
-        labels={LABEL: "1", **labels},
+        labels={LABEL: "1", **session_label(), **labels},
         host_config=client.api.create_host_config(**host_options(setup), log_config=logs),
     )
     identity: str = created["Id"]

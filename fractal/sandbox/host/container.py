@@ -38,7 +38,7 @@ SOCKET = "/run/fractal/sandbox.sock"  # of a sidecar, in its volume
 # What cannot be seen from inside gVisor, a kernel of its own below the container: it takes the place of the host's
 # seccomp profile, and the host's cgroups hold it as a whole. The named option that allows this is --runtime=runsc.
 UNSEEN_IN_GVISOR = frozenset({"seccomp", "scratch", "memory_limit", "pids_limit"})
-LABEL_VARIABLE = "FRACTAL_LABEL"
+LABEL_VARIABLE, SESSION_LABEL = "FRACTAL_LABEL", "fractal.session"
 SIDECAR = "fractal-sandbox"  # default name of the container and of its volume
 
 
@@ -63,10 +63,10 @@ def hardening(slots: int, limits: Limits, first_uid: int, cpus: int) -> dict[str
     }
 
 
-def labels() -> dict[str, str]:
-    """The labels of a sandbox's container. FRACTAL_LABEL=NAME tells the containers of one session from others'."""
+def session_label() -> dict[str, str]:
+    """With FRACTAL_LABEL=NAME: the label that tells a session's containers and volumes from those of others."""
     session = os.environ.get(LABEL_VARIABLE)
-    return {"fractal.sandbox": "1"} | ({"fractal.session": session} if session else {})
+    return {SESSION_LABEL: session} if session else {}
 
 
 def connect() -> docker.DockerClient:
@@ -239,7 +239,7 @@ def _create(
         command=command,
         stdin_open=volume is None,  # with StdinOnce: when this process dies, the container's input ends, and so does it
         environment={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"},
-        labels=labels(),
+        labels={"fractal.sandbox": "1", **session_label()},
         host_config=client.api.create_host_config(
             **options, log_config=docker.types.LogConfig(type=docker.types.LogConfig.types.NONE)
         ),
@@ -268,6 +268,8 @@ def start_sidecar(
     try:
         image = image or source.image_name()
         _image_id(client, image)
+        if not volume.startswith("/"):  # made here, for its label; one that is there stays as it is
+            client.api.create_volume(volume, labels=session_label())
         created = _create(client, image, limits or DEFAULT_LIMITS, slots, runtime, volume, name)
         client.api.start(created)
         return created
