@@ -82,7 +82,7 @@ def begin(remote: Remote, script: str, *options: str, run: str = "demo") -> str:
 
 def cut(remote: Remote) -> None:
     """The connection breaks."""
-    remote.link._master.kill()
+    remote.link._process.kill()
 
 
 def test_the_sdk_speaks_with_the_engine_over_there(remote: Remote, machine: Machine) -> None:
