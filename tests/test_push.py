@@ -15,7 +15,6 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import docker
@@ -25,7 +24,7 @@ import pytest
 import requests
 
 from fractal.errors import InputError, OutsideError
-from fractal.images import push, push_errors, registry, remote_engine, ssh
+from fractal.images import push, push_errors, registry_program, remote_engine, ssh
 from fractal.images.progress import PushProgress
 from tests.conftest import ROOT, until
 from tests.engines import Engine
@@ -168,44 +167,6 @@ def test_progress_counts_layers_and_bytes() -> None:
     assert progress.sent == {"a"}
 
 
-class IndexServer(BaseHTTPRequestHandler):
-    """A registry with an index of two platforms."""
-
-    authorization: list[str | None] = []
-
-    def do_GET(self) -> None:
-        self.authorization.append(self.headers.get("Authorization"))
-        platforms = [{"os": "linux", "architecture": architecture} for architecture in ("arm64", "amd64")]
-        index = {"manifests": [{"digest": f"sha256:{p['architecture']}", "platform": p} for p in platforms]}
-        manifest = {"config": {"digest": "sha256:c0"}, "layers": [{"digest": "sha256:d0", "size": 7}]}
-        body = json.dumps(manifest if self.path.endswith("sha256:amd64") else index).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_a_manifest_is_read_through_an_index_and_without_credentials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), IndexServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    host = f"127.0.0.1:{server.server_port}"
-    write_credentials(tmp_path, monkeypatch, host)
-    try:
-        manifest = registry.read_manifest(host, "x", "1", "linux/amd64")
-        assert (manifest.config, manifest.layers) == ("sha256:c0", (("sha256:d0", 7),))
-        with pytest.raises(registry.RegistryError, match="not for linux/riscv64"):
-            registry.read_manifest(host, "x", "1", "linux/riscv64")
-        assert set(IndexServer.authorization) == {None}
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 # What the tests with Docker share
 
 
@@ -289,8 +250,8 @@ def quiet(text: str) -> None:
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
-        return registry.unpack_program(tmp_path_factory.mktemp("registry"))
-    except registry.RegistryError as error:
+        return registry_program.unpack_program(tmp_path_factory.mktemp("registry"))
+    except registry_program.RegistryProgramError as error:
         pytest.skip(str(error))
 
 
@@ -335,7 +296,9 @@ class Registry:
 
     def digest(self, path: str, tag: str) -> str:
         reply = requests.get(
-            f"http://{self.host}/v2/{path}/manifests/{tag}", headers={"Accept": registry.MANIFEST_TYPES[0]}, timeout=10
+            f"http://{self.host}/v2/{path}/manifests/{tag}",
+            headers={"Accept": "application/vnd.docker.distribution.manifest.v2+json"},
+            timeout=10,
         )
         return reply.headers["Docker-Content-Digest"]
 
@@ -437,8 +400,7 @@ def test_a_registry_gets_the_image_and_then_only_what_it_lacks(client: docker.Do
     assert pushed.digest == server.digest("team/fractal-push-test", tag)
     assert pushed.image_id == client.images.get(first).id
     assert (pushed.layers, pushed.layers_sent) == (3, 3)
-    assert pushed.bytes_sent is not None
-    assert 1_330_000 < pushed.bytes_sent < 1_340_000
+    assert 1_330_000 < pushed.bytes_sent < 1_360_000  # with the blocks of tar
 
     again = push.to_registry(client, first, f"{server.host}/team", say=quiet)
     assert (again.digest, again.layers, again.layers_sent, again.bytes_sent) == (pushed.digest, 3, 0, 0)
@@ -446,8 +408,7 @@ def test_a_registry_gets_the_image_and_then_only_what_it_lacks(client: docker.Do
     second = load(client, layers[0], os.urandom(200 * KB), layers[2])
     changed = push.to_registry(client, second, f"{server.host}/team", say=quiet)
     assert (changed.layers, changed.layers_sent) == (3, 1)
-    assert changed.bytes_sent is not None
-    assert 200_000 < changed.bytes_sent < 201_000
+    assert 200_000 < changed.bytes_sent < 210_000
 
 
 @pytest.mark.docker
@@ -484,8 +445,7 @@ def test_credentials_are_dockers_own(
 
         write_credentials(tmp_path, monkeypatch, server.host)
         pushed = push_anew(server.host)
-        # The engine has read the digest back; sizes are read without credentials, or not at all.
-        assert (pushed.layers, pushed.layers_sent, pushed.bytes_sent) == (1, 1, None)
+        assert (pushed.layers, pushed.layers_sent, pushed.bytes_sent >= KB) == (1, 1, True)
 
         (tmp_path / "config.json").write_text(json.dumps({"credHelpers": {server.host: "fractal-test"}}))
         with pytest.raises(push.PushError, match="docker-credential-fractal-test, which"):
@@ -648,8 +608,7 @@ def test_a_host_gets_the_image_and_then_only_what_it_lacks(client: docker.Docker
         == pushed.image_id
         == client.images.get(first).id
     )
-    assert pushed.bytes_sent is not None
-    assert 1_330_000 < pushed.bytes_sent < 1_340_000
+    assert 1_330_000 < pushed.bytes_sent < 1_360_000  # with the blocks of tar
 
     with Proxy((there.ip, 22)) as proxy:
         again = over(client, first, there, said.append, there.config("proxy", HostName="127.0.0.1", Port=proxy.port))
@@ -777,7 +736,7 @@ def test_a_persons_ssh_config_does_not_disturb(client: docker.DockerClient, ther
 @pytest.mark.docker
 def test_a_registrys_image_that_is_there_is_taken(client: docker.DockerClient, there: Machine) -> None:
     over(client, load(client, b""), there)
-    ours = registry.program_image("amd64")
+    ours = registry_program.image_name("amd64")
     with remote_engine.connect(there.alias, there.ssh_config) as link:
         engine = remote_engine.find_engine(link)
         assert remote_engine.ensure_registry_image(link, engine, "auto", quiet) == ours
@@ -792,7 +751,9 @@ def test_a_host_that_cannot_pull_gets_the_registrys_image_from_here(
     client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_engine, "PULL_REGISTRY_TIMEOUT_S", 2)
-    there.sh(f"docker rmi {registry.program_image('amd64')} 2> /dev/null; echo '127.0.0.1 nowhere' > /etc/resolv.conf")
+    there.sh(
+        f"docker rmi {registry_program.image_name('amd64')} 2> /dev/null; echo '127.0.0.1 nowhere' > /etc/resolv.conf"
+    )
     said: list[str] = []
     with remote_engine.connect(there.alias, there.ssh_config) as link:
         engine = remote_engine.find_engine(link)
@@ -800,7 +761,9 @@ def test_a_host_that_cannot_pull_gets_the_registrys_image_from_here(
             remote_engine.RemoteEngineError, match=r"docker save registry:2 \| ssh lambda sudo -n docker load"
         ):
             remote_engine.ensure_registry_image(link, engine, "pull", said.append)
-        assert remote_engine.ensure_registry_image(link, engine, "auto", said.append) == registry.program_image("amd64")
+        assert remote_engine.ensure_registry_image(link, engine, "auto", said.append) == registry_program.image_name(
+            "amd64"
+        )
     assert [line.split()[0] for line in said] == ["lambda", "lambda", "sending"]
 
 
@@ -821,21 +784,6 @@ def test_an_sshd_that_forbids_what_we_need_is_named(
 def test_an_image_for_another_machine_is_not_sent(client: docker.DockerClient, there: Machine) -> None:
     with pytest.raises(push.PushError, match=r"made for linux/riscv64, and lambda is linux/.*nothing was sent"):
         over(client, load(client, b"", architecture="riscv64"), there)
-
-
-@pytest.mark.docker
-def test_another_image_than_ours_is_not_tagged_there(client: docker.DockerClient, there: Machine) -> None:
-    name = load(client, os.urandom(KB))
-    with remote_engine.connect(there.alias, there.ssh_config) as link:
-        engine = remote_engine.find_engine(link)
-        served = remote_engine.start_registry(
-            link, engine, remote_engine.ensure_registry_image(link, engine, "debian", quiet)
-        )
-        pushed = push.to_registry(client, name, f"127.0.0.1:{served.local_port}", say=quiet)
-        false = registry.Manifest(pushed.digest, "sha256:" + "0" * 64, ())
-        with pytest.raises(remote_engine.RemoteEngineError, match=f"{pushed.image_id}, and here it is sha256:000"):
-            remote_engine.pull_from_loopback(link, engine, served.remote_port, "fractal-push-test", false, name)
-    assert there.sh(f"docker images -q {name}") == ""
 
 
 @pytest.mark.docker

@@ -27,6 +27,11 @@ class PushProgress:
             # The archive's own blocks come on top of the files' sizes, which make the total.
             self._bytes[layer] = detail["current"], max(detail.get("total", 0), detail["current"])
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of the layers that were sent, before compression."""
+        return sum(total for layer, (_, total) in self._bytes.items() if layer in self.sent)
+
     def __str__(self) -> str:
         sent, total = (sum(pair[i] for pair in self._bytes.values()) / 1e6 for i in (0, 1))
         return (

@@ -28,10 +28,10 @@ from fractal.console import activity, note, report_errors
 from fractal.errors import InputError
 from fractal.images import recipes, remote_engine, ssh
 from fractal.images.build import ensure
-from fractal.images.engine import Say, connect, first_line, request_timeout
+from fractal.images.engine import Say, connect, first_line, registry_digest, request_timeout
 from fractal.images.progress import PushProgress
 from fractal.images.push_errors import HOST, PushConnectionError, PushError, error_from_engine, without_secrets
-from fractal.images.registry import Manifest, RegistryError, read_manifest
+from fractal.images.registry_program import RegistryProgramError
 from fractal.install import docker_engine
 
 ENGINE_TIMEOUT_S = 900  # without an event: a registry that checks a layer of 10 GB sends none meanwhile
@@ -52,10 +52,10 @@ class Pushed:
 
     name: str  # at the destination
     digest: str  # "sha256:..." of the manifest, as read back
-    image_id: str  # digest of the configuration, the same on both sides
+    image_id: str
     layers: int  # distinct ones
     layers_sent: int
-    bytes_sent: int | None  # compressed, of the layers sent; None where the registry wants credentials for reading
+    bytes_sent: int  # of the layers sent, before compression
     seconds: float
 
 
@@ -76,7 +76,7 @@ def as_push_error() -> Iterator[None]:
         yield
     except ssh.SshConnectionError as error:
         raise PushConnectionError(str(error)) from error
-    except (ssh.SshError, remote_engine.RemoteEngineError, RegistryError) as error:
+    except (ssh.SshError, remote_engine.RemoteEngineError, RegistryProgramError) as error:
         raise PushError(str(error)) from error
     except docker.errors.DockerException as error:
         raise PushError(
@@ -102,8 +102,8 @@ def to_registry(client: docker.DockerClient, name: str, registry: str, *, say: S
     @as_push_error()
     def attempt() -> Pushed:
         digest = send(client, repository, tag, progress)
-        manifest = read_back(client, repository, tag, digest, image)
-        return result(f"{repository}:{tag}", digest, image, manifest, progress, start)
+        read_back(client, repository, tag, digest)
+        return result(f"{repository}:{tag}", digest, image, progress, start)
 
     with temporary_tag(client, image, repository, tag):
         return retry(attempt, progress, say)
@@ -143,30 +143,20 @@ def to_host(
             say(f"{image.name} goes to {host}")
             with temporary_tag(client, image, repository, tag, ours=True):
                 digest = send_through_tunnel(client, image, connection, engine, registry, tag, progress)
-                manifest = read_back(client, repository, tag, digest, image)
-            if manifest is None:
-                raise PushConnectionError(f"The registry on {host} does not show what it was given.")
+                read_back(client, repository, tag, digest)
             say(f"{host} takes it from its own loopback")
-            remote_engine.pull_from_loopback(
-                connection, engine, registry.remote_port, REMOTE_REPOSITORY, manifest, image.name
-            )
-            return result(image.name, digest, image, manifest, progress, start)
+            reference = f"127.0.0.1:{registry.remote_port}/{REMOTE_REPOSITORY}@{digest}"
+            remote_engine.pull_by_digest(connection, engine, reference, image.name)
+            return result(image.name, digest, image, progress, start)
 
     return retry(attempt, progress, say)
 
 
-def result(
-    name: str, digest: str, image: LocalImage, manifest: Manifest | None, progress: PushProgress, start: float
-) -> Pushed:
+def result(name: str, digest: str, image: LocalImage, progress: PushProgress, start: float) -> Pushed:
     """What a finished push did; `start` is a time of time.monotonic()."""
-    seconds = time.monotonic() - start
-    if manifest is None:
-        layers = len(set(image.diff_ids))
-        return Pushed(name, digest, image.id, layers, min(layers, len(progress.sent)), None, seconds)
-    pairs = zip(image.diff_ids, manifest.layers, strict=False)
-    sent = {blob for diff_id, blob in pairs if {diff_id[7:19], blob.digest[7:19]} & progress.sent}
-    size = sum(blob.size for blob in sent)
-    return Pushed(name, digest, manifest.config, len(set(manifest.layers)), len(sent), size, seconds)
+    layers = len(set(image.diff_ids))
+    sent = min(layers, len(progress.sent))
+    return Pushed(name, digest, image.id, layers, sent, progress.bytes_sent, time.monotonic() - start)
 
 
 def send_through_tunnel(
@@ -326,31 +316,17 @@ def reported_digest(event: dict[str, Any]) -> str | None:
     return match[1] if match else None
 
 
-def read_back(
-    client: docker.DockerClient, repository: str, tag: str, digest: str, image: LocalImage
-) -> Manifest | None:
-    """Check that the registry has what was pushed. Returns its manifest; None if only the engine may read it."""
-    host, _, path = repository.partition("/")
-    manifest = None
-    if re.fullmatch(HOST, host):
-        with suppress(RegistryError, requests.RequestException):
-            manifest = read_manifest(host, path, tag, image.platform)
-    if manifest and manifest.digest != digest:  # a remote engine's localhost is not ours
-        manifest = None
-    stored = manifest.digest if manifest else ""
-    if not manifest:  # the engine has the credentials, certificates, proxies and loopback of the push
-        try:
-            stored = str(client.api.inspect_distribution(f"{repository}:{tag}")["Descriptor"]["digest"])
-        except docker.errors.APIError as error:
-            raise error_from_engine(first_line(error), repository) from error
+def read_back(client: docker.DockerClient, repository: str, tag: str, digest: str) -> None:
+    """Check through the engine, with the credentials of the push, that the registry has what was pushed."""
+    try:
+        stored = registry_digest(client, f"{repository}:{tag}")
+    except docker.errors.APIError as error:
+        raise error_from_engine(first_line(error), repository) from error
     if stored != digest:
         raise PushError(
             f"{repository}:{tag} was pushed as {digest}, and the registry shows {stored}: something else pushes "
             "the same name. Push again when it is done."
         )
-    if manifest and image.id not in (manifest.config, manifest.digest):  # containerd's store names images by manifest
-        raise PushError(f"{repository}:{tag} holds image {manifest.config}, and here it is {image.id}. Push again.")
-    return manifest
 
 
 def push_all(
@@ -398,8 +374,7 @@ def push(
     if as_json:
         print(json.dumps(asdict(pushed)), flush=True)
         return
-    size = "" if pushed.bytes_sent is None else f", {pushed.bytes_sent / 1e6:.1f} MB"
-    layers = f"{pushed.layers_sent} of {pushed.layers} layers sent{size}"
+    layers = f"{pushed.layers_sent} of {pushed.layers} layers sent, {pushed.bytes_sent / 1e6:.1f} MB"
     print(f"push: {pushed.name} is {where}, {pushed.digest}, {layers}, {pushed.seconds:.1f} s", flush=True)
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 import requests
 
 from fractal.errors import OutsideError
-from fractal.images import registry, ssh
+from fractal.images import registry_program, ssh
 
 PUBLIC_IMAGE = "registry:2"
 VOLUME = "fractal-registry"
@@ -105,7 +105,7 @@ def ensure_registry_image(
 ) -> str:
     """The name of a registry's image on the host; pulled or sent if need be. Raises RemoteEngineError, SshError."""
     architecture = engine.platform.split("/")[1]
-    own = registry.program_image(architecture)
+    own = registry_program.image_name(architecture)
     accepted = {"auto": (PUBLIC_IMAGE, own), "pull": (PUBLIC_IMAGE,), "debian": (own,)}[choice]
     if present := connection.run(script("first_image.sh"), engine.command, *accepted).stdout.strip():
         return present
@@ -120,9 +120,9 @@ def ensure_registry_image(
         failure = last_line(done.stderr) or f"no end after {PULL_REGISTRY_TIMEOUT_S} s"
     try:
         if choice == "pull":
-            raise registry.RegistryError("no other was asked for")
-        archive = registry.program_archive(architecture)
-    except registry.RegistryError as error:
+            raise registry_program.RegistryProgramError("no other was asked for")
+        archive = registry_program.archive(architecture)
+    except registry_program.RegistryProgramError as error:
         raise RemoteEngineError(
             f"No registry for {connection.host}: it cannot pull {PUBLIC_IMAGE} ({failure}), and {error}. "
             f"Where it can be pulled, run: docker pull {PUBLIC_IMAGE} && "
@@ -134,7 +134,7 @@ def ensure_registry_image(
             '$1 import --change "$3" --change "$4" - "$2"',
             engine.command,
             own,
-            *registry.CHANGES,
+            *registry_program.CHANGES,
             stdin=file,
             timeout_s=SEND_TIMEOUT_S,
         )
@@ -218,25 +218,11 @@ def check_disk(connection: ssh.SshConnection, engine: Engine, container: str) ->
         raise command_failed(connection, "", output)
 
 
-def pull_from_loopback(
-    connection: ssh.SshConnection,
-    engine: Engine,
-    port: int,
-    repository: str,
-    manifest: registry.Manifest,
-    name: str,
-) -> None:
-    """Let the remote engine pull the image from its own loopback and tag it. Raises RemoteEngineError, SshError."""
-    reference = f"127.0.0.1:{port}/{repository}@{manifest.digest}"
-    accepted = f"{manifest.config} {manifest.digest}"  # an engine with containerd's store names images by manifest
-    done = connection.run(
-        script("pull_by_digest.sh"), engine.command, reference, name, accepted, timeout_s=PULL_TIMEOUT_S
-    )
+def pull_by_digest(connection: ssh.SshConnection, engine: Engine, reference: str, name: str) -> None:
+    """Let the remote engine pull REPOSITORY@DIGEST and tag it. The engine checks the digest of all that comes.
+
+    Raises RemoteEngineError, SshError.
+    """
+    done = connection.run(script("pull_by_digest.sh"), engine.command, reference, name, timeout_s=PULL_TIMEOUT_S)
     if done.returncode:
         raise command_failed(connection, f"cannot take {name} from its registry", done.stderr)
-    pulled = done.stdout.strip()
-    if pulled not in accepted.split():
-        raise RemoteEngineError(
-            f"{name} on {connection.host} would be {pulled}, and here it is {manifest.config}: not tagged there. "
-            f"Remove the registry's volume there (docker volume rm {VOLUME}) and push again."
-        )
