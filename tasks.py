@@ -136,7 +136,9 @@ def demo(c, image=""):
     if image:
         _contained(c, image, "runs/demo-" + image, words)
         return
-    build(c)
+    from fractal.images import build as images
+
+    _do(lambda: images.build_all("sandbox", images.Options(), dry=c.config.run.dry))
     _fractal(c, "run", "--run", "runs/demo", *words)
 
 
@@ -288,6 +290,21 @@ def test(c, all=False, long=False, fast=False, keyword="", workers="2", duration
         words = ["-n", workers, "--dist=loadscope", *words]
         threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
     c.run(shlex.join([sys.executable, "-m", "pytest", *words]), pty=sys.stdout.isatty(), env=threads)
+
+
+@task
+def lint(c):
+    """ruff, mypy and shellcheck over the whole of it: what CI runs before the tests."""
+    scripts = [*sorted(ROOT.glob("[!.]*/**/*.sh")), ROOT / ".ci/run"]
+    commands = [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy", "--strict"],
+        ["shellcheck", *(str(path.relative_to(ROOT)) for path in scripts)],
+    ]
+    with c.cd(str(ROOT)):
+        for command in commands:
+            c.run(shlex.join([str(BIN / command[0]), *command[1:]]))
 
 
 @task

@@ -24,6 +24,11 @@ def test_the_error_is_the_line_that_says_why() -> None:
     assert setup.last_error(output) == "Request failed; cause: error sending request; cause: dns error"
     assert setup.last_error("uv was killed\n") == "uv was killed"
     assert setup.last_error("") == "no output"
+    assert (
+        setup.last_step("Collecting a\n  Downloading a-1.whl (3 MB)\n  Successfully uninstalled b")
+        == "Downloading a-1.whl (3 MB)"
+    )
+    assert setup.last_step("") == "starting"
 
 
 def test_the_accelerator_follows_the_machine_unless_told() -> None:

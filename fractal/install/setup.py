@@ -91,6 +91,12 @@ def last_error(output: str) -> str:
     return text[:400].rstrip(".")
 
 
+def last_step(output: str) -> str:
+    """What pip or uv is doing: the last line that begins with a verb."""
+    steps = re.findall(r"^ *((?:Collecting|Downloading|Processing|Installing|Building|Preparing) .*)", output, re.M)
+    return str(steps[-1]) if steps else "starting"
+
+
 def is_disk_full(error: str) -> bool:
     """Whether an error of pip or uv is a full disk's."""
     return bool(re.search(r"No space left|os error 28|Disk quota exceeded", error))
@@ -230,9 +236,8 @@ class Installer:
             try:
                 while child.poll() is None:
                     time.sleep(0.2)
-                    lines = LOG.read_bytes()[start:].decode(errors="replace").splitlines()
-                    now = lines[-1].strip() if lines else "starting"
-                    self.terminal.progress(f"{time.monotonic() - self.begin:.0f} s, {now[:90]}")
+                    step = last_step(LOG.read_bytes()[start:].decode(errors="replace"))
+                    self.terminal.progress(f"{time.monotonic() - self.begin:.0f} s, {step[:90]}")
             except BaseException:
                 child.terminate()
                 try:
