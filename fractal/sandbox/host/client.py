@@ -173,7 +173,7 @@ class Verifier:
             raise
         with self._lock:
             self.slots = hello["slots"]
-            self.no_sharing = hello["no_sharing"]
+            self.no_sharing = hello.get("no_sharing", "")
             self._connection = connection
         threading.Thread(target=self._read, args=(connection, frames), daemon=True, name="sandbox-reader").start()
 

@@ -37,20 +37,20 @@ PLAIN = frozenset({str, int, float, bool, type(None)})
 class Callback:
     """A function of the test's that was passed to the program."""
 
-    def __init__(self, end: "CandidateEnd", number: int) -> None:
-        self._end, self._number = end, number
+    def __init__(self, endpoint: "CandidateEndpoint", number: int) -> None:
+        self._endpoint, self._number = endpoint, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._number < 0:
             raise RuntimeError("the test is over")
-        return self._end.ask({"o": self._number}, args, kwargs)
+        return self._endpoint.ask({"o": self._number}, args, kwargs)
 
     def retire(self) -> None:
         """What an earlier program left behind (a generator's `finally`) must not reach the next one's test."""
         self._number = -1
 
 
-class CandidateEnd:
+class CandidateEndpoint:
     """The candidate's end of the channel, and the program that it speaks for."""
 
     def __init__(self, fd: int) -> None:
@@ -65,7 +65,7 @@ class CandidateEnd:
         self._clear()
 
     def _clear(self) -> None:
-        """Let go of what the last program made."""
+        """Drop what the last program made."""
         for callback in self._callbacks.values():
             callback.retire()
         self._space.clear()

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from fractal.sandbox.inside.proxy import CandidateEndedError, Channel, JudgeEnd
+from fractal.sandbox.inside.proxy import CandidateEndedError, Channel, JudgeEndpoint
 
 OUTPUT_KEPT = 2000  # bytes of a program's output
 AFTER_FAILURE_CPU_S = 0.25  # what the tests after the first that failed may take: they no longer decide
@@ -150,7 +150,7 @@ class ProgramRun:
         self.plain = True  # no value was too odd for a process that is shared
         candidate.channel.sock.settimeout(max(0.05, deadline - time.monotonic()))
         self.fit = False  # whether sharing.py found nothing against the program
-        self.end = JudgeEnd(candidate.channel, self.wait, self.stuck)
+        self.endpoint = JudgeEndpoint(candidate.channel, self.wait, self.stuck)
 
     def wait(self, closed: bool) -> None:
         """Return when the candidate has sent something. Raises CandidateEndedError at its end, or at a limit.

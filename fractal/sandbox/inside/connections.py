@@ -21,7 +21,7 @@ MAX_PROBLEMS = 4096  # that a judge keeps
 
 @dataclass(eq=False)
 class Client:
-    """One connection: what it sent, what waits for a judge, what it has not yet read."""
+    """A client's connection: what it sent, what waits for a judge, which verdicts it has not yet read."""
 
     source: int  # file descriptors
     sink: int
@@ -42,7 +42,7 @@ class Client:
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """A sample on its way: the frame as it came, and whose it is."""
+    """A sample to run: its frame as it came, its problem's frame, and the client that sent it."""
 
     head: SampleHead
     body: bytes
@@ -55,8 +55,8 @@ class Worker:
 
     def __init__(self, slot: Slot, others: list[int]) -> None:
         self.slot = slot
-        self.known: set[bytes] = set()
-        self.tasks: deque[Task] = deque()  # handed over; it is at the first one
+        self.known_problems: set[bytes] = set()  # their keys
+        self.tasks: deque[Task] = deque()  # handed over; it runs the first one
         self.deadline = 0.0
         self.buffer = FrameBuffer()
         self.unsent = bytearray()
@@ -79,20 +79,20 @@ class Worker:
 
     def assign(self, task: Task) -> None:
         data = b""
-        if task.head.key not in self.known:
-            if len(self.known) >= MAX_PROBLEMS:
-                self.known.clear()
+        if task.head.key not in self.known_problems:
+            if len(self.known_problems) >= MAX_PROBLEMS:
+                self.known_problems.clear()
                 data = frame(FORGET)
-            self.known.add(task.head.key)
+            self.known_problems.add(task.head.key)
             data += frame(task.problem)
         self.tasks.append(task)
         if len(self.tasks) == 1:
-            self.begin()
+            self.begin_next()
         self.unsent += data + frame(task.body)
         self.push()
 
-    def begin(self) -> None:
-        """It is at the next task, if there is one; a judge that has just been started starts its zygote first."""
+    def begin_next(self) -> None:
+        """Set the deadline of the task that the judge runs now; a new judge starts its zygote first."""
         wait_s = self.tasks[0].head.wall_s + GRACE_S + (0 if self.ready else START_S) if self.tasks else 0.0
         self.deadline = time.monotonic() + wait_s
 

@@ -139,12 +139,12 @@ def _judge(suite: Suite, run: ProgramRun, serial: int, code: str, compiled: str,
     results: list[str] = []
     ahead = b"" if isolate else suite.ahead_frames
     try:
-        run.end.send_frames(pack(["program", serial, code, compiled, suite.imports, suite.names, isolate]) + ahead)
+        run.endpoint.send_frames(pack(["program", serial, code, compiled, suite.imports, suite.names, isolate]) + ahead)
         outcome, names = _start_program(suite, run, serial)
         if outcome is not None:
             return outcome
-        run.end.ahead.extend(suite.ahead)
-        run.end.entry = names.get(suite.entry_point)
+        run.endpoint.ahead.extend(suite.ahead)
+        run.endpoint.entry = names.get(suite.entry_point)
         return _run_tests(run, suite, names, results)
     except CandidateEndedError:
         return Outcome(run.ended or "crashed", run.detail, results)
@@ -157,9 +157,9 @@ def _judge(suite: Suite, run: ProgramRun, serial: int, code: str, compiled: str,
 
 def _start_program(suite: Suite, run: ProgramRun, serial: int) -> tuple[Outcome | None, dict[str, Any]]:
     """What came of running the program's own statements: the names for the tests, or a final status."""
-    message = run.end.receive()
+    message = run.endpoint.receive()
     while run.shared and message[0] in ("r", "e", "skipped"):  # answers that an earlier program's tests did not want
-        message = run.end.receive()
+        message = run.endpoint.receive()
     kind, rest = message[0], message[1:]
     if not rest or rest[0] != serial:
         raise ProtocolError("not a greeting")
@@ -194,14 +194,14 @@ def _start_program(suite: Suite, run: ProgramRun, serial: int) -> tuple[Outcome 
 def _run_tests(run: ProgramRun, suite: Suite, names: dict[str, Any], results: list[str]) -> Outcome:
     """Run setup and tests in one namespace; the first test that does not hold decides."""
     if stale := [name for name in suite.fresh if name in names and not isinstance(names[name], Proxy | type)]:
-        run.end.after_call = partial(_refresh, run, stale, names)
+        run.endpoint.after_call = partial(_refresh, run, stale, names)
     verdict = Outcome("passed", "", results)
     if suite.setup is not None:
         status, detail = _run_code(run, partial(exec, suite.setup, names))
         if status != "passed":
             return Outcome("error" if status == "failed" else status, detail)
     for number, test in enumerate(suite.tests, 1):
-        left = len(run.end.ahead)
+        left = len(run.endpoint.ahead)
         status, detail = _run_code(run, partial(exec, test, names))
         results.append(status)
         if status != "passed" and verdict.status == "passed":
@@ -210,16 +210,16 @@ def _run_tests(run: ProgramRun, suite: Suite, names: dict[str, Any], results: li
                 run.decided()
         if run.ended is not None or status == "crashed":
             break
-        if left and len(run.end.ahead) == left:  # the test ended before its call: take the answer out of the way
-            run.end.ahead.popleft()
-            run.end.reply()
+        if left and len(run.endpoint.ahead) == left:  # the test ended before its call: take the answer out of the way
+            run.endpoint.ahead.popleft()
+            run.endpoint.reply()
     return verdict
 
 
 def _refresh(run: ProgramRun, stale: list[str], names: dict[str, Any]) -> None:
     """Let the test see the program's globals as the call left them."""
     if run.ended is None:
-        current = run.end.names()
+        current = run.endpoint.names()
         names.update((name, current[name]) for name in stale if name in current)
 
 
@@ -236,12 +236,12 @@ def _run_code(run: ProgramRun, code: Callable[[], None]) -> tuple[str, str]:
         return "error", f"the program sent what is not a value: {error}"
     except AssertionError as error:
         text = _text(run, error)
-        if not any(error is raised for raised in run.end.raised):
+        if not any(error is raised for raised in run.endpoint.raised):
             return "failed", f"assertion false{': ' + text if text else ''}"[:DETAIL]
         return "error", _describe("AssertionError", text)
     except MemoryError as error:
         run.plain = False
-        if any(error is raised for raised in run.end.raised):
+        if any(error is raised for raised in run.endpoint.raised):
             return "memory", "MemoryError"
         return "error", "MemoryError while the test looked at the result"
     except Exception as error:
@@ -260,8 +260,8 @@ def _not_plain(run: ProgramRun, name: Any) -> None:
 
 def _text(run: ProgramRun, error: Exception) -> str:
     """What an exception says. Without asking the candidate: a proxy in it could answer with another exception."""
-    if id(error) in run.end.texts:
-        return run.end.texts[id(error)]
+    if id(error) in run.endpoint.texts:
+        return run.endpoint.texts[id(error)]
     if all(type(value) in (str, int, float, bool, type(None)) for value in error.args):
         return str(error)
     return " ".join(value if type(value) is str else type(value).__name__ for value in error.args)
@@ -333,7 +333,9 @@ def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:
     candidate = CandidateProcess(judge.slot, limits, shared=False)
     try:
         run = ProgramRun(candidate, 10.0, 20.0, time.monotonic() + 20)
-        run.end.send_frames(pack(["program", 0, protections.INSPECT_CANDIDATE, "", suite.imports, suite.names, False]))
+        run.endpoint.send_frames(
+            pack(["program", 0, protections.INSPECT_CANDIDATE, "", suite.imports, suite.names, False])
+        )
         outcome, names = _start_program(suite, run, 0)
         if outcome is None:
             exec(suite.tests[0], {**names, "result": returned})

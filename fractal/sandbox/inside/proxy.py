@@ -41,31 +41,31 @@ class Proxy:
     comparison: an object that answers those as it likes could satisfy a test without knowing the result.
     """
 
-    __slots__ = ("_end", "_kind", "_number", "_truth")
+    __slots__ = ("_endpoint", "_kind", "_number", "_truth")
 
-    def __init__(self, end: "JudgeEnd", number: int, kind: str, truth: bool) -> None:
-        for name, value in (("_end", end), ("_number", number), ("_kind", kind), ("_truth", truth)):
+    def __init__(self, endpoint: "JudgeEndpoint", number: int, kind: str, truth: bool) -> None:
+        for name, value in (("_endpoint", endpoint), ("_number", number), ("_kind", kind), ("_truth", truth)):
             object.__setattr__(self, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._end.call(self, args, kwargs)
+        return self._endpoint.call(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__") and name not in ("__name__", "__doc__", "__dict__"):
             raise AttributeError(name)
-        return self._end.ask("get", self, name)
+        return self._endpoint.ask("get", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._end.ask("set", self, name, value)
+        self._endpoint.ask("set", self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
-        return self._end.ask("item", self, key)
+        return self._endpoint.ask("item", self, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._end.ask("setitem", self, key, value)
+        self._endpoint.ask("setitem", self, key, value)
 
     def __len__(self) -> int:
-        length = self._end.ask("len", self)
+        length = self._endpoint.ask("len", self)
         if type(length) is not int or length < 0:
             raise ProtocolError("a length that is not a number")
         return length
@@ -73,26 +73,26 @@ class Proxy:
     def __iter__(self) -> Iterator[Any]:
         if self._kind == "iterator":
             return self
-        iterator: Any = self._end.ask("iter", self)
+        iterator: Any = self._endpoint.ask("iter", self)
         return iterator if isinstance(iterator, Proxy) else iter(iterator)
 
     def __next__(self) -> Any:
-        return self._end.next(self)
+        return self._endpoint.next(self)
 
     def __bool__(self) -> bool:
         truth: bool = self._truth
         return truth
 
     def __str__(self) -> str:
-        return str(self._end.ask("str", self))
+        return str(self._endpoint.ask("str", self))
 
     def __repr__(self) -> str:
-        return str(self._end.ask("repr", self))
+        return str(self._endpoint.ask("repr", self))
 
     def __instancecheck__(self, instance: Any) -> bool:
         if not isinstance(instance, Proxy):
             return False
-        answer: object = self._end.ask("isinstance", instance, self)
+        answer: object = self._endpoint.ask("isinstance", instance, self)
         return answer is True
 
     def __eq__(self, other: object) -> bool:
@@ -115,7 +115,7 @@ class Channel:
         self.bodies: deque[bytes] = deque()  # received, not yet looked at
 
 
-class JudgeEnd:
+class JudgeEndpoint:
     """The judge's end of the channel to one candidate, for one program."""
 
     def __init__(self, channel: Channel, wait: Callable[[bool], None], stuck: Callable[[], None]) -> None:

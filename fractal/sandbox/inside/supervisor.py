@@ -97,14 +97,14 @@ class Supervisor:
         return {}
 
     def _replace(self, worker: Worker) -> deque[Task]:
-        """End a judge and hire another one; returns what the old one had not finished."""
+        """End a judge and start another one; returns the tasks that the old one had not finished."""
         self._poll.unregister(worker.sock)
         worker.end()
         self._workers.remove(worker)
         _kill_orphans(worker.slot)
-        fresh = self._start_worker(worker.slot)
-        fresh.sock.setblocking(False)
-        self._watch_worker(fresh)
+        replacement = self._start_worker(worker.slot)
+        replacement.sock.setblocking(False)
+        self._watch_worker(replacement)
         return worker.tasks
 
     def _receive(self, worker: Worker) -> None:
@@ -115,7 +115,7 @@ class Supervisor:
             return
         except ConnectionResetError:
             data = b""
-        if not data:  # ours to answer for: the client sends the sample once more
+        if not data:  # no fault of the program: the client sends the sample once more
             left = self._replace(worker)
             if left:
                 self._answer(left.popleft(), sandbox_error("the judge died", retry=True))
@@ -126,12 +126,12 @@ class Supervisor:
                 if any(not check["ok"] and self._checks[name]["ok"] for name, check in unpack(body[1:]).items()):
                     raise RuntimeError("a protection has been lost")
                 worker.ready = True
-                worker.begin()
+                worker.begin_next()
                 continue
             task = worker.tasks.popleft()
             if verdict_id(body) != task.head.id:
                 raise ProtocolError("a judge's verdict on another sample")
-            worker.begin()
+            worker.begin_next()
             task.client.running -= 1
             self._send(task.client, frame(body))
 
@@ -189,7 +189,7 @@ class Supervisor:
         return {"slots": len(self._workers), "checks": self._checks, "no_sharing": unknown}
 
     def _dismiss(self, client: Client) -> None:
-        """Forget a client and what it waits for; what runs for it runs on, and is not told."""
+        """Forget a client and its waiting samples; those that run are run to their end, and their verdicts dropped."""
         client.dismissed = True
         self._clients.remove(client)
         del self._sources[client.source]
@@ -215,7 +215,7 @@ class Supervisor:
         try:
             for body in client.buffer.feed(data):
                 self._accept(client, body)
-        except (ProtocolError, KeyError):  # not one of ours
+        except (ProtocolError, KeyError):  # not what a client of ours sends
             if client.sock is None:
                 raise
             self._dismiss(client)
@@ -355,7 +355,7 @@ def _kill_orphans(slot: Slot) -> None:
 
 
 def _reap() -> None:
-    """Take leave of processes whose parent has died: this is the container's first process."""
+    """Reap processes whose parent has died: this is the container's first process."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -28,7 +28,7 @@ import types
 import warnings
 from typing import Any
 
-from fractal.sandbox.inside.candidate import CandidateEnd
+from fractal.sandbox.inside.candidate import CandidateEndpoint
 from fractal.sandbox.inside.candidate_seccomp import FilterProgram, seccomp_filter
 from fractal.sandbox.inside.protocol import CANDIDATE_THREADS, ConnectionClosedError, pack
 
@@ -50,15 +50,15 @@ COMMON_LIMITS = {
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
 
-def main() -> tuple[CandidateEnd, bool]:
-    """Fork at the judge's bidding. Returns in a child that became a candidate: its end, and whether it is shared."""
+def main() -> tuple[CandidateEndpoint, bool]:
+    """Fork when the judge asks. Returns in a child that became a candidate: its endpoint, and whether it is shared."""
     control = socket.socket(fileno=int(sys.argv[1]))
     uid, shared_uid, folder = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     libc = ctypes.PyDLL(None)
     text = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
     program = ctypes.byref(FilterProgram(len(text.raw) // 8, ctypes.cast(text, ctypes.c_void_p)))
     _prepare()
-    end = CandidateEnd(CHANNEL)
+    endpoint = CandidateEndpoint(CHANNEL)
     while True:
         data, fds, _, _ = socket.recv_fds(control, 4096, 2)
         if not data:
@@ -78,7 +78,7 @@ def main() -> tuple[CandidateEnd, bool]:
             try:
                 shared = request["shared"]
                 _become(request, fds, shared_uid if shared else uid, "/" if shared else folder, libc, program)
-                return end, shared
+                return endpoint, shared
             except BaseException:
                 sys.excepthook(*sys.exc_info())  # into the program's output
                 os._exit(70)
@@ -126,7 +126,7 @@ def _warm_up() -> None:
         ours.sendall(pack(["q", "ahead", "f", [1], []]) + pack(["q", "call", {"o": 0}, [[1, "a"]], [], True]))
         ours.shutdown(socket.SHUT_WR)
         try:
-            CandidateEnd(theirs.fileno()).live(shared=False)
+            CandidateEndpoint(theirs.fileno()).live(shared=False)
         except ConnectionClosedError:
             pass
 
@@ -199,9 +199,9 @@ def _wipe(uid: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    END, SHARED = main()
+    ENDPOINT, SHARED = main()
     try:  # not inside a function: a program has as many frames below it as in plain evaluation (tests/test_sandbox.py)
-        END.live(SHARED)
+        ENDPOINT.live(SHARED)
     except (ConnectionClosedError, BrokenPipeError):
         os._exit(0)
     except BaseException:
