@@ -15,6 +15,7 @@ import docker
 import pytest
 
 from fractal.errors import InputError
+from fractal.generate import models
 from fractal.images import containers, hub_token, recipes
 from fractal.images.containers import Setup, host_options
 from fractal.images.engine import connect
@@ -158,7 +159,8 @@ def test_the_token_is_found_for_models_of_the_hub_alone(tmp_path: Path, monkeypa
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     (tmp_path / "folder").mkdir()
-    for words in ([], ["--model", "smollm2-135m-instruct"], ["--model", str(tmp_path / "folder")], ["--model=./x"]):
+    assert hub_token.EMBEDDED_MODEL == models.EMBEDDED
+    for words in ([], ["--model", models.EMBEDDED], ["--model", str(tmp_path / "folder")], ["--model=./x"]):
         assert hub_token.find(words, tmp_path) == ""
     for words in (["--n", "2", "--model", "someone/gated"], ["--model=someone/gated"]):
         assert hub_token.find(words, tmp_path) == TOKEN

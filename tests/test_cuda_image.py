@@ -2,8 +2,8 @@
 
     invoke build --image=pipeline && python -m pytest tests/test_cuda_image.py
 
-Never builds the image: 11 GB. vLLM's own start, warm-up and decoding run on a stand-in card (cuda_image/card.py), as the
-image's user. What only a card can show: that the kernels compute rightly, CUDA graphs, inductor's timing of its kernels.
+Never builds the image: 11 GB. vLLM's own start, warm-up and decoding run on a stand-in GPU (cuda_image/stand_in_gpu.py), as the
+image's user. What only a GPU can show: that the kernels compute rightly, CUDA graphs, inductor's timing of its kernels.
 """
 
 import json

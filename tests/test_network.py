@@ -8,7 +8,7 @@ import pytest
 
 from fractal.errors import InputError
 from fractal.images import network
-from fractal.images.network import Network, describe
+from fractal.images.network import Network, build_secrets
 
 PEM = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 
@@ -33,14 +33,14 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_open_network_needs_nothing() -> None:
-    assert describe(None, {}, [], [], None) == Network()
+    assert build_secrets(None, {}, [], [], None) == Network()
     assert network.of_this_machine(sources=False) == Network()
 
 
 def test_a_closed_network_put_together() -> None:
     pip = {"index-url": "https://me:it's@pypi.example/simple", "extra-index-url": "https://a.example file:///opt/x /opt/y https://b.example",
            "trusted-host": "a.example", "timeout": "9", "no-color": "1"}  # fmt: skip
-    found = describe(
+    found = build_secrets(
         PEM, pip, ['Acquire::Retries "3";'], ["deb http://m.example/debian bookworm main"], Path("/wheels")
     )
     assert found.wheels == Path("/wheels")
@@ -62,7 +62,7 @@ def test_a_closed_network_put_together() -> None:
 
 def test_secrets_do_not_show() -> None:
     pip = {"index-url": "https://me:hunter2@pypi.example/simple"}
-    assert "hunter2" not in repr(describe(None, pip, [], [], None))
+    assert "hunter2" not in repr(build_secrets(None, pip, [], [], None))
 
 
 @WITH_PIP

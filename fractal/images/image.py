@@ -19,43 +19,26 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
-from fractal.images import context as build_context
-from fractal.images.context import IGNORED, ImageError, LocalPath, context_path, hashed_contents, resolve
-from fractal.images.image_checks import (
-    BASE_NAME,
-    DEBIAN_PACKAGE,
-    absolute_path,
-    check_command,
-    check_lock,
-    check_names,
-    check_no_secret,
-    check_pinned,
-    check_variable,
-    describe,
-    is_match,
-    one_line_options,
+from fractal.images import image_checks as checks
+from fractal.images import rendering
+from fractal.images.context import (
+    IGNORED,
+    ImageError,
+    LocalPath,
+    check_consistent,
+    check_size,
+    context_path,
+    dockerignore,
+    hashed_contents,
+    ignore_patterns,
+    read_text,
+    resolve,
 )
-from fractal.images.rendering import (
-    COMMITTED,
-    DIRECTIVE,
-    FORCE,
-    SHELL_LINES,
-    UV_LOCK,
-    Rendering,
-    Step,
-    copy_arguments,
-    instructions,
-    layer,
-    local_stage,
-    merged,
-    uv_stage,
-    venv,
-    with_base_stage,
-)
+from fractal.images.image_checks import describe
+from fractal.images.rendering import COMMITTED, Rendering, Step
 from fractal.images.secret_patterns import SECRET_NAME
 from fractal.sandbox.host.source import content_hash
 
@@ -83,7 +66,7 @@ class Image:
         digest = (digests or {}).get(tag) if isinstance(tag, str) else None
         name = f"{tag}@{digest}" if digest else tag
         call = describe("Image.from_registry", name)
-        match = BASE_NAME.fullmatch(name) if isinstance(name, str) else None
+        match = checks.BASE_NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None:
             raise ImageError(f"{call}: not an image's name. Write repository:tag, such as debian:bookworm-slim.")
         if match["tag"] in (None, ":latest") and match["digest"] is None:
@@ -105,14 +88,16 @@ class Image:
         call = describe("Image.from_dockerfile", str(path), context=context and str(context))
         base = _root(call, root)
         file = resolve(call, base, path)
-        text = build_context.read_text(call, file)
+        text = read_text(call, file)
         folder = file.parent if context is None else resolve(call, base, context)
         if not folder.is_dir():
             raise ImageError(f"{call}: context={str(context)!r} is no folder. Write the folder that COPY reads from.")
         needed: tuple[LocalPath, ...] = ()
-        if any(re.match(r"(COPY|ADD)\s|RUN\s+--mount", line, re.I) for _, line in instructions(text.split("\n"))):
-            needed = (LocalPath(folder, "", "", build_context.dockerignore(call, folder, file)),)
-        return cls("", base, with_base_stage(call, text), prologue_paths=needed)
+        if any(
+            re.match(r"(COPY|ADD)\s|RUN\s+--mount", line, re.I) for _, line in rendering.instructions(text.split("\n"))
+        ):
+            needed = (LocalPath(folder, "", "", dockerignore(call, folder, file)),)
+        return cls("", base, rendering.with_base_stage(call, text), prologue_paths=needed)
 
     @classmethod
     def from_rootfs(cls, path: str | Path, *, root: str | Path = ".") -> Self:
@@ -123,7 +108,7 @@ class Image:
         if not re.search(r"\.tar(\.gz|\.xz|\.bz2)?$", file.name) or not file.is_file():
             raise ImageError(f"{call}: not a tar archive. Give a file that ends in .tar, .tar.gz, .tar.xz or .tar.bz2.")
         local = LocalPath(file, context_path(call, base, file), "/")
-        lines = ("FROM scratch AS base", f"ADD {copy_arguments(local.context, '/')}")
+        lines = ("FROM scratch AS base", f"ADD {rendering.copy_arguments(local.context, '/')}")
         return cls("", base, lines, prologue_paths=(local,))
 
     # --- build steps
@@ -131,9 +116,9 @@ class Image:
     def apt_install(self, *packages: str, extra_options: str = "") -> Self:
         """Debian packages, sorted so that their order never breaks the cache; NAME or NAME=VERSION."""
         call = describe("apt_install", *packages, extra_options=extra_options)
-        check_names(call, packages, DEBIAN_PACKAGE, "a Debian package; write NAME or NAME=VERSION")
+        checks.check_names(call, packages, checks.DEBIAN_PACKAGE, "a Debian package; write NAME or NAME=VERSION")
         comment = "Debian packages, as the base's release has them; which ones: /usr/share/fractal/debian-packages."
-        options = one_line_options(call, extra_options)
+        options = checks.one_line_options(call, extra_options)
         return self._with(call, Step("apt", tuple(sorted(set(packages))), comment, options))
 
     def pip_install(self, *packages: str, extra_options: str = "", torch_backend: str = "") -> Self:
@@ -143,23 +128,26 @@ class Image:
         takes PyTorch's packages from PyTorch's own index.
         """
         call = describe("pip_install", *packages, extra_options=extra_options, torch_backend=torch_backend)
-        check_names(call, packages, r"[A-Za-z0-9].*", "a Python package; write NAME==VERSION")
+        checks.check_names(call, packages, r"[A-Za-z0-9].*", "a Python package; write NAME==VERSION")
         for package in packages:
-            check_pinned(call, package)
-        if torch_backend != "" and not is_match(r"cpu|auto|cu\d+|rocm[\d.]+|xpu", torch_backend):
+            checks.check_pinned(call, package)
+        if torch_backend != "" and not checks.is_match(r"cpu|auto|cu\d+|rocm[\d.]+|xpu", torch_backend):
             raise ImageError(f"{call}: torch_backend={torch_backend!r}: write cpu, auto, or cu130 and the like.")
-        names, options = tuple(sorted(set(packages))), one_line_options(call, extra_options)
+        names, options = tuple(sorted(set(packages))), checks.one_line_options(call, extra_options)
         return self._with(call, Step("python", names, "Python packages, pinned.", options, torch_backend=torch_backend))
 
     def uv_sync(self, lock: str | Path, *, extra_options: str = "") -> Self:
         """Exactly the Python packages of a lock file: requirements with versions and hashes, nothing resolved anew."""
         call = describe("uv_sync", str(lock), extra_options=extra_options)
         file = resolve(call, self.root, lock)
-        check_lock(call, build_context.read_text(call, file))
+        checks.check_lock(call, read_text(call, file))
         local = LocalPath(file, context_path(call, self.root, file), "")
-        if not is_match(r"[\w./@+~\-]+", local.context):
+        if not checks.is_match(r"[\w./@+~\-]+", local.context):
             raise ImageError(f"{call}: a mount cannot name {local.context!r}. Rename it, without spaces and commas.")
-        comment, options = f"Python packages, exactly those of {local.context}.", one_line_options(call, extra_options)
+        comment, options = (
+            f"Python packages, exactly those of {local.context}.",
+            checks.one_line_options(call, extra_options),
+        )
         return self._with(call, Step("python", (), comment, options, locals=(local,)))
 
     def run_commands(self, *commands: str | Iterable[str], comment: str = "") -> Self:
@@ -171,7 +159,7 @@ class Image:
         if not flat:
             raise ImageError(f'{call}: says no command. Write one, such as run_commands("make install").')
         for command in flat:
-            check_command(call, command)
+            checks.check_command(call, command)
         if not isinstance(comment, str):
             raise ImageError(f"{call}: comment={comment!r} is no text. Write a string.")
         return self._with(call, Step("run", tuple(flat), comment))
@@ -183,14 +171,14 @@ class Image:
         for name, value in variables.items():
             if isinstance(name, str) and SECRET_NAME.search(name) and value:
                 raise ImageError(f"env: {name} would be readable in the image. Give it to `docker run -e {name}`.")
-            check_variable(name, value)
+            checks.check_variable(name, value)
         pairs = [f"{name}={shlex.quote(value)}" for name, value in sorted(variables.items())]
         return self._with("env", Step("meta", (" \\\n    ".join([f"ENV {pairs[0]}", *pairs[1:]]),)))
 
     def workdir(self, path: str) -> Self:
         """The folder in which later commands, and the program, run."""
         call = describe("workdir", path)
-        folder = absolute_path(call, path)
+        folder = checks.absolute_path(call, path)
         # Docker would give a new folder the time of the day, and it makes it as root, whoever the user is.
         make = f"RUN mkdir -p {shlex.quote(folder)}"
         users = [line for step in self.steps if step.kind == "meta" for line in step.text if line.startswith("USER ")]
@@ -200,7 +188,7 @@ class Image:
     def user(self, user: str) -> Self:
         """Who runs later commands, and the program: a name or a number, with or without a group."""
         call = describe("user", user)
-        if not is_match(r"[a-z_][a-z0-9_\-]*(:[a-z_][a-z0-9_\-]*)?|[0-9]+(:[0-9]+)?", user):
+        if not checks.is_match(r"[a-z_][a-z0-9_\-]*(:[a-z_][a-z0-9_\-]*)?|[0-9]+(:[0-9]+)?", user):
             raise ImageError(f'{call}: not a user. Write "1000:1000" or a name.')
         return self._with(call, Step("meta", (f"USER {user}",)))
 
@@ -228,7 +216,7 @@ class Image:
 
     def title(self, comment: str) -> Self:
         """What the image is for, as the first lines of its Dockerfile."""
-        if not isinstance(comment, str) or not comment.strip() or DIRECTIVE.match(f"# {comment.strip()}"):
+        if not isinstance(comment, str) or not comment.strip() or rendering.DIRECTIVE.match(f"# {comment.strip()}"):
             raise ImageError(
                 f"{describe('title', comment)}: write a text; its first line is no NAME=VALUE, which would be an order "
                 "to Docker."
@@ -244,7 +232,7 @@ class Image:
         if not file.is_file():
             raise ImageError(f"{call}: is no file. A folder: add_local_dir.")
         into_folder = isinstance(remote, str) and remote.endswith("/")
-        target = absolute_path(call, f"{remote}{Path(local).name}" if into_folder else remote)
+        target = checks.absolute_path(call, f"{remote}{Path(local).name}" if into_folder else remote)
         name = context_path(call, self.root, file)
         if IGNORED.match_file(name) or IGNORED.match_file(Path(local).name):
             raise ImageError(f"{call}: secrets, weights and caches do not go into an image. Mount it when you run it.")
@@ -253,18 +241,18 @@ class Image:
     def add_local_dir(self, local: str | Path, remote: str, *, copy: bool = False, ignore: Iterable[str] = ()) -> Self:
         """A folder of this machine; `ignore`: gitignore's patterns, besides caches, secrets and weights."""
         call = describe("add_local_dir", str(local), remote, copy=copy, ignore=ignore)
-        patterns = build_context.ignore_patterns(call, ignore)
+        patterns = ignore_patterns(call, ignore)
         folder = resolve(call, self.root, local)
         if not folder.is_dir():
             raise ImageError(f"{call}: is no folder. A file: add_local_file.")
-        path = LocalPath(folder, context_path(call, self.root, folder), absolute_path(call, remote), patterns)
+        path = LocalPath(folder, context_path(call, self.root, folder), checks.absolute_path(call, remote), patterns)
         return self._add(call, (path,), copy)
 
     def add_local_python_source(self, *modules: str, copy: bool = False, ignore: Iterable[str] = ()) -> Self:
         """Python modules or packages below `root`, importable in the image; a package's data files come along."""
         call = describe("add_local_python_source", *modules, copy=copy, ignore=ignore)
-        patterns = build_context.ignore_patterns(call, ignore)
-        check_names(call, modules, r"[A-Za-z_]\w*", "a top-level module's name; write it without dots and .py")
+        patterns = ignore_patterns(call, ignore)
+        checks.check_names(call, modules, r"[A-Za-z_]\w*", "a top-level module's name; write it without dots and .py")
         paths = []
         for module in modules:
             package, file = self.root / module, self.root / f"{module}.py"
@@ -283,13 +271,13 @@ class Image:
         step = Step("add", lines, locals=paths)
         if copy:
             return self._with(call, step)
-        build_context.check_consistent(call, (*self.local_paths(), *paths))
+        check_consistent(call, (*self.local_paths(), *paths))
         return replace(self, last=(*self.last, step))
 
     def _with(self, call: str, step: Step) -> Self:
-        check_no_secret(call, "\n".join([*step.text, step.options, step.comment]))
+        checks.check_no_secret(call, "\n".join([*step.text, step.options, step.comment]))
         if step.locals:
-            build_context.check_consistent(call, (*self.local_paths(), *step.locals))
+            check_consistent(call, (*self.local_paths(), *step.locals))
         if self.last:
             raise ImageError(
                 f"{call}: a build step after local files, which are layered last, so that an edit of them builds "
@@ -300,40 +288,12 @@ class Image:
 
     # --- what it is
 
-    def dockerfile(self, rendering: Rendering = COMMITTED) -> str:
+    def dockerfile(self, settings: Rendering = COMMITTED) -> str:
         """Its Dockerfile: the same value gives the same text, always."""
-        directives = tuple(takewhile(DIRECTIVE.match, self.prologue))  # these have to come first
-        lines = [*directives, *(f"# {line}".rstrip() for line in self.comment.splitlines())]
-        lines += self._base_lines()[len(directives) :]
-        if self._has_python():
-            lines += uv_stage(rendering)
-        if rendering.wheels:
-            lines += ["", f"FROM {rendering.wheels} AS wheels"]
-        stage, body = "base", list[str]()  # of the stage that is being written: what it is FROM, and its lines
-        copied = merged(self.steps)
-        first_python = next((i for i, step in enumerate(copied) if step.kind == "python"), None)
-        adds = 0
-        for i, step in enumerate([*copied, *merged(self.last)]):
-            if step.kind == "add":  # in a stage of their own, which sees the image so far
-                adds += 1
-                if body:
-                    lines += ["", f"FROM {stage} AS part{adds}", *body]
-                    stage, body = f"part{adds}", []
-                    if any(before.kind == "force" for before in copied[:i]):
-                        body += ["", FORCE]  # an argument ends with its stage
-                lines += local_stage(step, stage, adds)
-            body.append("")
-            if i == len(copied):
-                body.append("# Local files last: an edit of them builds and pushes this layer alone.")
-            body += [f"# {line}".rstrip() for line in step.comment.splitlines()]
-            if i == first_python:
-                body += venv(rendering)
-            body += layer(step, rendering, adds)
-        lines += ["", f"FROM {stage}", *body]
-        return "\n".join(lines).strip("\n") + "\n"
+        return rendering.dockerfile(self.comment, self._base_lines(), self.steps, self.last, settings)
 
     def _base_lines(self) -> list[str]:
-        return [*(self.prologue or (f"ARG BASE={self.base}", "FROM ${BASE} AS base")), *SHELL_LINES]
+        return [*(self.prologue or (f"ARG BASE={self.base}", "FROM ${BASE} AS base")), *rendering.SHELL_LINES]
 
     def context(self) -> dict[str, Path]:
         """The build context: path in it -> file here. Raises ImageError if it is too large, naming what is."""
@@ -341,7 +301,7 @@ class Image:
         if self._has_python():
             files |= _uv_lock(self.root).files()
         archives = {local.context for local in self.prologue_paths if local.target == "/"}
-        build_context.check_size({name: path for name, path in files.items() if name not in archives})
+        check_size({name: path for name, path in files.items() if name not in archives})
         return dict(sorted(files.items()))
 
     def local_paths(self) -> list[LocalPath]:
@@ -352,15 +312,15 @@ class Image:
         """What the image is made of, in order: a name for people -> a hash. Where two differ, a rebuild begins."""
         parts = {f"base {self.base or 'of its own'}": _part(self._base_lines(), self.prologue_paths)}
         if self._has_python():
-            parts["uv"] = _part(uv_stage(COMMITTED), [_uv_lock(self.root)])
+            parts["uv"] = _part(rendering.uv_stage(COMMITTED), [_uv_lock(self.root)])
         for step in (*self.steps, *self.last):
             names = ", ".join(local.context or "." for local in step.locals)
             what = {"apt": "Debian packages", "python": "Python packages", "run": "command", "meta": "setting"}
             key = f"{what.get(step.kind, 'local files')}: {names or shlex.join(step.text)[:60]}"
             while key in parts:
                 key += "'"
-            lines = local_stage(step, "", 0) if step.kind == "add" else []
-            parts[key] = _part([*lines, *layer(step, COMMITTED, 0)], step.locals)
+            lines = rendering.local_stage(step, "", 0) if step.kind == "add" else []
+            parts[key] = _part([*lines, *rendering.layer(step, COMMITTED, 0)], step.locals)
         comments = [self.comment, f"{len(self.last)} last", *(step.comment for step in (*self.steps, *self.last))]
         return parts | {"comments": _part(comments, ())}
 
@@ -381,8 +341,8 @@ def _root(call: str, root: object) -> Path:
 
 def _uv_lock(root: Path) -> LocalPath:
     """uv's own lock: the project's, else ours."""
-    own = root / UV_LOCK
-    return LocalPath(own if own.is_file() else Path(__file__).resolve().parents[2] / UV_LOCK, UV_LOCK, "")
+    own, ours = (folder / rendering.UV_LOCK for folder in (root, Path(__file__).resolve().parents[2]))
+    return LocalPath(own if own.is_file() else ours, rendering.UV_LOCK, "")
 
 
 def _part(lines: Iterable[str], paths: Iterable[LocalPath]) -> str:

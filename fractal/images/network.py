@@ -36,11 +36,12 @@ class Network:
     wheels: Path | None = None
 
 
-def describe(
+def build_secrets(
     ca: bytes | None, pip: Mapping[str, str], apt: list[str], sources: list[str], wheels: Path | None
 ) -> Network:
-    """Put it together. `ca`: certificates, PEM; `pip`: its settings by name; `apt`: configuration lines; `sources`:
-    Debian's, one line each. Pure.
+    """The secrets of a build. Pure.
+
+    `ca`: certificates, PEM; `pip`: its settings by name; `apt`: configuration lines; `sources`: Debian's, one a line.
     """
     shell = []
     secrets: dict[str, bytes] = {}
@@ -81,7 +82,7 @@ def of_this_machine(*, sources: bool, ca: Path | None = None, wheels: Path | Non
     folder = next((path for path in folders if path.is_dir()), None)
     lines = debian.mirror_arguments(os.environ) if sources else []
     entries = [line if line.startswith("deb ") else f"deb {line} {debian.SUITE} main" for line in lines]
-    return describe(certificates, pip, apt_settings(), entries, folder)
+    return build_secrets(certificates, pip, apt_settings(), entries, folder)
 
 
 def _certificates(bundle: Path) -> bytes:
@@ -103,8 +104,8 @@ def pip_settings() -> dict[str, str]:
         text = subprocess.run(argv, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    found = re.findall(r"^(\S+?)\.([\w-]+)=(['\"].*)$", text, re.MULTILINE)
-    settings = [(section, key, " ".join(str(ast.literal_eval(value)).split())) for section, key, value in found]
+    lines = re.findall(r"^(\S+?)\.([\w-]+)=(['\"].*)$", text, re.MULTILINE)
+    settings = [(section, key, " ".join(str(ast.literal_eval(value)).split())) for section, key, value in lines]
     environment = {key: value for section, key, value in settings if section == ":env:"}
     return {key: value for section, key, value in settings if section in ("global", "install")} | environment
 

@@ -51,12 +51,12 @@ def recipes() -> dict[str, Recipe]:
 
 def renderings() -> dict[str, str]:
     """Path in the repository -> text of all that is rendered: Dockerfiles, and what `docker build` leaves out."""
-    found = {}
+    texts = {}
     for recipe in recipes().values():
-        found[recipe.dockerfile] = recipe.image.dockerfile()
+        texts[recipe.dockerfile] = recipe.image.dockerfile()
         ignore = ".dockerignore" if recipe.dockerfile == "Dockerfile" else f"{recipe.dockerfile}.dockerignore"
-        found[ignore] = dockerignore(recipe.image)
-    return found
+        texts[ignore] = dockerignore(recipe.image)
+    return texts
 
 
 def dockerignore(image: Image) -> str:
@@ -143,21 +143,17 @@ def sandbox() -> Image:
 
 def digests(root: Path = ROOT) -> dict[str, str]:
     """Base images whose digest is known: tag -> sha256:..., from docker/images.lock. Raises InputError."""
-    found = {}
-    for tag, digest in locked_bases(root).items():
-        if digest:
-            found[tag] = digest
-    return found
+    return {tag: digest for tag, digest in locked_bases(root).items() if digest}
 
 
 def locked_bases(root: Path = ROOT) -> dict[str, str]:
     """docker/images.lock: tag -> digest, or "" where none is known. Raises InputError."""
     lines = [line.split() for line in (root / BASES_LOCK).read_text().splitlines()]
-    words = [line for line in lines if line and not line[0].startswith("#")]
-    for line in words:
+    lines = [line for line in lines if line and not line[0].startswith("#")]
+    for line in lines:
         if len(line) > 2 or (len(line) == 2 and not line[1].startswith("sha256:")):
             raise InputError(f"{BASES_LOCK}: {' '.join(line)!r} is not TAG or TAG sha256:DIGEST. Run: invoke lock")
-    return {line[0]: line[1] if len(line) == 2 else "" for line in words}
+    return {line[0]: line[1] if len(line) == 2 else "" for line in lines}
 
 
 def _system(image: Image, accelerator: str) -> Image:

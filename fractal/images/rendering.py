@@ -48,11 +48,45 @@ class Step:
     """One layer, or one line of metadata. `kind` says how it is rendered."""
 
     kind: Literal["apt", "python", "run", "meta", "add", "force"]
-    text: tuple[str, ...] = ()  # packages, words, commands or Dockerfile lines
+    text: tuple[str, ...] = ()  # packages, commands or Dockerfile lines
     comment: str = ""
     options: str = ""  # the extra_options escape
     locals: tuple[LocalPath, ...] = ()
     torch_backend: str = ""
+
+
+def dockerfile(
+    comment: str, base: list[str], steps: tuple[Step, ...], last: tuple[Step, ...], rendering: Rendering
+) -> str:
+    """The whole Dockerfile: a comment, the lines that make stage `base`, the steps, local files last."""
+    directives = list(takewhile(DIRECTIVE.match, base))  # these have to come first
+    lines = [*directives, *(f"# {line}".rstrip() for line in comment.splitlines()), *base[len(directives) :]]
+    if any(step.kind == "python" for step in steps):
+        lines += uv_stage(rendering)
+    if rendering.wheels:
+        lines += ["", f"FROM {rendering.wheels} AS wheels"]
+    stage, body = "base", list[str]()  # of the stage that is being written: what it is FROM, and its lines
+    copied = merged(steps)
+    first_python = next((i for i, step in enumerate(copied) if step.kind == "python"), None)
+    adds = 0
+    for i, step in enumerate([*copied, *merged(last)]):
+        if step.kind == "add":  # in a stage of their own, which sees the image so far
+            adds += 1
+            if body:
+                lines += ["", f"FROM {stage} AS part{adds}", *body]
+                stage, body = f"part{adds}", []
+                if any(before.kind == "force" for before in copied[:i]):
+                    body += ["", FORCE]  # an argument ends with its stage
+            lines += local_stage(step, stage, adds)
+        body.append("")
+        if i == len(copied):
+            body.append("# Local files last: an edit of them builds and pushes this layer alone.")
+        body += [f"# {line}".rstrip() for line in step.comment.splitlines()]
+        if i == first_python:
+            body += venv(rendering)
+        body += layer(step, rendering, adds)
+    lines += ["", f"FROM {stage}", *body]
+    return "\n".join(lines).strip("\n") + "\n"
 
 
 def layer(step: Step, rendering: Rendering, number: int) -> list[str]:
@@ -192,10 +226,10 @@ def with_base_stage(call: str, text: str) -> tuple[str, ...]:
     lines = text.rstrip().split("\n")
     if any(re.match(r"#\s*escape\s*=\s*[^\\\s]", line, re.I) for line in takewhile(DIRECTIVE.match, lines)):
         raise ImageError(f"{call}: sets another escape character. Write it with \\\\.")
-    stages = [(number, words) for number, words in instructions(lines) if re.match(r"FROM\s", words, re.I)]
+    stages = [(number, line) for number, line in instructions(lines) if re.match(r"FROM\s", line, re.I)]
     if not stages:
         raise ImageError(f"{call}: has no FROM line. Write FROM and a base first.")
-    names = [match[1] if (match := re.search(r"\sAS\s+(\S+)$", words, re.I)) else "" for _, words in stages]
+    names = [match[1] if (match := re.search(r"\sAS\s+(\S+)$", line, re.I)) else "" for _, line in stages]
     if taken := [name for name in names if OUR_STAGES.fullmatch(name)] + [n for n in names[:-1] if n.lower() == "base"]:
         raise ImageError(f"{call}: its stage {taken[0]!r} has a name that ours has. Rename it.")
     if names[-1].lower() == "base":

@@ -1,4 +1,4 @@
-/* A stand-in for the driver's libcuda.so.1: one card that takes every kernel and runs none.
+/* A stand-in for the driver's libcuda.so.1: one GPU that takes every kernel and runs none.
 
    Triton's own driver code is compiled against it and calls it. The compute capability is in FRACTAL_CAPABILITY, as 90. */
 #define _GNU_SOURCE

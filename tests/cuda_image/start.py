@@ -1,8 +1,8 @@
-"""Starts our engine or scorer in the CUDA image on a stand-in card, draws or scores, and prints what was compiled, as JSON.
+"""Starts our engine or scorer in the CUDA image on a stand-in GPU, draws or scores, and prints what was compiled, as JSON.
 
     start.py 80|86|89|90|100 generate|pooling
 
-Two things only a card can do and are left out: CUDA graphs, which compile nothing, and inductor's timing of its kernels.
+Two things only a GPU can do and are left out: CUDA graphs, which compile nothing, and inductor's timing of its kernels.
 """
 
 import collections
@@ -16,17 +16,17 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-# What is compiled for the card cannot be kept and loaded on this machine by vLLM; Triton's and inductor's caches are on.
+# What is compiled for the GPU cannot be kept and loaded on this machine by vLLM; Triton's and inductor's caches are on.
 os.environ |= {"VLLM_DISABLE_COMPILE_CACHE": "1", "VLLM_USE_AOT_COMPILE": "0", "VLLM_USE_MEGA_AOT_ARTIFACT": "0"}
 programs: collections.Counter[str] = collections.Counter()
 sys.addaudithook(
     lambda event, arguments: programs.update([Path(str(arguments[0])).name]) if event == "subprocess.Popen" else None
 )
 
-import card  # noqa: E402
+import stand_in_gpu  # noqa: E402
 
 CAPABILITY, RUNNER = int(sys.argv[1]), sys.argv[2]
-card.insert(CAPABILITY)
+stand_in_gpu.insert(CAPABILITY)
 
 from fractal.install import gpu  # noqa: E402
 
@@ -57,7 +57,7 @@ class StandInWorker(Worker):
     """vLLM's own, with its tensors in this machine's memory."""
 
     def init_device(self) -> None:
-        self.device = card.torch.device("cpu")
+        self.device = stand_in_gpu.torch.device("cpu")
         init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, "gloo"
         )
@@ -109,13 +109,13 @@ def main() -> None:
                 "sampler": flashinfer_sampler_supported(),
                 "kernels": kernels,
                 "cubins": len(list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))),
-                "precompiled": sorted(card.asked),
+                "precompiled": sorted(stand_in_gpu.asked),
                 "programs": programs,
             }
         ),
         flush=True,
     )
-    os._exit(0)  # what ends the engine would end a card
+    os._exit(0)  # what ends the engine would end a GPU
 
 
 if __name__ == "__main__":

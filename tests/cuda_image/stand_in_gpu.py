@@ -1,4 +1,4 @@
-"""A stand-in card for the CUDA image on a machine without a GPU: vLLM starts on it, kernels compile, none runs.
+"""A stand-in GPU for the CUDA image on a machine without a GPU: vLLM starts on it, kernels compile, none runs.
 
 Tensors lie in this machine's memory, and what kernels would have written is 0. vLLM sees a CUDA platform of the wanted
 compute capability; Triton's own driver code talks to a stand-in for libcuda (libcuda.c). Made for vLLM 0.33.0 and torch
@@ -16,7 +16,7 @@ import torch
 
 
 def insert(capability: int) -> None:
-    """From here on this process has a card of compute capability 80, 86, 89, 90 or 100. Before vLLM is imported."""
+    """From here on this process has a GPU of compute capability 80, 86, 89, 90 or 100. Before vLLM is imported."""
     os.environ["FRACTAL_CAPABILITY"] = str(capability)
     import vllm  # noqa: F401  # with torch as it is
 
@@ -186,7 +186,7 @@ def _taker(name: str, returns: Any) -> Any:
 
 
 def _flash_attention_4() -> None:
-    """FlashAttention 4, which is Python that CuTe DSL compiles: compiled as for a card, and not launched."""
+    """FlashAttention 4, which is Python that CuTe DSL compiles: compiled as for a GPU, and not launched."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from vllm.vllm_flash_attn.cute import interface
 
@@ -208,17 +208,17 @@ def _flash_attention_4() -> None:
 
 
 def _inductor() -> None:
-    """The graphs of torch.compile: compiled as for a card, and run on this machine as they are."""
+    """The graphs of torch.compile: compiled as for a GPU, and run on this machine as they are."""
     import torch._inductor
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.fx_passes import joint_graph
     from torch._inductor.utils import IndentedBuffer
 
-    joint_graph.lazy_init = lambda *_: None  # patterns of attention and padding, made from tensors on the card
+    joint_graph.lazy_init = lambda *_: None  # patterns of attention and padding, made from tensors on the GPU
     block = PythonWrapperCodegen.generate_and_run_autotune_block
 
     def without_runs(wrapper: Any) -> None:
-        wrapper.kernel_autotune_calls = IndentedBuffer()  # compiled they are, but timed they can only be on a card
+        wrapper.kernel_autotune_calls = IndentedBuffer()  # compiled they are, but timed they can only be on a GPU
         block(wrapper)
 
     PythonWrapperCodegen.generate_and_run_autotune_block = without_runs
