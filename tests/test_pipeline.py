@@ -13,7 +13,7 @@ import pytest
 from fractal.jsonl import read_jsonl
 from fractal.records import Choice, Label, Output, Problem, Sample, Score
 
-pytestmark = [pytest.mark.docker, pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.docker, pytest.mark.model, pytest.mark.long, pytest.mark.timeout(900)]
 N = 6
 SIZE = ["--problems", "starter", "--limit", "8", "--n", str(N), "--temperature", "0.6", "--max-tokens", "64"]
 

@@ -1,4 +1,4 @@
-"""A run folder: one process at a time, one configuration, and a manifest that survives."""
+"""A run folder: one process at a time, one configuration, and a manifest that survives; progress on the terminal."""
 
 import json
 import os
@@ -6,99 +6,25 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.progress import Progress
 
+from fractal import console
 from fractal.errors import InputError, OutsideError, RecordError
 from fractal.records import Problem
 from fractal.rundir import RunDir
 
-
-def test_another_configuration_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
-    with RunDir(tmp_path / "r", create=True) as folder:
-        folder.configure("generate", {"model": "a", "seed": 0, "n": 4}, free=("n",))
-    with RunDir(tmp_path / "r") as folder:
-        folder.configure("generate", {"model": "a", "seed": 0, "n": 9}, free=("n",))
-        with pytest.raises(InputError, match='model is "a", you ask for "b"'):
-            folder.configure("generate", {"model": "b", "seed": 0, "n": 9}, free=("n",))
-        assert folder.manifest["config"]["generate"] == {"model": "a", "seed": 0, "n": 9}
-
-
-def test_the_manifest_says_what_the_run_was_made_with(tmp_path: Path) -> None:
-    with RunDir(tmp_path / "r", create=True) as folder:
-        assert folder.manifest["lock_sha256"]
-        assert folder.manifest["packages"]["numpy"]
-        assert {"git_commit", "git_dirty", "host", "gpu", "price_usd_per_hour", "cost_usd"} <= folder.manifest.keys()
-
-
-@pytest.mark.parametrize(("make", "complaint"), [("file", "is a file"), ("strange", "holds no manifest"), ("none", "no run is there")])  # fmt: skip
-def test_what_is_no_run_folder_is_refused(tmp_path: Path, make: str, complaint: str) -> None:
-    path = tmp_path / "r"
-    if make == "file":
-        path.write_text("x")
-    elif make == "strange":
-        path.mkdir()
-        (path / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match=complaint):
-        RunDir(path, create=make != "none")
-    assert (
-        sorted(p.name for p in tmp_path.rglob("*")) == {"file": ["r"], "strange": ["r", "thesis.tex"], "none": []}[make]
-    )
-
-
-def test_a_damaged_manifest_is_refused_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"config": ')
-    with pytest.raises(InputError, match=r"manifest\.json: not a manifest"), RunDir(tmp_path):
-        pass
-    assert (tmp_path / "manifest.json").read_text() == '{"config": '
-
-
 PROBLEM = Problem(1, "Add.", "def f(a, b):\n    return a + b\n", ["assert f(1, 2) == 3"], "", "f", "train")
-HOLD = (
-    "import sys, time\nfrom pathlib import Path\nfrom fractal.rundir import RunDir\n"
-    "with RunDir(Path(sys.argv[1]), create=True) as folder:\n"
-    "    with folder.stage('generate', 'samples.jsonl'):\n"
-    "        (folder.path / 'samples.jsonl').write_text('')\n        print('held', flush=True)\n        time.sleep(60)\n"
-)
-
-
-def test_a_second_process_is_refused_and_a_killed_one_frees_the_run(tmp_path: Path) -> None:
-    path = tmp_path / "r"
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match="another fractal process"), RunDir(path):
-        pass
-    time.sleep(0.2)
-    (path / "samples.jsonl").write_text("more\n")
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    with RunDir(path) as folder:
-        assert folder.manifest["stages"]["generate"]["seconds"] == 0.0
-        with folder.stage("generate", "samples.jsonl"):
-            pass
-        assert folder.manifest["stages"]["generate"]["seconds"] >= 0.2  # what the killed call did counts
-
-
-def test_seconds_add_up_and_the_log_keeps_what_was_said(tmp_path: Path) -> None:
-    from fractal import console
-
-    with RunDir(tmp_path / "r", create=True) as folder:
-        for _ in range(2):
-            with folder.stage("verify", "labels.jsonl") as entry:
-                console.say("verify: [3] of 5")
-                time.sleep(0.05)
-        assert entry["seconds"] >= 0.1
-    assert (tmp_path / "r/logs/verify.log").read_text().count("verify: [3] of 5") == 2
+CONFIG = {"model": "m", "n": 4, "top_p": 1.0, "stop": ("a", "b")}
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run folder that has been made."""
     with RunDir(tmp_path / "run", create=True) as folder:
-        folder.configure("generate", {"model": "m", "n": 4, "top_p": 1.0, "stop": ("a", "b")})
+        folder.configure("generate", CONFIG)
         folder.set_problems([PROBLEM])
     return folder.path
 
@@ -107,13 +33,43 @@ def manifest(run):
     return json.loads((run / "manifest.json").read_bytes())
 
 
-def test_a_start_that_came_to_nothing_leaves_nothing(tmp_path):
+# ---- what is a run folder, and what is refused -----------------------------------------------------------------------
+
+
+def test_the_manifest_says_what_the_run_was_made_with(run):
+    assert manifest(run)["lock_sha256"]
+    assert manifest(run)["packages"]["numpy"]
+    assert {"git_commit", "git_dirty", "host", "gpu", "price_usd_per_hour", "cost_usd"} <= manifest(run).keys()
+    assert manifest(run)["host"]["memory_gib"] > 0.1
+
+
+def test_what_is_no_run_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.tex").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    for name, create, complaint in (
+        ("file", True, "is a file"), ("thesis", True, "holds no manifest"), ("none", False, "no run is there"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=complaint):
+            RunDir(tmp_path / name, create=create)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_manifest_is_named_and_kept(run):
+    for text in ("", "{", "[]", "null", "{}", '{"config": {}}', '{"config": 1, "stages": {}, "images": {}}', "\xff"):
+        (run / "manifest.json").write_bytes(text.encode("latin-1"))
+        for _ in range(2):  # and the lock is free again
+            with pytest.raises(RecordError, match=r"manifest\.json: not a manifest"), RunDir(run):
+                pass
+        assert (run / "manifest.json").read_bytes() == text.encode("latin-1")
+    assert (run / "problems.jsonl").exists()
+
+
+def test_a_start_that_came_to_nothing_leaves_nothing_and_takes_no_files_away(tmp_path):
     with pytest.raises(InputError, match="wrong"), RunDir(tmp_path / "run", create=True):
         raise InputError("wrong")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_start_that_came_to_nothing_takes_no_files_away(tmp_path):
     with pytest.raises(InputError, match="wrong"), RunDir(tmp_path / "run", create=True) as folder:
         folder.file("notes.txt").touch()
         raise InputError("wrong")
@@ -134,27 +90,18 @@ def test_a_start_killed_at_its_first_write_is_no_obstacle(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "{}", '{"config": {}}', '{"config": 1, "stages": {}, "images": {}}', "\xff"]
-)
-def test_a_damaged_manifest_is_named(run, text):
-    (run / "manifest.json").write_bytes(text.encode("latin-1"))
-    for _ in range(2):  # and the lock is free again
-        with pytest.raises(RecordError, match=r"manifest\.json: not a manifest"), RunDir(run):
-            pass
-    assert (run / "problems.jsonl").exists()
-
-
 def test_another_configuration_is_refused_by_field(run):
     before = (run / "manifest.json").read_bytes()
     with RunDir(run) as folder:
-        folder.configure("generate", {"model": "m", "n": 4, "top_p": 1.0, "stop": ["a", "b"]})
+        folder.configure("generate", {**CONFIG, "stop": ["a", "b"]})
+        folder.configure("generate", {**CONFIG, "n": 9}, free=("n",))
+        folder.configure("generate", {**CONFIG, "n": 4}, free=("n",))
         with pytest.raises(InputError) as caught:
-            folder.configure("generate", {"model": "other", "n": 4, "top_p": 0.9, "stop": ["a", "b"]})
+            folder.configure("generate", {**CONFIG, "model": "other", "top_p": 0.9})
         with pytest.raises(InputError, match="stop"):
-            folder.configure("generate", {"model": "m", "n": 4, "top_p": 1.0})
+            folder.configure("generate", {name: value for name, value in CONFIG.items() if name != "stop"})
         with pytest.raises(InputError, match="extra is null, you ask for"):
-            folder.configure("generate", {"model": "m", "n": 4, "top_p": 1.0, "stop": ["a", "b"], "extra": "x" * 999})
+            folder.configure("generate", {**CONFIG, "extra": "x" * 999})
     message = str(caught.value)
     assert 'model is "m", you ask for "other"' in message
     assert "top_p is 1.0, you ask for 0.9" in message
@@ -162,36 +109,70 @@ def test_another_configuration_is_refused_by_field(run):
     assert (run / "manifest.json").read_bytes() == before
 
 
-def test_the_problems_stay(run):
+def test_the_problems_stay_and_a_digest_tells_a_change(run):
     with RunDir(run) as folder:
         folder.set_problems([])
         assert folder.problems() == {1: PROBLEM}
+        digests = {folder.digest("problems.jsonl", "scores.jsonl")}
+        for text in ("", "1", "2"):
+            folder.file("scores.jsonl").write_text(text)
+            digests.add(folder.digest("problems.jsonl", "scores.jsonl"))
+        assert len(digests) == 3, "a missing file is as an empty one"
+        with pytest.raises(InputError, match="has no labels yet"):
+            folder.labels()
         folder.file("problems.jsonl").unlink()
         with pytest.raises(InputError, match="has no problems yet"):
             folder.problems()
 
 
-def test_a_digest_tells_a_change(run):
-    with RunDir(run) as folder:
-        seen = {folder.digest("problems.jsonl", "scores.jsonl")}
-        for text in ("", "1", "2"):
-            folder.file("scores.jsonl").write_text(text)
-            seen.add(folder.digest("problems.jsonl", "scores.jsonl"))
-    assert len(seen) == 3, "a missing file is as an empty one"
+# ---- the lock, and seconds -------------------------------------------------------------------------------------------
+
+HOLD = (
+    "import sys, time\nfrom pathlib import Path\nfrom fractal.rundir import RunDir\n"
+    "with RunDir(Path(sys.argv[1]), create=True) as folder:\n"
+    "    with folder.stage('generate', 'samples.jsonl'):\n"
+    "        (folder.path / 'samples.jsonl').write_text('')\n        print('held', flush=True)\n        time.sleep(60)\n"
+)
 
 
-def test_the_lock_keeps_out_its_own_process(run):
-    with RunDir(run), pytest.raises(InputError, match="another fractal process"), RunDir(run):
+def test_a_second_holder_is_refused_and_a_killed_one_frees_the_run(tmp_path):
+    path = tmp_path / "r"
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="another fractal process"), RunDir(path):
         pass
-    with RunDir(run):
+    time.sleep(0.2)
+    (path / "samples.jsonl").write_text("more\n")
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    with RunDir(path) as folder:
+        assert folder.manifest["stages"]["generate"]["seconds"] == 0.0
+        with folder.stage("generate", "samples.jsonl"):
+            pass
+        assert folder.manifest["stages"]["generate"]["seconds"] >= 0.2  # what the killed call did counts
+        with pytest.raises(InputError, match="another fractal process"), RunDir(path):
+            pass  # nor twice in one process
+
+
+def test_seconds_and_cost_add_up_and_the_log_keeps_what_was_printed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FRACTAL_PRICE_USD_PER_HOUR", "3600")  # a dollar a second
+    with RunDir(tmp_path / "r", create=True) as folder:
+        for _ in range(2):
+            with folder.stage("verify", "labels.jsonl") as entry:
+                console.say("verify: [3] of 5")
+                time.sleep(0.05)
+        with pytest.raises(OutsideError), folder.stage("verify", "labels.jsonl"):
+            raise OutsideError("no Docker")  # a failed stage is timed, too
+        assert entry["seconds"] >= 0.1
+        assert folder.manifest["price_usd_per_hour"] == 3600
+        assert 0.1 <= folder.manifest["cost_usd"] < 5
+    assert manifest(tmp_path / "r")["stages"]["verify"]["running_since"] is None
+    assert (tmp_path / "r/logs/verify.log").read_text().count("verify: [3] of 5") == 2
+    monkeypatch.setenv("FRACTAL_PRICE_USD_PER_HOUR", "")
+    with RunDir(tmp_path / "own", create=True) as folder, folder.stage("verify", "labels.jsonl"):
         pass
-
-
-def test_a_failed_stage_is_timed_too(run):
-    with RunDir(run) as folder, pytest.raises(OutsideError), folder.stage("verify", "labels.jsonl"):
-        raise OutsideError("no Docker")
-    assert manifest(run)["stages"]["verify"]["running_since"] is None
-    assert (run / "logs" / "verify.log").exists()
+    assert manifest(tmp_path / "own")["cost_usd"] is None
 
 
 @pytest.mark.parametrize(("worked_s", "counted_s"), [(100, 100), (-100, 0), (None, 0)])
@@ -208,17 +189,30 @@ def test_a_killed_call_counts_up_to_its_last_write(run, worked_s, counted_s):
     assert manifest(run)["stages"]["verify"]["seconds"] == pytest.approx(5 + counted_s, abs=2)
 
 
-def test_a_rented_machines_price_and_the_stages_cost_are_in_the_manifest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FRACTAL_PRICE_USD_PER_HOUR", "3600")  # a dollar a second
-    with RunDir(tmp_path / "run", create=True) as run:
-        for _ in range(2):
-            with run.stage("verify", "labels.jsonl"):
-                time.sleep(0.05)
-        assert run.manifest["price_usd_per_hour"] == 3600
-        assert 0.1 <= run.manifest["cost_usd"] < 5
-    monkeypatch.setenv("FRACTAL_PRICE_USD_PER_HOUR", "")
-    with RunDir(tmp_path / "own", create=True) as run, run.stage("verify", "labels.jsonl"):
-        pass
-    assert json.loads((tmp_path / "own/manifest.json").read_text())["cost_usd"] is None
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_progress_lines_without_a_terminal_from_before_the_first_batch_on(monkeypatch, capsys):
+    """Interrupted before anything was done, after ten seconds, there is no time per item yet."""
+    progress = Progress(disable=True)
+    bar = console.Bar(progress, progress.add_task("verify", total=8, note=""), "verify", 8)
+    for elapsed_s, count, note in ((11.0, 0, "interrupted"), (22.0, 2, ""), (23.0, 2, "")):
+        monkeypatch.setattr(Progress, "tasks", [SimpleNamespace(elapsed=elapsed_s)])
+        bar.advance(count, note)
+    assert capsys.readouterr().err.splitlines() == [
+        "verify: 0/8, 11 s, interrupted",
+        "verify: 2/8, 22 s, about 66 s left",
+    ]
+
+
+def test_a_task_s_errors_are_a_line_and_an_exit_code(capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def fail(error):
+        raise error
+
+    cases = {InputError("a"): 2, OutsideError("b"): 3, KeyboardInterrupt(): 130}
+    assert [console.report_errors(lambda error=error: fail(error), "task") for error in cases] == [2, 3, 130]
+    assert (console.report_errors(lambda: 7), console.report_errors(lambda: None)) == (7, 0)
+    signal.signal(signal.SIGTERM, handler)
+    assert capsys.readouterr().err.splitlines()[:2] == ["task: a", "task: b"]

@@ -18,7 +18,7 @@ from fractal.selection.outcomes import LeftOut, left_out, outcomes
 from fractal.selection.splits import parse_splits, recorded_splits
 from fractal.selection.strategies import STRATEGIES
 
-settings.register_profile("untimed", deadline=None)  # a timed assertion is never a test
+settings.register_profile("untimed", deadline=None, max_examples=60)  # a timed assertion is never a test
 settings.load_profile("untimed")
 
 
@@ -40,7 +40,11 @@ def score(task_id, sample_id, logit, zero_shot=None, combined=None):
 
 
 def picks(choices, task_id=1):
-    return {one.strategy: (one.sample_id, one.passed) for one in choices if one.task_id == task_id}
+    return {choice.strategy: (choice.sample_id, choice.passed) for choice in choices if choice.task_id == task_id}
+
+
+def usable(labels, task_id):
+    return [one for one in labels if one.task_id == task_id and one.status != "sandbox_error"]
 
 
 @st.composite
@@ -65,42 +69,31 @@ def runs(draw):
     return draw(st.permutations(samples)), draw(st.permutations(labels)), scores, outputs
 
 
-@settings(max_examples=60)
-@given(runs())
-def test_oracle_is_at_least_and_random_is_the_mean(run):
-    labels = run[1]
-    choices = choose(*run)
-    for task_id in {one.task_id for one in choices}:
-        passed = [one.passed for one in labels if one.task_id == task_id and one.status != "sandbox_error"]
-        found = picks(choices, task_id)
-        assert found["random"] == (None, pytest.approx(sum(passed) / len(passed)))
-        assert found["oracle"][1] == any(passed)
-        assert all(found["oracle"][1] >= value for _, value in found.values())
-
-
-@settings(max_examples=60)
-@given(runs())
-def test_every_pick_is_a_usable_sample_and_carries_its_verdict(run):
+@given(runs(), st.randoms())
+def test_picks_are_usable_samples_between_random_and_the_oracle(run, random):
     samples, labels, *_ = run
-    verdicts = {(one.task_id, one.sample_id): one for one in labels}
     choices = choose(*run)
-    for one in choices:
-        if one.sample_id is not None:
-            verdict = verdicts[one.task_id, one.sample_id]
+    assert choose(*(random.sample(rows, len(rows)) for rows in run)) == choices  # the files' order does not matter
+    verdicts = {(one.task_id, one.sample_id): one for one in labels}
+    for choice in choices:
+        if choice.sample_id is not None:
+            verdict = verdicts[choice.task_id, choice.sample_id]
             assert verdict.status != "sandbox_error"
-            assert one.passed == float(verdict.passed)
+            assert choice.passed == float(verdict.passed)
+    tasks = {choice.task_id for choice in choices}
+    for task_id in tasks:
+        own, picked = usable(labels, task_id), picks(choices, task_id)
+        passed = [one.passed for one in own]
+        kept = [one.passed for one in own if one.tests[0] == "passed"] or passed
+        assert picked["random"] == (None, pytest.approx(sum(passed) / len(passed)))
+        assert picked["visible_test"] == (None, pytest.approx(sum(kept) / len(kept)))
+        assert picked["oracle"][1] == any(passed)
+        assert all(picked["oracle"][1] >= value for _, value in picked.values())
     gone = left_out(samples, labels)
-    usable = {one.task_id for one in choices}
-    assert usable.isdisjoint(gone.problems)
-    assert usable | set(gone.problems) == {one.task_id for one in samples}
+    assert tasks.isdisjoint(gone.problems)
+    assert tasks | set(gone.problems) == {one.task_id for one in samples}
     assert gone.sandbox_error == sum(one.status == "sandbox_error" for one in labels)
     assert gone.unlabelled == len(samples) - len(labels)
-
-
-@given(runs(), st.randoms())
-def test_the_order_of_the_files_does_not_matter(run, random):
-    shuffled = (random.sample(rows, len(rows)) for rows in run)
-    assert choose(*shuffled) == choose(*run)
 
 
 def test_each_strategy_picks_what_its_name_says():
@@ -110,17 +103,15 @@ def test_each_strategy_picks_what_its_name_says():
         sample(1, 2, code="a", tokens=2, sum_logprob=-3.0),
         sample(1, 3, code="middle", tokens=4, sum_logprob=-4.5),
     ]
-    labels = [
-        label(1, i, s, v)
-        for i, (s, v) in enumerate(
-            [("failed", "passed"), ("failed", "failed"), ("failed", "not_run"), ("passed", "passed")]
-        )
-    ]
+    verdicts = [("failed", "passed"), ("failed", "failed"), ("failed", "not_run"), ("passed", "passed")]
     logits = [(-1.0, 1.0, 0.0), (0.0, 2.0, 0.0), (2.5, 0.0, 9.0), (2.0, 0.0, 1.0)]
-    scores = [score(1, i, *three) for i, three in enumerate(logits)]
-    outputs = [Output(1, i, text) for i, text in enumerate(["(1,)", None, "(1,)", "(2,)"])]
-    choices = choose(samples, labels, scores, outputs)
-    assert [one.strategy for one in choices] == list(STRATEGIES)
+    choices = choose(
+        samples,
+        [label(1, i, *both) for i, both in enumerate(verdicts)],
+        [score(1, i, *three) for i, three in enumerate(logits)],
+        [Output(1, i, text) for i, text in enumerate(["(1,)", None, "(1,)", "(2,)"])],
+    )
+    assert [choice.strategy for choice in choices] == list(STRATEGIES)
     assert picks(choices) == {
         "critic": (2, 0.0),
         "random": (None, 0.25),
@@ -142,9 +133,9 @@ def test_each_strategy_picks_what_its_name_says():
 
 def test_where_no_sample_passes_the_visible_test_all_are_kept():
     samples, labels = [sample(1, i) for i in range(3)], [label(1, i, "failed", "failed") for i in range(3)]
-    found = picks(choose(samples, labels, [score(1, i, i) for i in range(3)]))
-    assert found["visible_test"] == found["random"]
-    assert found["visible_test_critic"] == found["critic"] == (2, 0.0)
+    picked = picks(choose(samples, labels, [score(1, i, i) for i in range(3)]))
+    assert picked["visible_test"] == picked["random"]
+    assert picked["visible_test_critic"] == picked["critic"] == (2, 0.0)
 
 
 @given(runs())
@@ -157,30 +148,16 @@ def test_the_filters_look_at_nothing_but_the_visible_verdict(run):
     assert [c.sample_id for c in before if c.strategy in names] == [c.sample_id for c in after if c.strategy in names]
 
 
-@given(runs())
-def test_the_filter_is_the_share_of_those_that_pass_it(run):
-    labels = run[1]
-    choices = choose(*run)
-    for task_id in {one.task_id for one in choices}:
-        usable = [one for one in labels if one.task_id == task_id and one.status != "sandbox_error"]
-        kept = [one for one in usable if one.tests[0] == "passed"] or usable
-        assert picks(choices, task_id)["visible_test"] == (
-            None,
-            pytest.approx(sum(one.passed for one in kept) / len(kept)),
-        )
-
-
 def test_labels_of_another_tool_know_no_visible_test():
     """Such a label has one verdict for all tests: a filter by it would be the oracle."""
     passed = Label(1, 0, "passed", True, ["passed", "passed"], 0, 0, "imported from EvalPlus: base pass, plus pass", "")
     failed = Label(1, 1, "failed", False, ["not_run", "not_run"], 0, 0, "imported from EvalPlus: base fail", "")
-    found = picks(choose([sample(1, 0), sample(1, 1)], [passed, failed], [score(1, 0, 1.0)]))
-    assert found.keys() == {"critic", "random", "first", "mean_logprob", "sum_logprob", "shortest", "oracle"}
+    picked = picks(choose([sample(1, 0), sample(1, 1)], [passed, failed], [score(1, 0, 1.0)]))
+    assert picked.keys() == {"critic", "random", "first", "mean_logprob", "sum_logprob", "shortest", "oracle"}
 
 
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
+def test_consensus_is_the_most_shared_output():
+    cases = [
         (["a", "b", "b", "c"], 2),  # two agree
         (["a", "b", "c", None], 2),  # nobody agrees: the highest log-probability among those with an output
         ([None, None, None, None], 3),  # no output at all: the highest log-probability
@@ -188,13 +165,12 @@ def test_labels_of_another_tool_know_no_visible_test():
         ([None, None, None, "x"], 3),  # silence is no agreement
         ([None, None, "x", None], 2),
         (["a", "a", None, "x"], 1),
-    ],
-)
-def test_consensus_is_the_most_shared_output(texts, expected):
+    ]
     samples = [sample(1, i, sum_logprob=-float(10 - i)) for i in range(4)]
     labels = [label(1, i, "failed") for i in range(4)]
-    outputs = [Output(1, i, text) for i, text in enumerate(texts)]
-    assert picks(choose(samples, labels, (), outputs))["consensus"] == (expected, 0.0)
+    for texts, expected in cases:
+        outputs = [Output(1, i, text) for i, text in enumerate(texts)]
+        assert picks(choose(samples, labels, (), outputs))["consensus"] == (expected, 0.0), texts
 
 
 @given(runs())
@@ -203,34 +179,32 @@ def test_consensus_equals_counting_pairs(run):
     choices = choose(*run)
     text = {(one.task_id, one.sample_id): one.output for one in outputs}
     by_key = {(one.task_id, one.sample_id): one for one in samples}
-    for task_id in {one.task_id for one in choices}:
-        usable = sorted(one.sample_id for one in labels if one.task_id == task_id and one.status != "sandbox_error")
+    for task_id in {choice.task_id for choice in choices}:
+        ids = sorted(one.sample_id for one in usable(labels, task_id))
 
-        def rank(sample_id, task_id=task_id, usable=usable):
-            mine, one = text.get((task_id, sample_id)), by_key[task_id, sample_id]
-            agree = sum(mine is not None and mine == text.get((task_id, other)) for other in usable)
+        def rank(sample_id, task_id=task_id, ids=ids):
+            own, one = text.get((task_id, sample_id)), by_key[task_id, sample_id]
+            agree = sum(own is not None and own == text.get((task_id, other)) for other in ids)
             known = one.sum_logprob is not None and one.tokens
             return agree, one.sum_logprob / one.tokens if known else -math.inf, -sample_id
 
-        found = picks(choices, task_id).get("consensus")
-        if any((task_id, sample_id) in text for sample_id in usable):
-            assert found[0] == max(usable, key=rank)
+        picked = picks(choices, task_id).get("consensus")
+        if any((task_id, sample_id) in text for sample_id in ids):
+            assert picked[0] == max(ids, key=rank)
         else:
-            assert found is None
+            assert picked is None
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "expected"), [("test", ["test"]), (" test, validation,test", ["validation", "test"]), ("train", ["train"])])  # fmt: skip
-def test_splits_are_named_in_one_order(text, expected):
-    assert parse_splits(text) == expected
-
-
-@pytest.mark.parametrize(("text", "said"), [("dev", "'dev' is no split"), ("", "names no split"), ("test,train", "seen the train problems")])  # fmt: skip
-def test_splits_that_cannot_be_measured_are_refused(text, said):
-    with pytest.raises(InputError, match=said):
-        parse_splits(text)
+def test_splits_are_named_in_one_order_or_refused():
+    assert parse_splits("test") == ["test"]
+    assert parse_splits(" test, validation,test") == ["validation", "test"]
+    assert parse_splits("train") == ["train"]
+    for text, message in (("dev", "'dev' is no split"), ("", "names no split"), ("test,train", "seen the train")):
+        with pytest.raises(InputError, match=message):
+            parse_splits(text)
 
 
 def folder_with(tmp_path, splits):
@@ -238,105 +212,84 @@ def folder_with(tmp_path, splits):
     with RunDir(tmp_path / "run", create=True) as folder:
         folder.set_problems([Problem(i, "p", "", ["assert f(1)"], "", "f", split) for i, split in enumerate(splits, 1)])
         keys = [(task_id, i) for task_id in range(1, len(splits) + 1) for i in range(2)]
+        labels = [label(*key, "passed" if key[1] else "failed", "passed") for key in keys]
         write_jsonl(folder.file("samples.jsonl"), [sample(*key) for key in keys])
-        write_jsonl(
-            folder.file("labels.jsonl"), [label(*key, "passed" if key[1] else "failed", "passed") for key in keys]
-        )
+        write_jsonl(folder.file("labels.jsonl"), labels)
         folder.save()
     return tmp_path / "run"
 
 
 def measured(folder):
-    return {one.task_id for one in read_jsonl(folder.file("selection.jsonl"), Choice)}
+    return {choice.task_id for choice in read_jsonl(folder.file("selection.jsonl"), Choice)}
 
 
-def test_the_splits_that_were_asked_for_stay_the_run_s_own(tmp_path):
+def test_the_splits_of_the_command_stay_the_run_s_own(tmp_path, capsys):
     with RunDir(folder_with(tmp_path, ["train", "validation", "test"])) as folder:
-        problems, labels = list(folder.problems().values()), read_jsonl(folder.file("labels.jsonl"), Label)
+        problems, labels = list(folder.problems().values()), folder.labels()
         stage.run(folder)
         assert measured(folder) == {3}
         assert recorded_splits(folder.manifest["config"], problems, labels) == ("test",)
-        stage.run(folder, "test,validation")
-        assert measured(folder) == {2, 3}
-        stage.run(folder)
-        assert measured(folder) == {2, 3}
+        for on in ("test,validation", None):
+            stage.run(folder, on)
+            assert measured(folder) == {2, 3}
+        assert "nothing to do" in capsys.readouterr().out
         assert recorded_splits(folder.manifest["config"], problems, labels) == ("validation", "test")
         assert recompute(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
 
 
-def test_a_split_without_labels_is_refused_and_the_choices_stay(tmp_path):
+def test_a_split_without_labels_is_refused_and_new_outputs_make_new_choices(tmp_path):
     with RunDir(folder_with(tmp_path, ["train", "validation"])) as folder:
         stage.run(folder)
         with pytest.raises(InputError, match="no labelled test problem, only train, validation"):
             stage.run(folder, "test,validation")
         assert measured(folder) == {2}
-
-
-def test_new_outputs_make_new_choices(tmp_path):
-    with RunDir(folder_with(tmp_path, ["test"])) as folder:
+        assert "consensus" not in {choice.strategy for choice in recompute(folder)}
+        write_jsonl(folder.file("outputs.jsonl"), [Output(2, 0, "(1,)"), Output(2, 1, None)])
         stage.run(folder)
-        assert "consensus" not in {one.strategy for one in read_jsonl(folder.file("selection.jsonl"), Choice)}
-        write_jsonl(folder.file("outputs.jsonl"), [Output(1, 0, "(1,)"), Output(1, 1, None)])
-        stage.run(folder)
-        assert picks(read_jsonl(folder.file("selection.jsonl"), Choice))["consensus"] == (0, 0.0)
+        assert picks(read_jsonl(folder.file("selection.jsonl"), Choice), 2)["consensus"] == (0, 0.0)
 
 
-@pytest.mark.parametrize(("scored", "said"), [
-    (((2, 0), (2, 1)), ""),
-    ((), ""),
-    (((1, 0),), ""),
-    (((2, 1),), "1 usable test sample has no score: the critic ranks them last. `fractal score --run {run}` scores them."),
-])  # fmt: skip
-def test_samples_of_the_measured_splits_without_a_score_are_said(tmp_path, capsys, scored, said):
+MISSING = "1 usable test sample has no score: the critic ranks them last. `fractal score --run {run}` scores them."
+
+
+@pytest.mark.parametrize(
+    ("scored", "warning"), [(((2, 0), (2, 1)), ""), ((), ""), (((1, 0),), ""), (((2, 1),), MISSING)]
+)
+def test_samples_of_the_measured_splits_without_a_score_are_a_warning(tmp_path, capsys, scored, warning):
     with RunDir(folder_with(tmp_path, ["train", "test"])) as folder:
         write_jsonl(folder.file("scores.jsonl"), [score(*key, 1.0) for key in scored])
         stage.run(folder)
         warnings = " ".join(capsys.readouterr().err.split())
-        assert ("no score" in warnings) == bool(said)
-        assert said.format(run=folder.path) in warnings
+        assert ("no score" in warnings) == bool(warning)
+        assert warning.format(run=folder.path) in warnings
 
 
-def test_ties_go_to_the_lowest_sample_id():
-    samples = [sample(1, i) for i in (2, 0, 1)]
+# ---- ties and gaps ---------------------------------------------------------------------------------------------------
+
+
+def test_ties_go_to_the_lowest_sample_id_and_the_unknown_ranks_last():
     labels = [label(1, i, "failed") for i in range(3)]
-    found = picks(choose(samples, labels, [score(1, i, 1.0, 1.0, 1.0) for i in range(3)]))
-    assert {sample_id for sample_id, _ in found.values()} == {None, 0}
-
-
-def test_an_empty_completion_or_an_unknown_log_probability_ranks_last():
+    tied = picks(choose([sample(1, i) for i in (2, 0, 1)], labels, [score(1, i, 1.0, 1.0, 1.0) for i in range(3)]))
+    assert {sample_id for sample_id, _ in tied.values()} == {None, 0}
     samples = [sample(1, 0, tokens=0, sum_logprob=0.0), sample(1, 1, sum_logprob=None), sample(1, 2, sum_logprob=-99.0)]
-    found = picks(choose(samples, [label(1, i, "failed") for i in range(3)]))
-    assert found["mean_logprob"] == found["sum_logprob"] == (2, 0.0)
+    picked = picks(choose(samples, labels))
+    assert picked["mean_logprob"] == picked["sum_logprob"] == (2, 0.0)
+    picked = picks(choose([sample(1, 0), sample(1, 1)], labels, [score(1, 1, -50.0)]))
+    assert picked["critic"] == (1, 0.0)
 
 
-def test_an_unscored_sample_ranks_below_any_scored_one():
-    found = picks(choose([sample(1, 0), sample(1, 1)], [label(1, i, "passed") for i in (0, 1)], [score(1, 1, -50.0)]))
-    assert found["critic"] == (1, 1.0)
-
-
-def test_strategies_without_data_are_left_out():
+def test_what_cannot_be_used_is_left_out():
     choices = choose([sample(1, 0, sum_logprob=None)], [label(1, 0, "passed")])
-    assert [one.strategy for one in choices] == ["random", "first", "shortest", "oracle"]
-
-
-def test_sandbox_errors_are_no_labels():
+    assert [choice.strategy for choice in choices] == ["random", "first", "shortest", "oracle"]
     samples = [sample(1, 0), sample(1, 1), sample(2, 0), sample(3, 0)]
     labels = [label(1, 0, "sandbox_error"), label(1, 1, "passed"), label(2, 0, "sandbox_error")]
     choices = choose(samples, labels)
-    assert {one.task_id for one in choices} == {1}
-    assert picks(choices)["random"] == (None, 1.0)
-    assert picks(choices)["first"] == (1, 1.0)
+    assert {choice.task_id for choice in choices} == {1}
+    assert (picks(choices)["random"], picks(choices)["first"]) == ((None, 1.0), (1, 1.0))
     assert left_out(samples, labels) == LeftOut(unlabelled=1, sandbox_error=2, problems=(2, 3))
-
-
-def test_a_nan_score_is_refused_with_its_place():
     with pytest.raises(ValueError, match="task_id 7, sample_id 0"):
         choose([sample(7, 0)], [label(7, 0, "passed")], [Score(7, 0, math.nan, 0.5)])
-
-
-def test_nothing_in_nothing_out():
-    assert choose([], []) == []
-    assert evaluate({}) == []
+    assert (choose([], []), evaluate({})) == ([], [])
 
 
 def test_evaluate_is_paired_over_problems():
@@ -348,17 +301,9 @@ def test_evaluate_is_paired_over_problems():
     assert (random.strategy, random.problems, random.gain_over_random) == ("random", 20, Interval(0, 0, 0))
     assert better.gain_over_random == Interval(0.25, 0.25, 0.25)
     assert better.pass_rate.low < better.pass_rate.mean == 0.625 < better.pass_rate.high
-
-
-def test_a_strategy_with_fewer_problems_is_compared_on_those():
-    choices = [Choice(1, "random", None, 0.5), Choice(2, "random", None, 0.1), Choice(2, "critic", 0, 1.0)]
-    critic = evaluate(by_strategy(choices))[1]
+    fewer = [Choice(1, "random", None, 0.5), Choice(2, "random", None, 0.1), Choice(2, "critic", 0, 1.0)]
+    critic = evaluate(by_strategy(fewer))[1]
     assert (critic.problems, critic.gain_over_random.mean) == (1, pytest.approx(0.9))
-
-
-@pytest.mark.parametrize(
-    "choices", [[Choice(1, "critic", 0, 1.0)], [Choice(1, "random", None, 0.5), Choice(1, "random", None, 0.5)]]
-)
-def test_evaluate_refuses_what_it_cannot_pair(choices):
-    with pytest.raises(ValueError, match="task_id 1"):
-        evaluate(by_strategy(choices))
+    for wrong in ([Choice(1, "critic", 0, 1.0)], [Choice(1, "random", None, 0.5), Choice(1, "random", None, 0.5)]):
+        with pytest.raises(ValueError, match="task_id 1"):
+            evaluate(by_strategy(wrong))
