@@ -1,5 +1,6 @@
 """The operator's menu: `invoke --list`. Each task is one call; what it does is in fractal/."""
 
+import functools
 import os
 import shlex
 import sys
@@ -22,17 +23,41 @@ RENTS = {"launch", "up", "run"}  # tasks that make a chain one that may cost mon
 
 
 class Chain(Executor):
-    """With a rented machine in it, a chain's options are all checked first, and what was rented to be ended is ended."""
+    """Where a task may cost money, the options of all tasks are checked first, and what was rented to be ended is ended."""
 
     def execute(self, *tasks):
         if not RENTS & {one.name for one in tasks}:
             return super().execute(*tasks)
-        from fractal.cloud import chain
+        results = {}
 
-        execute = super().execute
+        def execute():
+            results.update(super(Chain, self).execute(*tasks))
+
         asked = [(one.name, one.as_kwargs) for one in tasks]
-        _do(lambda: chain.conduct(lambda: execute(*tasks) and None, asked, self.config.run.dry), "lambda")
-        return {}
+        _do(lambda: _session().run_tasks(asked, execute, dry=self.config.run.dry), "lambda")
+        return results
+
+
+@functools.cache
+def _session():
+    """What the tasks of this command line share."""
+    from fractal.cloud.session import Session
+
+    return Session(pipeline())
+
+
+def pipeline():
+    """What fractal.cloud needs of the pipeline, whose stages it does not import."""
+    from fractal.__main__ import check_run_arguments
+    from fractal.cloud.options import Pipeline
+    from fractal.generate import models
+
+    return Pipeline(
+        check_run_arguments=check_run_arguments,
+        check_model=models.check_folder,
+        default_model=models.EMBEDDED,
+        default_model_folder=lambda: models.resolve(models.EMBEDDED).path,
+    )
 
 
 program.executor_class = Chain
@@ -71,11 +96,11 @@ def build(c, image="", json=False, base="", ca="", wheels="", cache=True):
     Examples: invoke build; invoke build --image=pipeline-cpu; invoke build --image=all --json
     Settings of pip and apt, SSL_CERT_FILE, FRACTAL_BASE_IMAGE, FRACTAL_WHEELS and FRACTAL_DEBIAN_MIRROR are heard.
     """
-    from fractal.cloud import chain
+    from fractal.cloud import image_commands
     from fractal.images.build import Options
 
     options = Options(base or None, Path(ca) if ca else None, Path(wheels) if wheels else None, not cache)
-    _do(lambda: chain.build(image, options, as_json=json, dry=c.config.run.dry))
+    _do(lambda: image_commands.build(_session(), image, options, as_json=json, dry=c.config.run.dry))
 
 
 @task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all",
@@ -88,10 +113,11 @@ def push(c, image="pipeline,sandbox", to="", host="", json=False):
     Examples: invoke push --to=registry.example/team; invoke push --image=pipeline-cpu,sandbox --host=lambda
     Credentials are Docker's (docker login) or ssh's. Interrupted and repeated, it goes on where it stopped.
     """
-    from fractal.cloud import chain
+    from fractal.cloud import image_commands
 
     to = to or ("" if host else os.environ.get("FRACTAL_REGISTRY", ""))
-    _do(lambda: chain.send_images(image, to, host or "lambda", as_json=json, dry=c.config.run.dry), "push")
+    dry = c.config.run.dry
+    _do(lambda: image_commands.push(_session(), image, to, host or "lambda", as_json=json, dry=dry), "push")
 
 
 @task(positional=[], help={"json": "a JSON object for each image",
@@ -180,30 +206,29 @@ WORK_HELP = {**RUN_HELP, "problems": "starter, mbpp, mbpp-sanitized or a file", 
 @task(positional=[], help={**WORK_HELP,
                            "image": "there: pipeline (default) or pipeline-cpu; here: run in this image beside a sandbox container",
                            "gpus": "here, with --image: all of the machine's GPUs; default: if there are any",
-                           "where": "lambda, here, or auto: the rented machine if one is rented",
+                           "where": "lambda, here, or auto: the rented instance if one is rented",
                            "terminate": "end the instance after the run, on every way out"})  # fmt: skip
 def run(c, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", more="", image="", gpus=False,
         where="auto", terminate=False):  # fmt: skip
-    """Run the stages, on the rented machine if one is rented, else here; what is done is not repeated.
+    """Run the stages, on the rented instance if one is rented, else here; what is done is not repeated.
 
     Examples: invoke launch build push run --stage=all --terminate; invoke run --problems=mbpp -n 50; invoke run --where=here
     Over there the job goes on if this command ends; the same command, or invoke logs --follow, goes on following it.
     """
-    from fractal.cloud import chain
+    from fractal.cloud.options import more_arguments, run_request
 
     options = dict(run=run, stage=stage, problems=problems, model=model, n=n, split=split, limit=limit, more=more,
                    image=image, terminate=terminate, where=where)  # fmt: skip
-    if chain.goes_there(where):
+    if _session().runs_on_instance(where):
         if c.config.run.dry:
-            print(
-                f"run: on the rented machine, {image or 'pipeline'}: fractal run --run {run} {' '.join(chain.work(options).words)}"
-            )
+            arguments = " ".join(run_request(options, _session().pipeline).arguments)
+            print(f"run: on the rented instance, {image or 'pipeline'}: fractal run --run {run} {arguments}")
             return
-        from fractal.cloud import rented
+        from fractal.cloud import run_commands
 
-        _do(lambda: rented.run(options), "run")
+        _do(lambda: run_commands.run(_session(), options), "run")
         return
-    given = [*_options(problems=problems, model=model, n=n, split=split, limit=limit), *chain.more_words(more)]
+    given = [*_options(problems=problems, model=model, n=n, split=split, limit=limit), *more_arguments(more)]
     if image:
         _contained(c, image, run, ["--stage", stage, *given], gpus)
         return
@@ -313,7 +338,7 @@ def doctor(c):
     _fractal(c, "doctor")
 
 
-# --- the rented machine ------------------------------------------------------------------------------------------------
+# --- the rented instance ------------------------------------------------------------------------------------------------
 
 LAUNCH_HELP = {"type": "instance types, the best first, as gpu_1x_a100_sxm4,gpu_1x_a10",
                "region": "regions, the best first; default: any with capacity", "max_price": "dollars an hour at most",
@@ -330,14 +355,16 @@ def launch(c, type="", region="", max_price="", wait_for_capacity="", max_hours=
     Examples: invoke launch; invoke launch --type=gpu_1x_a10 --max-price=1 --wait-for-capacity=6; invoke launch build push run
     LAMBDA_API_KEY holds the key. A living instance is used again. A guard ends it at the limits, also without this command.
     """
-    from fractal.cloud import chain
+    from fractal.cloud.options import describe, launch_request
 
     options = dict(type=type, region=region, max_price=max_price, wait_for_capacity=wait_for_capacity, max_hours=max_hours,
                    max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key)  # fmt: skip
     if c.config.run.dry:
-        print(f"launch: would rent {chain.describe(chain.wish(options))}")
+        print(f"launch: would rent {describe(launch_request(options))}")
         return
-    _do(lambda: chain.launch(options), "launch")
+    from fractal.cloud import instance_commands
+
+    _do(lambda: instance_commands.launch(_session(), options), "launch")
 
 
 @task(positional=[], help={**LAUNCH_HELP, **WORK_HELP, "image": "pipeline (default) or pipeline-cpu",
@@ -349,65 +376,78 @@ def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4",
 
     Example: invoke up --problems=mbpp-sanitized --split=train,validation --model=Qwen/Qwen2.5-Coder-1.5B-Instruct -n 50 --max-dollars=5
     """
-    from fractal.cloud import chain
+    from fractal.cloud.options import describe, launch_request, run_request
 
     options = dict(type=type, region=region, max_price=max_price, wait_for_capacity=wait_for_capacity, max_hours=max_hours,
                    max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key, run=run,
                    stage=stage, problems=problems, model=model, n=n, split=split, limit=limit, more=more, image=image,
                    to=to or os.environ.get("FRACTAL_REGISTRY", ""), terminate=True)  # fmt: skip
     if c.config.run.dry:
-        print(f"up: would rent {chain.describe(chain.wish(options))}")
+        print(f"up: would rent {describe(launch_request(options))}")
         build(c, image=f"{image or 'pipeline'},sandbox")
         push(c, image=f"{image or 'pipeline'},sandbox", to=to)
-        print(f"up: fractal run --run {run} {' '.join(chain.work(options).words)}; then the instance would be ended")
+        arguments = " ".join(run_request(options, _session().pipeline).arguments)
+        print(f"up: fractal run --run {run} {arguments}; then the instance would be ended")
         return
-    _do(lambda: chain.up(options), "up")
+    from fractal.cloud import run_commands
+
+    _do(lambda: run_commands.up(_session(), options), "up")
 
 
-def _rented(c, what, *values, **options):
-    """One call about the rented machine."""
+def _on_instance(c, what, command, *values, **options):
+    """One call about the rented instance."""
     if c.config.run.dry:
-        print(f"{what}: would ask the rented machine")
+        print(f"{what}: would ask the rented instance")
         return
-    from fractal.cloud import chain, rented
-
-    _do(lambda: (getattr(chain, what, None) or getattr(rented, what))(*values, **options), what)
+    _do(lambda: command(_session(), *values, **options), what)
 
 
 @task
 def wait(c):
-    """Climb the ladder: active, port, host key, ssh, cloud-init, Docker, GPU in a container; repair what can be repaired."""
-    _rented(c, "wait")
+    """Run the readiness checks: active, port, host key, ssh, cloud-init, Docker, GPU in a container; repair what can be."""
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "wait", instance_commands.wait)
 
 
 @task(name="setup-ssh")
 def setup_ssh(c):
     """Let `ssh lambda` lead to the instance: an included file, and once one line in ~/.ssh/config."""
-    _rented(c, "setup_ssh")
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "setup_ssh", instance_commands.setup_ssh)
 
 
 @task(positional=[], help={"dir": "a folder of this project"})
 def sync(c, dir="."):
     """Copy a folder to ~/fractal/src on the instance, without what git ignores. Example: invoke sync --dir=benchmarks"""
-    _rented(c, "sync", dir)
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "sync", instance_commands.sync, dir)
 
 
 @task(positional=[], help={"command": "one command instead of a shell"})
 def ssh(c, command=""):
     """A shell on the instance. Example: invoke ssh --command='df -h'"""
-    _rented(c, "shell", command)
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "shell", instance_commands.shell, command)
 
 
 @task
 def ps(c):
     """What is rented, what guards it and what it cost so far; jobs and processes there."""
-    _rented(c, "ps")
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "ps", instance_commands.ps)
 
 
 @task
 def gpu(c):
     """nvidia-smi of the instance."""
-    _rented(c, "gpu")
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "gpu", instance_commands.gpu)
 
 
 @task(
@@ -416,31 +456,41 @@ def gpu(c):
 )
 def logs(c, run="", job="", follow=False):
     """What a job on the instance says. Example: invoke logs -f"""
-    _rented(c, "logs", run, job, follow)
+    from fractal.cloud import run_commands
+
+    _on_instance(c, "logs", run_commands.logs, run, job, follow)
 
 
 @task(positional=[], help={"run": "a run folder; default: all runs that the instance has"})
 def fetch(c, run=""):
     """Bring results home, proven by digest; repeated, it brings what is new."""
-    _rented(c, "fetch", run)
+    from fractal.cloud import run_commands
+
+    _on_instance(c, "fetch", run_commands.fetch, run)
 
 
 @task
 def stop(c):
     """End the job on the instance; what it finished comes home."""
-    _rented(c, "stop")
+    from fractal.cloud import run_commands
+
+    _on_instance(c, "stop", run_commands.stop)
 
 
 @task
 def cost(c):
     """What every instance cost, or costs."""
-    _rented(c, "cost")
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "cost", instance_commands.cost)
 
 
 @task(positional=[], help={"name": "only this one, as invoke ps names it"})
 def terminate(c, name=""):
     """End the rented instances."""
-    _rented(c, "terminate", name)
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "terminate", instance_commands.terminate, name)
 
 
 @task(
@@ -452,4 +502,6 @@ def terminate(c, name=""):
 )
 def reap(c, yes=False, others=False):
     """Find and end instances that nobody owns: of the ledger, or by the name that Fractal gives."""
-    _rented(c, "reap", yes=yes, others=others)
+    from fractal.cloud import instance_commands
+
+    _on_instance(c, "reap", instance_commands.reap, yes=yes, others=others)

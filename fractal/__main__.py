@@ -572,6 +572,17 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def check_run_arguments(arguments: list[str]) -> None:
+    """Raise InputError for arguments that `fractal run` would refuse. Nothing is run."""
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
+    try:
+        command.make_context("fractal run", list(arguments))
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        raise InputError(f"run: {error.format_message()} See: fractal run --help") from error
+
+
 def main() -> NoReturn:
     """Run the command and end the process."""
     signal.signal(signal.SIGTERM, _interrupt)

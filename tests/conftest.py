@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 GROUPS = {
     "docker": "agreement attacks bench bench_generate bench_images containers cuda_image image images losses overlap parity "
     "pipeline repeat sandbox scan sidecar verify",
-    "ssh": "alias chain demo_cloud guard instance killed machine push ready remote rented",
+    "ssh": "demo_cloud guard instance killed launch machine push readiness remote run_commands session ssh_config ssh_keys",
 }
 GROUP_OF = {f"test_{name}": group for group, names in GROUPS.items() for name in names.split()}
 
@@ -194,9 +194,30 @@ def rented(tmp_path: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> I
     from tests.renting import renting
 
     monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
-    with renting(tmp_path / "state", key_file) as one:
-        yield one
-        one.check()
+    with renting(tmp_path / "state", key_file) as account:
+        yield account
+        account.check()
+
+
+@pytest.fixture(scope="session")
+def simulated_machine(openssh: None) -> Iterator[Any]:
+    """A simulated instance with Docker and a GPU, whose user is in the group docker (tests/machine.py)."""
+    from tests.machine import Condition, Machine, Unavailable
+
+    try:
+        with Machine(condition=Condition(docker_group=True)) as machine:
+            yield machine
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of other things: a guard's process costs a third of a second."""
+    from fractal.cloud import guard
+
+    monkeypatch.setattr(guard, "start", lambda account, name: None)
+    monkeypatch.setattr(guard, "alive", lambda ledger, name: True)
 
 
 @pytest.fixture

@@ -16,11 +16,16 @@ from typing import Any
 
 import requests
 
-from fractal.cloud.instance import Key, launch, reap, reconcile, terminate
-from fractal.cloud.lambda_api import Client, Pace
+from fractal.cloud.account import Account
+from fractal.cloud.instance import reap, update
+from fractal.cloud.instance_types import LaunchRequest
+from fractal.cloud.lambda_api import Client
+from fractal.cloud.launch import launch
 from fractal.cloud.ledger import Ledger
-from fractal.cloud.offers import Wish
-from tests.renting import QUICK, SETTINGS, TYPE
+from fractal.cloud.rate_limit import RateLimiter
+from fractal.cloud.reconcile import terminate
+from fractal.cloud.ssh_keys import Key
+from tests.renting import QUICK, TYPE
 
 
 class Steps:
@@ -55,25 +60,22 @@ def work(job: dict[str, Any], report: int) -> None:
     steps.wrap(requests.Session, "send", lambda session, request, **_: f"{request.method} {request.path_url}")
     steps.wrap(os, "replace", lambda source, target: f"replace {Path(target).name}")
     steps.wrap(subprocess.Popen, "__init__", lambda process, command, *_: f"start {command[2]}")
-    ledger = Ledger(Path(job["folder"]))
-    client = Client("secret-key", job["url"], pace=Pace(request_s=0, launch_s=0), patience_s=2.0, backoff_s=0.02)
-    key = Key("mine", Path(job["key_file"]))
-
-    def say(text: str) -> None:
-        pass
-
-    wish = Wish(types=(TYPE,), max_hours=job.get("max_hours", 4.0))
-    if job["verb"] == "launch":
-        launch(client, ledger, wish, key, say, settings=SETTINGS, terminate_after=job.get("terminate_after", False))
-    elif job["verb"] == "terminate":
-        for entry in ledger.open():
-            terminate(client, ledger, entry, say, waits=QUICK)
-    elif job["verb"] == "reconcile":
-        reconcile(client, ledger, say, SETTINGS)
-    elif job["verb"] == "reap":
-        reap(client, ledger, say, yes=True, waits=QUICK)
+    limiter = RateLimiter(request_s=0, launch_s=0)
+    client = Client("secret-key", job["url"], rate_limiter=limiter, patience_s=2.0, backoff_s=0.02)
+    account = Account(client, Ledger(Path(job["folder"])), lambda text: None, QUICK)
+    if job["command"] == "launch":
+        request = LaunchRequest(types=(TYPE,), max_hours=job.get("max_hours", 4.0))
+        key = Key("mine", Path(job["key_file"]))
+        launch(account, request, key, terminate_after=job.get("terminate_after", False))
+    elif job["command"] == "terminate":
+        for entry in account.ledger.open_entries():
+            terminate(account, entry)
+    elif job["command"] == "update":
+        update(account)
+    elif job["command"] == "reap":
+        reap(account, yes=True)
     else:
-        raise AssertionError(job["verb"])
+        raise AssertionError(job["command"])
 
 
 def main() -> None:

@@ -185,19 +185,17 @@ class Machine:
         engine: bool = True,
         condition: Condition = GOOD,
         public_key: str | None = None,
-        user_data: str | None = None,
         labels: Mapping[str, str] | None = None,
         wait: bool = True,
     ) -> None:
         """`public_key`: who is let in, instead of a key made for this machine (`folder`/key).
 
         `engine=False`: Docker is installed and not started. `wait=False`: back as soon as it has an address, while it
-        boots. A `user_data` script runs as root at the first boot; other user data is only kept.
+        boots.
         """
         self.alias = alias
         self.condition = condition if engine else replace(condition, docker="stopped")
         self._public_key = public_key
-        self._user_data = user_data
         self._labels = {LABEL: "machine", **(labels or {})}
         self._wait = wait
 
@@ -233,8 +231,6 @@ class Machine:
             )
             self.put(f"/home/{USER}/.ssh/authorized_keys", f"{key.strip()}\n".encode(), 0o644)
             self.put("/etc/machine.conf", self.condition.settings().encode(), 0o644)
-            if self._user_data is not None:
-                self.put("/var/lib/cloud/instance/user-data.txt", self._user_data.encode(), 0o600)
             self.container.start()
         except docker.errors.APIError as error:
             raise Unavailable(f"the engine does not run a machine with its own engine: {error.explanation}") from error

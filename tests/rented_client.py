@@ -11,7 +11,10 @@ import sys
 import requests
 
 from fractal import console
-from fractal.cloud import chain, rented, results
+from fractal.cloud import lambda_api, run_commands, transfer
+from fractal.cloud.rate_limit import RateLimiter
+from fractal.cloud.session import Session
+from tasks import pipeline
 from tests.killed_client import Steps
 
 STAND_IN = "stand-in:1"
@@ -24,16 +27,23 @@ def main() -> int:
         steps.wrap(requests.Session, "send", lambda session, request, **_: f"{request.method} {request.path_url}")
         steps.wrap(os, "replace", lambda source, target: "replace")
         steps.wrap(subprocess.Popen, "__init__", lambda process, command, *_: f"start {command[0]}")
-    sent = chain.image_name
-    chain.image_name = lambda key: sent(key) if key == "sandbox" else STAND_IN
-    results.EVERY_S = 0.5
+    image_name = Session.image_name
+    Session.image_name = lambda self, key: image_name(self, key) if key == "sandbox" else STAND_IN  # type: ignore[method-assign]
+    transfer.FETCH_INTERVAL_S = 0.5
+    lambda_api.RateLimiter = lambda folder: RateLimiter(folder, request_s=0, launch_s=0)  # type: ignore[misc,assignment]
     options = {
         "run": job["run"], "stage": job.get("stage", "all"), "problems": "", "model": job["model"], "n": str(job["n"]),
         "split": "", "limit": "", "more": job.get("more", ""), "image": job.get("image", "pipeline-cpu"), "where": "lambda",
         "terminate": job.get("terminate", False),
     }  # fmt: skip
-    asked = [("run", options)]
-    return console.report_errors(lambda: chain.conduct(lambda: rented.run(options), asked, dry=False), "run")
+    session = Session(pipeline())
+
+    def run_tasks() -> int:
+        codes: list[int] = []
+        session.run_tasks([("run", options)], lambda: codes.append(run_commands.run(session, options)))
+        return codes[0]
+
+    return console.report_errors(run_tasks, "run")
 
 
 if __name__ == "__main__":

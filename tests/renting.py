@@ -1,4 +1,4 @@
-"""What the tests of rented instances share: a fake cloud, a quick client, a ledger, and the end of all guards."""
+"""What the tests of rented instances share: a fake cloud, an account with short timing, a ledger, the end of all guards."""
 
 import os
 import signal
@@ -7,23 +7,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from fractal.cloud import guard
-from fractal.cloud.instance import Key, Wish, launch
-from fractal.cloud.lambda_api import Client, Pace
+from fractal.cloud import guard, reconcile
+from fractal.cloud.account import Account, Timing
+from fractal.cloud.instance_types import LaunchRequest
+from fractal.cloud.lambda_api import Client
+from fractal.cloud.launch import launch
 from fractal.cloud.ledger import Entry, Ledger
-from fractal.cloud.life import Waits
+from fractal.cloud.rate_limit import RateLimiter
+from fractal.cloud.ssh_keys import Key
 from tests.conftest import until
 from tests.fake_lambda.server import FakeLambda
 
-QUICK = Waits(
-    look_s=0.03, settle_s=0.35, send_s=0.3, grace_s=0.5, resend_s=0.4, end_s=3.0, unhealthy_s=0.2, capacity_s=0.1
+QUICK = Timing(
+    poll_s=0.03,
+    unknown_launch_s=0.35,
+    launch_request_s=0.3,
+    hidden_s=0.5,
+    repeat_terminate_s=0.4,
+    terminate_timeout_s=3.0,
+    unhealthy_s=0.2,
+    capacity_poll_s=0.1,
+    guard_tick_s=0.05,
+    guard_poll_s=0.3,
+    guard_retry_s=0.1,
+    guard_linger_s=0.4,
+    request_interval_s=0.0,
 )
-SETTINGS = guard.Settings(tick_s=0.05, poll_s=0.3, retry_s=0.1, linger_s=0.4, request_s=0.0, waits=QUICK)
 TYPE = "gpu_1x_a10"
-WISH = Wish(types=(TYPE,))
+REQUEST = LaunchRequest(types=(TYPE,))
 
 
 @cache
@@ -35,56 +50,69 @@ def key_pair(folder: Path) -> Path:
 
 
 class Renting:
-    """One account, one state folder, and what was said."""
+    """One account at the fake cloud, one state folder, and what was logged."""
 
     def __init__(self, cloud: FakeLambda, folder: Path, key_file: Path) -> None:
         self.cloud = cloud
         self.ledger = Ledger(folder)
         self.key = Key("mine", key_file)
-        self.said: list[str] = []
+        self.logged: list[str] = []
         self.cloud.add_ssh_key("mine", Path(f"{key_file}.pub").read_text().strip())
 
     def client(self, key: str = "secret-key", patience_s: float = 0.5, timeout_s: float = 2.0) -> Client:
-        pace = Pace(request_s=0.0, launch_s=0.0)
-        return Client(key, self.cloud.url, pace=pace, patience_s=patience_s, timeout_s=timeout_s, backoff_s=0.02)
+        limiter = RateLimiter(request_s=0.0, launch_s=0.0)
+        return Client(
+            key, self.cloud.url, rate_limiter=limiter, patience_s=patience_s, timeout_s=timeout_s, backoff_s=0.02
+        )
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def account(self, client: Client | None = None, timing: Timing = QUICK, **options: Any) -> Account:
+        """`options` are those of `client`."""
+        return Account(client or self.client(**options), self.ledger, self.logged.append, timing)
 
-    def launch(self, wish: Wish = WISH, settings: guard.Settings = SETTINGS, **options: object) -> Entry:
-        return launch(self.client(), self.ledger, wish, self.key, self.say, settings=settings, **options)  # type: ignore[arg-type]
+    def launch(self, request: LaunchRequest = REQUEST, timing: Timing = QUICK, **options: Any) -> Entry:
+        return launch(self.account(timing=timing), request, self.key, **options)
 
     def names(self) -> set[str]:
-        return {one["name"] for one in self.cloud.living()}
+        return {instance["name"] for instance in self.cloud.living()}
 
     def open_names(self) -> set[str]:
-        return {entry.name for entry in self.ledger.open()}
+        return {entry.name for entry in self.ledger.open_entries()}
+
+    def find(self, entry: Entry) -> Entry:
+        found = self.ledger.find(entry.name)
+        assert found is not None
+        return found
+
+    def terminate_all(self) -> None:
+        for entry in self.ledger.open_entries():
+            reconcile.terminate(self.account(), entry)
+        assert self.cloud.living() == []
+        assert self.open_names() == set()
 
     def check(self) -> None:
-        """What must hold after anything: nothing is alive that the ledger does not name."""
+        """What has to hold after anything: no instance is alive that the ledger does not name."""
         before = self.open_names()
-        assert self.names() <= before | self.open_names()  # a guard may be ending one meanwhile
+        assert self.names() <= before | self.open_names()  # a guard may be terminating one meanwhile
         assert self.cloud.troubles == []
 
 
 @contextmanager
-def renting(folder: Path, key_file: Path, **cloud: object) -> Iterator[Renting]:
-    with FakeLambda(rate=False, **cloud) as fake:  # type: ignore[arg-type]
-        one = Renting(fake, folder, key_file)
+def renting(folder: Path, key_file: Path, **cloud: Any) -> Iterator[Renting]:
+    with FakeLambda(rate=False, **cloud) as fake:
         try:
-            yield one
+            yield Renting(fake, folder, key_file)
         finally:
             end_guards(folder)
 
 
 def guard_pids(folder: Path) -> list[int]:
-    """Of those that hold their lock."""
-    found = []
+    """Of the guards that hold their lock."""
+    pids = []
     for file in folder.glob("guard-*.lock"):
-        with suppress(FileNotFoundError, ValueError):  # it goes, or just came
+        with suppress(FileNotFoundError, ValueError):  # it ends, or has just started
             if guard.alive(Ledger(folder), file.name.removeprefix("guard-").removesuffix(".lock")):
-                found.append(int(file.read_text()))
-    return found
+                pids.append(int(file.read_text()))
+    return pids
 
 
 def end_guards(folder: Path) -> None:
@@ -95,10 +123,10 @@ def end_guards(folder: Path) -> None:
 
 
 def guards(folder: Path) -> list[int]:
-    """All processes, also one that let its lock go."""
-    found = []
+    """All processes, also one that released its lock."""
+    pids = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if "fractal.cloud.guard" in process.cmdline() and process.environ().get("FRACTAL_STATE") == str(folder):
-                found.append(process.pid)
-    return found
+                pids.append(process.pid)
+    return pids

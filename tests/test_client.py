@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal.sandbox.host.limits import DEFAULT_LIMITS, Limits
+from fractal.sandbox.host.limits import Limits
 from fractal.sandbox.host.program_key import normal_form, program_key
 
 LINES = [
@@ -67,16 +67,3 @@ def test_the_same_program_for_another_problem_is_another_one() -> None:
 def test_limits_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="out of range"):
         Limits(**bad)  # type: ignore[arg-type]
-
-
-def test_the_defaults_of_the_limits_stand_in_one_place() -> None:
-    """The options of `verify` and `run` show the defaults of Limits: no module repeats a number."""
-    import inspect
-
-    from fractal import __main__ as cli
-
-    text = "".join(inspect.getsource(cli).split())
-    for name, value in (("cpu_s", "4.0"), ("wall_s", "12.0"), ("memory_mib", "512")):
-        assert f"DEFAULT_LIMITS.{name}" in text
-        assert f"={value}," not in text
-    assert Limits() == DEFAULT_LIMITS == Limits(cpu_s=4.0, wall_s=12.0, memory_mib=512, file_mib=16)

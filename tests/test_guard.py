@@ -1,4 +1,4 @@
-"""The guard: a real detached process that ends a real (fake) instance, whatever happened to its client."""
+"""The guard: a real detached process that terminates an instance of the fake, whatever happened to its client."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ import psutil
 import pytest
 
 from fractal.cloud import guard
-from fractal.cloud.instance import current, reconcile, terminate
-from fractal.cloud.lambda_api import CloudError
+from fractal.cloud.instance import current, update
+from fractal.cloud.instance_types import LaunchRequest
+from fractal.cloud.lambda_errors import CloudError
 from fractal.cloud.ledger import Entry
-from fractal.cloud.offers import Wish
-from fractal.errors import InputError
+from fractal.cloud.reconcile import terminate
 from tests.conftest import until
 from tests.fake_lambda.server import cut, garbage, status
-from tests.renting import QUICK, SETTINGS, TYPE, Renting, end_guards, guard_pids
+from tests.renting import QUICK, TYPE, Renting, end_guards, guard_pids
 
 pytestmark = pytest.mark.usefixtures("openssh")
 
@@ -34,46 +34,45 @@ def age(one: Renting, entry: Entry, hours: float) -> None:
     one.ledger.change(entry.name, asked_at=time.time() - hours * HOUR)
 
 
-def gone(one: Renting) -> None:
-    until(lambda: one.ledger.open() == [])
+def ended(one: Renting) -> None:
+    """The instance is terminated, and its guard has ended."""
+    until(lambda: one.ledger.open_entries() == [])
     assert one.cloud.living() == []
     until(lambda: guard_pids(one.ledger.folder) == [])
 
 
 def test_it_ends_the_instance_at_max_hours_and_goes(rented: Renting) -> None:
-    entry = rented.launch(Wish(types=(TYPE,), max_hours=0.6 / HOUR))
-    gone(rented)
-    ended = rented.ledger.find(entry.name)
-    assert ended is not None
-    assert (ended.end_reason or "").startswith("limit reached")
+    entry = rented.launch(LaunchRequest(types=(TYPE,), max_hours=0.6 / HOUR))
+    ended(rented)
+    assert (rented.find(entry).end_reason or "").startswith("limit reached")
     assert rented.cloud.billed_seconds(rented.cloud.launched[0]) < 3
 
 
 def test_it_ends_the_instance_at_max_dollars(rented: Renting) -> None:
-    entry = rented.launch(Wish(types=(TYPE,), max_hours=None, max_dollars=1.0))
+    entry = rented.launch(LaunchRequest(types=(TYPE,), max_hours=None, max_dollars=1.0))
     age(rented, entry, 1.3)  # 0.98 USD
     time.sleep(0.4)
     assert rented.names() == {entry.name}
     age(rented, entry, 1.34)
-    gone(rented)
+    ended(rented)
 
 
 def test_waking_up_past_the_limit_it_acts_at_once(rented: Renting) -> None:
     entry = rented.launch()
     age(rented, entry, 9)
     begin = time.monotonic()
-    gone(rented)
+    ended(rented)
     assert time.monotonic() - begin < 3
 
 
 def test_limits_may_change_while_it_watches(rented: Renting) -> None:
-    entry = rented.launch(Wish(types=(TYPE,), max_hours=1.0))
+    entry = rented.launch(LaunchRequest(types=(TYPE,), max_hours=1.0))
     rented.ledger.change(entry.name, max_hours=None)
     age(rented, entry, 2.0)
     time.sleep(1.0)
     assert rented.names() == {entry.name}
     rented.ledger.change(entry.name, max_dollars=0.000001)
-    gone(rented)
+    ended(rented)
 
 
 def test_it_is_detached_alone_and_keeps_the_key_to_itself(rented: Renting) -> None:
@@ -85,17 +84,11 @@ def test_it_is_detached_alone_and_keeps_the_key_to_itself(rented: Renting) -> No
     assert process.ppid() != os.getpid()
     assert "secret-key" not in " ".join(process.cmdline())
     for _ in range(3):
-        guard.start(rented.ledger, entry.name, SETTINGS)
+        guard.start(rented.account(), entry.name)
     assert guard_pids(rented.ledger.folder) == [pid]
     assert "secret-key" not in log(rented, entry)
-    mode = rented.ledger.folder.stat().st_mode & 0o777
-    assert mode == 0o700
-
-
-def test_it_survives_hangup_and_interrupt_of_the_terminal(rented: Renting) -> None:
-    rented.launch()
-    (pid,) = guard_pids(rented.ledger.folder)
-    os.kill(pid, signal.SIGHUP)
+    assert rented.ledger.folder.stat().st_mode & 0o777 == 0o700
+    os.kill(pid, signal.SIGHUP)  # the terminal is closed, or Ctrl-C
     os.kill(pid, signal.SIGINT)
     time.sleep(0.2)
     assert guard_pids(rented.ledger.folder) == [pid]
@@ -104,10 +97,10 @@ def test_it_survives_hangup_and_interrupt_of_the_terminal(rented: Renting) -> No
 def test_a_killed_guard_is_replaced_by_the_next_command(rented: Renting) -> None:
     entry = rented.launch()
     end_guards(rented.ledger.folder)
-    assert not guard.status(rented.ledger, entry.name).alive
-    reconcile(rented.client(), rented.ledger, rented.say, SETTINGS)
-    assert guard.status(rented.ledger, entry.name).alive
-    assert any("its guard was gone" in line for line in rented.said)
+    assert not guard.alive(rented.ledger, entry.name)
+    update(rented.account())
+    assert guard.alive(rented.ledger, entry.name)
+    assert any("its guard was gone" in line for line in rented.logged)
     end_guards(rented.ledger.folder)
     assert rented.launch().name == entry.name
     assert guard.alive(rented.ledger, entry.name)
@@ -116,10 +109,8 @@ def test_a_killed_guard_is_replaced_by_the_next_command(rented: Renting) -> None
 def test_it_notices_that_the_instance_ended_from_outside(rented: Renting) -> None:
     entry = rented.launch()
     rented.cloud.preempt(rented.cloud.launched[0])
-    gone(rented)
-    ended = rented.ledger.find(entry.name)
-    assert ended is not None
-    assert "preempted" in (ended.end_reason or "")
+    ended(rented)
+    assert "preempted" in (rented.find(entry).end_reason or "")
 
 
 def test_it_keeps_trying_while_the_api_is_out(rented: Renting) -> None:
@@ -127,23 +118,23 @@ def test_it_keeps_trying_while_the_api_is_out(rented: Renting) -> None:
     out = [cut(), status(503), garbage(), status(500, "global/internal-error"), status(401, "global/invalid-api-key")]
     rented.cloud.script("* *", *out)
     age(rented, entry, 9)
-    gone(rented)
+    ended(rented)
 
 
 def test_a_broken_ledger_stops_no_guard(rented: Renting) -> None:
-    entry = rented.launch(Wish(types=(TYPE,), max_hours=4.0 / HOUR))
+    entry = rented.launch(LaunchRequest(types=(TYPE,), max_hours=4.0 / HOUR))
     time.sleep(1.0)
     content = rented.ledger.file.read_bytes()
     rented.ledger.file.write_bytes(b"broken")
     until(lambda: rented.cloud.living() == [])
     assert rented.ledger.file.read_bytes() == b"broken"
-    assert "Going on with what was last known" in log(rented, entry)
+    assert "Using what was last known" in log(rented, entry)
     rented.ledger.file.write_bytes(content)
-    gone(rented)
+    ended(rented)
 
 
 def test_a_lost_ledger_stops_no_guard(rented: Renting) -> None:
-    rented.launch(Wish(types=(TYPE,), max_hours=4.0 / HOUR))
+    rented.launch(LaunchRequest(types=(TYPE,), max_hours=4.0 / HOUR))
     time.sleep(1.0)
     rented.ledger.file.unlink()
     until(lambda: rented.cloud.living() == [])
@@ -163,15 +154,15 @@ def test_without_a_ledger_it_goes_when_the_instance_has_ended(rented: Renting, f
 
 def test_it_goes_when_the_instance_is_ended_by_hand(rented: Renting) -> None:
     entry = rented.launch()
-    terminate(rented.client(), rented.ledger, entry, rented.say, waits=QUICK)
-    gone(rented)
+    terminate(rented.account(), entry)
+    ended(rented)
     assert not guard.lock_file(rented.ledger, entry.name).exists()
 
 
 @pytest.mark.parametrize("slept", [False, True], ids=["awake", "slept through the limit"])
 def test_the_rescue_runs_before_the_end(rented: Renting, tmp_path: Path, slept: bool) -> None:
     """It sees the instance alive, and its success ends the waiting."""
-    entry = rented.launch(Wish(types=(TYPE,), max_hours=3.0))
+    entry = rented.launch(LaunchRequest(types=(TYPE,), max_hours=3.0))
     saved = tmp_path / "saved"
     code = f"import pathlib, time; time.sleep(2); pathlib.Path({str(saved)!r}).write_text('results')"
     rented.ledger.change(entry.name, rescue=(sys.executable, "-c", code), rescue_s=60.0)
@@ -180,17 +171,17 @@ def test_the_rescue_runs_before_the_end(rented: Renting, tmp_path: Path, slept: 
     age(rented, entry, 9 if slept else 3 - 30 / HOUR)
     time.sleep(0.3)
     assert rented.names() == {entry.name}
-    gone(rented)
+    ended(rented)
     assert saved.read_text() == "results"
 
 
 def test_a_rescue_without_end_is_killed_with_its_children(rented: Renting, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    entry = rented.launch(Wish(types=(TYPE,), max_hours=3.0))
+    entry = rented.launch(LaunchRequest(types=(TYPE,), max_hours=3.0))
     script = f"sleep 100 & echo $! $$ > {pids}; wait"
     rented.ledger.change(entry.name, rescue=("sh", "-c", script), rescue_s=1.0)
     age(rented, entry, 3 - 0.9 / HOUR)
-    gone(rented)
+    ended(rented)
     until(lambda: not any(_lives(int(pid)) for pid in pids.read_text().split()))
 
 
@@ -203,10 +194,10 @@ def _lives(pid: int) -> bool:
 
 @pytest.mark.parametrize("command", [("false",), ("/no/such/command",)])
 def test_a_rescue_that_fails_does_not_stop_the_end(rented: Renting, command: tuple[str, ...]) -> None:
-    entry = rented.launch(Wish(types=(TYPE,), max_hours=3.0))
+    entry = rented.launch(LaunchRequest(types=(TYPE,), max_hours=3.0))
     rented.ledger.change(entry.name, rescue=command, rescue_s=1.0)
     age(rented, entry, 3 - 0.9 / HOUR)
-    gone(rented)
+    ended(rented)
 
 
 @pytest.mark.parametrize("key", ["", "another-key"])
@@ -223,38 +214,26 @@ def test_a_new_key_takes_over_from_one_that_was_revoked(rented: Renting, monkeyp
     rented.cloud.key = "new-key"
     until(lambda: not guard.alive(rented.ledger, entry.name))
     monkeypatch.setenv("LAMBDA_API_KEY", "new-key")
-    reconcile(rented.client("new-key"), rented.ledger, rented.say, SETTINGS)
+    update(rented.account("new-key"))
     assert guard.alive(rented.ledger, entry.name)
     age(rented, entry, 9)
-    gone(rented)
-
-
-def test_what_status_says(rented: Renting) -> None:
-    entry = rented.launch(Wish(types=(TYPE,), max_hours=2.0, max_dollars=3.0))
-    rented.ledger.change(entry.name, asked_at=time.time() - HOUR)
-    found = guard.status(rented.ledger, entry.name)
-    assert found.alive
-    assert found.hours_left == pytest.approx(1.0, abs=0.01)
-    assert found.dollars_left == pytest.approx(2.25, abs=0.01)
-    with pytest.raises(InputError, match="no instance"):
-        guard.status(rented.ledger, "fractal-0a1b2c-ffffffff")
-    assert not guard.alive(rented.ledger, "fractal-0a1b2c-ffffffff")
+    ended(rented)
 
 
 def test_a_late_machine_of_a_launch_that_was_given_up_is_taken_back(rented: Renting) -> None:
     """Hidden for longer than anyone looked for it: the guard lingers, and finds it."""
     rented.cloud.hidden_s = 1.5
-    entry = rented.launch(settings=replace(SETTINGS, linger_s=3.0))
+    entry = rented.launch(timing=replace(QUICK, guard_linger_s=3.0))
     rented.ledger.change(entry.name, state="intended", id=None, launched_at=None, owner=None)
-    until(lambda: rented.ledger.open() == [])
+    until(lambda: rented.ledger.open_entries() == [])
     until(lambda: rented.open_names() == {entry.name})
-    assert current(rented.client(), rented.ledger, rented.say, SETTINGS).id == rented.cloud.launched[0]
+    assert current(rented.account()).id == rented.cloud.launched[0]
 
 
 def test_no_jump_of_the_clock_makes_an_instance_younger(monkeypatch: pytest.MonkeyPatch) -> None:
     now, steady = [1e9], [50.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
-    monkeypatch.setattr(guard, "_steady", lambda: steady[0])
+    monkeypatch.setattr(guard, "_boot_time", lambda: steady[0])
     clock = guard.Clock()
     assert clock.age(1e9 - 100) == 100
     now[0] -= 86400
@@ -274,5 +253,5 @@ def test_a_guard_that_cannot_lock_says_so(rented: Renting) -> None:
     lock.unlink(missing_ok=True)
     lock.mkdir()
     with pytest.raises(CloudError, match="cannot be locked"):
-        guard.start(rented.ledger, entry.name, SETTINGS)
+        guard.start(rented.account(), entry.name)
     lock.rmdir()

@@ -123,7 +123,7 @@ def test_what_runs_in_the_sandbox_and_what_set_up_needs_import_the_standard_libr
     [
         "fractal.__main__, fractal.rundir, fractal.selection.stage, fractal.report.stage",
         "fractal.generate.stage, fractal.verify.stage, fractal.critic.train, fractal.critic.score",
-        "fractal.cloud.chain, fractal.cloud.rented, fractal.cloud.guard",
+        "fractal.cloud.run_commands, fractal.cloud.instance_commands, fractal.cloud.guard",
     ],
     ids=["command line", "stages with nothing to do", "the operator's laptop"],
 )

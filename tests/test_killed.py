@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from fractal.cloud.instance import reap, terminate
+from fractal.cloud.instance import reap
 from tests.conftest import ROOT, until
 from tests.fake_lambda.server import lose_answer
-from tests.renting import QUICK, Renting, end_guards, guard_pids, renting
+from tests.renting import Renting, end_guards, guard_pids, renting
 from tests.test_ledger import entry as an_entry
 
 pytestmark = pytest.mark.usefixtures("openssh")
@@ -38,10 +38,10 @@ class Clients:
             command, cwd=ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
-    def run(self, one: Renting, verb: str, kill_at: int = -1, **job: object) -> tuple[int, list[str]]:
+    def run(self, one: Renting, command: str, kill_at: int = -1, **job: object) -> tuple[int, list[str]]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job |= {"verb": verb, "kill_at": kill_at, "url": one.cloud.url, "folder": str(one.ledger.folder)}
+        job |= {"command": command, "kill_at": kill_at, "url": one.cloud.url, "folder": str(one.ledger.folder)}
         print(json.dumps({**job, "key_file": str(one.key.file)}), file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline())
         return answer["code"], answer["steps"]
@@ -64,27 +64,27 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
 
 
-def each_step(clients: Clients, tmp_path: Path, key_file: Path, verb: str, prepare: Prepare, **job: Any) -> Iterator[tuple[Renting, str]]:  # fmt: skip
-    """A world in which the client was killed at its first step, at its second, and so on to the last."""
+def each_step(
+    clients: Clients, tmp_path: Path, key_file: Path, command: str, prepare: Prepare, **job: Any
+) -> Iterator[tuple[Renting, str]]:
+    """An account whose client was killed at its first step, at its second, and so on to the last."""
     cloud = {key: job.pop(key) for key in ("hidden_s", "terminate_s", "boot_s") if key in job}
-    kill_at = 0
-    while True:
-        folder = tmp_path / f"{verb}-{kill_at}"
+    for kill_at in range(1000):
+        folder = tmp_path / f"{command}-{kill_at}"
         with renting(folder, key_file, **cloud) as one:
             prepare(one)
-            code, steps = clients.run(one, verb, kill_at, **job)
+            code, steps = clients.run(one, command, kill_at, **job)
             if code == 0:
                 assert kill_at >= 4, steps
                 return
             assert code == -signal.SIGKILL
-            where = f"{verb}, killed {steps[-1]}"
+            where = f"{command}, killed {steps[-1]}"
             print(where)
             one.check()
             yield one, where
             assert one.cloud.living() == [], where
             one.check()
         shutil.rmtree(folder, ignore_errors=True)
-        kill_at += 1
 
 
 def billed_once(one: Renting) -> None:
@@ -93,16 +93,11 @@ def billed_once(one: Renting) -> None:
     assert sorted(ids) == sorted(one.cloud.launched)
 
 
-def end_all(one: Renting) -> None:
-    for entry in one.ledger.open():
-        terminate(one.client(), one.ledger, entry, one.say, waits=QUICK)
-
-
 def lose(one: Renting) -> None:
     one.cloud.script("POST /instance-operations/launch", lose_answer())
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["answered", "answer lost"])
+@pytest.mark.parametrize("lost", [False, pytest.param(True, marks=pytest.mark.long)], ids=["answered", "response lost"])
 def test_launch_killed_at_each_step_never_rents_two(lost: bool, clients: Clients, tmp_path: Path, key_file: Path) -> None:  # fmt: skip
     count = 0
     prepare = lose if lost else lambda one: None
@@ -113,23 +108,25 @@ def test_launch_killed_at_each_step_never_rents_two(lost: bool, clients: Clients
         assert one.cloud.launches == 1, where
         assert one.open_names() == {now.name}
         billed_once(one)
-        end_all(one)
+        one.terminate_all()
         assert one.open_names() == set()
         count += 1
     assert count >= 16
 
 
+@pytest.mark.long
 def test_launch_killed_and_reap_finds_it(clients: Clients, tmp_path: Path, key_file: Path) -> None:
     """The next command is no launch, and the guards died as well: a reboot."""
     for number, (one, where) in enumerate(each_step(clients, tmp_path, key_file, "launch", lambda one: None)):
         end_guards(one.ledger.folder)
         if number % 2 and one.cloud.launches:  # and the ledger is lost
             one.ledger.file.unlink()
-        ended = reap(one.client(), one.ledger, one.say, yes=True, waits=QUICK)
+        ended = reap(one.account(), yes=True)
         assert len(ended) == one.cloud.launches, where
         assert one.open_names() == set(), where
 
 
+@pytest.mark.long
 def test_launch_killed_and_nobody_comes_back(clients: Clients, tmp_path: Path, key_file: Path) -> None:
     """The guard alone ends it at its limit, which it learnt before the request went out; then it goes."""
     limit_h = 0.8 / 3600
@@ -165,18 +162,19 @@ def rent(one: Renting) -> None:
 
 def test_terminate_killed_at_each_step(clients: Clients, tmp_path: Path, key_file: Path) -> None:
     for one, where in each_step(clients, tmp_path, key_file, "terminate", rent, terminate_s=0.05):
-        end_all(one)
+        one.terminate_all()
         assert one.open_names() == set(), where
         billed_once(one)
 
 
+@pytest.mark.long
 def test_a_second_launch_after_a_killed_terminate(clients: Clients, tmp_path: Path, key_file: Path) -> None:
     """Never two at once: what is being ended is waited for, what lives on is used."""
     for one, where in each_step(clients, tmp_path, key_file, "terminate", rent, terminate_s=0.05):
         now = one.launch()
         assert [each["name"] for each in one.cloud.living()] == [now.name], where
         billed_once(one)
-        end_all(one)
+        one.terminate_all()
 
 
 def orphan(one: Renting) -> None:
@@ -185,17 +183,19 @@ def orphan(one: Renting) -> None:
     one.ledger.change(one.ledger.entries()[0].name, state="intended", id=None, launched_at=None)
 
 
-def test_reconcile_killed_at_each_step(clients: Clients, tmp_path: Path, key_file: Path) -> None:
-    for one, where in each_step(clients, tmp_path, key_file, "reconcile", orphan):
+@pytest.mark.long
+def test_update_killed_at_each_step(clients: Clients, tmp_path: Path, key_file: Path) -> None:
+    for one, where in each_step(clients, tmp_path, key_file, "update", orphan):
         now = one.launch()
         assert one.cloud.launches == 1, where
         assert one.names() == {now.name}
         billed_once(one)
-        end_all(one)
+        one.terminate_all()
 
 
+@pytest.mark.long
 def test_reap_killed_at_each_step(clients: Clients, tmp_path: Path, key_file: Path) -> None:
     for one, where in each_step(clients, tmp_path, key_file, "reap", orphan, terminate_s=0.05):
         time.sleep(0.06)
-        reap(one.client(), one.ledger, one.say, yes=True, waits=QUICK)
+        reap(one.account(), yes=True)
         assert one.open_names() == set(), where

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from rich.console import Console
 
-from fractal.cloud.cost import cost, table
-from fractal.cloud.ledger import NAME, Entry, Event, Ledger, Process, _started, state_dir
+from fractal.cloud.cost import bill, cost_table
+from fractal.cloud.ledger import NAME, Entry, Event, Ledger, Process, process_start, state_dir
 from fractal.errors import InputError, OutsideError
 from tests.conftest import ROOT
 
@@ -97,7 +97,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), seconds=st.floats(0, 1e6))
     def event(self, data: st.DataObject, seconds: float) -> None:
         if name := self.some(data):
-            self.ledger.event(name, "boot", 1.0, seconds)
+            self.ledger.add_event(name, "boot", 1.0, seconds)
             self.model[name] = replace(
                 self.model[name], timeline=(*self.model[name].timeline, Event("boot", 1.0, seconds))
             )
@@ -110,7 +110,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         assert self.ledger.entries() == list(self.model.values())
-        assert self.ledger.open() == [one for one in self.model.values() if one.state != "ended"]
+        assert self.ledger.open_entries() == [one for one in self.model.values() if one.state != "ended"]
 
 
 TestLedgerMachine = LedgerMachine.TestCase
@@ -227,8 +227,8 @@ def test_a_name_that_stands_twice_is_a_broken_ledger(tmp_path: Path) -> None:
     content = json.loads(ledger.file.read_text())
     content["entries"] *= 2
     ledger.file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="stands twice"):
-        ledger.open()
+    with pytest.raises(InputError, match="occurs twice"):
+        ledger.open_entries()
 
 
 def test_a_value_that_would_not_come_back_is_not_written(tmp_path: Path) -> None:
@@ -286,11 +286,11 @@ def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_a_process_is_known_by_more_than_its_number() -> None:
-    here = Process.here()
+    here = Process.current()
     assert here.alive()
     assert not replace(here, started=here.started - 5).alive()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    started = _started(child.pid)
+    started = process_start(child.pid)
     assert started is not None
     assert Process(child.pid, started).alive()
     child.kill()
@@ -315,18 +315,29 @@ def test_limits_and_cost_count_from_the_request() -> None:
     assert entry().dollars(1000 + hour) == pytest.approx(0.75)  # it may be: not settled
 
 
-def test_cost_adds_up_and_marks_what_lives(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.add(entry("fractal-0a1b2c-00000001", id="a", state="ended", ended_at=4600.0, end_reason="reap [x]"))
-    ledger.add(entry("fractal-0a1b2c-00000002", id="b", state="launched", max_dollars=2.0))
-    ledger.add(entry("fractal-0a1b2c-00000003", state="ended", ended_at=4600.0))
-    found = cost(ledger, 1000 + 7200.0)
-    assert [row.usd for row in found.rows] == pytest.approx([0.75, 1.5])
-    assert [row.left_usd for row in found.rows] == [None, pytest.approx(0.5)]
-    assert (found.total_usd, found.living_usd_per_hour) == pytest.approx((2.25, 0.75))
+def test_cost_adds_up_and_marks_what_is_alive() -> None:
+    entries = [
+        entry("fractal-0a1b2c-00000001", id="a", state="ended", ended_at=4600.0, end_reason="reap [x]"),
+        entry("fractal-0a1b2c-00000002", id="b", state="launched", max_dollars=2.0),
+        entry("fractal-0a1b2c-00000003", state="ended", ended_at=4600.0),
+    ]
+    lines = printed(cost_table(entries, 1000 + 7200.0)).splitlines()
+    assert len(lines) == 4  # what was never launched is left out
+    for text in (" 0.75 ", "reap [x]"):
+        assert text in lines[1]
+    for text in (" 1.50 ", " 0.50 ", "BILLED NOW"):  # its cost, and what is left of 2 USD
+        assert text in lines[2]
+    for text in ("total", "0.75 now", "2.25"):
+        assert text in lines[3]
+
+
+def test_a_bill_shows_phases_and_stages() -> None:
+    launched = entry(id="b", state="ended", ended_at=1000 + 3600.0, timeline=(Event("boot", 1000.0, 360.0),))
+    text = printed(bill(launched, [("verify", 36.0)]))
+    assert [row in text for row in ("0.0750", "  verify", "0.0075", "0.7500")] == [True] * 4
+
+
+def printed(table: object) -> str:
     out = Console(file=io.StringIO(), width=160)
-    out.print(table(found))
-    text = out.file.getvalue()  # type: ignore[attr-defined]
-    assert "BILLED NOW" in text
-    assert "2.25" in text
-    assert "reap [x]" in text
+    out.print(table)
+    return out.file.getvalue()  # type: ignore[attr-defined,no-any-return]

@@ -1,4 +1,4 @@
-"""The rented machine as we work on it: its engine, a job's output without a lost or doubled line, results at home."""
+"""The instance as a remote host: its engine, a job's output without a lost or doubled line, results fetched."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from fractal.cloud import jobs, rented, results
-from fractal.cloud.remote import Remote, RemoteError
+from fractal.cloud import jobs, run_commands, transfer
+from fractal.cloud.remote import Remote, RemoteError, script
 from fractal.errors import InputError, OutsideError
 from fractal.images import ssh
 from tests.conftest import ROOT, until
-from tests.machine import Condition, Machine, Unavailable
+from tests.machine import Machine
 
 pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
 TINY = """\
@@ -33,14 +33,11 @@ tar -ch $files 2> /dev/null | sudo docker import -c 'ENV PATH=/usr/bin:/bin' - t
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
-    try:
-        with Machine(condition=Condition(docker_group=True)) as one:
-            done = one.ssh(TINY)
-            assert done.returncode == 0, done.stderr
-            yield one
-    except Unavailable as error:
-        pytest.skip(str(error))
+def machine(simulated_machine: Machine) -> Machine:
+    """The shared machine, with a tiny image of its own files."""
+    done = simulated_machine.ssh(TINY)
+    assert done.returncode == 0, done.stderr
+    return simulated_machine
 
 
 @pytest.fixture
@@ -75,7 +72,7 @@ def begin(remote: Remote, script: str, *options: str, run: str = "demo") -> str:
         "-c",
         script,
     ]
-    done = remote.run('docker=$1; shift; $docker "$@"', remote.docker_words, *words)
+    done = remote.run('docker=$1; shift; $docker "$@"', remote.docker_command, *words)
     assert done.returncode == 0, done.stderr
     return job
 
@@ -86,7 +83,7 @@ def cut(remote: Remote) -> None:
 
 
 def test_the_sdk_speaks_with_the_engine_over_there(remote: Remote, machine: Machine) -> None:
-    assert remote.docker_words == "docker"
+    assert remote.docker_command == "docker"
     with remote.engine() as client:
         assert client.info()["Name"] == machine.sh("hostname").strip()
         done = client.containers.run("tiny", ["seq", "3"], remove=True, network_mode="none")
@@ -94,12 +91,13 @@ def test_the_sdk_speaks_with_the_engine_over_there(remote: Remote, machine: Mach
         assert client.images.get("tiny").id
 
 
+@pytest.mark.long
 def test_many_calls_at_once_are_no_trouble(remote: Remote) -> None:
     job = begin(remote, "sleep 60")
     with remote.engine() as client:
         container = client.containers.get(f"fractal-job-{job}")
         assert [container.exec_run(["seq", "1"]).exit_code for _ in range(30)] == [0] * 30
-    jobs.end(remote, job)
+    jobs.remove(remote, job)
 
 
 def test_an_engine_that_breaks_off_is_one_line(remote: Remote) -> None:
@@ -134,9 +132,9 @@ def test_no_line_is_lost_or_doubled_however_often_the_link_breaks(
     assert shown.decode() == expected
     assert ended.exit_code == 7
     assert [text for text in said if "connected again" in text]
-    jobs.end(remote, job)
-    assert job not in [one.id for one in jobs.jobs(remote)]
-    jobs.end(remote, job)  # again: nothing to do
+    jobs.remove(remote, job)
+    assert job not in [one.id for one in jobs.list_jobs(remote)]
+    jobs.remove(remote, job)  # again: nothing to do
 
 
 def test_progress_bars_come_through_as_a_terminal_would_get_them(remote: Remote, tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_progress_bars_come_through_as_a_terminal_would_get_them(remote: Remote,
     shown = bytearray()
     jobs.follow(remote, job, tmp_path / "log", shown.extend)
     assert bytes(shown) == b"a\x1b[1A\r50%\r100%\r\nend\r\n"
-    jobs.end(remote, job)
+    jobs.remove(remote, job)
 
 
 FOLLOWER = """
@@ -158,6 +156,7 @@ with Remote(Path(config), lambda: None, print, host=host) as remote:
 """
 
 
+@pytest.mark.long
 def test_a_killed_follower_is_followed_by_another(remote: Remote, machine: Machine, tmp_path: Path) -> None:
     job = begin(remote, "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); sleep 0.02; done")
     log = tmp_path / "logs/job.log"
@@ -173,9 +172,10 @@ def test_a_killed_follower_is_followed_by_another(remote: Remote, machine: Machi
     jobs.follow(remote, job, log, shown.extend, replay=True)
     expected = "".join(f"line {i}\n" for i in range(300))
     assert (log.read_text(), shown.decode()) == (expected, expected)
-    jobs.end(remote, job)
+    jobs.remove(remote, job)
 
 
+@pytest.mark.long
 def test_a_second_follower_sees_all_and_writes_nothing(remote: Remote, machine: Machine, tmp_path: Path) -> None:
     job = begin(remote, "for i in $(seq 20); do echo line $i; sleep 0.1; done")
     log, first, second = tmp_path / "log", bytearray(), bytearray()
@@ -186,7 +186,7 @@ def test_a_second_follower_sees_all_and_writes_nothing(remote: Remote, machine: 
         jobs.follow(other, job, log, second.extend, replay=True)
     thread.join()
     assert first == second == log.read_bytes() == "".join(f"line {i}\n" for i in range(1, 21)).encode()
-    jobs.end(remote, job)
+    jobs.remove(remote, job)
 
 
 def test_one_look_does_not_wait_for_the_end(remote: Remote, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_one_look_does_not_wait_for_the_end(remote: Remote, tmp_path: Path) -> N
     time.sleep(0.5)
     state = jobs.follow(remote, job, tmp_path / "log", lambda _: None, once=True)
     assert (state.ended, (tmp_path / "log").read_text()) == (False, "begun\n")
-    jobs.end(remote, job)
+    jobs.remove(remote, job)
     with pytest.raises(RemoteError, match="is not on lambda any more"):
         jobs.follow(remote, job, tmp_path / "log", lambda _: None)
 
@@ -206,30 +206,30 @@ def test_a_job_that_its_follower_removes_meanwhile_is_no_trouble(
     until(lambda: jobs.find(remote, job).ended)
 
     def late(*words: Any, **more: Any) -> jobs.Job:
-        jobs.end(remote, job)
+        jobs.remove(remote, job)
         return follow(*words, **more)
 
     monkeypatch.setattr(jobs, "follow", late)
-    rented.collect(remote, tmp_path)
-    assert jobs.jobs(remote) == []
+    run_commands.collect_ended_jobs(remote, tmp_path)
+    assert jobs.list_jobs(remote) == []
 
 
 def test_a_container_that_goes_while_it_is_listed_is_no_trouble(remote: Remote) -> None:
     """What the engine prints for one that is gone is no state of a container."""
     job = begin(remote, "sleep 60")
-    script = jobs.LIST.replace("label=fractal.job)", "label=fractal.job; echo gone)")
-    assert script != jobs.LIST
-    assert job in [one.id for one in jobs.parse(remote.must("list", script, remote.docker_words))]
-    jobs.end(remote, job)
+    listing = script("list_jobs").replace("label=fractal.job)", "label=fractal.job; echo gone)")
+    assert listing != script("list_jobs")
+    assert job in [one.id for one in jobs.parse(remote.check("list", listing, remote.docker_command))]
+    jobs.remove(remote, job)
 
 
 def test_a_job_killed_from_outside_says_so(remote: Remote, tmp_path: Path) -> None:
     job = begin(remote, "echo begun; sleep 60")
-    remote.must("kill", '$1 kill "fractal-job-$2"', remote.docker_words, job)
+    remote.check("kill", '$1 kill "fractal-job-$2"', remote.docker_command, job)
     ended = jobs.follow(remote, job, tmp_path / "log", lambda _: None)
     assert ended.exit_code == 137
     assert "died (killed)" in (jobs.diagnose(ended, "") or "")
-    jobs.end(remote, job)
+    jobs.remove(remote, job)
 
 
 def make_run(folder: Path, created: str = "now", lines: int = 3) -> Path:
@@ -244,73 +244,74 @@ def make_run(folder: Path, created: str = "now", lines: int = 3) -> Path:
 def test_a_run_goes_there_and_comes_home_proven(remote: Remote, said: list[str], tmp_path: Path) -> None:
     name = f"run{time.time_ns()}"
     folder = make_run(tmp_path / "here" / name)
-    place = results.prepare(remote, name)
+    place = transfer.prepare(remote, name)
     assert re.fullmatch(r"\d+:\d+", place.user)
     assert place.home == "/home/ubuntu"
-    results.exchange(remote, folder, said.append)  # there is nothing there yet: ours goes
-    assert results.digests(remote, name).keys() >= {"samples.jsonl", "critic/epoch-1/model.safetensors"}
-    remote.must(
+    transfer.exchange(remote, folder, said.append)  # there is nothing there yet: ours goes
+    assert transfer.digests(remote, name).keys() >= {"samples.jsonl", "critic/epoch-1/model.safetensors"}
+    remote.check(
         "write", f"cd fractal/runs/{name} && echo '{{}}' >> samples.jsonl && mkdir logs; echo x > logs/verify.log"
     )
-    results.exchange(remote, folder, said.append)  # it is farther there: theirs comes
+    transfer.exchange(remote, folder, said.append)  # it is farther there: theirs comes
     assert (folder / "samples.jsonl").read_text() == "{}\n" * 4
     (folder / "critic/epoch-1/model.safetensors").write_bytes(bytes(300_000))  # as long, and as old
     os.utime(folder / "critic/epoch-1/model.safetensors", (1, 1))
-    remote.must("age", f"touch -d @1 fractal/runs/{name}/critic/epoch-1/model.safetensors")
-    assert "digests equal" in results.settle(remote, folder)
+    remote.check("age", f"touch -d @1 fractal/runs/{name}/critic/epoch-1/model.safetensors")
+    assert "digests equal" in transfer.fetch_verified(remote, folder)
     assert (folder / "critic/epoch-1/model.safetensors").read_bytes() == random.Random(0).randbytes(300_000)
     (folder / "samples.jsonl").write_text("{}\n" * 9)
-    results.exchange(remote, folder, said.append)  # it went on here
-    assert results.there(remote, name).sizes["samples.jsonl"] == 27
-    assert name in results.names(remote)
+    transfer.exchange(remote, folder, said.append)  # it went on here
+    assert transfer.remote_state(remote, name).files["samples.jsonl"].size == 27
+    assert name in transfer.run_names(remote)
 
 
 def test_another_run_of_the_same_name_is_refused_and_both_stay(remote: Remote, said: list[str], tmp_path: Path) -> None:
     name = f"run{time.time_ns()}"
-    results.prepare(remote, name)
-    results.exchange(remote, make_run(tmp_path / "a" / name, "then"), said.append)
+    transfer.prepare(remote, name)
+    transfer.exchange(remote, make_run(tmp_path / "a" / name, "then"), said.append)
     other = make_run(tmp_path / "b" / name, "now", lines=1)
     with pytest.raises(InputError, match="are two runs"):
-        results.exchange(remote, other, said.append)
+        transfer.exchange(remote, other, said.append)
     assert (other / "samples.jsonl").read_text() == "{}\n"
-    assert results.there(remote, name).sizes["samples.jsonl"] == 9
+    assert transfer.remote_state(remote, name).files["samples.jsonl"].size == 9
 
 
 def test_results_come_home_while_the_job_writes(remote: Remote, tmp_path: Path) -> None:
     name = f"run{time.time_ns()}"
-    results.prepare(remote, name)
+    transfer.prepare(remote, name)
     folder = tmp_path / name
-    with results.coming_home(remote, folder, every_s=0.2):
+    with transfer.periodic_fetch(remote, folder, interval_s=0.2):
         for i in range(10):
-            remote.must(
+            remote.check(
                 "write",
                 f"cd fractal/runs/{name}; echo {{}} >> samples.jsonl; mkdir -p critic/epoch-{i}; echo {i} > critic/epoch-{i}/head",
             )
         until((folder / "critic/epoch-9/head").exists, 20)
         cut(remote)
-        remote.must("write", f"echo more >> fractal/runs/{name}/samples.jsonl")
-    results.settle(remote, folder)
+        remote.check("write", f"echo more >> fractal/runs/{name}/samples.jsonl")
+    transfer.fetch_verified(remote, folder)
     assert (folder / "samples.jsonl").read_text() == "{}\n" * 10 + "more\n"
 
 
+@pytest.mark.long
 def test_a_cut_transfer_goes_on(remote: Remote, said: list[str], tmp_path: Path) -> None:
     name = f"run{time.time_ns()}"
-    results.prepare(remote, name)
-    remote.must("write", f"head -c 80000000 /dev/urandom > fractal/runs/{name}/big")
+    transfer.prepare(remote, name)
+    remote.check("write", f"head -c 80000000 /dev/urandom > fractal/runs/{name}/big")
     folder = tmp_path / name
     timer = threading.Timer(0.4, lambda: cut(remote))
     timer.start()
-    assert "digests equal" in results.settle(remote, folder)
+    assert "digests equal" in transfer.fetch_verified(remote, folder)
     timer.join()
     assert (folder / "big").stat().st_size == 80_000_000
 
 
 def test_a_full_disk_here_is_one_line_and_whole_files_stay(remote: Remote, tiny_disk: Path) -> None:
     name = f"run{time.time_ns()}"
-    results.prepare(remote, name)
-    remote.must("write", f"cd fractal/runs/{name}; echo '{{}}' > samples.jsonl; head -c 300000 /dev/zero > big")
+    transfer.prepare(remote, name)
+    remote.check("write", f"cd fractal/runs/{name}; echo '{{}}' > samples.jsonl; head -c 300000 /dev/zero > big")
     with pytest.raises(RemoteError, match="is full"):
-        results.fetch(remote, tiny_disk / name)
+        transfer.fetch(remote, tiny_disk / name)
     assert not (tiny_disk / name / "big").exists()
     assert not list((tiny_disk / name).glob("*.jsonl")) or (tiny_disk / name / "samples.jsonl").read_text() == "{}\n"
 
@@ -318,15 +319,13 @@ def test_a_full_disk_here_is_one_line_and_whole_files_stay(remote: Remote, tiny_
 def test_a_run_in_use_here_is_not_written(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from filelock import FileLock
 
-    from fractal.cloud import results as module
-
     name = f"run{time.time_ns()}"
-    results.prepare(remote, name)
+    transfer.prepare(remote, name)
     folder = tmp_path / name
     folder.mkdir()
-    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(transfer, "LOCK_TIMEOUT_S", 0.1)
     with FileLock(folder / ".lock"), pytest.raises(InputError, match="another process works"):
-        results.fetch(remote, folder)
+        transfer.fetch(remote, folder)
 
 
 def test_a_projects_folder_goes_there_without_what_git_ignores(
@@ -338,21 +337,21 @@ def test_a_projects_folder_goes_there_without_what_git_ignores(
     (tmp_path / "research/.gitignore").write_text("*.bin\nsecret.env\n")
     monkeypatch.chdir(tmp_path)
     assert "3 files" in remote.sync(Path("research"))
-    found = remote.must("list", "cd fractal/src/research && find . -type f | sort").split()
+    found = remote.check("list", "cd fractal/src/research && find . -type f | sort").split()
     assert found == ["./.gitignore", "./data/kept.txt", "./plan.md"]
     (tmp_path / "research/plan.md").unlink()
     remote.sync(Path("research"))
-    assert "./plan.md" not in remote.must("list", "cd fractal/src/research && find . -type f")
+    assert "./plan.md" not in remote.check("list", "cd fractal/src/research && find . -type f")
     with pytest.raises(InputError, match="no such folder"):
         remote.sync(tmp_path / "none")
 
 
 def test_an_input_is_sent_once(remote: Remote, said: list[str], tmp_path: Path) -> None:
     (tmp_path / "my problems.jsonl").write_text("{}\n")
-    place = results.send_input(remote, tmp_path / "my problems.jsonl", said.append)
-    assert results.send_input(remote, tmp_path / "my problems.jsonl", said.append) == place
+    place = transfer.send_input(remote, tmp_path / "my problems.jsonl", said.append)
+    assert transfer.send_input(remote, tmp_path / "my problems.jsonl", said.append) == place
     assert len(said) == 1
-    assert remote.must("read", f"cat 'fractal/inputs/{place}'") == "{}\n"
+    assert remote.check("read", f"cat 'fractal/inputs/{place}'") == "{}\n"
 
 
 def test_a_shell_is_the_users_own_ssh(machine: Machine, remote: Remote) -> None:

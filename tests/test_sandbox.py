@@ -291,34 +291,3 @@ def test_own_processes_only(sandbox: Sandbox) -> None:
     assert attributes["Mounts"] == []
     assert attributes["HostConfig"]["Privileged"] is False
     assert os.getpid() > 0
-
-
-@pytest.mark.docker
-def test_clients_of_the_engine_are_closed_however_a_sandbox_ends(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looked at only, used, refused because a protection is missing, an image that is not there."""
-    from fractal.sandbox.host import container
-
-    opened: list[docker.DockerClient] = []
-    closed: list[docker.DockerClient] = []
-
-    class Counted(docker.DockerClient):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            opened.append(self)
-
-        def close(self) -> None:
-            closed.append(self)
-            super().close()
-
-    monkeypatch.setattr(docker, "from_env", Counted.from_env)
-    Sandbox(image=image).check()
-    with Sandbox(image=image):
-        pass
-    with pytest.raises(SandboxError), Sandbox(image="fractal-sandbox:none"):
-        pass
-    full = container.hardening
-    monkeypatch.setattr(container, "hardening", lambda *a: {**full(*a), "read_only": False})
-    with pytest.raises(SandboxError), Sandbox(image=image):
-        pass
-    assert len(opened) >= 4
-    assert set(map(id, opened)) == set(map(id, closed))

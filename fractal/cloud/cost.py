@@ -1,82 +1,61 @@
-"""What each instance cost so far, from the ledger alone: from the launch request on, so a little too much."""
+"""What instances cost, from the ledger alone: from the launch request on, so a little more than Lambda counts."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
 
 from rich.table import Table
 from rich.text import Text
 
-from fractal.cloud.ledger import Ledger, State
+from fractal.cloud.ledger import Entry
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One instance."""
+def cost_table(entries: Iterable[Entry], now: float) -> Table:
+    """A row for each instance, the oldest first, and the total; what is billed now is marked.
 
-    name: str
-    type_name: str
-    region: str
-    state: State
-    hours: float
-    usd_per_hour: float
-    usd: float
-    left_usd: float | None  # of its --max-dollars; None without, or when it has ended
-    end_reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """All of them, the oldest first."""
-
-    rows: tuple[Row, ...]
-    total_usd: float
-    living_usd_per_hour: float  # what is being spent now
-
-
-def cost(ledger: Ledger, now: float) -> Cost:
-    """What never came to be a machine is left out; an unsettled intent counts as one."""
-    rows = []
-    for entry in ledger.entries():
-        if entry.state == "ended" and entry.id is None:
-            continue
-        usd = entry.dollars(now)
-        left = None if entry.max_dollars is None or entry.state == "ended" else max(0.0, entry.max_dollars - usd)
-        rows.append(
-            Row(
-                name=entry.name,
-                type_name=entry.type_name,
-                region=entry.region,
-                state=entry.state,
-                hours=entry.hours(now),
-                usd_per_hour=entry.price_cents_per_hour / 100,
-                usd=usd,
-                left_usd=left,
-                end_reason=entry.end_reason,
-            )
-        )
-    living = sum(row.usd_per_hour for row in rows if row.state != "ended")
-    return Cost(tuple(rows), sum(row.usd for row in rows), living)
-
-
-def table(cost: Cost) -> Table:
-    """For the terminal; what is billed now is marked."""
-    found = Table("instance", "type", "region", "hours", "USD/h", "USD", "left", "now", box=None)
-    for column in found.columns:
+    A launch that certainly did not happen is left out; one of unknown outcome counts as an instance.
+    """
+    table = Table("instance", "type", "region", "hours", "USD/h", "USD", "left", "now", box=None)
+    for column in table.columns:
         column.overflow = "fold"
-    for column in found.columns[3:7]:
+    for column in table.columns[3:7]:
         column.justify = "right"
-    for row in cost.rows:
-        now = {"intended": "launch not settled", "launched": "BILLED NOW", "ended": row.end_reason or ""}[row.state]
-        found.add_row(
-            row.name,
-            row.type_name,
-            row.region,
-            f"{row.hours:.2f}",
-            f"{row.usd_per_hour:.2f}",
-            f"{row.usd:.2f}",
-            "" if row.left_usd is None else f"{row.left_usd:.2f}",
-            Text(now),  # a reason may hold [brackets]
-            style="bold" if row.state != "ended" else "",
+    total_usd = usd_per_hour = 0.0
+    for entry in entries:
+        ended, usd = entry.state == "ended", entry.dollars(now)
+        if ended and entry.id is None:
+            continue
+        total_usd += usd
+        usd_per_hour += 0.0 if ended else entry.usd_per_hour
+        left_usd = "" if ended or entry.max_dollars is None else f"{max(0.0, entry.max_dollars - usd):.2f}"
+        state = {"intended": "launch of unknown outcome", "launched": "BILLED NOW", "ended": entry.end_reason or ""}
+        table.add_row(
+            entry.name,
+            entry.type_name,
+            entry.region,
+            f"{entry.hours(now):.2f}",
+            f"{entry.usd_per_hour:.2f}",
+            f"{usd:.2f}",
+            left_usd,
+            Text(state[entry.state]),  # a reason may hold [brackets]
+            style="" if ended else "bold",
         )
-    found.add_section()
-    found.add_row("total", "", "", "", f"{cost.living_usd_per_hour:.2f} now", f"{cost.total_usd:.2f}", "", "")
-    return found
+    table.add_section()
+    table.add_row("total", "", "", "", f"{usd_per_hour:.2f} now", f"{total_usd:.2f}", "", "")
+    return table
+
+
+def bill(entry: Entry, stages: Iterable[tuple[str, float]] = ()) -> Table:
+    """One instance's phases, and a run's stages (name, seconds), with seconds and dollars."""
+    price = entry.usd_per_hour
+    table = Table("what", "began", "seconds", "dollars", title=f"{entry.type_name} in {entry.region}, {price:.2f} $/h")
+
+    def add(what: str, began: str, seconds: float) -> None:
+        table.add_row(what, began, f"{seconds:.0f}", f"{seconds / 3600 * price:.4f}")
+
+    for event in entry.timeline:
+        add(event.what, time.strftime("%H:%M:%S", time.localtime(event.at)), event.seconds)
+    for stage, seconds in stages:
+        add(f"  {stage}", "", seconds)
+    total_s = (entry.ended_at or time.time()) - entry.asked_at
+    add("from request to end" if entry.ended_at else "until now", "", total_s)
+    return table

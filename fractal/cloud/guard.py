@@ -1,11 +1,11 @@
-"""The guard: one process for each instance, detached from everything, that ends it at its limits.
+"""The guard: one detached process for each instance that terminates it at its limits.
 
     python -m fractal.cloud.guard fractal-1a2b3c-4d5e6f70
 
-`start` runs this before the launch request goes out, so no instance is ever without one: if the client dies before it
-knows the answer, the guard finds out by name. It follows the ledger (limits and the rescue command may change at any
-time), acts by the wall clock, keeps trying for as long as the API cannot be reached, and ends when the entry has ended.
-The key comes by LAMBDA_API_KEY. It owns nothing of the instance but its end.
+`start` runs this before the launch request is sent, so no instance is ever without one: if the client dies before it
+gets the response, the guard looks for the instance by name. It follows the ledger (limits and the rescue command may
+change at any time), uses the wall clock, keeps trying while the API cannot be reached, and exits when the entry has
+ended. The key is in LAMBDA_API_KEY.
 """
 
 import contextlib
@@ -21,9 +21,12 @@ from pathlib import Path
 import msgspec
 from filelock import BaseFileLock, FileLock, Timeout
 
-from fractal.cloud import life
-from fractal.cloud.lambda_api import REQUEST_INTERVAL_S, AuthError, Client, CloudError, Pace
+from fractal.cloud import reconcile
+from fractal.cloud.account import Account, Timing
+from fractal.cloud.lambda_api import Client
+from fractal.cloud.lambda_errors import AuthError, CloudError
 from fractal.cloud.ledger import Entry, Ledger, state_dir
+from fractal.cloud.rate_limit import RateLimiter
 from fractal.errors import InputError, OutsideError
 from fractal.jsonl import parse
 
@@ -33,48 +36,33 @@ REFUSED_MAX = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """How a guard goes about it, in seconds."""
-
-    tick_s: float = 2.0  # between two looks at clock and ledger: a laptop that wakes up is noticed within this
-    poll_s: float = 60.0  # between two looks at the API
-    retry_s: float = 5.0  # first wait after a failure; doubles
-    linger_s: float = 900.0  # a launch that seems not to have happened is looked for this much longer
-    request_s: float = REQUEST_INTERVAL_S
-    waits: life.Waits = life.WAITS
-
-
-SETTINGS = Settings()
-
-
-@dataclass(frozen=True, slots=True)
 class Status:
-    """What `invoke ps` says of a guard."""
+    """A guard's state, for `invoke ps`."""
 
     alive: bool
-    until: float | None  # unix seconds
-    hours_left: float | None
-    dollars_left: float | None
+    until: float | None  # unix seconds; None without a limit
 
 
-# --- the client's side
+# --- for the client
 
 
-def start(ledger: Ledger, name: str, settings: Settings = SETTINGS) -> None:
-    """Return when a guard watches over the entry, which may be one that did already. Raises CloudError."""
+def start(account: Account, name: str) -> None:
+    """Return when a guard watches the entry; it may be one that did already. Raises CloudError."""
+    ledger = account.ledger
     if alive(ledger, name):
         return
     log = log_file(ledger, name)
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "FRACTAL_STATE": str(ledger.folder)}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
-    words = [name] if settings == SETTINGS else [name, msgspec.json.encode(settings).decode()]
-    begun = 0
+    command = [sys.executable, "-m", "fractal.cloud.guard", name]
+    if account.timing != Timing():
+        command.append(msgspec.json.encode(account.timing).decode())
     try:
         with log.open("ab") as out:
-            begun = out.tell()
-            done = subprocess.run(
-                [sys.executable, "-m", "fractal.cloud.guard", *words],
+            offset = out.tell()
+            code = subprocess.run(
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -83,17 +71,18 @@ def start(ledger: Ledger, name: str, settings: Settings = SETTINGS) -> None:
                 start_new_session=True,  # neither Ctrl-C nor a closed terminal reaches it
                 timeout=START_TIMEOUT_S,
             ).returncode
-        why = log.read_bytes()[begun:].decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
+        if code == 0:
+            return
+        reason = log.read_bytes()[offset:].decode(errors="replace").strip().rpartition("\n")[2] or "no reason given"
     except subprocess.TimeoutExpired:
-        done, why = 1, [f"no sign of life after {START_TIMEOUT_S:.0f} s"]
+        reason = f"no response after {START_TIMEOUT_S:.0f} s"
     except OSError as error:
-        done, why = 1, [error.strerror or str(error)]
-    if done != 0:
-        raise CloudError(f"The guard of {name} does not start: {why[0].rstrip('.')}. Its log is {log}.")
+        reason = error.strerror or str(error)
+    raise CloudError(f"The guard of {name} does not start: {reason.rstrip('.')}. Its log is {log}.")
 
 
 def alive(ledger: Ledger, name: str) -> bool:
-    """Whether a guard watches over it: it holds a lock that the kernel takes from the dead."""
+    """Whether a guard watches the entry: it holds a lock that the kernel releases when it dies."""
     file = lock_file(ledger, name)
     if not file.exists():
         return False
@@ -108,18 +97,8 @@ def alive(ledger: Ledger, name: str) -> bool:
     return False
 
 
-def status(ledger: Ledger, name: str) -> Status:
-    """Its state, and what is left of the limits. Raises InputError for an unknown name."""
-    entry = ledger.find(name)
-    if entry is None:
-        raise InputError(f"{ledger.file}: has no instance {name}. Look at `invoke ps`.")
-    now, until = time.time(), entry.ends_at()
-    return Status(
-        alive=alive(ledger, name),
-        until=until,
-        hours_left=None if until is None else max(0.0, until - now) / 3600,
-        dollars_left=None if entry.max_dollars is None else max(0.0, entry.max_dollars - entry.dollars(now)),
-    )
+def status(ledger: Ledger, entry: Entry) -> Status:
+    return Status(alive=alive(ledger, entry.name), until=entry.ends_at())
 
 
 def log_file(ledger: Ledger, name: str) -> Path:
@@ -130,160 +109,161 @@ def lock_file(ledger: Ledger, name: str) -> Path:
     return ledger.folder / f"guard-{name}.lock"
 
 
-# --- the guard's side
+# --- in the guard's process
 
 
 class Clock:
-    """The age of an instance in seconds. Wall time counts, also asleep; set back, it cannot make anything younger."""
+    """The age of an instance in seconds. Suspended time counts; setting the clock back makes nothing younger."""
 
     def __init__(self) -> None:
-        self._from: dict[float, tuple[float, float]] = {}  # asked_at: age when first seen, and when that was
+        self._first_seen: dict[float, tuple[float, float]] = {}  # asked_at: age when first seen, and when that was
 
     def age(self, asked_at: float) -> float:
         wall = time.time() - asked_at
-        first, since = self._from.setdefault(asked_at, (max(0.0, wall), _steady()))
-        return max(wall, first + _steady() - since)
+        first, since = self._first_seen.setdefault(asked_at, (max(0.0, wall), _boot_time()))
+        return max(wall, first + _boot_time() - since)
 
 
-def _steady() -> float:
-    """Seconds that nobody sets; where there is such a clock, asleep ones too."""
+def _boot_time() -> float:
+    """Seconds of a clock that cannot be set; where there is such a clock, it counts while suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class Guard:
-    """Watches over one entry until that has ended."""
+    """Watches one entry until its instance has ended."""
 
-    def __init__(self, client: Client, ledger: Ledger, name: str, settings: Settings, lock: BaseFileLock) -> None:
-        self._client = client
-        self._ledger = ledger
+    def __init__(self, account: Account, name: str, lock: BaseFileLock) -> None:
+        self._account = account
+        self._ledger = account.ledger
         self._name = name
-        self._settings = settings
+        self._timing = account.timing
         self._lock = lock
-        self._refused = 0  # looks in a row that our key was not good enough for
+        self._refused = 0  # consecutive requests that the API refused for the key
         self._clock = Clock()
         self._entry: Entry | None = None  # as last read: a ledger that breaks later stops no guard
-        self._lost = False  # it is not in the ledger any more
-        self._polled = time.monotonic()
-        self._retry_s = settings.retry_s
-        self._ending: str | None = None  # why, once that is decided
+        self._entry_lost = False  # it is not in the ledger any more
+        self._polled_at = time.monotonic()
+        self._retry_s = self._timing.guard_retry_s
+        self._end_reason: str | None = None  # once the end is decided
         self._rescue: subprocess.Popen[bytes] | None = None
         self._rescue_until = 0.0
 
     def watch(self) -> None:
         """Return when there is nothing left to guard."""
         while self._tick():
-            time.sleep(self._settings.tick_s)
+            time.sleep(self._timing.guard_tick_s)
 
     def _tick(self) -> bool:
-        """One look; whether to go on."""
+        """Look once; whether to continue."""
         entry = self._read()
         if entry is None:
             log("the intent was dropped: nothing was launched")
             return False
         if entry.state == "ended":
             self._stop_rescue()
-            if life.given_up(entry) and time.time() - (entry.ended_at or 0.0) < self._settings.linger_s:
-                self._look()
+            ended_s = time.time() - (entry.ended_at or 0.0)
+            if reconcile.presumed_ended(entry) and ended_s < self._timing.guard_linger_s:
+                self._poll()
                 return True
             log(f"the instance has ended: {entry.end_reason}")
             return False
         if entry.state == "intended":
-            if entry.owner is None or not entry.owner.alive():
-                self._settle(entry)
+            if not reconcile.has_client(entry):
+                self._resolve_launch(entry)
             return True
-        end_in_s = self._left(entry)
-        if self._ending is None and end_in_s is not None and self._due(entry, end_in_s):
-            self._ending = "limit reached: " + _limits(entry)
-        if self._ending is not None:
-            return not self._end(entry, self._ending)
-        return not self._look()
+        left_s = self._seconds_left(entry)
+        if self._end_reason is None and left_s is not None and self._is_due(entry, left_s):
+            self._end_reason = "limit reached: " + _limits(entry)
+        if self._end_reason is not None:
+            return not self._terminate(entry, self._end_reason)
+        return not self._poll()
 
     def _read(self) -> Entry | None:
         try:
-            now = self._ledger.find(self._name)
+            entry = self._ledger.find(self._name)
         except (InputError, OutsideError) as error:
-            log(f"{error} Going on with what was last known.")
-            time.sleep(self._settings.retry_s)
+            log(f"{error} Using what was last known.")
+            time.sleep(self._timing.guard_retry_s)
             return self._entry
-        self._lost = now is None and self._entry is not None and self._entry.state == "launched"
-        if self._lost:
+        self._entry_lost = entry is None and self._entry is not None and self._entry.state == "launched"
+        if self._entry_lost:
             return self._entry  # the ledger was moved away: the instance was not
-        self._entry = now
-        return now
+        self._entry = entry
+        return entry
 
-    def _left(self, entry: Entry) -> float | None:
+    def _seconds_left(self, entry: Entry) -> float | None:
         """Seconds until the first limit; None without one."""
         until = entry.ends_at()
         return None if until is None else until - entry.asked_at - self._clock.age(entry.asked_at)
 
-    def _due(self, entry: Entry, end_in_s: float) -> bool:
-        """Whether to end it now. The rescue gets its time before the limit, or after one that was slept through."""
+    def _is_due(self, entry: Entry, left_s: float) -> bool:
+        """Whether to terminate it now.
+
+        The rescue command gets its time before the limit, or after a limit that passed while the machine slept.
+        """
         if self._rescue is not None:
             if (code := self._rescue.poll()) is None:
                 return time.monotonic() >= self._rescue_until
-            return code == 0 or end_in_s <= 0
-        span = (entry.ends_at() or 0.0) - entry.asked_at
-        lead_s = min(entry.rescue_s, span / 4)
-        if not entry.rescue or end_in_s > lead_s:
-            return end_in_s <= 0
-        self._rescue_until = time.monotonic() + (lead_s if end_in_s <= 0 else end_in_s)
+            return code == 0 or left_s <= 0
+        lead_s = min(entry.rescue_s, ((entry.ends_at() or 0.0) - entry.asked_at) / 4)
+        if not entry.rescue or left_s > lead_s:
+            return left_s <= 0
+        self._rescue_until = time.monotonic() + (lead_s if left_s <= 0 else left_s)
         log(f"the limit is near: {_limits(entry)}. Running {entry.rescue[0]} for at most {lead_s:.0f} s")
         try:
             self._rescue = subprocess.Popen(entry.rescue, stdin=subprocess.DEVNULL, start_new_session=True)
         except (OSError, ValueError) as error:
             log(f"{entry.rescue[0]} does not start: {error}")
-            return end_in_s <= 0
+            return left_s <= 0
         return False
 
     def _stop_rescue(self) -> None:
         if self._rescue is None:
             return
         if self._rescue.poll() is None:
-            log("the rescue did not end in time")
+            log("the rescue command did not end in time")
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._rescue.pid, signal.SIGKILL)
         self._rescue.wait()
 
-    def _end(self, entry: Entry, reason: str) -> bool:
-        """Whether it is over. The ledger need not be readable for that."""
+    def _terminate(self, entry: Entry, reason: str) -> bool:
+        """Whether it is terminated. The ledger need not be readable for that."""
         self._stop_rescue()
-        what = f"{entry.name} ({entry.type_name}, {entry.id})"
-        log(f"ending {what}: {reason}")
-        waits, from_then = self._settings.waits, life.visible_from(entry, self._settings.waits)
-        if not self._try(lambda: life.end(self._client, str(entry.id), what, log, from_then, waits)):
-            return False  # told there; the next tick tries again, unless another has ended it
-        log(f"{what} is ended")
-        until = time.monotonic() + self._settings.linger_s
-        while (
-            not self._try(lambda: self._ledger.end(entry.name, reason, instead_of=life.UNEXPLAINED))
-            and time.monotonic() < until
-        ):
-            pass  # told there; in the end the next command finds it out
+        what = reconcile.describe(entry)
+        log(f"terminating {what}: {reason}")
+        visible_from = reconcile.visible_from(self._account, entry)
+        if not self._try(lambda: reconcile.terminate_instance(self._account, str(entry.id), what, visible_from)):
+            return False  # the next tick tries again, unless another process has terminated it
+        log(f"{what} is terminated")
+        until = time.monotonic() + self._timing.guard_linger_s
+        while time.monotonic() < until:  # then the next command finds it out
+            if self._try(lambda: self._ledger.end(entry.name, reason, instead_of=reconcile.UNEXPLAINED)):
+                break
         return True
 
-    def _settle(self, entry: Entry) -> None:
+    def _resolve_launch(self, entry: Entry) -> None:
         """The client is dead, or gave up without knowing."""
-        self._try(lambda: life.settle(self._client, self._ledger, entry, log, self._settings.waits))
-        settled = self._read()
-        if settled is not None and settled.state == "launched" and settled.terminate_after:
-            self._ending = "its client died before it knew of it"
+        self._try(lambda: reconcile.resolve_launch(self._account, entry))
+        resolved = self._read()
+        if resolved is not None and resolved.state == "launched" and resolved.terminate_after:
+            self._end_reason = "its client died before it knew of it"
 
-    def _look(self) -> bool:
-        """Bring the ledger up to date, now and then. No failure may hold up the limits: no waiting here.
+    def _poll(self) -> bool:
+        """Update the ledger at intervals; whether the instance has ended where no ledger can say so.
 
-        Whether the instance has ended, where no ledger could say so.
+        No failure may delay the limits: this does not wait.
         """
-        if time.monotonic() - self._polled < self._settings.poll_s:
+        if time.monotonic() - self._polled_at < self._timing.guard_poll_s:
             return False
         try:
-            if self._lost and self._entry is not None:
-                found = life.ask(self._client, self._entry)
-                hidden = time.time() < life.visible_from(self._entry, self._settings.waits)
-                if found.status in life.ENDED if found else not hidden:
-                    log("the instance has ended, and the ledger is lost")
+            if self._entry_lost and self._entry is not None:
+                instance = reconcile.get_instance(self._account.client, self._entry)
+                hidden = time.time() < reconcile.visible_from(self._account, self._entry)
+                if instance.status in reconcile.ENDED if instance else not hidden:
+                    log("the instance has ended, and its entry is not in the ledger")
                     return True
             else:
-                life.look(self._client, self._ledger, log, self._settings.waits)
+                reconcile.refresh(self._account)
             self._refused = 0
         except AuthError as error:
             self._refused += 1
@@ -293,47 +273,46 @@ class Guard:
             log(str(error))
         except (InputError, OutsideError) as error:
             log(str(error))
-        self._polled = time.monotonic()
+        self._polled_at = time.monotonic()
         return False
 
-    def _try(self, work: Callable[[], object]) -> bool:
-        """Do it; a failure is told and slept over, a longer time each time."""
+    def _try(self, action: Callable[[], object]) -> bool:
+        """Whether it succeeds; a failure is logged and followed by a wait that doubles each time."""
         try:
-            work()
+            action()
         except (InputError, OutsideError) as error:
             log(f"{error} Trying again in {self._retry_s:.0f} s.")
             time.sleep(self._retry_s)
             self._retry_s = min(RETRY_MAX_S, 2 * self._retry_s)
             return False
-        self._retry_s = self._settings.retry_s
+        self._retry_s = self._timing.guard_retry_s
         return True
 
 
 def _limits(entry: Entry) -> str:
-    parts = [f"{entry.max_hours:g} h" if entry.max_hours is not None else ""]
-    parts.append(f"{entry.max_dollars:.2f} USD" if entry.max_dollars is not None else "")
-    return " or ".join(filter(None, parts))
+    hours = f"{entry.max_hours:g} h" if entry.max_hours is not None else ""
+    dollars = f"{entry.max_dollars:.2f} USD" if entry.max_dollars is not None else ""
+    return " or ".join(filter(None, (hours, dollars)))
 
 
 def log(text: str) -> None:
-    try:
+    with contextlib.suppress(OSError):  # a full disk must not stop the guard
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
-    except OSError:  # a full disk must not stop the guard
-        pass
 
 
-def main(words: list[str]) -> int:
-    """Check everything, then go on in a child of its own; 0 when that is on watch."""
+def main(arguments: list[str]) -> int:
+    """Check everything, then continue in a forked child; 0 when that watches."""
     ledger = Ledger(state_dir())
     try:
-        name = words[0] if words else ""
-        settings: Settings = parse(words[1].encode(), Settings) if words[1:] else SETTINGS
+        name = arguments[0] if arguments else ""
+        timing = parse(arguments[1].encode(), Timing) if arguments[1:] else Timing()
         entry = ledger.find(name)
         if entry is None:
             raise InputError(f"{ledger.file}: has no instance {name}.")
         key = os.environ.get("LAMBDA_API_KEY", "").strip()
-        client = Client(key, entry.url, pace=Pace(ledger.folder, request_s=settings.request_s), patience_s=30.0)
-        if not life.ours(client, entry):
+        rate_limiter = RateLimiter(ledger.folder, request_s=timing.request_interval_s)
+        account = Account(Client(key, entry.url, rate_limiter=rate_limiter, patience_s=30.0), ledger, log, timing)
+        if not account.sees(entry):
             raise InputError(f"{name} was launched with another LAMBDA_API_KEY. Set that one.")
     except (InputError, OutsideError) as error:
         log(str(error))
@@ -343,27 +322,27 @@ def main(words: list[str]) -> int:
         os.close(writer)
         return 0 if os.read(reader, 1) == b"+" else 1
     os.close(reader)
-    for number in (signal.SIGHUP, signal.SIGINT):  # a handler, not SIG_IGN: the rescue must not inherit it
+    for number in (signal.SIGHUP, signal.SIGINT):  # a handler, not SIG_IGN: the rescue command must not inherit it
         signal.signal(number, lambda *_: None)
     lock = FileLock(lock_file(ledger, name), timeout=2.0, poll_interval=0.05, fallback_to_soft=False)
     try:
         lock.acquire()
         lock_file(ledger, name).write_text(f"{os.getpid()}\n")
     except Timeout:
-        os.write(writer, b"+")  # there is one
+        os.write(writer, b"+")  # another guard watches
         return 0
     except (OSError, NotImplementedError) as error:
         log(f"{lock_file(ledger, name)}: cannot be locked: {error}")
         return 1
-    log(f"on watch (process {os.getpid()}): {entry.type_name}, limits: {_limits(entry) or 'none'}")
+    log(f"watching (process {os.getpid()}): {entry.type_name}, limits: {_limits(entry) or 'none'}")
     os.write(writer, b"+")
     os.close(writer)
     while True:
         try:
-            Guard(client, ledger, name, settings, lock).watch()
+            Guard(account, name, lock).watch()
         except Exception as error:  # whatever it is, an instance is billed
-            log(f"{type(error).__name__}: {error}. Starting over")
-            time.sleep(settings.retry_s)
+            log(f"{type(error).__name__}: {error}. Starting again")
+            time.sleep(timing.guard_retry_s)
         else:
             if lock.is_locked:
                 lock_file(ledger, name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""A job: the pipeline's container on the rented machine, started and left alone; its output and its end.
+"""A job: the pipeline's container on the instance, started detached; its output and its end.
 
-The engine over there keeps the whole output. What is here of it is a file, runs/NAME/logs/JOB.log, and its length is
-where to go on: so no line is lost or doubled, however often the connection or this process ends.
+The engine there keeps the whole output. The copy here is runs/NAME/logs/JOB.log, and its length is the offset to
+continue at: so no line is lost or doubled, however often the connection or this process ends.
 """
 
 import json
@@ -16,50 +16,24 @@ from typing import IO, Literal
 
 from filelock import FileLock, Timeout
 
-from fractal.cloud.remote import Remote, RemoteError
+from fractal.cloud.remote import Remote, RemoteError, script
 from fractal.errors import InputError
 from fractal.images import ssh
 
-JOB = "fractal.job"  # labels of the container
-RUN = "fractal.run"
-WORDS = "fractal.words"
+JOB_LABEL = "fractal.job"  # labels of the container
+RUN_LABEL = "fractal.run"
+ARGUMENTS_LABEL = "fractal.words"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-LIST = """\
-docker=$1
-ids=$($docker ps -aq --filter label=fractal.job) || exit 1
-[ -z "$ids" ] && exit
-# One may go meanwhile: docker then prints an empty line for it, and fails.
-$docker inspect --format '[{{json .Config.Labels}},{{json .State}}]' $ids | grep . || :
-"""
-HAVE = '$1 inspect "$2" > /dev/null 2>&1 || exit 1\n'  # else docker's own words would look like the job's
-FOLLOW = HAVE + '$1 logs -f "$2" 2>&1 | tail -c +"$3"'
-REST = HAVE + '$1 logs "$2" 2>&1 | tail -c +"$3"'
-END = """\
-docker=$1
-$docker rm -fv "fractal-job-$2" "fractal-sandbox-$2" > /dev/null 2>&1
-for i in 1 2 3 4 5 6 7 8 9 10; do $docker volume rm -f "fractal-sandbox-$2" > /dev/null 2>&1 && break; sleep 0.2; done
-! $docker inspect "fractal-job-$2" > /dev/null 2>&1
-"""
-SWEEP = """\
-docker=$1
-volumes() { $docker volume ls -q --filter name=fractal-sandbox-; }
-{ $docker ps -a --filter name=fractal-sandbox- --format '{{.Names}}'; volumes; } |
-  sort -u | while read -r name; do
-    $docker inspect "fractal-job-${name#fractal-sandbox-}" > /dev/null 2>&1 && continue
-    $docker rm -fv "$name" > /dev/null 2>&1 < /dev/null
-    $docker volume rm -f "$name" > /dev/null 2>&1 < /dev/null
-  done
-"""
-TAIL = 20_000  # bytes of the output that a diagnosis looks at
+DIAGNOSED_BYTES = 20_000  # of the end of the output
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A pipeline container over there."""
+    """A pipeline container on the instance."""
 
     id: str
     run: str  # name of the run
-    words: tuple[str, ...]  # of `fractal run`, as asked for
+    arguments: tuple[str, ...]  # of `fractal run`, as the user gave them
     state: Literal["created", "running", "exited"]
     exit_code: int
     out_of_memory: bool  # the kernel killed it
@@ -67,70 +41,78 @@ class Job:
 
     @property
     def container(self) -> str:
-        return f"fractal-job-{self.id}"
+        return container_name(self.id)
 
     @property
     def ended(self) -> bool:
         return self.state == "exited"
 
 
+class JobRemovedError(RemoteError):
+    """The job's container does not exist: another process has fetched its results, or somebody removed it."""
+
+
+def container_name(job: str) -> str:
+    return f"fractal-job-{job}"
+
+
 def new_id(stage: str) -> str:
-    """Names a job, its containers and its log: the stage, the time, and what keeps two of one second apart."""
+    """The name of a job, its containers and its log: stage, time, and random digits."""
     return f"{stage}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.urandom(2).hex()}"
 
 
-def labels(job: str, run: str, words: tuple[str, ...]) -> Mapping[str, str]:
-    return {JOB: job, RUN: run, WORDS: json.dumps(words)}
+def labels(job: str, run: str, arguments: tuple[str, ...]) -> Mapping[str, str]:
+    return {JOB_LABEL: job, RUN_LABEL: run, ARGUMENTS_LABEL: json.dumps(arguments)}
 
 
 def check_name(run: Path) -> str:
-    """The run's name, fit for a folder and a label over there. Raises InputError."""
+    """The run's name, valid for a folder and a label on the instance. Raises InputError."""
     name = run.name
     if not NAME.fullmatch(name):
         raise InputError(
-            f"--run {run}: {name!r} cannot be a run's name on the machine. Use letters, digits, '-', '_', '.'."
+            f"--run {run}: {name!r} cannot be a run's name on the instance. Use letters, digits, '-', '_', '.'."
         )
     return name
 
 
-def jobs(remote: Remote) -> list[Job]:
-    """All over there, oldest first."""
-    return parse(remote.must("list its containers", LIST, remote.docker_words))
+def list_jobs(remote: Remote) -> list[Job]:
+    """All jobs on the instance, oldest first."""
+    return parse(remote.check("list its containers", script("list_jobs"), remote.docker_command))
 
 
 def parse(lines: str) -> list[Job]:
-    """What LIST prints. Raises RemoteError."""
-    found = []
+    """The output of list_jobs.sh. Raises RemoteError."""
+    jobs = []
     for line in lines.splitlines():
         try:
             label, state = json.loads(line)
             status = state["Status"]
-            found.append(
+            running = status in ("running", "paused", "restarting")
+            jobs.append(
                 Job(
-                    label[JOB], label.get(RUN, ""), tuple(json.loads(label.get(WORDS, "[]"))),
-                    "running" if status in ("running", "paused", "restarting") else
-                    "created" if status == "created" else "exited",
-                    int(state["ExitCode"]), bool(state.get("OOMKilled")), str(state.get("StartedAt", "")),
+                    id=label[JOB_LABEL],
+                    run=label.get(RUN_LABEL, ""),
+                    arguments=tuple(json.loads(label.get(ARGUMENTS_LABEL, "[]"))),
+                    state="running" if running else "created" if status == "created" else "exited",
+                    exit_code=int(state["ExitCode"]),
+                    out_of_memory=bool(state.get("OOMKilled")),
+                    started=str(state.get("StartedAt", "")),
                 )
-            )  # fmt: skip
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise RemoteError(
-                f"The engine over there says {line[:100]!r}, not a container's state: {error!r}."
+                f"The instance's engine answers {line[:100]!r}, not a container's state: {error!r}."
             ) from error
-    return sorted(found, key=lambda job: job.started)
+    return sorted(jobs, key=lambda job: job.started)
 
 
-class JobGone(RemoteError):
-    """Its container is not there any more: whoever followed it has brought it home, or somebody removed it."""
-
-
-def find(remote: Remote, job: str) -> Job:
-    """One of them, as it is now. Raises JobGone."""
-    for one in jobs(remote):
-        if one.id == job:
-            return one
-    raise JobGone(
-        f"The job {job} is not on {remote.host} any more: its container was removed there. What came home is kept; "
+def find(remote: Remote, id: str) -> Job:
+    """The job as it is now. Raises JobRemovedError."""
+    for job in list_jobs(remote):
+        if job.id == id:
+            return job
+    raise JobRemovedError(
+        f"The job {id} is not on {remote.host} any more: its container was removed there. What was fetched is kept; "
         "invoke run starts the rest."
     )
 
@@ -140,8 +122,8 @@ def log_file(folder: Path, job: str) -> Path:
 
 
 @contextmanager
-def _held(log: Path) -> Iterator[IO[bytes] | None]:
-    """The log, for the one process that writes it; None for the others."""
+def _locked(log: Path) -> Iterator[IO[bytes] | None]:
+    """The log, open for the one process that writes it; None for other processes."""
     log.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(log.with_name(f".{log.name}.lock"), timeout=0)
     try:
@@ -160,30 +142,32 @@ def follow(
     remote: Remote,
     job: str,
     log: Path,
-    screen: Callable[[bytes], None],
+    write: Callable[[bytes], None],
     *,
     replay: bool = False,
     once: bool = False,
 ) -> Job:
-    """Copy the job's output to its log and to the screen until it ends; the ended job. Lost connections are made again.
+    """Copy the job's output to its log and to `write` until the job ends; returns the ended job.
 
-    `replay`: the screen first gets what the log has already. `once`: what there is now, without waiting for more.
+    Lost connections are made again. `replay`: `write` first gets what the log has already. `once`: copy what there is
+    now, without waiting for more.
     """
-    with _held(log) as file:
+    with _locked(log) as file:
         offset = file.tell() if file else 0
         if replay and file and offset:
-            screen(log.read_bytes())
+            write(log.read_bytes())
 
-        def take(stream_script: str) -> None:
+        def copy_output(option: str) -> None:
             nonlocal offset
-            stream = link.stream(stream_script, remote.docker_words, f"fractal-job-{job}", str(offset + 1))
+            arguments = (remote.docker_command, container_name(job), str(offset + 1), option)
+            stream = link.stream(script("job_output"), *arguments)
             assert stream.stdout is not None
             try:
                 while data := stream.stdout.read(65536):
                     if file:
                         file.write(data)  # first: what the screen shows is kept
                     offset += len(data)
-                    screen(data)
+                    write(data)
             finally:
                 stream.kill()
                 stream.wait()
@@ -194,36 +178,39 @@ def follow(
             try:
                 if once:
                     state = find(remote, job)
-                    take(REST)
+                    copy_output("")
                     link.check_alive()
                     return state
-                take(FOLLOW)
+                copy_output("-f")
                 link.check_alive()
                 state = find(remote, job)
                 if state.ended:
                     before = offset
-                    take(REST)  # what the engine had not written out when it closed the stream
+                    copy_output("")  # what the engine had not written when it closed the stream
                     link.check_alive()
                     if offset == before:
                         return state
                 else:
-                    time.sleep(0.5)  # the stream ended, the job did not: the engine over there was restarted
+                    time.sleep(0.5)  # the stream ended, the job did not: the engine was restarted
             except ssh.SshConnectionError as error:
-                remote.again(error, link)
+                remote.reconnect(error, link)
 
 
-def end(remote: Remote, job: str) -> None:
-    """Remove a job with its sidecar, running or not."""
-    remote.must(f"remove the job {job}", END, remote.docker_words, job)
+def remove(remote: Remote, job: str) -> None:
+    """Remove a job with its sandbox, running or not."""
+    remote.check(f"remove the job {job}", script("remove_job"), remote.docker_command, job)
 
 
-def sweep(remote: Remote) -> None:
-    """Remove sandboxes without a job: a client was killed while it started one. No other may be starting one now."""
-    remote.must("remove old sandboxes", SWEEP, remote.docker_words)
+def remove_orphaned_sandboxes(remote: Remote) -> None:
+    """Remove sandboxes without a job. No other client may be starting a job now."""
+    remote.check("remove old sandboxes", script("remove_orphaned_sandboxes"), remote.docker_command)
 
 
 def diagnose(job: Job, tail: str) -> str | None:
-    """What is behind a job's failure, and the remedy; nothing for one that succeeded or explained itself."""
+    """The cause of a job's failure and the remedy; None for one that succeeded or named its error itself.
+
+    `tail`: the end of its output.
+    """
     if job.exit_code == 0:
         return None
     if re.search(r"CUDA out of memory|OutOfMemoryError|No available memory for the cache blocks", tail):
@@ -234,15 +221,15 @@ def diagnose(job: Job, tail: str) -> str | None:
     if match := re.search(r"No module named '?([\w.]+)", tail):
         return (
             f"The image lacks the package {match[1]}. Add it to pyproject.toml, then: invoke lock build push run. "
-            "Never install by hand over there: the next machine would not have it."
+            "Never install by hand on the instance: the next one would not have it."
         )
     if job.out_of_memory or re.search(r"\bKilled\b", tail[-300:]):
-        return "The machine's memory was full: the kernel killed the job. Take a larger type; the same command goes on."
+        return "The instance's memory is full: the kernel killed the job. Take a larger type; the same command goes on."
     if re.search(r"could not select device driver|nvidia-container-cli", tail):
-        return "Docker over there has no GPU. Run: invoke wait, which repairs the NVIDIA toolkit."
+        return "Docker on the instance has no GPU. Run: invoke wait, which repairs the NVIDIA toolkit."
     if "No space left on device" in tail or "no space left on the disk" in tail:
-        return "The disk over there is full. Make room (invoke ssh), then run the same command: it goes on."
-    if job.exit_code in (137, 139, 134, 143):
-        names = {137: "killed", 139: "a segmentation fault", 134: "aborted", 143: "told to end"}
-        return f"The process died ({names[job.exit_code]}). The same command goes on where it stopped."
+        return "The disk of the instance is full. Make room (invoke ssh), then run the same command: it goes on."
+    reasons = {137: "killed", 139: "a segmentation fault", 134: "aborted", 143: "terminated"}
+    if job.exit_code in reasons:
+        return f"The process died ({reasons[job.exit_code]}). The same command goes on where it stopped."
     return None

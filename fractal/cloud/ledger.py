@@ -1,11 +1,11 @@
-"""The ledger: every instance that we asked for, from the intent to its end, in one file that outlives any client.
+"""The ledger: every instance that was requested, from the intent to its end, in one file that outlives any client.
 
-What stands in it was written whole, under a lock, before the next step was taken: a kill at any instruction leaves the
-last state, and the intent to launch is there before the request is. A file that cannot be read is never written over.
-It asks no API.
+Each change is written whole, under a lock, before the next step is taken: a kill at any instruction leaves the last
+state, and the intent to launch is on disk before the request is sent. A file that cannot be read is never overwritten.
+This module makes no request to the API.
 
     ledger = Ledger(state_dir())
-    for entry in ledger.open():
+    for entry in ledger.open_entries():
         print(entry.name, entry.state, entry.id)
 """
 
@@ -15,7 +15,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ State = Literal["intended", "launched", "ended"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One step of an instance's life that took time: launch, boot, build, push, generate..."""
+    """A step that took time while an instance was rented: launch, boot, build, push, run..."""
 
     what: str
     at: float  # unix seconds when it began
@@ -47,19 +47,19 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process of this machine; its pid alone would come back in another."""
+    """A process of this machine; its pid alone may be used again by another process."""
 
     pid: int
     started: float  # seconds, by a clock that the user cannot set where there is one
 
     @classmethod
-    def here(cls) -> Self:
-        started = _started(os.getpid())
+    def current(cls) -> Self:
+        started = process_start(os.getpid())
         assert started is not None
         return cls(os.getpid(), started)
 
     def alive(self) -> bool:
-        started = _started(self.pid)
+        started = process_start(self.pid)
         return started is not None and abs(started - self.started) < 1.0
 
 
@@ -69,7 +69,7 @@ class Entry:
 
     name: str  # unique: fractal-<operator>-<8 hex digits>
     url: str  # of the API, and
-    account: str  # the key's digest: where it was launched
+    account: str  # digest of the key: the account that it was launched in
     type_name: str
     region: str
     price_cents_per_hour: int
@@ -82,15 +82,19 @@ class Entry:
     state: State = "intended"
     id: str | None = None
     ip: str | None = None  # as last seen
-    launched_at: float | None = None  # when we knew its id
+    launched_at: float | None = None  # when its id became known
     ready_at: float | None = None
     ended_at: float | None = None
     end_reason: str | None = None
-    owner: Process | None = None  # the client that works with it now
-    terminate_after: bool = False  # its client ends it when the work is done
-    rescue: tuple[str, ...] = ()  # what the guard runs, in the state folder, before it ends the instance at a limit
-    rescue_s: float = 300.0  # its deadline
+    owner: Process | None = None  # the client that uses it now
+    terminate_after: bool = False  # its client terminates it when the command ends
+    rescue: tuple[str, ...] = ()  # command that the guard runs before it terminates the instance at a limit
+    rescue_s: float = 300.0  # timeout of that command
     timeline: tuple[Event, ...] = ()
+
+    @property
+    def usd_per_hour(self) -> float:
+        return self.price_cents_per_hour / 100
 
     def ends_at(self) -> float | None:
         """When its limits are reached, in unix seconds."""
@@ -128,10 +132,10 @@ def state_dir() -> Path:
 
 
 class Ledger:
-    """The entries of one state folder, in the order in which they were asked for.
+    """The entries of one state folder, in the order of their requests.
 
-    Reading needs no lock and writes nothing. Raises InputError for a file that is no ledger of ours, OutsideError where
-    the folder cannot be read or written.
+    Reading needs no lock and writes nothing. Raises InputError for a file that is no ledger of Fractal's, OutsideError
+    where the folder cannot be read or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -147,70 +151,58 @@ class Ledger:
             raise self._outside("read", error) from error
         return self._parse(data)
 
-    def open(self) -> list[Entry]:
-        """What is not known to have ended: it may be billed."""
+    def open_entries(self) -> list[Entry]:
+        """Those not known to have ended: they may be billed."""
         return [entry for entry in self.entries() if entry.state != "ended"]
 
     def find(self, name: str) -> Entry | None:
         return next((entry for entry in self.entries() if entry.name == name), None)
 
     def add(self, entry: Entry) -> None:
-        def edit(entries: list[Entry]) -> None:
-            if any(one.name == entry.name for one in entries):
-                raise ValueError(f"{entry.name} stands in the ledger")
+        with self._editing() as entries:
+            if any(known.name == entry.name for known in entries):
+                raise ValueError(f"{entry.name} is in the ledger already")
             entries.append(entry)
 
-        self._edit(edit)
-
     def drop(self, name: str) -> None:
-        """Forget an intent that certainly came to nothing."""
-
-        def edit(entries: list[Entry]) -> None:
-            entries[:] = [one for one in entries if one.name != name or one.state != "intended"]
-
-        self._edit(edit)
+        """Remove an intent that certainly came to nothing."""
+        with self._editing() as entries:
+            entries[:] = [entry for entry in entries if entry.name != name or entry.state != "intended"]
 
     def change(self, name: str, *, expected: Entry | None = None, **fields: Any) -> Entry:
-        """Set fields; with `expected`, only if the entry is still that. Returns the entry as it is now."""
-        now: list[Entry] = []
-
-        def edit(entries: list[Entry]) -> None:
+        """Set fields; with `expected`, only if the entry still equals it. Returns the entry as it is then."""
+        with self._editing() as entries:
             index = self._index(entries, name)
             if expected is None or entries[index] == expected:
                 entries[index] = replace(entries[index], **fields)
-            now.append(entries[index])
-
-        self._edit(edit)
-        return now[0]
+            return entries[index]
 
     def end(self, name: str, reason: str, *, expected: Entry | None = None, instead_of: Collection[str] = ()) -> bool:
-        """It is over. The first reason stays, unless it is one of `instead_of`; returns whether this was written."""
-        ended: list[bool] = []
+        """Mark the instance as ended; whether anything was written.
 
-        def edit(entries: list[Entry]) -> None:
+        The first reason is kept, unless it is one of `instead_of`.
+        """
+        with self._editing() as entries:
             index = self._index(entries, name)
             entry = entries[index]
-            over = {"state": "ended", "ended_at": time.time(), "end_reason": reason, "owner": None}
             if entry.state == "ended":
-                over = {"end_reason": reason} if entry.end_reason in instead_of else {}
-            elif expected not in (None, entry):
-                over = {}
-            ended.append(bool(over))
-            entries[index] = replace(entry, **over)  # type: ignore[arg-type]
+                if entry.end_reason not in instead_of:
+                    return False
+                entries[index] = replace(entry, end_reason=reason)
+                return True
+            if expected not in (None, entry):
+                return False
+            entries[index] = replace(entry, state="ended", ended_at=time.time(), end_reason=reason, owner=None)
+            return True
 
-        self._edit(edit)
-        return ended[0]
-
-    def event(self, name: str, what: str, at: float, seconds: float) -> None:
-        def edit(entries: list[Entry]) -> None:
+    def add_event(self, name: str, what: str, at: float, seconds: float) -> None:
+        with self._editing() as entries:
             index = self._index(entries, name)
             timeline = (*entries[index].timeline, Event(what, at, seconds))
             entries[index] = replace(entries[index], timeline=timeline)
 
-        self._edit(edit)
-
     def operator(self) -> str:
-        """Six hex digits that stand for this state folder, made once. They outlive a ledger that broke."""
+        """Six hex digits that identify this state folder, made once. They outlive a broken ledger."""
         file = self.folder / "operator"
         with self._locked():
             try:
@@ -246,7 +238,7 @@ class Ledger:
                 )
             entries = list(parse(data, _File).entries)
             if len({entry.name for entry in entries}) < len(entries):
-                raise ValueError("a name stands twice")
+                raise ValueError("a name occurs twice")
         except (*MALFORMED, ValueError) as error:
             raise InputError(
                 f"{self.file}: is broken: {error}. It may name machines that are billed, so it stays as it is. Restore "
@@ -254,12 +246,17 @@ class Ledger:
             ) from error
         return entries
 
-    def _edit(self, edit: Callable[[list[Entry]], None]) -> None:
+    @contextmanager
+    def _editing(self) -> Iterator[list[Entry]]:
+        """The entries, to be changed in place; written when the block ends without an exception."""
         with self._locked():
             entries = self.entries()
-            edit(entries)
+            before = list(entries)
+            yield entries
+            if entries == before:
+                return
             data = msgspec.json.format(msgspec.json.encode(_File(VERSION, entries)), indent=1) + b"\n"
-            if self._parse(data) != entries:  # a nan, say
+            if self._parse(data) != entries:  # a nan, for example
                 raise ValueError(f"not a ledger: {entries}")
             self._write(self.file, data)
 
@@ -271,7 +268,7 @@ class Ledger:
             lock.acquire()
         except Timeout:
             raise OutsideError(
-                f"{self.folder}: another process holds the ledger since {LOCK_TIMEOUT_S:.0f} s. End what hangs there."
+                f"{self.folder}: another process has locked the ledger for {LOCK_TIMEOUT_S:.0f} s. End that process."
             ) from None
         except (OSError, NotImplementedError) as error:
             raise self._outside("written", error) from error
@@ -281,12 +278,12 @@ class Ledger:
             lock.release()
 
     def _write(self, file: Path, data: bytes) -> None:
-        for draft in self.folder.glob(f".{file.name}.*"):  # of a killed writer: the lock is ours
+        for draft in self.folder.glob(f".{file.name}.*"):  # left by a killed writer: this process holds the lock
             with contextlib.suppress(OSError):
                 draft.unlink()
         try:
             write_whole(file, data)
-            folder = os.open(self.folder, os.O_RDONLY)  # the rename itself must outlive a power cut
+            folder = os.open(self.folder, os.O_RDONLY)  # the rename itself has to survive a power cut
             try:
                 os.fsync(folder)
             finally:
@@ -303,8 +300,8 @@ class Ledger:
         )
 
 
-def _started(pid: int) -> float | None:
-    """When the process began; None if there is none."""
+def process_start(pid: int) -> float | None:
+    """When the process started, in seconds; None if it does not run."""
     try:
         if sys.platform == "linux":  # seconds since boot: no jump of the wall clock changes them
             words = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()

@@ -1,10 +1,10 @@
-"""The rented machine as we work on it: one ssh connection, made again when it is lost; its Docker engine; a shell.
+"""The instance as a remote host: one ssh connection, made again when it is lost; its Docker engine; rsync; a shell.
 
-    with Remote(folder / "ssh/config", refresh, say) as remote:
+    with Remote(folder / "ssh/config", refresh, log) as remote:
         remote.run("nvidia-smi")
-        with remote.engine() as client: ...     # the Docker SDK against the engine over there
+        with remote.engine() as client: ...     # the Docker SDK with the instance's engine
 
-Knows ssh and nothing of the cloud's API: `refresh` brings the alias to the machine's present address, or raises.
+Knows nothing of the cloud's API: `refresh` updates the alias to the instance's present address, or raises.
 """
 
 import os
@@ -23,46 +23,57 @@ import docker
 import docker.errors
 import requests
 
-from fractal.cloud.alias import ALIAS as ALIAS
+from fractal.cloud import gpu_driver
+from fractal.cloud.ssh_config import ALIAS
 from fractal.errors import InputError, OutsideError
 from fractal.images import ssh
 
-Say = Callable[[str], None]
-ROOT = "fractal"  # our folder in the home over there
-PATIENCE_S = 600.0  # without a connection, before a command gives up; the job over there goes on
-PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # the last one again and again
+Log = Callable[[str], None]
+ROOT = "fractal"  # Fractal's folder in the home of the instance's user
+SCRIPTS = Path(__file__).parent / "scripts"
+PATIENCE_S = 600.0  # without a connection, before a command gives up; the job goes on
+BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # the last one is repeated
 ENGINE = "/var/run/docker.sock"
 ENGINE_TIMEOUT_S = 120
-PROBE = """\
+FIND_DOCKER = """\
 for docker in docker 'sudo -n docker'; do
   $docker version > /dev/null 2>&1 < /dev/null && { echo "$docker"; exit; }
 done
 """
 RSYNC = ("rsync", "--archive", "--no-owner", "--no-group", "--partial-dir=.rsync-partial", "--timeout=60")
-SYNC_NEVER = (".git", ".venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", "/runs")
+SYNC_EXCLUDES = (".git", ".venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", "/runs")
 
 
 class RemoteError(OutsideError):
-    """The machine over there does not do what it should: one line with the remedy."""
+    """A command on the instance failed: one line with the remedy."""
+
+
+def script(name: str) -> str:
+    """The text of scripts/NAME.sh, for `Remote.run`."""
+    return (SCRIPTS / f"{name}.sh").read_text()
 
 
 class Remote:
-    """A context manager; threads may share it. Raises SshError, RemoteError, and what `refresh` raises."""
+    """A context manager; threads may share it.
+
+    Raises SshError, SshConnectionError, RemoteError, and what `refresh` raises.
+    """
 
     def __init__(
         self,
         config: Path,
         refresh: Callable[[], object],  # called when a connection was lost, before each further attempt
-        say: Say,
+        log: Log,
         *,
         host: str = ALIAS,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.config, self.host, self.patience_s = config, host, patience_s
-        self._refresh, self._say = refresh, say
+        self._refresh, self._log = refresh, log
         self._lock = threading.RLock()
         self._link: ssh.SshConnection | None = None
         self._docker = ""
+        self._driver: gpu_driver.Driver | None = None
 
     def __enter__(self) -> Self:
         _ = self.link
@@ -74,24 +85,26 @@ class Remote:
 
     @property
     def link(self) -> ssh.SshConnection:
-        """The connection; made if there is none, with patience."""
+        """The connection; made if there is none, with retries."""
         with self._lock:
             return self._link or self._connect(None)
 
-    def again(self, lost: ssh.SshConnectionError, link: ssh.SshConnection) -> ssh.SshConnection:
-        """Another connection in place of this one, which was lost. Raises SshConnectionError when patience is over."""
+    def reconnect(self, lost: ssh.SshConnectionError, link: ssh.SshConnection) -> ssh.SshConnection:
+        """Replace this connection, which was lost. Raises SshConnectionError after `patience_s`."""
         with self._lock:
             if self._link is not link and self._link is not None:  # another thread was quicker
                 return self._link
             link.close()
             self._link = None
-            self._say(f"the connection is lost ({str(lost).split(':')[0].rstrip('.')}), what runs over there goes on")
+            reason = str(lost).split(":")[0].rstrip(".")
+            self._log(f"the connection is lost ({reason}), what runs on the instance goes on")
             return self._connect(lost)
 
     def _connect(self, lost: ssh.SshConnectionError | None) -> ssh.SshConnection:
-        deadline, began = time.time() + self.patience_s, time.time()  # the wall's clock: a laptop may have slept
+        began = time.time()  # wall clock: a laptop may have slept
+        deadline = began + self.patience_s
         for attempt in range(10_000):
-            if lost is not None:  # at first the alias leads to where the machine was seen a moment ago
+            if lost is not None:  # at first the alias refers to where the instance was seen a moment ago
                 self._refresh()
             try:
                 self._link = ssh.SshConnection(self.host, ssh.WAIT_FOR_HEARTBEATS, config=self.config)
@@ -99,53 +112,62 @@ class Remote:
                 break
             except ssh.SshConnectionError as error:
                 lost = error
-                pause_s = PAUSES_S[min(attempt, len(PAUSES_S) - 1)]
+                pause_s = BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]
                 if time.time() + pause_s > deadline:
                     raise
                 if attempt == 0:
-                    self._say(f"{error} Trying for {self.patience_s / 60:.0f} minutes.")
+                    self._log(f"{error} Trying for {self.patience_s / 60:.0f} minutes.")
                 time.sleep(pause_s)
         assert self._link is not None
         if lost is not None:
-            self._say(f"{self.host} is connected again after {time.time() - began:.0f} s")
+            self._log(f"{self.host} is connected again after {time.time() - began:.0f} s")
         return self._link
 
-    def run(self, script: str, *words: str, timeout_s: float = ssh.RUN_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
-        """A POSIX sh script over there that may run twice: after a lost connection it does."""
+    def run(
+        self, script: str, *arguments: str, timeout_s: float = ssh.RUN_TIMEOUT_S
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a POSIX sh script on the instance; it has to be repeatable: after a lost connection it is repeated."""
         while True:
             link = self.link
             try:
-                return link.run(script, *words, timeout_s=timeout_s)
+                return link.run(script, *arguments, timeout_s=timeout_s)
             except ssh.SshConnectionError as error:
-                self.again(error, link)
+                self.reconnect(error, link)
 
-    def must(self, what: str, script: str, *words: str, timeout_s: float = ssh.RUN_TIMEOUT_S) -> str:
-        """The output of a script that has to succeed. Raises RemoteError: HOST cannot WHAT: its last words."""
-        done = self.run(script, *words, timeout_s=timeout_s)
+    def check(self, what: str, script: str, *arguments: str, timeout_s: float = ssh.RUN_TIMEOUT_S) -> str:
+        """The output of a script that has to succeed. Raises RemoteError: HOST cannot WHAT: last line of its output."""
+        done = self.run(script, *arguments, timeout_s=timeout_s)
         if done.returncode:
-            raise failed(self.host, what, done.stderr or done.stdout)
+            raise failure(self.host, what, done.stderr or done.stdout)
         return done.stdout
 
     @property
-    def docker_words(self) -> str:
-        """How its user calls Docker there: docker, or sudo -n docker."""
+    def docker_command(self) -> str:
+        """How its user calls Docker: docker, or sudo -n docker."""
         if not self._docker:
-            self._docker = self.run(PROBE).stdout.strip()
+            self._docker = self.run(FIND_DOCKER).stdout.strip()
         if not self._docker:
             raise RemoteError(f"Docker on {self.host} does not answer. Run: invoke wait, which repairs what it can.")
         return self._docker
 
+    @property
+    def driver(self) -> gpu_driver.Driver:
+        """The NVIDIA driver and the GPUs, asked once for each connection; empty where there are none."""
+        if self._driver is None:
+            self._driver = gpu_driver.parse(self.run(f"{gpu_driver.QUERY} 2> /dev/null").stdout)
+        return self._driver
+
     @contextmanager
     def engine(self) -> Iterator[docker.DockerClient]:
-        """The Docker SDK against the engine over there: its socket, forwarded.
+        """The Docker SDK with the instance's engine, by its forwarded socket.
 
         Each connection of `docker system dial-stdio` would be a session, of which sshd allows ten. The user has to be
-        in the group docker: ready.py sees to it.
+        in the group docker, which readiness.py ensures.
         """
-        folder = Path(tempfile.mkdtemp(prefix="fractal-engine-", dir="/tmp"))  # a socket's name has 104 bytes at most
+        folder = Path(tempfile.mkdtemp(prefix="fractal-engine-", dir="/tmp"))  # a socket's path has 104 bytes at most
         try:
             link = self.link
-            if self.docker_words != "docker" or not link.forward_socket(folder / "docker.sock", ENGINE):
+            if self.docker_command != "docker" or not link.forward_socket(folder / "docker.sock", ENGINE):
                 raise RemoteError(
                     f"The Docker engine of {self.host} is not open to its user. Run: invoke wait, which repairs that; "
                     "sshd there has to allow forwarding (AllowStreamLocalForwarding)."
@@ -160,16 +182,16 @@ class Remote:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def rsync(self, *words: str) -> str:
-        """rsync over this connection; a word that begins with `HOST:` is a place there. Its output.
+    def rsync(self, *arguments: str) -> str:
+        """Run rsync over this connection and return its output; a path that begins with `HOST:` is on the instance.
 
-        A lost connection is made again and rsync repeated: it goes on where it was. Raises RemoteError.
+        After a lost connection rsync is repeated, and continues where it was. Raises RemoteError.
         """
         if shutil.which("rsync") is None:
             raise RemoteError("There is no rsync here. Install it: apt-get install rsync, or brew install rsync.")
         while True:
             link = self.link
-            done = _rsync([*RSYNC, "--rsh", link.rsync_shell, *words])
+            done = _rsync([*RSYNC, "--rsh", link.rsync_shell, *arguments])
             if done.returncode in (0, 24):  # 24: a file vanished meanwhile
                 return done.stdout
             if done.returncode in (10, 12, 30, 35, 255, -9, -15):  # of the transport
@@ -177,37 +199,31 @@ class Remote:
                     link.check_alive()
                     link.run("true")
                 except ssh.SshConnectionError as error:
-                    self.again(error, link)
+                    self.reconnect(error, link)
                     continue
-            raise self._rsync_failed(done.stderr)
+            raise self._rsync_failure(done.stderr)
 
-    def _rsync_failed(self, words: str) -> RemoteError:
-        if "No space left on device" in words or "Disk quota exceeded" in words:
-            where = "the receiving side" if "receiver" in words else self.host
+    def _rsync_failure(self, output: str) -> RemoteError:
+        if "No space left on device" in output or "Disk quota exceeded" in output:
+            where = "the receiving side" if "receiver" in output else self.host
             return RemoteError(f"rsync: the disk of {where} is full. Make room and run the command again, it goes on.")
-        if "command not found" in words or "rsync: not found" in words:
+        if "command not found" in output or "rsync: not found" in output:
             return RemoteError(f"There is no rsync on {self.host}. Run: invoke wait, which installs it.")
-        return failed("rsync", "copy", words)
+        return failure("rsync", "copy", output)
 
     def sync(self, folder: Path) -> str:
-        """Copy a folder to ~/fractal/src/NAME there, without what git ignores; a line of what was sent."""
+        """Copy a folder to ~/fractal/src/NAME there, without what git ignores; returns a line of what was sent."""
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. Give one of this project, as: invoke sync --dir=benchmarks.")
-        place = "." if folder.resolve() == Path.cwd().resolve() else folder.resolve().name
-        self.must("make a folder", f'mkdir -p "{ROOT}/src/$1"', place)
-        never = [f"--exclude={pattern}" for pattern in SYNC_NEVER]
-        said = self.rsync(
-            "--delete-delay",
-            "--stats",
-            "--filter=:- .gitignore",
-            *never,
-            f"{folder}/",
-            f"{self.host}:{ROOT}/src/{place}/",
-        )
-        return f"{folder} is at ~/{ROOT}/src/{place} on {self.host}: {sent(said)}"
+        name = "." if folder.resolve() == Path.cwd().resolve() else folder.resolve().name
+        self.check("make a folder", f'mkdir -p "{ROOT}/src/$1"', name)
+        options = ["--delete-delay", "--stats", "--filter=:- .gitignore"]
+        options += [f"--exclude={pattern}" for pattern in SYNC_EXCLUDES]
+        stats = self.rsync(*options, f"{folder}/", f"{self.host}:{ROOT}/src/{name}/")
+        return f"{folder} is at ~/{ROOT}/src/{name} on {self.host}: {transferred(stats)}"
 
     def shell(self, command: str = "") -> list[str]:
-        """The words of an ssh that a person uses; with a terminal if there is one."""
+        """The command line of an interactive ssh; with a terminal if there is one."""
         terminal = ["-t"] if command and os.isatty(0) else []
         return ["ssh", "-F", str(self.config), *terminal, "--", self.host, *([command] if command else [])]
 
@@ -226,22 +242,22 @@ def _rsync(argv: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-def failed(host: str, what: str, words: str) -> RemoteError:
-    """A failure over there; a full disk is named."""
-    if "No space left on device" in words or "no space left on device" in words:
+def failure(host: str, what: str, output: str) -> RemoteError:
+    """The error of a command that failed on the instance; a full disk is named."""
+    if "No space left on device" in output or "no space left on device" in output:
         return RemoteError(f"The disk of {host} is full: it cannot {what}. Make room there (invoke ssh), then go on.")
-    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     last = lines[-1][-200:].rstrip(". ") if lines else "no reason given"
     return RemoteError(f"{host} cannot {what}: {last}. Look there: invoke ssh")
 
 
-def sent(stats: str) -> str:
-    """What rsync's --stats tell, in few words."""
-    found = {}
+def transferred(stats: str) -> str:
+    """A summary of the output of rsync --stats."""
+    numbers = {}
     for line in stats.splitlines():
         name, _, value = line.partition(":")
-        number = value.strip().split(" ")[0].replace(",", "").replace(".", "")
-        if number.isdigit():
-            found[name.strip()] = int(number)
-    files = found.get("Number of regular files transferred", found.get("Number of files transferred", 0))
-    return f"{files} files, {found.get('Total transferred file size', 0) / 1e6:.1f} MB"
+        digits = value.strip().split(" ")[0].replace(",", "").replace(".", "")
+        if digits.isdigit():
+            numbers[name.strip()] = int(digits)
+    files = numbers.get("Number of regular files transferred", numbers.get("Number of files transferred", 0))
+    return f"{files} files, {numbers.get('Total transferred file size', 0) / 1e6:.1f} MB"

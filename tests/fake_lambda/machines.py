@@ -101,12 +101,11 @@ class Machines:
         finally:
             client.close()
 
-    def start(self, instance_id: str, public_key: str, user_data: str | None = None) -> Running:
+    def start(self, instance_id: str, public_key: str) -> Running:
         """Back in about half a second, as soon as the machine has an address; it is still booting then."""
         machine = Machine(
             condition=self.condition,
             public_key=public_key,
-            user_data=user_data,
             labels={INSTANCE: instance_id, OWNER: owner(os.getpid())},
             wait=False,
         )

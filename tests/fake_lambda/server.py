@@ -1,5 +1,6 @@
 """A strict fake of the Lambda Cloud API over real HTTP, with faults on demand. Written from Lambda's documentation
-(its OpenAPI description 1.6, and what is newer: tags, the status preempted), not from our client.
+(its OpenAPI description 1.6, and what is newer: the status preempted), not from our client. It has the requests that
+Fractal makes; any other is refused.
 
     with FakeLambda(rate=False) as cloud:
         cloud.add_ssh_key("mine", PUBLIC_KEY)
@@ -28,14 +29,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 from urllib.parse import urlsplit
 
 PREFIX = "/api/v1"
 BODY_MAX = 2_000_000
-USER_DATA_MAX = 1_000_000
 OTHER_IPS = "127.0.0.{}"  # where an instance without a machine moves to
 HTML = b"<html><head><title>503</title></head><body>Service temporarily unavailable</body></html>"
 REGIONS = {
@@ -73,7 +72,7 @@ class Running(Protocol):
 
 
 class MachineFactory(Protocol):
-    def start(self, instance_id: str, public_key: str, user_data: str | None) -> Running: ...
+    def start(self, instance_id: str, public_key: str) -> Running: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +170,6 @@ class Rented:
     price_cents: int
     ssh_key_names: list[str]
     file_system_names: list[str]
-    tags: list[dict[str, str]]
     ip: str | None
     launched: float  # monotonic, as all below
     launched_at: float  # time.time()
@@ -205,11 +203,10 @@ class FakeLambda:
         keep_terminated_s: float = math.inf,
         latency_s: float = 0.0,
         port: int = 0,
-        state: Path | None = None,
     ) -> None:
         """`rate`: 429 for what comes sooner than the intervals. `boot_s`: from launch to active. `terminate_s`: from
         the request to terminated. `hidden_s`: 404 and not listed, right after the launch. `keep_terminated_s`: how
-        long what has ended is still listed. `state`: a file that holds `living()` as JSON at any time."""
+        long what has ended is still listed."""
         self.key = key
         self.rate = rate
         self.request_interval_s = request_interval_s
@@ -226,7 +223,6 @@ class FakeLambda:
         self.launched: list[str] = []  # ids, in order
         self.troubles: list[str] = []  # of the fake itself and its machines: tests want none
         self._machines = machines
-        self._state = state
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._scripts: list[tuple[str, deque[Fault]]] = []
@@ -239,16 +235,12 @@ class FakeLambda:
             for region in ("us-west-1", "us-east-1"):
                 self.set_capacity(name, region, None)
         self._last_request = self._last_launch = -math.inf
-        self._written: bytes | None = None
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.cloud = self
         self.url = f"http://127.0.0.1:{self._server.server_port}{PREFIX}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), name="fake lambda", daemon=True).start()
-        if self._state is not None:
-            self._write_state()
-            threading.Thread(target=self._watch, name="fake lambda's state", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -266,7 +258,6 @@ class FakeLambda:
         for one in rented:
             if one.thread is not None:
                 one.thread.join(120)
-        self._write_state()
 
     # What tests do to the cloud
 
@@ -286,10 +277,6 @@ class FakeLambda:
             self._keys[key["id"]] = key
             return key["id"]
 
-    def add_type(self, name: str, price_cents: int) -> None:
-        with self._lock:
-            self._types[name] = _type(name, "B200 (180 GB SXM6)", price_cents, 26, 200, 1024, 1)
-
     def set_capacity(self, type: str, region: str, count: int | None, *, after_s: float = 0.0, advertised: bool | None = None) -> None:  # fmt: skip
         """How many more can be launched (None: any number), from then on; `advertised` where the list says otherwise."""
         with self._lock:
@@ -297,6 +284,20 @@ class FakeLambda:
             now = time.monotonic()
             before = old.now(now) if old is not None and after_s > 0 else 0
             self._capacity[type, region] = _Capacity(count, now + after_s, before, advertised)
+
+    def add_file_system(self, name: str, region: str) -> None:
+        """As if done on the website."""
+        with self._lock:
+            self._file_systems[name] = {
+                "id": _id(),
+                "name": name,
+                "mount_point": f"/lambda/nfs/{name}",
+                "created": "2026-01-15T10:00:00+00:00",
+                "created_by": {"id": "0" * 32, "email": "me@example.com", "status": "active"},
+                "is_in_use": False,
+                "region": _region(region),
+                "bytes_used": 0,
+            }
 
     def no_capacity(self) -> None:
         """Nowhere, for no type."""
@@ -461,9 +462,7 @@ class FakeLambda:
             "ssh_key_names": _texts(1, 1),
             "name": _text(0, 64),
             "image": _object,
-            "user_data": _text(0, USER_DATA_MAX),
             "file_system_names": _texts(0, 1),
-            "tags": _tags,
         }
         _check(body, fields, required=("region_name", "instance_type_name", "ssh_key_names"))
         region, type = body["region_name"], body["instance_type_name"]
@@ -494,7 +493,6 @@ class FakeLambda:
             price_cents=self._types[type]["price_cents_per_hour"],
             ssh_key_names=list(body["ssh_key_names"]),
             file_system_names=list(body.get("file_system_names", [])),
-            tags=list(body.get("tags", [])),
             ip=None if self._machines else OTHER_IPS.format(1),
             launched=now,
             launched_at=time.time(),
@@ -504,8 +502,7 @@ class FakeLambda:
         self._rented[one.id] = one
         self.launched.append(one.id)
         if self._machines is not None:
-            self._work(one, self._start_machine, one, key["public_key"], body.get("user_data"))
-        self._write_state()
+            self._work(one, self._start_machine, one, key["public_key"])
         return {"instance_ids": [one.id]}
 
     def _check_image(self, image: dict[str, Any]) -> None:
@@ -530,23 +527,7 @@ class FakeLambda:
                 one.status = "terminating"
                 one.gone = time.monotonic() + self.terminate_s
                 self._stop(one)
-        answer = {"terminated_instances": [self._view(one) for one in chosen]}
-        self._write_state()
-        return answer
-
-    def _restart(self, body: Any) -> object:
-        chosen = self._chosen(body)
-        for one in chosen:
-            if one.status in (*ENDED, "terminating"):
-                raise invalid(f"instance {one.id} is {one.status}: vm-is-terminating")
-            if one.status == "booting":
-                raise invalid(f"instance {one.id} is booting: vm-has-not-launched")
-        for one in chosen:
-            one.status = "booting"
-            one.ready = time.monotonic() + self.boot_s
-            if one.machine is not None:
-                self._work(one, self._restart_machine, one)
-        return {"restarted_instances": [self._view(one) for one in chosen]}
+        return {"terminated_instances": [self._view(one) for one in chosen]}
 
     def _chosen(self, body: Any) -> list[Rented]:
         _check(body, {"instance_ids": _texts(1, 100)}, required=("instance_ids",))
@@ -564,11 +545,6 @@ class FakeLambda:
         if not PUBLIC_KEY.fullmatch(body["public_key"]):
             raise invalid("public_key: not an OpenSSH public key")
         return self._keys[self.add_ssh_key(body["name"], body["public_key"])]
-
-    def _delete_ssh_key(self, id: str) -> object:
-        if self._keys.pop(id, None) is None:
-            raise invalid(f"no SSH key has the id {id}")
-        return {}
 
     def _images(self) -> object:
         made = "2026-01-15T10:00:00+00:00"
@@ -589,36 +565,6 @@ class FakeLambda:
     def _list_file_systems(self) -> object:
         used = {name for one in self._rented.values() if one.status not in ENDED for name in one.file_system_names}
         return [fs | {"is_in_use": fs["name"] in used} for fs in self._file_systems.values()]
-
-    def _create_file_system(self, body: Any) -> object:
-        _check(body, {"name": _text(1, 60), "region": _text(1, 64)}, required=("name", "region"))
-        if not re.fullmatch(r"[a-zA-Z]+[0-9a-zA-Z-]*", body["name"]):
-            raise invalid("name: letters, digits and hyphens, a letter first")
-        if body["region"] not in REGIONS:
-            raise invalid(f"region: {body['region']!r} is not one of {', '.join(REGIONS)}")
-        if any(fs["name"] == body["name"] for fs in self._file_systems.values()):
-            raise Refused(400, "global/duplicate", f"A filesystem named {body['name']} exists already.")
-        made = {
-            "id": _id(),
-            "name": body["name"],
-            "mount_point": f"/lambda/nfs/{body['name']}",
-            "created": "2026-01-15T10:00:00+00:00",
-            "created_by": {"id": "0" * 32, "email": "me@example.com", "status": "active"},
-            "is_in_use": False,
-            "region": _region(body["region"]),
-            "bytes_used": 0,
-        }
-        self._file_systems[str(made["id"])] = made
-        return made
-
-    def _delete_file_system(self, id: str) -> object:
-        found = self._file_systems.get(id)
-        if found is None:
-            raise missing("Filesystem was not found.")
-        if any(found["name"] in one.file_system_names for one in self._rented.values() if one.status not in ENDED):
-            raise Refused(400, "filesystems/filesystem-in-use", "The filesystem is in use.")
-        del self._file_systems[id]
-        return {"deleted_ids": [id]}
 
     # Instances
 
@@ -643,7 +589,6 @@ class FakeLambda:
                 one.ended = time.monotonic()
                 self._give_back(one)
                 self._stop(one)
-            self._write_state()
 
     def _give_back(self, one: Rented) -> None:
         capacity = self._capacity.get((one.type, one.region))
@@ -683,7 +628,7 @@ class FakeLambda:
             "jupyter_token": token,
             "jupyter_url": f"https://jupyter-{one.id}.lambdaspaces.com/?token={token}",
             "is_reserved": False,
-            "tags": one.tags,
+            "tags": [],
             "actions": {action: dict(why) if over else {"available": True} for action in actions},
         }
         return {name: value for name, value in view.items() if value is not None}
@@ -703,17 +648,11 @@ class FakeLambda:
         one.thread = threading.Thread(target=run, name=f"machine {one.id}", daemon=True)
         one.thread.start()
 
-    def _start_machine(self, one: Rented, public_key: str, user_data: str | None) -> None:
+    def _start_machine(self, one: Rented, public_key: str) -> None:
         assert self._machines is not None
-        machine = self._machines.start(one.id, public_key, user_data)
+        machine = self._machines.start(one.id, public_key)
         with self._lock:
             one.machine, one.ip = machine, machine.ip
-
-    def _restart_machine(self, one: Rented) -> None:
-        if one.machine is not None:
-            ip = one.machine.restart()
-            with self._lock:
-                one.ip = ip
 
     def _stop(self, one: Rented) -> None:
         if self._machines is not None:
@@ -723,23 +662,6 @@ class FakeLambda:
         machine, one.machine = one.machine, None
         if machine is not None:
             machine.stop()
-
-    # The state file
-
-    def _watch(self) -> None:
-        while not self._closing.wait(0.05):
-            self._write_state()
-
-    def _write_state(self) -> None:
-        if self._state is None:
-            return
-        with self._lock:
-            data = json.dumps(self.living(), indent=1).encode()
-            if data != self._written:
-                draft = self._state.with_name(f".{self._state.name}.new")
-                draft.write_bytes(data)
-                draft.replace(self._state)
-                self._written = data
 
 
 @dataclass
@@ -841,14 +763,6 @@ def _object(value: Any) -> str | None:
     return None if isinstance(value, dict) else "must be an object"
 
 
-def _tags(value: Any) -> str | None:
-    whole = isinstance(value, list) and all(
-        isinstance(tag, dict) and set(tag) == {"key", "value"} and all(isinstance(text, str) for text in tag.values())
-        for tag in value
-    )
-    return None if whole else "must be a list of objects with key and value"
-
-
 Route = tuple[str, str, Callable[..., object]]
 ROUTES: list[Route] = [
     ("GET", r"/instance-types", FakeLambda._instance_types),
@@ -856,14 +770,10 @@ ROUTES: list[Route] = [
     ("GET", r"/instances/([^/]+)", FakeLambda._instance),
     ("POST", r"/instance-operations/launch", FakeLambda._launch),
     ("POST", r"/instance-operations/terminate", FakeLambda._terminate),
-    ("POST", r"/instance-operations/restart", FakeLambda._restart),
     ("GET", r"/ssh-keys", FakeLambda._ssh_keys),
     ("POST", r"/ssh-keys", FakeLambda._add_ssh_key),
-    ("DELETE", r"/ssh-keys/([^/]+)", FakeLambda._delete_ssh_key),
     ("GET", r"/images", FakeLambda._images),
     ("GET", r"/file-systems", FakeLambda._list_file_systems),
-    ("POST", r"/filesystems", FakeLambda._create_file_system),
-    ("DELETE", r"/filesystems/([^/]+)", FakeLambda._delete_file_system),
 ]
 
 

@@ -19,10 +19,18 @@ from typing import Any
 import docker
 import pytest
 
-from fractal.cloud import alias, guard, instance, ready
-from fractal.cloud.lambda_api import Client, Pace
+from fractal.cloud import guard, readiness, ssh_config
+from fractal.cloud.account import Account
+from fractal.cloud.instance import wait_active
+from fractal.cloud.instance_types import LaunchRequest
+from fractal.cloud.lambda_api import Client
+from fractal.cloud.launch import launch
 from fractal.cloud.ledger import Entry, Ledger
+from fractal.cloud.rate_limit import RateLimiter
+from fractal.cloud.reconcile import terminate
 from fractal.cloud.remote import Remote
+from fractal.cloud.session import update_alias
+from fractal.cloud.ssh_keys import find_key
 from fractal.images import driver, push
 from fractal.images.build import ensure_sandbox_image
 from tests.conftest import ROOT, until
@@ -47,23 +55,22 @@ class World:
             **os.environ, "FRACTAL_LAMBDA_URL": fake.url, "LAMBDA_API_KEY": KEY, "FRACTAL_STATE": str(self.ledger.folder),
         }  # fmt: skip
 
-    def client(self) -> Client:
-        return Client(KEY, self.fake.url, pace=Pace(request_s=0, launch_s=0), patience_s=5)
+    def account(self) -> Account:
+        limiter = RateLimiter(request_s=0, launch_s=0)
+        return Account(Client(KEY, self.fake.url, rate_limiter=limiter, patience_s=5), self.ledger, print)
 
     def rent(self) -> Entry:
-        """Launch, ready, images."""
-        client, said = self.client(), print
+        """Launch, wait until it is ready, send the images."""
+        account = self.account()
         key = key_pair(self.folder)
         self.fake.add_ssh_key(f"mine{time.time_ns()}", Path(f"{key}.pub").read_text().strip())
         os.environ |= {**self.environment, "FRACTAL_SSH_KEY": str(key)}  # the guard's
-        entry = instance.launch(
-            client, self.ledger, instance.Wish(types=("gpu_1x_a10",)), instance.find_key(client, self.ledger), said
-        )
-        entry = instance.wait_active(client, self.ledger, entry, said)
-        self.point(entry)
-        ready.wait(self.ledger.folder, entry, said)
+        entry = launch(account, LaunchRequest(types=("gpu_1x_a10",)), find_key(account))
+        entry = wait_active(account, entry)
+        update_alias(self.ledger, entry)
+        readiness.wait_ready(self.ledger.folder, entry, print)
         entry = self.ledger.change(entry.name, ready_at=time.time(), owner=None)
-        config = alias.config_file(self.ledger.folder)
+        config = ssh_config.config_file(self.ledger.folder)
         here = docker.from_env()
         sandbox = ensure_sandbox_image(here, lambda text: None).name
         push.to_host(here, sandbox, "lambda", say=lambda text: None, ssh_config=config)
@@ -79,14 +86,9 @@ class World:
             container.remove()
         return entry
 
-    def point(self, entry: Entry) -> None:
-        assert entry.ip is not None
-        assert entry.id is not None
-        alias.write(self.ledger.folder, ip=entry.ip, key_file=Path(entry.key_file), instance_id=entry.id)
-
     @property
     def entry(self) -> Entry:
-        (one,) = self.ledger.open()
+        (one,) = self.ledger.open_entries()
         return one
 
     @property
@@ -147,8 +149,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             (one.model / "tokenizer.json").write_text("{}")
             (one.model / "chat_template.jinja").write_text("x")
             yield one
-            for entry in one.ledger.open():
-                instance.terminate(one.client(), one.ledger, entry, print)
+            for entry in one.ledger.open_entries():
+                terminate(one.account(), entry)
             end_guards(one.ledger.folder)
             assert fake.living() == []
             assert fake.troubles == []
@@ -162,12 +164,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture
 def rented(world: World) -> Iterator[World]:
     """The one of the module; another where a test has ended it. Afterwards, nothing is alive that the ledger does not name."""
-    if not world.ledger.open() or not world.fake.living():
-        for entry in world.ledger.open():
+    if not world.ledger.open_entries() or not world.fake.living():
+        for entry in world.ledger.open_entries():
             world.ledger.end(entry.name, "the test before")
         world.rent()
     yield world
-    assert {one["name"] for one in world.fake.living()} <= {entry.name for entry in world.ledger.open()}
+    assert {one["name"] for one in world.fake.living()} <= {entry.name for entry in world.ledger.open_entries()}
 
 
 @pytest.fixture
@@ -199,20 +201,43 @@ def test_a_run_comes_home_whole(rented: World, run: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+    ],
+)
 def test_a_follower_that_ends_leaves_the_job_and_the_next_goes_on(rented: World, run: Path, number: int) -> None:
     process = rented.begin(run, n=200)
     until(seen(run, 10))
     process.send_signal(number)
     _, _, err = rented.finish(process)
     if number != signal.SIGKILL:
-        assert "the job goes on over there" in err
+        assert "the job goes on there" in err
     assert len(rented.fake.living()) == 1
     code, _, err = rented.call(run, n=200)
     assert code == 0
     rented.whole(run, n=200)
 
 
+def test_a_critic_that_was_trained_here_is_sent(rented: World, run: Path) -> None:
+    """The record files of both sides are equal: what the instance lacks decides, and the manifest here is kept."""
+    assert rented.call(run, n=5)[0] == 0
+    (run / "critic/best").mkdir()
+    (run / "critic/best/head.safetensors").write_bytes(b"trained here")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["train"] = {"seconds": 1.0}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = rented.call(run, n=5, stage="score")
+    assert code == 0, err
+    there = rented.machine.machine.sh(f"cat /home/ubuntu/fractal/runs/{run.name}/critic/best/head.safetensors")
+    assert there == "trained here"
+    assert "train" in json.loads((run / "manifest.json").read_text())["stages"]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("kill_at", range(1, 60, 6))
 def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, kill_at: int) -> None:
     process = rented.begin(run, n=12, kill_at=kill_at)
@@ -223,6 +248,7 @@ def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, k
     rented.whole(run, n=12)
 
 
+@pytest.mark.long
 def test_the_network_is_gone_for_a_while(rented: World, run: Path) -> None:
     process = rented.begin(run, n=300)
     until(seen(run, 5))
@@ -233,6 +259,7 @@ def test_the_network_is_gone_for_a_while(rented: World, run: Path) -> None:
     rented.whole(run, n=300)
 
 
+@pytest.mark.long
 def test_a_laptop_that_slept_goes_on(rented: World, run: Path) -> None:
     process = rented.begin(run, n=100)
     until(seen(run, 5))
@@ -246,7 +273,12 @@ def test_a_laptop_that_slept_goes_on(rented: World, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "says"), [(1, 1, "CUDA out of memory"), (2, 137, "process died"), (3, 1, "lacks the package vllm")]
+    ("how", "code", "says"),
+    [
+        (1, 1, "CUDA out of memory"),
+        pytest.param(2, 137, "process died", marks=pytest.mark.long),
+        pytest.param(3, 1, "lacks the package vllm", marks=pytest.mark.long),
+    ],
 )
 def test_a_stage_that_fails_is_named_and_its_results_are_home(
     rented: World, run: Path, how: int, code: int, says: str
@@ -260,6 +292,7 @@ def test_a_stage_that_fails_is_named_and_its_results_are_home(
     rented.whole(run)
 
 
+@pytest.mark.long
 def test_the_sandbox_dies_the_run_is_done_again(rented: World, run: Path) -> None:
     process = rented.begin(run, n=200)
     until(seen(run, 5))
@@ -268,6 +301,7 @@ def test_the_sandbox_dies_the_run_is_done_again(rented: World, run: Path) -> Non
     rented.whole(run, n=200)
 
 
+@pytest.mark.long
 def test_the_engine_over_there_is_restarted(rented: World, run: Path) -> None:
     process = rented.begin(run, n=600)
     until(seen(run, 5))
@@ -280,6 +314,7 @@ def test_the_engine_over_there_is_restarted(rented: World, run: Path) -> None:
     assert [json.loads(line)["sample_id"] for line in lines] == list(range(600))
 
 
+@pytest.mark.long
 def test_a_job_that_is_removed_over_there_is_said(rented: World, run: Path) -> None:
     process = rented.begin(run, n=400)
     until(seen(run, 5))
@@ -309,6 +344,7 @@ def test_another_job_is_refused_and_stop_ends_the_one(rented: World, run: Path, 
     assert rented.containers() == []
 
 
+@pytest.mark.long
 def test_an_image_that_is_not_there_is_said(rented: World, run: Path) -> None:
     rented.machine.machine.sh(f"docker tag {STAND_IN} kept:1 && docker rmi {STAND_IN}")
     try:
@@ -378,9 +414,10 @@ def test_an_older_driver_gets_the_images_compatibility_libraries(rented: World, 
         drives(rented, "580.95.05")
     assert code == 0, err
     assert f"True {driver.COMPAT}" in out
-    assert "compatibility libraries stand in" in err
+    assert "compatibility libraries are used" in err
 
 
+@pytest.mark.long
 def test_a_full_disk_here_keeps_the_job_and_says_so(rented: World, run: Path, tiny_disk: Path) -> None:
     folder = tiny_disk / run.name
     process = rented.begin(folder, n=400)
@@ -392,6 +429,7 @@ def test_a_full_disk_here_keeps_the_job_and_says_so(rented: World, run: Path, ti
     assert len(rented.fake.living()) == 1
 
 
+@pytest.mark.long
 def test_the_api_is_away_while_a_job_runs(rented: World, run: Path) -> None:
     process = rented.begin(run, n=100)
     until(seen(run, 5))
@@ -402,6 +440,7 @@ def test_the_api_is_away_while_a_job_runs(rented: World, run: Path) -> None:
     rented.whole(run, n=100)
 
 
+@pytest.mark.long
 def test_the_address_moves(rented: World, run: Path) -> None:
     process = rented.begin(run, n=600)
     until(seen(run, 5))
@@ -415,6 +454,7 @@ def test_the_address_moves(rented: World, run: Path) -> None:
     assert [json.loads(line)["sample_id"] for line in lines] == list(range(600))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["preempt", "end_from_outside"])
 def test_an_instance_that_is_taken_away_is_said_and_the_next_has_what_came_home(
     rented: World, run: Path, how: str
@@ -436,7 +476,10 @@ def test_an_instance_that_is_taken_away_is_said_and_the_next_has_what_came_home(
     assert [json.loads(line)["sample_id"] for line in lines] == list(range(before + 10))
 
 
-@pytest.mark.parametrize("number", [0, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(0, marks=pytest.mark.long), signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+)
 def test_terminate_ends_the_instance_on_every_way_out(rented: World, run: Path, number: int) -> None:
     process = rented.begin(run, n=30 if not number else 2000, terminate=True)
     until(seen(run, 10))
@@ -445,11 +488,12 @@ def test_terminate_ends_the_instance_on_every_way_out(rented: World, run: Path, 
     code, _, err = rented.finish(process)
     assert (code == 0) == (not number)
     assert rented.fake.living() == []
-    assert rented.ledger.open() == []
-    assert "is ended" in err
+    assert rented.ledger.open_entries() == []
+    assert "is terminated" in err
     assert (run / "samples.jsonl").exists()
 
 
+@pytest.mark.long
 def test_a_budget_that_is_reached_ends_the_instance_after_a_last_fetch(rented: World, run: Path) -> None:
     process = rented.begin(run, n=4000)
     until(seen(run, 10))
@@ -459,7 +503,7 @@ def test_a_budget_that_is_reached_ends_the_instance_after_a_last_fetch(rented: W
     rented.ledger.change(entry.name, max_hours=(time.time() + 25 - entry.asked_at) / 3600)
     assert guard.alive(rented.ledger, entry.name)
     until(lambda: rented.fake.living() == [], 120)
-    until(lambda: rented.ledger.open() == [])
+    until(lambda: rented.ledger.open_entries() == [])
     said = guard.log_file(rented.ledger, entry.name).read_text()
     assert (run / "samples.jsonl").exists(), said
     assert len((run / "samples.jsonl").read_text().splitlines()) > 50, said

@@ -1,4 +1,4 @@
-"""The ssh key that a new instance shall let in: one whose private half is here, and whose public half Lambda knows."""
+"""The ssh key for a new instance: its private half is on this machine, its public half is registered at Lambda."""
 
 import contextlib
 import os
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fractal.cloud.lambda_api import Client, SshKey
+from fractal.cloud.account import Account
+from fractal.cloud.lambda_types import SshKey
 from fractal.cloud.ledger import Ledger
 from fractal.errors import InputError, OutsideError
 
@@ -16,23 +17,21 @@ NOT_KEYS = (".pub", ".cert", "-cert")
 
 
 class Key(NamedTuple):
-    """One pair."""
+    """A key pair."""
 
     name: str  # at Lambda
-    file: Path  # the private half, here
+    file: Path  # the private half, on this machine
 
 
-def find_key(
-    client: Client, ledger: Ledger, *, register: bool = False, ask: Callable[[str], bool] | None = None
-) -> Key:
-    """A key to launch with; FRACTAL_SSH_KEY comes first, then our own, then those in ~/.ssh.
+def find_key(account: Account, *, register: bool = False, ask: Callable[[str], bool] | None = None) -> Key:
+    """A key to launch with; FRACTAL_SSH_KEY comes first, then Fractal's own key, then those in ~/.ssh.
 
-    If none is registered, our own (or FRACTAL_SSH_KEY's) is, with `register` or if `ask` is answered with yes.
-    Raises InputError where that is refused, OutsideError without OpenSSH.
+    If none is registered at Lambda, Fractal's own (or FRACTAL_SSH_KEY's) is registered, with `register` or if `ask`
+    returns True. Raises InputError where that is refused, OutsideError without OpenSSH.
     """
     if shutil.which("ssh-keygen") is None:
         raise OutsideError("There is no ssh-keygen here. On Debian or Ubuntu run: apt-get install openssh-client.")
-    registered = client.ssh_keys()
+    ledger, registered = account.ledger, account.client.ssh_keys()
     by_blob = {_blob(key.public_key): key for key in registered}
     locked = []
     for file in _candidates(ledger.folder):
@@ -44,14 +43,14 @@ def find_key(
         locked.append(f"{file} (registered as {known.name}) has a passphrase: unlock it with ssh-add {file}")
     given = os.environ.get("FRACTAL_SSH_KEY")
     which = f"FRACTAL_SSH_KEY ({given})" if given else "a new key, without passphrase, for fractal alone"
-    found = f"no ssh key here is among the {len(registered)} that Lambda knows" if not locked else "; ".join(locked)
-    if not register and not (ask is not None and ask(f"{found}. Register {which}?")):
+    problem = f"no ssh key here is among the {len(registered)} that Lambda knows" if not locked else "; ".join(locked)
+    if not register and not (ask is not None and ask(f"{problem}. Register {which}?")):
         raise InputError(
-            f"{found[0].upper()}{found[1:]}. Let fractal register {which}: invoke launch --register-key; or add yours "
-            "at https://cloud.lambda.ai/ssh-keys, or name its private half in FRACTAL_SSH_KEY."
+            f"{problem[0].upper()}{problem[1:]}. Let fractal register {which}: invoke launch --register-key; or add "
+            "yours at https://cloud.lambda.ai/ssh-keys, or name its private half in FRACTAL_SSH_KEY."
         )
     file = Path(given).expanduser().absolute() if given else _make(ledger)
-    return _register(client, ledger, registered, file)
+    return _register(account, registered, file)
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
@@ -74,8 +73,8 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 def _public(file: Path) -> str | None:
     """The public half, from the private one where it opens without a passphrase."""
-    if (made := _keygen("-y", "-P", "", "-f", str(file))) is not None:
-        return made
+    if (public := _keygen("-y", "-P", "", "-f", str(file))) is not None:
+        return public
     try:
         return Path(f"{file}.pub").read_text("utf-8", "replace")
     except OSError:
@@ -94,13 +93,13 @@ def _usable(file: Path, public: str) -> bool:
 
 
 def _blob(public: str) -> str:
-    """What makes the key, without the comment."""
+    """Type and key material, without the comment."""
     return " ".join(public.split()[:2])
 
 
-def _keygen(*words: str) -> str | None:
-    """Its output; None if it refuses."""
-    command = ["ssh-keygen", *words]
+def _keygen(*arguments: str) -> str | None:
+    """The output of ssh-keygen; None if it fails."""
+    command = ["ssh-keygen", *arguments]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
@@ -109,7 +108,7 @@ def _keygen(*words: str) -> str | None:
 
 
 def _make(ledger: Ledger) -> Path:
-    """Our own key; a killed maker leaves none, or a whole one."""
+    """Fractal's own key, created if missing; a killed process leaves none, or a whole one."""
     file = ledger.folder / "ssh" / "id_ed25519"
     if file.exists() and _public(file) is not None:
         return file
@@ -127,13 +126,13 @@ def _make(ledger: Ledger) -> Path:
     return file
 
 
-def _register(client: Client, ledger: Ledger, registered: list[SshKey], file: Path) -> Key:
+def _register(account: Account, registered: list[SshKey], file: Path) -> Key:
     public = _public(file)
     assert public is not None
     for key in registered:
         if _blob(key.public_key) == _blob(public):
             return Key(key.name, file)
     taken = {key.name for key in registered}
-    base = f"fractal-{ledger.operator()}"
+    base = f"fractal-{account.ledger.operator()}"
     name = next(name for name in (base, *(f"{base}-{n}" for n in range(2, 1000))) if name not in taken)
-    return Key(client.add_ssh_key(name, " ".join(public.split()[:2])).name, file)
+    return Key(account.client.add_ssh_key(name, " ".join(public.split()[:2])).name, file)

@@ -1,0 +1,253 @@
+"""Launch one instance: reuse a living one that fits the request, else ask for each type and region in turn.
+
+The intent is in the ledger, and the guard watches, before the request is sent. Whatever kills the client, the ledger
+names what is billed, and the next command, or the guard, finds out whether the launch happened.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fractal.cloud import guard, instance, reconcile
+from fractal.cloud.account import Account
+from fractal.cloud.instance_types import Candidate, LaunchRequest, candidates, check_request, too_expensive
+from fractal.cloud.lambda_errors import CapacityError, CloudError, LaunchUnknownError, NotFoundError
+from fractal.cloud.lambda_types import Offer
+from fractal.cloud.ledger import Entry, Ledger, Process
+from fractal.cloud.ssh_keys import Key
+from fractal.errors import InputError, OutsideError
+
+LOST_MAX = 2  # launches without a response before giving up
+
+
+def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_after: bool = False) -> Entry:
+    """An instance that is billed from now on: a living one that fits the request, or a new one, with a guard.
+
+    Raises InputError where the request cannot be met or another process launches, CloudError where Lambda cannot.
+    """
+    offers = check_request(account.client, request)
+    ledger = account.ledger
+    with launch_lock(ledger):
+        for entry in ledger.open_entries():
+            if entry.state == "intended" and account.sees(entry):  # its client is dead: this process holds the lock
+                reconcile.resolve_launch(account, entry)
+        instance.update(account)
+        for entry in [entry for entry in ledger.open_entries() if account.sees(entry)]:
+            found = reconcile.get_instance(account.client, entry)
+            if found is not None and found.status == "terminating":
+                reconcile.terminate(account, entry, "was being terminated")
+            elif reconcile.record_status(account, entry, found).state == "launched":
+                return _reuse(account, entry, request, terminate_after)
+        return _launch_first_available(account, request, offers, key, terminate_after)
+
+
+@contextmanager
+def launch_lock(ledger: Ledger) -> Iterator[None]:
+    """One launch at a time for one ledger. Raises InputError that names the process that launches."""
+    file = ledger.folder / "launch.lock"
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    try:
+        ledger.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock.acquire()
+        file.write_text(f"{os.getpid()}\n")
+    except Timeout:
+        pid = file.read_text().strip() or "unknown"
+        raise InputError(
+            f"{ledger.folder}: process {pid} is launching an instance right now. Wait for it, or end it (kill {pid})."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        lock.release()
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise OutsideError(f"{file}: cannot be written: {why}. Check owner and disk.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_after: bool) -> Entry:
+    """The living instance, under this request's limits. Raises InputError if it does not fit the request."""
+    what = f"{entry.name} ({entry.type_name} in {entry.region}, {entry.usd_per_hour:.2f} USD/h)"
+    remedy = "Ask for what it is, or end it first: invoke terminate."
+    if entry.type_name not in request.types:
+        raise InputError(f"{what} is alive, and you ask for {', '.join(request.types)}. {remedy}")
+    if request.regions and entry.region not in request.regions:
+        raise InputError(f"{what} is alive, and you ask for {', '.join(request.regions)}. {remedy}")
+    if too_expensive(entry.price_cents_per_hour, request.max_price_usd):
+        raise InputError(f"{what} is alive, and costs more than the {request.max_price_usd:.2f} USD/h. {remedy}")
+    limits: dict[str, Any] = {
+        "max_hours": request.max_hours,
+        "max_dollars": request.max_dollars,
+        "max_price_usd": request.max_price_usd,
+    }
+    now, until = time.time(), replace(entry, **limits).ends_at()
+    if until is not None and until <= now:
+        raise InputError(
+            f"{what} is alive, and its {entry.hours(now):.2f} h ({entry.dollars(now):.2f} USD) are past the limits you "
+            "give. Give larger ones (--max-hours, --max-dollars), or end it: invoke terminate."
+        )
+    entry = account.ledger.change(
+        entry.name, **limits, terminate_after=terminate_after, owner=Process.current()
+    )  # fmt: skip
+    if not guard.alive(account.ledger, entry.name):  # `update` could not start one, and logged why
+        guard.start(account, entry.name)
+    account.log(
+        f"{what} is alive since {entry.hours(now):.2f} h and used again, no other is launched; {_limits(entry)}."
+    )
+    return entry
+
+
+def _launch_first_available(
+    account: Account, request: LaunchRequest, offers: dict[str, Offer], key: Key, terminate_after: bool
+) -> Entry:
+    """Ask for each candidate in the user's order; then wait for capacity, as long as requested."""
+    begin, logged_at, lost = time.monotonic(), -math.inf, 0
+    while True:
+        entry: Entry | None = None
+        for candidate in candidates(request, offers):
+            if entry is None:
+                entry = _add_intent(account, request, candidate, key, terminate_after)
+            else:  # the request before was refused: the name is free, and its guard watches
+                entry = account.ledger.change(entry.name, asked_at=time.time(), **candidate._asdict())
+            entry = _request_launch(account, entry, request)
+            if entry.state == "launched":
+                return _read_price(account, entry)
+            if entry.state == "ended":  # no response, and no instance
+                lost, entry = lost + 1, None
+                if lost >= LOST_MAX:
+                    raise CloudError(
+                        f"{lost} launches had no response, and no machine came of them. Run the command again in some "
+                        "minutes; `invoke ps` looks for late ones."
+                    )
+        if entry is not None:
+            account.ledger.drop(entry.name)
+        waited_s = time.monotonic() - begin
+        types = ", ".join(request.types)
+        if waited_s >= request.wait_s:
+            price = f" at {request.max_price_usd:.2f} USD/h or less" if request.max_price_usd is not None else ""
+            within = f" within {request.wait_s:.0f} s" if request.wait_s else ""
+            raise CloudError(
+                f"No capacity for {types} in {', '.join(request.regions) or 'any region'}{price}{within}. "
+                "Name other types or regions, or wait for it: --wait-for-capacity=HOURS."
+            )
+        if time.monotonic() - logged_at >= instance.LOG_INTERVAL_S:
+            account.log(f"No capacity for {types} yet; waited {waited_s:.0f} s, {request.wait_s:.0f} at most.")
+            logged_at = time.monotonic()
+        time.sleep(min(account.timing.capacity_poll_s, request.wait_s - waited_s))
+        offers = account.client.instance_types()
+
+
+def _add_intent(
+    account: Account, request: LaunchRequest, candidate: Candidate, key: Key, terminate_after: bool
+) -> Entry:
+    """Write the intent to the ledger and start its guard: no launch without one."""
+    entry = Entry(
+        name=account.ledger.new_name(),
+        url=account.client.url,
+        account=account.client.account,
+        **candidate._asdict(),
+        ssh_key=key.name,
+        key_file=str(key.file),
+        asked_at=time.time(),
+        max_hours=request.max_hours,
+        max_dollars=request.max_dollars,
+        max_price_usd=request.max_price_usd,
+        owner=Process.current(),
+        terminate_after=terminate_after,
+    )
+    account.ledger.add(entry)
+    try:
+        guard.start(account, entry.name)
+    except BaseException as error:
+        account.ledger.drop(entry.name)
+        if isinstance(error, CloudError):
+            raise CloudError(f"{error} Nothing was launched.") from error
+        raise
+    return entry
+
+
+def _request_launch(account: Account, entry: Entry, request: LaunchRequest) -> Entry:
+    """Send one request.
+
+    The entry is then launched; still intended where there was no capacity; or ended, without an instance. After an
+    error that leaves it open, the guard finds out whether it happened.
+    """
+    begin = time.monotonic()
+    account.log(f"Asking for {entry.type_name} in {entry.region} at {entry.usd_per_hour:.2f} USD/h as {entry.name}.")
+    try:
+        try:
+            id = account.client.launch(
+                region=entry.region,
+                type_name=entry.type_name,
+                ssh_key=entry.ssh_key,
+                name=entry.name,
+                image=request.image,
+                file_systems=request.file_systems,
+            )
+        except CapacityError:
+            account.log(f"No capacity for {entry.type_name} in {entry.region}.")
+            return entry
+        except LaunchUnknownError as error:
+            account.log(str(error))
+            return reconcile.resolve_launch(account, entry)
+        except (CloudError, InputError):  # it certainly did not happen
+            account.ledger.drop(entry.name)
+            raise
+        return _record_launch(account, entry, id, begin)
+    except BaseException:
+        with contextlib.suppress(InputError, OutsideError):
+            account.ledger.change(entry.name, owner=None)
+        raise
+
+
+def _record_launch(account: Account, entry: Entry, id: str, begin: float) -> Entry:
+    """Write the id to the ledger at once. If that fails, the instance is terminated: nothing could be done with it."""
+    now = time.time()
+    try:
+        entry = account.ledger.change(
+            entry.name, state="launched", id=id, launched_at=now, ended_at=None, end_reason=None
+        )
+        account.ledger.add_event(entry.name, "launch", entry.asked_at, time.monotonic() - begin)
+    except (InputError, OutsideError) as error:
+        what = f"{entry.name} ({entry.type_name}, {id})"
+        account.log(f"{what} was launched, but {error} Terminating it.")
+        reconcile.terminate_instance(account, id, what, now + account.timing.hidden_s)
+        raise OutsideError(f"{error} {what} was launched and is terminated.") from error
+    account.log(
+        f"{entry.name} is launched as {id}. It is billed from now on, until `invoke terminate`; {_limits(entry)}."
+    )
+    return account.ledger.find(entry.name) or entry
+
+
+def _read_price(account: Account, entry: Entry) -> Entry:
+    """Check what it really costs, as soon as the API lists it; `wait_active` checks again."""
+    assert entry.id is not None
+    for _ in range(3):
+        try:
+            entry = reconcile.record_status(account, entry, account.client.instance(entry.id))
+        except NotFoundError:
+            time.sleep(account.timing.poll_s)
+        except CloudError as error:
+            account.log(f"{entry.name}: {error}")
+            break
+        else:
+            instance.check_price(account, entry)
+            break
+    return entry
+
+
+def _limits(entry: Entry) -> str:
+    """When the guard terminates it, for a message."""
+    until = entry.ends_at()
+    if until is None:
+        return "no limit ends it"
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(until))
+    usd = (until - entry.asked_at) / 3600 * entry.usd_per_hour
+    return f"the guard ends it at {when}, {max(0.0, until - time.time()) / 3600:.2f} h from now, at {usd:.2f} USD"

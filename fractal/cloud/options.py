@@ -1,0 +1,131 @@
+"""The options of the tasks that use a rented instance, checked before money is spent. Touches no network."""
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fractal.cloud import jobs
+from fractal.cloud.instance_types import LaunchRequest
+from fractal.errors import InputError
+from fractal.images import containers
+from fractal.problems import sets
+
+# A100 with 80 GB, the project's first; what is listed at https://lambda.ai/service/gpu-cloud as next in price and size.
+PREFERRED_TYPES = ("gpu_1x_a100_sxm4", "gpu_1x_a100", "gpu_1x_h100_pcie", "gpu_1x_a10")
+ARM = ("gh200", "gb200", "gb300")  # in a type's name: Grace is NVIDIA's Arm processor; the API has no field for it
+PROBLEM_SETS = ("starter", "mbpp", "mbpp-sanitized")
+
+Options = Mapping[str, Any]  # of one task, by name, as Invoke gives them
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What this package needs of the pipeline's command line; its caller passes it, since cloud/ imports no stage."""
+
+    check_run_arguments: Callable[[list[str]], None]  # raises InputError for what `fractal run` would refuse
+    check_model: Callable[[Path], None]  # raises InputError for a folder that holds no model
+    default_model: str  # the model that ships with Fractal
+    default_model_folder: Callable[[], Path]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """A run on the instance, as the user asks for it."""
+
+    folder: Path
+    image: str  # key of the recipe
+    arguments: tuple[str, ...]  # of `fractal run`, without --run; paths are those of this machine
+    terminate: bool
+
+
+def launch_request(options: Options) -> LaunchRequest:
+    """Raises InputError."""
+    types = _list(options["type"])
+    if arm := [name for name in types if any(text in name for text in ARM)]:
+        raise InputError(
+            f"--type={arm[0]}: its processor is an Arm, and our images are for x86-64 only. Name another type, as "
+            f"{PREFERRED_TYPES[0]}."
+        )
+    wait_hours = _number(options["wait_for_capacity"], "--wait-for-capacity", "hours")
+    return LaunchRequest(
+        types=types,
+        regions=_list(options["region"]),
+        max_price_usd=_number(options["max_price"], "--max-price", "dollars an hour"),
+        wait_s=(wait_hours or 0.0) * 3600,
+        max_hours=_number(options["max_hours"], "--max-hours", "hours"),
+        max_dollars=_number(options["max_dollars"], "--max-dollars", "dollars"),
+        image=options["family"] or None,
+        file_systems=_list(options["file_system"]),
+    )
+
+
+def describe(request: LaunchRequest) -> str:
+    """A launch request as part of a sentence."""
+    price = f" for {request.max_price_usd:g} $/h at most" if request.max_price_usd else ""
+    hours = f"{request.max_hours:g} h" if request.max_hours else ""
+    dollars = f"{request.max_dollars:g} $" if request.max_dollars else ""
+    limit = " or ".join(filter(None, (hours, dollars))) or "no limit"
+    types, regions = ", ".join(request.types or PREFERRED_TYPES), ", ".join(request.regions) or "any region"
+    return f"the first available of {types} in {regions}{price}; ended after {limit}"
+
+
+def run_request(options: Options, pipeline: Pipeline) -> RunRequest:
+    """Raises InputError for what `fractal run` would refuse, and for files that do not exist here."""
+    arguments = ["--stage", options["stage"]]
+    for name in ("problems", "model", "n", "split", "limit"):
+        if options[name]:
+            arguments += [f"--{name}", str(options[name])]
+    arguments += more_arguments(options["more"])
+    jobs.check_name(Path(options["run"]))
+    pipeline.check_run_arguments(["--run", options["run"], *arguments])
+    for option in ("--problems", "--model"):
+        path = local_path(arguments, option)
+        if path is None:
+            continue
+        if not path.exists():
+            raise InputError(f"{option} {path}: no such file or folder here.")
+        if option == "--problems":
+            sets.load(str(path), options["split"] or None, int(options["limit"]) if options["limit"] else None)
+        else:
+            pipeline.check_model(path)
+    image = options["image"] or "pipeline"
+    containers.pipeline(image)
+    return RunRequest(Path(options["run"]), image, tuple(arguments), bool(options.get("terminate", True)))
+
+
+def more_arguments(text: str) -> list[str]:
+    """The further arguments of `fractal run` in --more. Raises InputError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"--more={text}: {error}. Quote as for a shell: --more='--seed 1'.") from error
+
+
+def local_path(arguments: Iterable[str], option: str) -> Path | None:
+    """The option's value if it is a path on this machine, not the name of a problem set or of a hub's model."""
+    listed = list(arguments)
+    if option not in listed:
+        return None
+    value = listed[listed.index(option) + 1]
+    path = Path(value).expanduser()
+    if option == "--problems":
+        return None if value in PROBLEM_SETS else path
+    return path if path.exists() or value.startswith((".", "/", "~")) else None
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _number(text: str, option: str, unit: str) -> float | None:
+    if text in ("", None):
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1e6:
+        raise InputError(f"{option}={text}: expected {unit} above 0, as {option}=2.5.")
+    return number

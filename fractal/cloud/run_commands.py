@@ -1,0 +1,218 @@
+"""The tasks about runs on the instance: up, run, logs, stop, fetch.
+
+The job is detached: the process that follows it may be killed, lose the connection, or run in another terminal.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from fractal import console
+from fractal.cloud import image_commands, instance, instance_commands, jobs, transfer
+from fractal.cloud.job_start import start_job
+from fractal.cloud.ledger import Entry, Process
+from fractal.cloud.options import Options, RunRequest, run_request
+from fractal.cloud.remote import Remote
+from fractal.cloud.session import Session, log
+from fractal.cloud.ssh_config import ALIAS
+from fractal.errors import InputError, OutsideError
+from fractal.images import build as images
+from fractal.images import recipes
+
+FETCH_RETRIES_S = (20.0, 60.0, 180.0)  # before an instance is terminated although its results are not all here
+
+
+def up(session: Session, options: Options) -> int:
+    """launch, build, push and run; the instance is terminated whatever happens. Returns the exit code of the run."""
+    request = run_request(options, session.pipeline)
+    keys = f"{request.image},sandbox"
+    options = {**options, "terminate": True}
+    instance_commands.launch(session, options, wait=False)
+    image_commands.build(session, keys, images.Options(), as_json=False, dry=False)
+    image_commands.push(session, keys, options["to"], ALIAS, as_json=False, dry=False)
+    return run(session, options)
+
+
+def run(session: Session, options: Options) -> int:
+    """Run the stages on the instance and follow the job; returns the exit code of the stage."""
+    request = run_request(options, session.pipeline)
+    entry = instance.current(session.account())
+    if request.terminate:
+        session.ledger.change(entry.name, terminate_after=True)
+        session.to_terminate.add(entry.name)
+    # The guard runs this before it terminates the instance at a limit.
+    fetch_command = [sys.executable, "-m", "invoke", "--search-root", str(recipes.ROOT), "fetch"]
+    fetch_command.append(f"--run={request.folder.absolute()}")
+    session.ledger.change(entry.name, owner=Process.current(), rescue=tuple(fetch_command))
+    with session.remote(entry) as (remote, entry):
+        code = _run_and_follow(session, remote, entry, request)
+    if entry.name not in session.to_terminate:
+        log(
+            f"{entry.type_name} goes on and costs {entry.usd_per_hour:.2f} $/h "
+            f"({entry.dollars(time.time()):.2f} $ so far). End it: invoke terminate"
+        )
+    return code
+
+
+def _run_and_follow(session: Session, remote: Remote, entry: Entry, request: RunRequest) -> int:
+    folder = request.folder
+    user = transfer.prepare(remote, folder.name)
+    job = _running_job(remote, request)
+    if job is None:
+        collect_ended_jobs(remote, folder.parent)
+        jobs.remove_orphaned_sandboxes(remote)
+        transfer.exchange(remote, folder, log)
+        job = start_job(session, remote, entry, request, user)
+    else:
+        log(f"{job} runs already: following it")
+    log_file = jobs.log_file(folder, job)
+    gpus = ", ".join(remote.driver.gpus) or "no GPU"
+    log(f"{folder} runs on {remote.host} ({gpus}), its output is in {log_file}")
+    what = f"run {' '.join(request.arguments[:2])}"
+    try:
+        with session.timed(what, entry), transfer.periodic_fetch(remote, folder):
+            ended = jobs.follow(remote, job, log_file, _to_screen)
+    except BaseException:
+        _stop_following(session, remote, entry, folder)
+        raise
+    _fetch_all(remote, folder, retries_s=FETCH_RETRIES_S if entry.name in session.to_terminate else ())
+    _log_diagnosis(ended, log_file)
+    jobs.remove(remote, job)
+    session.show_bill(entry.name, _stage_seconds(folder))
+    report = folder / "report/index.html"
+    console.say(f"run: {folder}; report: {report if report.exists() else 'none yet'}; logs: {folder / 'logs'}")
+    return ended.exit_code
+
+
+def _running_job(remote: Remote, request: RunRequest) -> str | None:
+    """The id of this very job, if it is running. Raises InputError if another one is: there is one instance."""
+    for job in jobs.list_jobs(remote):
+        if job.state == "running":
+            if job.run == request.folder.name and job.arguments == request.arguments:
+                return job.id
+            raise InputError(
+                f"The instance is running runs/{job.run} ({' '.join(job.arguments)}). Follow it: invoke logs "
+                "--follow; end it: invoke stop. Then run this again."
+            )
+    return None
+
+
+def _fetch_all(remote: Remote, folder: Path, *, retries_s: tuple[float, ...] = ()) -> None:
+    """Fetch everything, verified; after a failure wait and retry, so that a full disk here can be cleared."""
+    for pause_s in (*retries_s, None):
+        try:
+            log(f"{folder} is fetched: {transfer.fetch_verified(remote, folder)}")
+            return
+        except OutsideError as error:
+            if pause_s is None:
+                raise
+            log(f"{error} Trying again in {pause_s:.0f} s; then the instance is terminated as requested.")
+            time.sleep(pause_s)
+
+
+def _stop_following(session: Session, remote: Remote, entry: Entry, folder: Path) -> None:
+    """This process ends before the job: fetch what there is if the instance ends with it, else say what continues."""
+    if entry.name in session.to_terminate:
+        log("fetching what there is, then the instance is terminated")
+        remote.patience_s = 20.0
+        with contextlib.suppress(OutsideError, InputError):
+            transfer.fetch(remote, folder)
+        return
+    log(
+        f"the job goes on there, at {entry.usd_per_hour:.2f} $/h. Follow it: invoke logs --follow; end the job: "
+        "invoke stop; end the instance: invoke terminate"
+    )
+
+
+def collect_ended_jobs(remote: Remote, runs: Path) -> None:
+    """Fetch the output of ended jobs, also of those whose follower was killed, then remove them."""
+    for job in jobs.list_jobs(remote):
+        if job.state != "running":
+            if job.ended and jobs.NAME.fullmatch(job.run):
+                log_file = jobs.log_file(runs / job.run, job.id)
+                with contextlib.suppress(jobs.JobRemovedError):  # its own follower was quicker
+                    jobs.follow(remote, job.id, log_file, lambda _: None, once=True)
+            jobs.remove(remote, job.id)
+
+
+def fetch(session: Session, run: str) -> None:
+    """Fetch a run, or all runs of the instance; verified by digest unless a job still writes."""
+    entry = instance.current(session.account())
+    if not entry.ready_at:
+        raise InputError("The instance was never ready: there is nothing on it to fetch. Run: invoke wait")
+    with session.remote(entry) as (remote, _):
+        names = transfer.run_names(remote)
+        if run and Path(run).name not in names:
+            raise InputError(f"--run={run}: not on the instance. There: {', '.join(names) or 'no run'}.")
+        busy = {job.run for job in jobs.list_jobs(remote) if not job.ended}
+        for folder in [Path(run)] if run else [Path("runs") / name for name in names]:
+            if folder.name in busy:
+                log(f"{folder}: {transfer.fetch(remote, folder)}; a job still writes there")
+            else:
+                _fetch_all(remote, folder)
+        collect_ended_jobs(remote, Path(run).parent if run else Path("runs"))
+
+
+def logs(session: Session, run: str, job: str, follow: bool) -> int:
+    """Show a job's output: of the last job, the last of this run, or this one.
+
+    With `follow`: until it ends; returns its exit code.
+    """
+    with session.remote() as (remote, entry):
+        matching = [
+            listed
+            for listed in jobs.list_jobs(remote)
+            if (not run or listed.run == Path(run).name) and job in ("", listed.id)
+        ]
+        if not matching:
+            raise InputError(
+                "No such job is on the instance. Output of earlier ones is in runs/NAME/logs/; see: invoke ps"
+            )
+        last = matching[-1]
+        folder = Path(run) if run else Path("runs") / last.run
+        log_file = jobs.log_file(folder, last.id)
+        try:
+            with transfer.periodic_fetch(remote, folder) if follow else contextlib.nullcontext():
+                state = jobs.follow(remote, last.id, log_file, _to_screen, replay=True, once=not follow)
+        except BaseException:
+            _stop_following(session, remote, entry, folder)
+            raise
+        if not state.ended:
+            return 0
+        _log_diagnosis(state, log_file)
+        return state.exit_code if follow else 0
+
+
+def stop(session: Session) -> None:
+    """Stop the running job; what it finished is kept and fetched."""
+    with session.remote() as (remote, _):
+        running = [job for job in jobs.list_jobs(remote) if not job.ended]
+        for job in running:
+            remote.check("stop the job", '$1 stop -t 30 "$2" > /dev/null', remote.docker_command, job.container)
+            log(f"{job.id} is stopped")
+            _fetch_all(remote, Path("runs") / job.run)
+        collect_ended_jobs(remote, Path("runs"))
+        if not running:
+            log("no job is running there")
+
+
+def _log_diagnosis(job: jobs.Job, log_file: Path) -> None:
+    tail = log_file.read_bytes()[-jobs.DIAGNOSED_BYTES :].decode(errors="replace")
+    if remedy := jobs.diagnose(job, tail):
+        log(f"{job.run} ended with exit code {job.exit_code}. {remedy}")
+
+
+def _to_screen(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _stage_seconds(folder: Path) -> list[tuple[str, float]]:
+    """Names and seconds of the stages in the run's manifest; none if it cannot be read."""
+    try:
+        stages = json.loads((folder / "manifest.json").read_bytes())["stages"]
+        return [(name, float(stage["seconds"])) for name, stage in stages.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []

@@ -1,0 +1,225 @@
+"""A session: what the tasks of one command line share, from the check of all options to the end of the instance.
+
+All other state is in the ledger, on the instance and in the run's folder: any command may continue one that was killed.
+
+    session = Session(pipeline)
+    session.run_tasks([("launch", options), ("run", options)], execute)
+"""
+
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.prompt import Confirm
+
+from fractal import console
+from fractal.cloud import instance, lambda_api, options, readiness, reconcile, ssh_config
+from fractal.cloud.account import Account
+from fractal.cloud.cost import bill
+from fractal.cloud.lambda_errors import ConnectionLostError
+from fractal.cloud.ledger import Entry, Ledger, Process, state_dir
+from fractal.cloud.options import Options, Pipeline
+from fractal.cloud.remote import Remote
+from fractal.errors import InputError, OutsideError
+from fractal.images import driver, push, recipes
+from fractal.install import docker_engine
+
+DRIVER_REMEDY = (
+    "Take a family of images with a newer one (--family=), or upgrade it there; --image=pipeline-cpu needs none. "
+    f"{readiness.BILLED}."
+)
+
+
+def log(text: str) -> None:
+    console.note(text, "lambda")
+
+
+def ask(question: str) -> bool:
+    return Confirm.ask(question, console=console.err, default=False)
+
+
+class Session:
+    """The tasks of one command line, and what they leave for each other."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.tasks: list[tuple[str, Options]] = []
+        self.pushed: dict[str, str] = {}  # names of the images that were pushed, by the recipes' keys
+        self.to_terminate: set[str] = set()  # names of the instances to terminate when the command ends
+        self.ledger = Ledger(state_dir())
+
+    def run_tasks(self, tasks: Sequence[tuple[str, Options]], work: Callable[[], None], *, dry: bool = False) -> None:
+        """Check the options of all tasks, run `work`, and terminate what was rented to be terminated, whatever happens.
+
+        Raises InputError before anything is done if an option is not valid.
+        """
+        self.tasks = [(name.replace("-", "_"), task_options) for name, task_options in tasks]
+        self.check_options()
+        if dry:
+            work()
+            return
+        self._check_programs()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
+        try:
+            work()
+        finally:
+            if any(task_options.get("terminate", name == "up") for name, task_options in self.tasks):
+                self._terminate_instances()
+
+    def check_options(self) -> None:
+        """Raises InputError for the first option of any task that is not valid. Touches no network."""
+        for name, task_options in self.tasks:
+            if name in ("launch", "up"):
+                options.launch_request(task_options)
+            if name == "build" and task_options["image"]:
+                recipes.choose(task_options["image"])
+            if name == "push":
+                recipes.choose(task_options["image"])
+                if task_options["to"]:
+                    push.target("fractal:check", task_options["to"])
+            if name in ("run", "up"):
+                options.more_arguments(task_options["more"])
+            if name == "up" or (name == "run" and self.runs_on_instance(task_options["where"])):
+                options.run_request(task_options, self.pipeline)
+
+    def options_of(self, name: str) -> Options | None:
+        """The options of the first task of that name; None if the command line has none."""
+        return next((task_options for task, task_options in self.tasks if task == name), None)
+
+    def has_later(self, name: str, *later: str) -> bool:
+        """Whether one of the tasks `later` comes after the task `name`."""
+        names = [task for task, _ in self.tasks]
+        return name in names and any(task in later for task in names[names.index(name) + 1 :])
+
+    def runs_on_instance(self, where: str) -> bool:
+        """Whether a run with this --where uses the rented instance. Raises InputError."""
+        if where not in ("auto", "lambda", "here"):
+            raise InputError(f"--where={where}: expected auto, lambda or here.")
+        rents = self.options_of("launch") is not None
+        return where == "lambda" or (where == "auto" and (rents or bool(self.ledger.open_entries())))
+
+    def image_name(self, key: str) -> str:
+        """The image that this command has pushed, though its sources were edited since; else that of the sources."""
+        (recipe,) = recipes.choose(key)
+        return self.pushed.get(key, recipe.name)
+
+    def account(self) -> Account:
+        """Raises InputError without a valid key."""
+        return Account(lambda_api.from_env(self.ledger.folder, log=log), self.ledger, log)
+
+    @contextmanager
+    def remote(self, entry: Entry | None = None) -> Iterator[tuple[Remote, Entry]]:
+        """The ready instance, reached by ssh, also after its address changes.
+
+        `entry`: as the API showed it just now, if the caller asked.
+        """
+        account = self.account()
+        ready = self.make_ready(account, entry or instance.current(account))
+        config = ssh_config.config_file(self.ledger.folder)
+        with Remote(config, lambda: present_address(account, ready), log) as remote:
+            yield remote, ready
+
+    def make_ready(self, account: Account, entry: Entry, *, again: bool = False) -> Entry:
+        """Wait until the instance is ready, unless it was before; `again`: also then."""
+        if entry.ready_at and not again:
+            update_alias(account.ledger, entry)
+            return entry
+        active = instance.wait_active(account, entry)
+        update_alias(account.ledger, active)
+        with self.timed("ready", active):
+            offer = account.client.instance_types().get(active.type_name)
+            found = readiness.wait_ready(
+                account.ledger.folder,
+                active,
+                log,
+                gpus=offer is None or offer.gpus > 0,
+                refresh=lambda: present_address(account, active),
+            )
+        log(f"{ssh_config.ALIAS} is ready: {found}")
+        try:
+            driver.environment(found.driver.version, found.driver.gpus, base="", remedy=DRIVER_REMEDY)
+        except driver.DriverError as error:  # a push and a run of the CUDA image will stop there
+            log(str(error))
+        return account.ledger.change(active.name, ready_at=time.time())
+
+    @contextmanager
+    def timed(self, what: str, entry: Entry | None = None) -> Iterator[None]:
+        """Add the time to the bill of this instance, or of the one that waits meanwhile; also the time of a failure.
+
+        That the ledger cannot note it, or that the instance's launch came to nothing meanwhile, changes no result.
+        """
+        began = time.time()
+        name = entry.name if entry else ""
+        if not name:
+            with contextlib.suppress(InputError, OutsideError):
+                name = next((entry.name for entry in reversed(self.ledger.open_entries())), "")
+        try:
+            yield
+        finally:
+            if name:
+                try:
+                    self.ledger.add_event(name, what, began, time.time() - began)
+                except (InputError, OutsideError) as error:
+                    log(f"the time of `{what}` is not on the bill: {error}")
+
+    def show_bill(self, name: str, stages: Sequence[tuple[str, float]] = ()) -> None:
+        entry = self.ledger.find(name)
+        assert entry is not None
+        console.say(bill(entry, stages))
+
+    def _check_programs(self) -> None:
+        """Raises OutsideError, before money is spent, if a program that the tasks need is missing."""
+        names = {name for name, _ in self.tasks}
+        if not {"launch", "up"} & names:
+            return
+        if {"build", "push", "up"} & names and (problem := docker_engine.problem()):
+            raise OutsideError(problem)
+        for program, package in (("ssh", "openssh-client"), ("rsync", "rsync")):
+            if shutil.which(program) is None:
+                raise OutsideError(f"There is no {program} here. On Debian or Ubuntu run: apt-get install {package}.")
+
+    def _terminate_instances(self) -> None:
+        """Also those whose launch was interrupted before this process knew of it. After SIGKILL the guard does it."""
+        this_process = Process.current()
+        names = set(self.to_terminate)
+        names |= {e.name for e in self.ledger.open_entries() if e.terminate_after and e.owner == this_process}
+        if not names:
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+        try:
+            account = self.account()
+            for entry in self.ledger.open_entries():
+                if entry.name in names:
+                    reconcile.terminate(account, entry, "its command has ended")
+                    self.show_bill(entry.name)
+            self.to_terminate.clear()
+        except (OutsideError, InputError) as error:
+            log(f"{error} STILL BILLED, perhaps. Run: invoke terminate")
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def update_alias(ledger: Ledger, entry: Entry) -> None:
+    """Let the ssh alias refer to the instance's present address."""
+    assert entry.ip is not None
+    assert entry.id is not None
+    ssh_config.write(ledger.folder, ip=entry.ip, key_file=Path(entry.key_file), instance_id=entry.id)
+
+
+def present_address(account: Account, entry: Entry) -> str:
+    """Update the alias to the instance's present address and return it. Raises CloudError if the instance is gone."""
+    with contextlib.suppress(ConnectionLostError):  # no network: the old address is the best guess
+        found = instance.current(account)
+        entry = found if found.ip else entry
+    update_alias(account.ledger, entry)
+    return str(entry.ip)

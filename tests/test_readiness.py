@@ -1,0 +1,301 @@
+"""The readiness checks on simulated machines: what each repairs, and what it says when it fails."""
+
+import contextlib
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fractal.cloud import readiness, ssh_config
+from fractal.cloud.gpu_driver import Driver
+from fractal.cloud.lambda_errors import CloudError
+from fractal.cloud.ledger import Entry
+from fractal.cloud.readiness import Readiness
+from tests.machine import GOOD, Condition, Machine, Unavailable
+
+pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
+
+
+def entry(machine: Machine, ip: str = "") -> Entry:
+    return Entry(
+        name="fractal-abcdef-01234567", url="http://127.0.0.1", account="a", type_name="gpu_1x_a10", region="us-west-1",
+        price_cents_per_hour=75, ssh_key="mine", key_file=str(machine.folder / "key"), asked_at=time.time(),
+        max_hours=1.0, max_dollars=None, max_price_usd=None, state="launched", id="i-1", ip=ip or machine.ip,
+    )  # fmt: skip
+
+
+class Instance:
+    """A simulated machine and a state folder."""
+
+    def __init__(self, machine: Machine, folder: Path) -> None:
+        self.machine, self.folder, self.logged = machine, folder, list[str]()
+
+    def wait_ready(self, *, gpus: bool = True) -> Readiness:
+        self.update_alias()
+        return readiness.wait_ready(
+            self.folder, entry(self.machine), self.logged.append, gpus=gpus, refresh=self.update_alias
+        )
+
+    def update_alias(self) -> str:
+        ssh_config.write(self.folder, ip=self.machine.ip, key_file=self.machine.folder / "key", instance_id="i-1")
+        return self.machine.ip
+
+    def fails(self, *texts: str) -> str:
+        """The checks fail in time, with one line that holds these texts; returns it."""
+        begin = time.monotonic()
+        with pytest.raises(CloudError) as caught:
+            self.wait_ready()
+        assert time.monotonic() - begin < 20
+        message = str(caught.value)
+        for text in (*texts, "invoke terminate"):
+            assert text in message
+        assert "\n" not in message
+        return message
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "LOGIN_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(readiness, "PORT_TIMEOUT_S", 15.0)
+    monkeypatch.setattr(readiness, "ADDRESS_POLL_S", 1.0)
+
+
+@pytest.fixture
+def instance(request: pytest.FixtureRequest, tmp_path: Path, short: None) -> Iterator[Instance]:
+    """With a machine of its own, in the condition that the test asks for."""
+    try:
+        with Machine(condition=getattr(request, "param", GOOD)) as machine:
+            yield Instance(machine, tmp_path)
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def shared(simulated_machine: Machine, tmp_path: Path, short: None) -> Instance:
+    """With the machine that all tests share: its user is in the group docker."""
+    return Instance(simulated_machine, tmp_path)
+
+
+def test_a_good_machine_and_what_may_change_of_it(instance: Instance) -> None:
+    found = instance.wait_ready()
+    assert found.driver == Driver("580.95.05", ("NVIDIA A100-SXM4-80GB",))
+    assert (found.docker, found.repaired) == ("docker", ["its user was added to the group docker"])
+    assert list(found.seconds) == [
+        "port open", "host key pinned", "ssh login", "cloud-init done", "docker answers", "rsync installed",
+        "a container has the GPU", "docker without sudo",
+    ]  # fmt: skip
+    pinned = ssh_config.known_hosts(instance.folder).read_text()
+    assert all(line.startswith("i-1 ") for line in pinned.splitlines())
+    assert instance.wait_ready().repaired == []
+    instance.machine.restart(new_ip=True)
+    assert instance.wait_ready().repaired == []
+    assert ssh_config.known_hosts(instance.folder).read_text() == pinned
+    instance.machine.restart(new_host_key=True)
+    begin = time.monotonic()
+    said = instance.fails("not the one of its first contact")
+    assert time.monotonic() - begin < 3.5
+    subprocess.run(said.split("forget the old one: ")[1].split(". It is")[0].split(), check=True, capture_output=True)
+    assert instance.wait_ready().repaired == []
+    instance.machine.put("/home/ubuntu/.ssh/authorized_keys", b"", 0o600)
+    instance.fails("does not let us in", str(instance.machine.folder / "key"), "'mine'")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("instance", "repaired"),
+    [
+        (Condition(docker="stopped", docker_group=True), ["the Docker engine was started"]),
+        (Condition(rsync=False, docker_group=True), ["rsync was installed"]),
+        (
+            Condition(toolkit="late", docker_group=True),
+            ["NVIDIA's container toolkit was configured and Docker restarted"],
+        ),
+        (Condition(ssh_after_s=1.5, cloud_init_s=3.0, docker_group=True), []),
+        (Condition(cloud_init="absent", docker_group=True), []),
+        (Condition(cloud_init="degraded", docker_group=True), []),
+    ],
+    indirect=["instance"],
+)
+def test_what_can_be_repaired_is_repaired_and_said(instance: Instance, repaired: list[str]) -> None:
+    found = instance.wait_ready()
+    assert (found.repaired, found.docker) == (repaired, "docker")
+    assert found.driver.gpus
+    assert instance.wait_ready().repaired == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("instance", "says"),
+    [
+        (Condition(docker="absent"), "no Docker on the instance"),
+        (Condition(toolkit="absent"), "nvidia-container-toolkit"),
+        (Condition(toolkit="broken"), "version mismatch"),
+        (Condition(gpus=0), "no NVIDIA driver"),
+        (Condition(cloud_init="error"), "cloud-init failed"),
+    ],
+    indirect=["instance"],
+)
+def test_what_cannot_be_repaired_is_named_with_the_remedy(instance: Instance, says: str) -> None:
+    with pytest.raises(CloudError, match=says) as caught:
+        instance.wait_ready()
+    assert "\n" not in str(caught.value)
+    assert "invoke terminate" in str(caught.value)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("instance", [Condition(gpus=2, driver="535.183.01", docker_group=True)], indirect=True)
+def test_names_and_driver_are_found_on_the_way_up(instance: Instance) -> None:
+    found = instance.wait_ready()
+    assert found.driver == Driver("535.183.01", ("NVIDIA A100-SXM4-80GB",) * 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("instance", [Condition(gpus=0, toolkit="absent")], indirect=True)
+def test_a_type_without_a_gpu_needs_none(instance: Instance) -> None:
+    assert instance.wait_ready(gpus=False).driver.gpus == ()
+
+
+BROKEN_SMI = (
+    "#!/bin/sh\necho 'NVIDIA-SMI has failed because it couldn'\\''t communicate with the NVIDIA driver.'; exit 9\n"
+)
+HOOK = "/usr/bin/nvidia-container-runtime-hook"
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "texts"),
+    [
+        (
+            "systemctl stop docker; mkdir -p /etc/docker; echo nonsense > /etc/docker/daemon.json",
+            "rm /etc/docker/daemon.json; systemctl start docker",
+            ["cannot be started", "Job for docker.service failed", "journalctl -u docker"],
+        ),
+        pytest.param(
+            "pkill -STOP -x dockerd",
+            "pkill -CONT -x dockerd",
+            ["Docker does not answer", "docker version: no end after 2 s"],
+            marks=pytest.mark.long,
+        ),
+        (
+            "sed -i s/NOPASSWD:// /etc/sudoers.d/ubuntu; gpasswd -d ubuntu docker",
+            "sed -i 's/) ALL/) NOPASSWD:ALL/' /etc/sudoers.d/ubuntu; usermod -aG docker ubuntu",
+            ["sudo a password", "usermod -aG docker"],
+        ),
+        (
+            "mv /opt/packages /opt/gone; mv /usr/bin/rsync /opt/rsync; dpkg --purge --force-all rsync; rm -rf /var/lib/apt/lists/*",
+            "mv /opt/gone /opt/packages; mv /opt/rsync /usr/bin/rsync",
+            ["no rsync", "E: ", "apt-get install -y rsync"],
+        ),
+        (
+            f"cp /usr/bin/nvidia-smi /opt/; cat > /usr/bin/nvidia-smi << 'END'\n{BROKEN_SMI}END",
+            "cp /opt/nvidia-smi /usr/bin/",
+            ["couldn't communicate with the NVIDIA driver", "sudo reboot"],
+        ),
+        (
+            f"cp {HOOK} /opt/hook; printf '#!/bin/sh\\n' > {HOOK}",
+            f"cp /opt/hook {HOOK}",
+            ["No container on the instance sees its GPU", "not found"],
+        ),
+        pytest.param(
+            f"cp {HOOK} /opt/hook; printf '#!/bin/sh\\nsleep 12\\n' > {HOOK}",
+            f"cp /opt/hook {HOOK}",
+            ["No container on the instance sees its GPU", "no end after 3 s"],
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["engine-fails", "engine-hangs", "sudo-asks", "no-package", "no-driver", "hook-does-nothing", "hook-hangs"],
+)  # fmt: skip
+def test_what_breaks_is_named_and_after_its_repair_all_is_well(
+    shared: Instance, monkeypatch: pytest.MonkeyPatch, begin: str, end: str, texts: list[str]
+) -> None:
+    monkeypatch.setattr(readiness, "ANSWER_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(readiness, "REPAIR_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(readiness, "GPU_TIMEOUT_S", 3.0)
+    try:
+        shared.machine.sh(begin)
+        shared.fails(*texts)
+    finally:
+        shared.machine.sh(end)
+    found = shared.wait_ready()
+    assert (found.docker, found.driver) == ("docker", Driver("580.95.05", ("NVIDIA A100-SXM4-80GB",)))
+    shared.machine.sh(
+        'for i in $(seq 30); do [ -z "$(docker ps -aq --filter name=gpu-probe)" ] && exit 0; sleep 0.5; done; exit 1'
+    )
+
+
+@pytest.mark.long
+def test_an_engine_with_work_is_not_restarted(instance: Instance) -> None:
+    instance.wait_ready()
+    sh = instance.machine.sh
+    sh(f"mv {HOOK} /opt/; systemctl restart docker; docker run -di --name work fractal-gpu-probe sh -c 'read never'")
+    instance.fails("would end those that run now")
+    assert sh("docker ps -q") != ""
+    sh("docker rm -f work")
+    instance.fails("still refuses --gpus all", "--reinstall nvidia-container-toolkit")  # its hook is gone
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("instance", [Condition(disk_mib=60)], indirect=True)
+def test_a_full_disk_is_named(instance: Instance) -> None:
+    with contextlib.suppress(AssertionError):
+        instance.machine.sh("dd if=/dev/zero of=/home/ubuntu/big bs=1M count=500")
+    instance.fails("disk is full", "docker system df")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("instance", [Condition(cloud_init_s=60)], indirect=True)
+def test_cloud_init_that_never_ends_is_named(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "CLOUD_INIT_TIMEOUT_S", 2.0)
+    instance.fails("cloud-init is not done after 2 s", "cloud-init-output.log")
+    assert "waiting for cloud-init" in instance.logged
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("instance", [Condition(cloud_init_s=4.0)], indirect=True)
+def test_a_machine_that_boots_again_in_the_middle_is_followed_to_its_new_address(instance: Instance) -> None:
+    before = instance.machine.ip
+    after(1.5, lambda: instance.machine.restart(new_ip=True))
+    found = instance.wait_ready()
+    assert instance.machine.ip != before
+    assert found.driver.gpus
+    assert any("starting again" in text for text in instance.logged)
+    assert len([text for text in instance.logged if "is pinned" in text]) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("instance", [Condition(ssh_after_s=1.0)], indirect=True)
+def test_an_address_that_moves_before_the_port_opens_is_asked_for(
+    instance: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "ADDRESS_POLL_S", 1.0)
+    gone = entry(instance.machine, "127.0.0.2")  # nothing listens there
+    instance.update_alias()
+    assert readiness.wait_ready(
+        instance.folder, gone, instance.logged.append, refresh=instance.update_alias
+    ).driver.gpus
+
+
+@pytest.mark.long
+def test_an_instance_that_is_gone_is_not_waited_for(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "ADDRESS_POLL_S", 0.5)
+    monkeypatch.setattr(readiness, "PORT_TIMEOUT_S", 60.0)
+
+    def gone() -> str:
+        raise CloudError("i-1 has ended")
+
+    with pytest.raises(CloudError, match="has ended"):
+        readiness.wait_ready(
+            instance.folder, entry(instance.machine, "127.0.0.2"), instance.logged.append, refresh=gone
+        )
+
+
+def after(seconds: float, work: Callable[[], object]) -> None:
+    threading.Timer(seconds, work).start()
+
+
+def test_a_port_that_never_opens_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "PORT_TIMEOUT_S", 0.5)
+    with pytest.raises(CloudError, match="port 1 is not open"):
+        readiness.wait_port("127.0.0.1", 1, lambda _: None)
