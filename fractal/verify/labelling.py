@@ -18,7 +18,7 @@ from fractal.sandbox.host.limits import Limits
 from fractal.verify import resume
 
 WRITE_INTERVAL_S = 0.1  # between writes, and between updates of the progress line
-MAX_UNWRITTEN = 5000  # labels
+MAX_UNWRITTEN = 5000  # records
 PROGRESS_AFTER_S = 3.0  # of reading, a progress line is shown
 
 
@@ -80,19 +80,19 @@ def label_samples(
                 resume.redo(source.read, labels, plan.end, verify)
             if plan.end < plan.samples:
                 samples = resume.without_label(source.read(), plan.end)
-                append_labels(sandbox.verify(samples, source.problems), labels, bar.advance)
+                append_records(sandbox.verify(samples, source.problems), labels, bar.advance)
         return time.monotonic() - begin
 
 
-def append_labels(labels: Iterable[Label], path: Path, advance: Callable[[int, str], None]) -> None:
-    """Append labels as they come, in few writes; `advance` is called with their number and rate."""
+def append_records(records: Iterable[object], path: Path, advance: Callable[[int, str], None]) -> None:
+    """Append labels or outputs as they come, in few writes; `advance` is called with their number and rate."""
     begin = time.monotonic()
     done, due = 0, begin + WRITE_INTERVAL_S
-    unwritten: list[Label] = []
+    unwritten: list[object] = []
     with Appender(path) as file:
         try:
-            for label in labels:
-                unwritten.append(label)
+            for record in records:
+                unwritten.append(record)
                 if (now := time.monotonic()) >= due or len(unwritten) >= MAX_UNWRITTEN:
                     ready, unwritten = unwritten, []  # first: Ctrl-C must not write them twice
                     file.write(ready)

@@ -18,11 +18,11 @@ from fractal.records import Label, Output, Problem, Sample
 from fractal.rundir import RunDir
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
+from fractal.verify.labelling import append_records
 
 WRAPPERS = ("set", "frozenset", "sorted", "list", "tuple", "dict")  # the test says so which results are the same
 NO_ANSWER = ("not_run", "missing", "timeout", "memory", "crashed", "forbidden")  # of the first test
 MAX_LENGTH = 200  # characters of an output kept as they are; of a longer one its sha256
-WRITE_INTERVAL_S = 0.2
 MARK = "fractal output "
 
 # What the judge runs after the program, with the calls' values. Values that are equal have the same text: True, 1 and
@@ -107,34 +107,23 @@ def run(folder: RunDir, limits: Limits, **options: Any) -> None:
     def is_run(sample: Sample) -> bool:
         return sample.task_id in problems and (sample.task_id, sample.sample_id) not in no_answer
 
-    with folder.stage("verify", "outputs.jsonl"), Appender(path) as file:
-        file.write(Output(sample.task_id, sample.sample_id, None) for sample in missing() if not is_run(sample))
+    with folder.stage("verify", "outputs.jsonl"):
+        with Appender(path) as file:
+            file.write(Output(sample.task_id, sample.sample_id, None) for sample in missing() if not is_run(sample))
         count = sum(map(is_run, missing()))
         if not count:
             return
         begin = time.monotonic()
         with Sandbox(limits=limits, **options) as sandbox, console.bar("outputs", count) as bar:
-            _write(sandbox.verify(filter(is_run, missing()), problems), file, bar)
+            append_records(_outputs(sandbox.verify(filter(is_run, missing()), problems)), path, bar.advance)
         console.say(f"verify: outputs of {count:,} samples on the visible inputs, {time.monotonic() - begin:.1f} s")
 
 
-def _write(labels: Iterable[Label], file: Appender, bar: console.Bar) -> None:
-    """Write outputs as they come, in few writes. A sandbox_error is the sandbox's fault: the next call tries again."""
-    unwritten: list[Output] = []
-    due = time.monotonic() + WRITE_INTERVAL_S
-    since = 0
-    try:
-        for label in labels:
-            since += 1
-            if label.status != "sandbox_error":
-                unwritten.append(Output(label.task_id, label.sample_id, output_of(label)))
-            if time.monotonic() >= due:
-                ready, unwritten = unwritten, []
-                file.write(ready)
-                bar.advance(since)
-                due, since = time.monotonic() + WRITE_INTERVAL_S, 0
-    finally:
-        file.write(unwritten)
+def _outputs(labels: Iterable[Label]) -> Iterator[Output]:
+    """A sandbox_error is the sandbox's fault: it has no output yet, and the next call tries again."""
+    for label in labels:
+        if label.status != "sandbox_error":
+            yield Output(label.task_id, label.sample_id, output_of(label))
 
 
 def output_problem(problem: Problem) -> Problem | None:

@@ -20,7 +20,7 @@ from fractal.records import Sample
 from fractal.rundir import RunDir
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
-from fractal.verify.labelling import SampleFile, append_labels, make_plan
+from fractal.verify.labelling import SampleFile, append_records, make_plan
 from fractal.verify.provenance import record_sandbox
 
 BURST = 64  # samples for which the sandbox is woken
@@ -130,7 +130,7 @@ class Overlap:
                     while not self._stopping and (burst := samples.read(self._readable, MAX_READ)):
                         begin = time.monotonic()
                         try:
-                            append_labels(sandbox.verify(burst, source.problems), labels, self._count)
+                            append_records(sandbox.verify(burst, source.problems), labels, self._count)
                         finally:
                             self.seconds += time.monotonic() - begin
                     if ending:
