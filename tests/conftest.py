@@ -71,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # With several workers (pytest-xdist) a file stays whole, and the files of one group take turns: they look at the engine's
 # containers and at ssh's processes for what is left, and fill both cores.
 GROUPS = {
-    "docker": "agreement attacks bench bench_generate bench_images containers cuda_image image images losses overlap parity "
+    "docker": "attacks bench bench_generate bench_images containers cuda_image image images losses outputs overlap parity "
     "pipeline repeat sandbox scan sidecar verify",
     "ssh": "demo_cloud guard instance killed launch machine push readiness remote run_commands session ssh_config ssh_keys",
 }

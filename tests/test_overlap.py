@@ -91,7 +91,7 @@ class Engine:
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (overlap, labelling):
         monkeypatch.setattr(module, "Sandbox", Stand)
-    monkeypatch.setattr(outputs, "run", lambda *_, **__: None)  # test_agreement.py
+    monkeypatch.setattr(outputs, "run", lambda *_, **__: None)  # test_outputs.py
     for name, value in (("ran", []), ("pause_s", 0.0), ("breaks", None), ("gate", lambda *_: True)):
         monkeypatch.setattr(Stand, name, value)
 

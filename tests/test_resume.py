@@ -57,7 +57,7 @@ def label(one: Sample, status: Status | None = None) -> Label:
 @pytest.fixture(autouse=True)
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labelling, "Sandbox", Stand)
-    monkeypatch.setattr(outputs, "run", lambda *_, **__: None)  # test_agreement.py
+    monkeypatch.setattr(outputs, "run", lambda *_, **__: None)  # test_outputs.py
     monkeypatch.setattr(Stand, "ran", [])
     monkeypatch.setattr(Stand, "stop_after", None)
 
