@@ -428,7 +428,7 @@ def second_engine() -> Iterator[str]:
         stack.callback(tunnel.wait, 30)
         stack.callback(tunnel.terminate)
         host, deadline = f"unix://{folder}/engine.sock", time.monotonic() + 30
-        while docker_engine.probe(host) != "answers":
+        while docker_engine.engine_state(host) != "answers":
             if tunnel.poll() is not None or time.monotonic() > deadline:
                 raise OutsideError("the second engine's socket cannot be reached over ssh")
             time.sleep(0.1)

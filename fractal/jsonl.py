@@ -40,7 +40,7 @@ K = TypeVar("K", bound=Keyed)
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a JSONL file (or one element of a JSON array) with its place, for messages."""
+    """One line of a JSONL file, or one element of a JSON array, with its position for messages."""
 
     path: Path
     number: int  # 1-based line; for an array, 1-based element
@@ -55,17 +55,17 @@ def iter_lines(path: Path, *, own: bool = False, watch: Callable[[float], None] 
     """The records of a JSONL file, or of a JSON array, one by one and not yet decoded; gzipped or not, by content.
 
     Raises RecordError if there are none. In one of our `own` files a torn last line (a killed writer) is left out, and
-    a file that is missing or empty holds no records: that is how every stage starts. `watch` is told now and then which
-    share of the file is behind. An array is read as a whole.
+    a file that is missing or empty holds no records: that is how every stage starts. `watch` is called now and then
+    with the share of the file that has been read. An array is read as a whole.
     """
     if own and not path.exists():
         return
-    found = False
+    empty = True
     try:
         with path.open("rb", buffering=0) as raw:
             file = io.BufferedReader(raw, BLOCK)
-            packed = file.peek(2)[:2] == b"\x1f\x8b"
-            lines: Iterable[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK) if packed else file
+            gzipped = file.peek(2)[:2] == b"\x1f\x8b"
+            lines: Iterable[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK) if gzipped else file
             size = os.fstat(raw.fileno()).st_size if watch else 0
             for number, data in enumerate(lines, 1):
                 if number == 1:
@@ -74,10 +74,10 @@ def iter_lines(path: Path, *, own: bool = False, watch: Callable[[float], None] 
                     continue
                 if own and data[-1] != 10:
                     return
-                if not found and not own and data.lstrip()[:1] == b"[":
+                if empty and not own and data.lstrip()[:1] == b"[":
                     yield from _array(path, data + b"".join(lines))
                     return
-                found = True
+                empty = False
                 if watch and size and number % 4096 == 0:
                     watch(raw.tell() / size)
                 yield Line(path, number, "line", data)
@@ -89,7 +89,7 @@ def iter_lines(path: Path, *, own: bool = False, watch: Callable[[float], None] 
         raise RecordError(f"{path}: damaged gzip file: {error}. Fetch it again.") from error
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror}.") from error
-    if not found and not own:
+    if empty and not own:
         raise RecordError(f"{path}: is empty, expected one JSON object a line.")
 
 
@@ -119,7 +119,7 @@ def decode_object(line: Line) -> dict[str, Any]:
 
 
 def _array(path: Path, data: bytes) -> list[Line]:
-    """The elements of a JSON array, as they stand where msgspec can tell them apart. Raises RecordError."""
+    """The elements of a JSON array, undecoded where msgspec can split it. Raises RecordError."""
     try:
         elements = _elements(data)
     except MALFORMED as error:
@@ -182,19 +182,23 @@ def encode_all(records: Iterable[object]) -> bytes:
 
 def unique(records: Iterable[K], path: Path) -> dict[tuple[int, int], K]:
     """Records by (task_id, sample_id). Raises RecordError on a duplicate."""
-    found: dict[tuple[int, int], K] = {}
+    by_key: dict[tuple[int, int], K] = {}
     for record in records:
         key = (record.task_id, record.sample_id)
-        if key in found:
+        if key in by_key:
             raise RecordError(f"{path}: task_id {key[0]}, sample_id {key[1]} stands twice. Delete one of the lines.")
-        found[key] = record
-    return found
+        by_key[key] = record
+    return by_key
 
 
 class KeySet:
-    """Which (task_id, sample_id) there are, in few bytes: for each problem a count of those from 0 on, and the others.
+    """A set of (task_id, sample_id), in few bytes: for each problem a count of those from 0 on, and the others.
 
-    A million samples that are numbered from 0 within each problem take as much room as the problems.
+    A million samples that are numbered from 0 within each problem take no more memory than the problems.
+
+    >>> keys = KeySet()
+    >>> keys.add(11, 0), keys.add(11, 0), (11, 0) in keys
+    (True, False, True)
     """
 
     def __init__(self) -> None:
@@ -242,9 +246,9 @@ class Appender:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
             raise InputError(f"{path}: cannot be made: {error.strerror}. Name another file.") from error
-        self._size = self._mend()
+        self._size = self._cut_torn_line()
 
-    def _mend(self) -> int:
+    def _cut_torn_line(self) -> int:
         """Cut what follows the last newline, reading back from the end. Returns the file's size."""
         size = end = os.fstat(self._fd).st_size
         while end > 0:

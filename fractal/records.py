@@ -64,7 +64,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What the hard verifier saw when it ran one Sample against its Problem's tests."""
+    """The hard verifier's verdict on one Sample, run against its Problem's tests."""
 
     task_id: int
     sample_id: int
@@ -79,7 +79,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The critic's opinion of one Sample."""
+    """The critic's score of one Sample."""
 
     task_id: int
     sample_id: int
@@ -109,5 +109,5 @@ class Choice:
 
 
 def code_sha256(code: str) -> str:
-    """A program's name in a Label."""
+    """By which a Label names the program that it is of."""
     return hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()

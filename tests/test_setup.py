@@ -162,18 +162,18 @@ def test_each_state_of_the_engine_has_its_remedy() -> None:
         ("stopped", "tcp://10.0.0.9:2375", ROOT, "unset DOCKER_HOST"),
         ("absent", SOCKET, dataclasses.replace(USER, other=other), f"DOCKER_HOST={other}"),
     ]
-    lines = [(docker_engine.advice(state, host, machine), remedy) for state, host, machine, remedy in cases]
+    lines = [(docker_engine.remedy(state, host, machine), remedy) for state, host, machine, remedy in cases]
     assert [(line, remedy) for line, remedy in lines if remedy not in line or "\n" in line] == []
 
 
-def test_probe_tells_answering_stopped_and_absent_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_tells_answering_stopped_and_absent_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "docker.sock"
     monkeypatch.setattr(docker_engine, "daemon_path", lambda: None)
-    assert docker_engine.probe(f"unix://{path}") == "absent"
+    assert docker_engine.engine_state(f"unix://{path}") == "absent"
     monkeypatch.setattr(docker_engine, "daemon_path", lambda: "/usr/sbin/dockerd")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
-        assert docker_engine.probe(f"unix://{path}") == "stopped"  # a socket left by a dead daemon
+        assert docker_engine.engine_state(f"unix://{path}") == "stopped"  # a socket left by a dead daemon
         server.listen()
         replies = [b"HTTP/1.0 200 OK\r\n\r\nOK", b"HTTP/1.0 500 Internal Server Error\r\n\r\n"]
 
@@ -184,24 +184,24 @@ def test_probe_tells_answering_stopped_and_absent_apart(tmp_path: Path, monkeypa
                     link.sendall(reply)
 
         threading.Thread(target=serve, daemon=True).start()
-        assert docker_engine.probe(f"unix://{path}") == "answers"
-        assert docker_engine.probe(f"unix://{path}") == "stopped"
+        assert docker_engine.engine_state(f"unix://{path}") == "answers"
+        assert docker_engine.engine_state(f"unix://{path}") == "stopped"
 
 
 def test_a_stale_pid_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "docker.pid"
     monkeypatch.setattr(docker_engine, "PID_FILE", file)
-    assert not docker_engine.daemon_runs()
+    assert not docker_engine.is_daemon_alive()
     file.write_text(str(os.getpid()))  # alive, but no dockerd: the number was used again
-    assert not docker_engine.daemon_runs()
+    assert not docker_engine.is_daemon_alive()
     assert not file.exists()
 
 
-def test_the_daemons_last_words(tmp_path: Path) -> None:
+def test_the_last_line_of_the_daemon_s_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert docker_engine.last_words(log) == "it left no log."
+    assert docker_engine.last_log_line(log) == "it left no log."
     log.write_text("time=... level=info\nfailed to start daemon: no space\n\n")
-    assert docker_engine.last_words(log) == "failed to start daemon: no space"
+    assert docker_engine.last_log_line(log) == "failed to start daemon: no space"
 
 
 def test_apts_reason() -> None:

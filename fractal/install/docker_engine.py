@@ -1,6 +1,7 @@
-"""Is there a Docker engine, and if not, whose move is it? Root on Debian or Ubuntu gets one installed and started.
+"""Whether a Docker engine answers, and the remedy if none does. Root on Debian or Ubuntu gets it installed and started.
 
-Asks the engine's socket itself: this runs before the Docker SDK is there, and in milliseconds. Standard library only.
+Talks to the engine's socket directly: this runs before the Docker SDK is installed, and in milliseconds. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 SOCKET = "unix:///var/run/docker.sock"  # where the SDK and the client look without DOCKER_HOST
 PID_FILE = Path("/var/run/docker.pid")
 DAEMON_LOG = Path("/var/log/fractal-dockerd.log")
-PROBE_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 90.0  # 1 to 3 s on an idle machine; loading many images takes longer
 
 State = Literal[
@@ -50,20 +51,20 @@ def address(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("DOCKER_HOST") or SOCKET
 
 
-def probe(host: str) -> State:
+def engine_state(host: str) -> State:
     """What the engine at this address does now. Engines behind ssh:// and npipe:// count as answering: not asked."""
     url = urlsplit(host)
     try:
         if url.scheme == "unix":
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-                link.settimeout(PROBE_TIMEOUT_S)
+                link.settimeout(ANSWER_TIMEOUT_S)
                 link.connect(url.path)
                 link.sendall(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n")
                 head = link.recv(64)
             if b" 200 " not in head:
                 raise ConnectionError(head)
         elif url.scheme in ("tcp", "http", "https"):
-            socket.create_connection((url.hostname or "localhost", url.port or 2375), PROBE_TIMEOUT_S).close()
+            socket.create_connection((url.hostname or "localhost", url.port or 2375), ANSWER_TIMEOUT_S).close()
     except PermissionError:
         return "denied"
     except OSError:
@@ -76,7 +77,7 @@ def daemon_path() -> str | None:
     return shutil.which("dockerd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/bin"]))
 
 
-def advice(state: State, host: str, machine: Machine) -> str:
+def remedy(state: State, host: str, machine: Machine) -> str:
     """One line: what is wrong with the engine at this address, and what to do."""
     if machine.other and state != "answers":
         return (
@@ -124,53 +125,56 @@ def this_machine() -> Machine:
         Path.home() / ".docker/run/docker.sock",
     ]
     others = [f"unix://{place}" for place in places if place.exists()]
-    answering = [other for other in others if other != address() and probe(other) == "answers"]
+    answering = [other for other in others if other != address() and engine_state(other) == "answers"]
     return Machine(sys.platform, user, os.geteuid() == 0, user in members, answering[0] if answering else None)
 
 
 def problem() -> str | None:
     """None if an engine answers, else one line with the remedy. Changes nothing."""
-    state = probe(address())
-    return None if state == "answers" else advice(state, address(), this_machine())
+    state = engine_state(address())
+    return None if state == "answers" else remedy(state, address(), this_machine())
 
 
-def ensure(say: Callable[[str], None], log: Path) -> None:
-    """An engine answers afterwards; installed (apt's words go to `log`) and started if root may. Raises EngineError."""
+def ensure(report: Callable[[str], None], log: Path) -> None:
+    """Make sure that an engine answers: install it (apt prints to `log`) and start it, if root may.
+
+    Raises EngineError.
+    """
     from fractal.install import apt
 
     host = address()
-    state = probe(host)
+    state = engine_state(host)
     if state == "answers":
         return
     machine = this_machine()
     ours = host == SOCKET and machine.platform == "linux" and machine.root and machine.other is None
     if state == "denied" or not ours or (state == "absent" and not apt.allowed()):
-        raise EngineError(advice(state, host, machine))
+        raise EngineError(remedy(state, host, machine))
     if state == "absent":
-        say("Docker is not installed: installing Debian's docker.io")
+        report("Docker is not installed: installing Debian's docker.io")
         apt.install("docker.io", "iptables", "ca-certificates", log=log)
         if apt.knows("docker-buildx"):  # clients since 23 need it for BuildKit; Debian 12's has it built in
             apt.install("docker-buildx", log=log)
-    start(say)
+    start(report)
 
 
-def start(say: Callable[[str], None]) -> None:
-    """Start the engine and wait until it answers. Raises EngineError with the last words of its log."""
+def start(report: Callable[[str], None]) -> None:
+    """Start the engine and wait until it answers. Raises EngineError with the last line of its log."""
     begun = time.monotonic()
     if Path("/run/systemd/system").is_dir():
         done = subprocess.run(
             ["systemctl", "start", "docker"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
         )
         if done.returncode:
-            words = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-            raise EngineError(f"systemctl start docker failed: {words} Look at: journalctl -u docker -n 50")
-        wait(None)
-    elif probe(SOCKET) != "answers":
-        wait(None if daemon_runs() else launch())
-    say(f"the Docker engine answers, {time.monotonic() - begun:.1f} s after its start")
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+            raise EngineError(f"systemctl start docker failed: {reason} Look at: journalctl -u docker -n 50")
+        wait_until_it_answers(None)
+    elif engine_state(SOCKET) != "answers":
+        wait_until_it_answers(None if is_daemon_alive() else start_daemon())
+    report(f"the Docker engine answers, {time.monotonic() - begun:.1f} s after its start")
 
 
-def daemon_runs() -> bool:
+def is_daemon_alive() -> bool:
     """Whether the daemon named in the pid file is alive (Debian's package may have started it).
 
     A pid file left by a killed daemon is removed, because dockerd refuses to start where its number is in use again.
@@ -188,7 +192,7 @@ def daemon_runs() -> bool:
     return alive
 
 
-def launch() -> subprocess.Popen[bytes]:
+def start_daemon() -> subprocess.Popen[bytes]:
     """dockerd in a session of its own: it outlives us, and a Ctrl-C at our terminal does not reach it."""
     program = daemon_path()
     if program is None:
@@ -206,16 +210,16 @@ def launch() -> subprocess.Popen[bytes]:
         )
 
 
-def wait(daemon: subprocess.Popen[bytes] | None) -> None:
-    """Until the engine answers. A daemon that we launched and that does not make it is ended."""
+def wait_until_it_answers(daemon: subprocess.Popen[bytes] | None) -> None:
+    """Raises EngineError after START_TIMEOUT_S. A daemon that we started and that does not answer is ended."""
     deadline = time.monotonic() + START_TIMEOUT_S
     try:
-        while probe(SOCKET) != "answers":
+        while engine_state(SOCKET) != "answers":
             if daemon and daemon.poll() is not None:
-                raise EngineError(f"dockerd ended with code {daemon.returncode}: {last_words()} (log: {DAEMON_LOG})")
+                raise EngineError(f"dockerd ended with code {daemon.returncode}: {last_log_line()} (log: {DAEMON_LOG})")
             if time.monotonic() > deadline:
                 raise EngineError(
-                    f"dockerd does not answer after {START_TIMEOUT_S:.0f} s: {last_words()} (log: {DAEMON_LOG})"
+                    f"dockerd does not answer after {START_TIMEOUT_S:.0f} s: {last_log_line()} (log: {DAEMON_LOG})"
                 )
             time.sleep(0.1)
     except BaseException:
@@ -224,8 +228,8 @@ def wait(daemon: subprocess.Popen[bytes] | None) -> None:
         raise
 
 
-def last_words(log: Path = DAEMON_LOG) -> str:
-    """The last line of the daemon's log: dockerd says there why it gave up."""
+def last_log_line(log: Path = DAEMON_LOG) -> str:
+    """The last line of the daemon's log, where dockerd writes why it ended."""
     try:
         lines = log.read_text(errors="replace").split("\n")
     except OSError:
