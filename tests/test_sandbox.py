@@ -19,7 +19,7 @@ from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.conformance import run_conformance
 from fractal.sandbox.host.container import Sandbox, SandboxError
 from fractal.sandbox.host.limits import Limits
-from tests.conftest import ROOT, SHARED
+from tests.conftest import ROOT, SHARED, until
 
 pytestmark = pytest.mark.sandbox
 CORRECT = "def f(x):\n    return x * 2\n"
@@ -144,12 +144,7 @@ def test_no_container_is_left_when_the_client_is_killed(image: str, tmp_path: Pa
     child.wait()
     child.stdout.close()
     client = docker.from_env()
-    for _ in range(100):
-        if container not in {c.id for c in client.containers.list(all=True)}:
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("the container is still there")
+    until(lambda: container not in {c.id for c in client.containers.list(all=True)})
     client.close()
 
 

@@ -48,9 +48,8 @@ IN_FLIGHT_BYTES = 16 << 20  # of their programs, for each call of verify
 MAX_LABELS_HELD = 4000  # labels held back at most while an earlier sample is being decided
 MAX_REMEMBERED = 20_000  # verdicts kept for programs that come again
 MAX_PROBLEMS = 2048  # problems that the sandbox keeps
-LOSSES = 3  # containers that may be lost over a sample before it is given up
-SILENCE_S = 60.0  # the sandbox says something every 5 s
-RECONNECT_S = 120.0  # patience with an engine, or a sidecar, that is being restarted
+MAX_LOSSES = 3  # containers that may be lost over a sample before it is given up
+RECONNECT_S = 120.0  # how long an engine, or a sidecar, that is being restarted is waited for
 
 
 class SandboxError(OutsideError):
@@ -70,7 +69,7 @@ class Verdict(msgspec.Struct):
     cpu_seconds: float = 0.0
     detail: str = ""
     limit: str = ""  # which limit a timeout means: "cpu" or "wall"
-    retry: bool = False  # our fault, and worth another try
+    retry: bool = False  # a fault of the sandbox's: the program is run again
     fit: bool = False  # its byte code cannot tell line numbers and the like: comments and layout do not matter
 
 
@@ -89,6 +88,16 @@ Inbox = queue.SimpleQueue["list[tuple[Job, Verdict]] | Exception"]
 
 
 @dataclass(eq=False, slots=True)
+class PendingLabel:
+    """A label whose turn has not come: its verdict is missing, or that of an earlier sample."""
+
+    sample: Sample
+    problem: Problem
+    digest: str  # sha256 of the program's text
+    verdict: Verdict | None = None
+
+
+@dataclass(eq=False, slots=True)
 class Job:
     """One program on its way: a sample's, or a problem's reference."""
 
@@ -100,16 +109,8 @@ class Job:
     inbox: Inbox
     alone: bool = False  # nothing may run beside it
     losses: int = 0  # times that a judge or a container died over it
-
-
-@dataclass(eq=False, slots=True)
-class PendingLabel:
-    """A label in the making, in the order of the samples."""
-
-    sample: Sample
-    problem: Problem
-    digest: str  # sha256 of the program's text
-    verdict: Verdict | None = None
+    program: bytes = b""  # key of the program, see program_key.py
+    waiting: list[PendingLabel] = field(default_factory=list)  # labels that its verdict decides
 
 
 class Verifier:
@@ -250,12 +251,12 @@ class Verifier:
             jobs = list(self._pending.values())
         for job in jobs:
             job.losses += 1
-            if job.losses > LOSSES:
+            if job.losses > MAX_LOSSES:
                 with self._lock:
                     self._pending.pop(job.id, None)
                 detail = f"lost with {job.losses} containers, the last one's words: {last_output}"
                 job.inbox.put([(job, Verdict("sandbox_error", detail=detail))])
-        self._send([job for job in jobs if job.losses <= LOSSES])
+        self._send([job for job in jobs if job.losses <= MAX_LOSSES])
 
     def _send(self, jobs: list[Job]) -> None:
         """Hand jobs to the sandbox. If it is being replaced, they are sent to the next one."""
@@ -345,10 +346,8 @@ class _VerifyCall:
     problems: Mapping[int, Problem]
     inbox: Inbox = field(default_factory=queue.SimpleQueue)
     pending: deque[PendingLabel] = field(default_factory=deque)  # not yet handed out
-    # By job: its program, and the labels that wait for it.
-    running: dict[int, tuple[bytes, list[PendingLabel]]] = field(default_factory=dict)
-    # By program: the job that runs for all its samples.
-    running_programs: dict[bytes, int] = field(default_factory=dict)
+    running: dict[int, Job] = field(default_factory=dict)  # by the job's id
+    running_programs: dict[bytes, Job] = field(default_factory=dict)  # by program: the job for all its samples
     # By problem: timeouts that count only when its reference has been measured.
     unconfirmed: dict[bytes, list[tuple[Job, Verdict]]] = field(default_factory=dict)
     bytes_in_flight: int = 0
@@ -400,17 +399,18 @@ class _VerifyCall:
         if known is not None and (known[0].fit or known[1] == digest):
             pending_label.verdict = known[0]
             return None
-        if program in self.running_programs:
-            self.running[self.running_programs[program]][1].append(pending_label)
+        if job := self.running_programs.get(program):
+            job.waiting.append(pending_label)
             return None
         return self._start_job(pending_label, program)
 
     def _start_job(self, pending_label: PendingLabel, program: bytes) -> Job:
         job = self.verifier.job(pending_label.problem, pending_label.sample.code, self.inbox)
-        self.running[job.id] = (program, [pending_label])
+        job.program, job.waiting = program, [pending_label]
+        self.running[job.id] = job
         self.bytes_in_flight += len(job.code)
         if self.verifier._cache:
-            self.running_programs[program] = job.id
+            self.running_programs[program] = job
         return job
 
     def _wait(self) -> None:
@@ -451,22 +451,23 @@ class _VerifyCall:
 
     def _accept(self, job: Job, verdict: Verdict) -> list[Job]:
         """A verdict that counts: for the sample, and for those that wait for the same program."""
-        program, waiting = self.running.pop(job.id)
+        del self.running[job.id]
         self.bytes_in_flight -= len(job.code)
-        self.running_programs.pop(program, None)
+        self.running_programs.pop(job.program, None)
+        digest = job.waiting[0].digest
         if self.verifier._cache and verdict.status != "sandbox_error":
-            self.verifier._remember(program, verdict, waiting[0].digest)
+            self.verifier._remember(job.program, verdict, digest)
         different = []
-        for pending_label in waiting:
-            if verdict.fit or pending_label.digest == waiting[0].digest:
+        for pending_label in job.waiting:
+            if verdict.fit or pending_label.digest == digest:
                 pending_label.verdict = verdict
             else:  # only comments or layout differ, but this program can tell
                 different.append(pending_label)
         if not different:
             return []
-        leader = self._start_job(different[0], program)
-        self.running[leader.id][1].extend(different[1:])
-        return [leader]
+        next_job = self._start_job(different[0], job.program)
+        next_job.waiting.extend(different[1:])
+        return [next_job]
 
 
 def _json(value: object) -> bytes:
@@ -478,7 +479,7 @@ def _json(value: object) -> bytes:
 
 
 def problem_message(problem: Problem) -> dict[str, Any]:
-    """What the judge is told of a problem."""
+    """A problem as it is sent to the judge."""
     return {
         "reference": problem.reference,
         "setup": problem.setup,
