@@ -25,20 +25,20 @@ pytestmark = pytest.mark.usefixtures("openssh")
 HOUR = 3600.0
 
 
-def log(one: Renting, entry: Entry) -> str:
-    return guard.log_file(one.ledger, entry.name).read_text()
+def log(rented: Renting, entry: Entry) -> str:
+    return guard.log_file(rented.ledger, entry.name).read_text()
 
 
-def age(one: Renting, entry: Entry, hours: float) -> None:
+def age(rented: Renting, entry: Entry, hours: float) -> None:
     """The laptop slept that long: the wall clock went on, and nobody watched."""
-    one.ledger.change(entry.name, asked_at=time.time() - hours * HOUR)
+    rented.ledger.change(entry.name, asked_at=time.time() - hours * HOUR)
 
 
-def ended(one: Renting) -> None:
+def ended(rented: Renting) -> None:
     """The instance is terminated, and its guard has ended."""
-    until(lambda: one.ledger.open_entries() == [])
-    assert one.cloud.living() == []
-    until(lambda: guard_pids(one.ledger.folder) == [])
+    until(lambda: rented.ledger.open_entries() == [])
+    assert rented.cloud.living() == []
+    until(lambda: guard_pids(rented.ledger.folder) == [])
 
 
 def test_it_ends_the_instance_at_max_hours_and_goes(rented: Renting) -> None:

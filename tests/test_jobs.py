@@ -22,7 +22,7 @@ def test_the_engines_words_become_jobs() -> None:
     (job,) = jobs.parse(line("exited", 137, True))
     assert (job.id, job.run, job.arguments) == ("all-1", "demo", ("--stage", "all"))
     assert (job.ended, job.exit_code, job.out_of_memory, job.container) == (True, 137, True, "fractal-job-all-1")
-    assert [one.state for one in jobs.parse("\n".join(map(line, ("running", "paused", "created", "dead"))))] == [
+    assert [job.state for job in jobs.parse("\n".join(map(line, ("running", "paused", "created", "dead"))))] == [
         "running", "running", "created", "exited",
     ]  # fmt: skip
     assert jobs.parse("") == []
@@ -70,7 +70,7 @@ def test_a_runs_name_is_valid_on_the_instance() -> None:
 def test_ids_of_one_second_differ() -> None:
     ids = {jobs.new_id("all") for _ in range(50)}
     assert len(ids) > 45
-    assert all(jobs.NAME.fullmatch(one) for one in ids)
+    assert all(jobs.NAME.fullmatch(job) for job in ids)
 
 
 def test_a_full_disk_is_named() -> None:

@@ -60,9 +60,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(hours=st.none() | st.floats(0.001, 1e6), text=st.text(max_size=5))
     def add(self, hours: float | None, text: str) -> None:
         self.count += 1
-        one = entry(f"fractal-0a1b2c-{self.count:08x}", max_hours=hours, key_file=text)
-        self.ledger.add(one)
-        self.model[one.name] = one
+        added = entry(f"fractal-0a1b2c-{self.count:08x}", max_hours=hours, key_file=text)
+        self.ledger.add(added)
+        self.model[added.name] = added
 
     @rule(data=st.data(), ip=st.none() | st.ip_addresses(v=4).map(str), id=st.text(max_size=5))
     def change(self, data: st.DataObject, ip: str | None, id: str) -> None:
@@ -110,7 +110,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         assert self.ledger.entries() == list(self.model.values())
-        assert self.ledger.open_entries() == [one for one in self.model.values() if one.state != "ended"]
+        assert self.ledger.open_entries() == [known for known in self.model.values() if known.state != "ended"]
 
 
 TestLedgerMachine = LedgerMachine.TestCase
@@ -137,20 +137,20 @@ def writer(folder: Path, which: int, count: int) -> "subprocess.Popen[str]":
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     writers = [writer(tmp_path, which, 25) for which in range(3)]
-    assert [one.wait(60) for one in writers] == [0, 0, 0]
+    assert [process.wait(60) for process in writers] == [0, 0, 0]
     assert len(Ledger(tmp_path).entries()) == 75
 
 
 def test_a_killed_writer_leaves_what_it_had_told_and_no_lock(tmp_path: Path) -> None:
     told = 0
     for which in range(3):
-        one = writer(tmp_path, which, 100000)
-        assert one.stdout is not None
+        process = writer(tmp_path, which, 100000)
+        assert process.stdout is not None
         for _ in range(5 + which):
-            one.stdout.readline()
-        one.send_signal(signal.SIGKILL)
-        rest = one.stdout.read().count("\n")
-        one.wait()
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read().count("\n")
+        process.wait()
         told += 5 + which + rest
         assert 0 <= len(Ledger(tmp_path).entries()) - told <= which + 1  # one may be written and not yet told
     Ledger(tmp_path).add(entry("fractal-0a1b2c-ffffffff"))

@@ -143,16 +143,6 @@ def test_a_machine_in_a_bad_condition() -> None:
 
 
 @pytest.mark.long
-def test_a_toolkit_that_came_late_works_after_the_engine_started_again() -> None:
-    with Machine(condition=Condition(toolkit="late")) as machine:
-        machine.ssh(PROBE)
-        run = "sudo docker run --rm --gpus all probe nvidia-smi -L"
-        assert "could not select device driver" in machine.ssh(run).stderr
-        machine.ssh("sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker")
-        assert machine.ssh(run).stdout.startswith("GPU 0")
-
-
-@pytest.mark.long
 def test_a_factory_starts_many_at_once_and_leaves_nothing(tmp_path: Path) -> None:
     key, before = make_key(tmp_path), volumes()
     times: list[tuple[float, float]] = []

@@ -41,14 +41,14 @@ def machine(simulated_machine: Machine) -> Machine:
 
 
 @pytest.fixture
-def said() -> list[str]:
+def logged() -> list[str]:
     return []
 
 
 @pytest.fixture
-def remote(machine: Machine, said: list[str]) -> Iterator[Remote]:
-    with Remote(machine.ssh_config, lambda: None, said.append, host=machine.alias, patience_s=30) as one:
-        yield one
+def remote(machine: Machine, logged: list[str]) -> Iterator[Remote]:
+    with Remote(machine.ssh_config, lambda: None, logged.append, host=machine.alias, patience_s=30) as connected:
+        yield connected
 
 
 def begin(remote: Remote, script: str, *options: str, run: str = "demo") -> str:
@@ -82,7 +82,7 @@ def cut(remote: Remote) -> None:
     remote.link._process.kill()
 
 
-def test_the_sdk_speaks_with_the_engine_over_there(remote: Remote, machine: Machine) -> None:
+def test_the_sdk_works_with_the_instances_engine(remote: Remote, machine: Machine) -> None:
     assert remote.docker_command == "docker"
     with remote.engine() as client:
         assert client.info()["Name"] == machine.sh("hostname").strip()
@@ -107,7 +107,7 @@ def test_an_engine_that_breaks_off_is_one_line(remote: Remote) -> None:
 
 
 def test_no_line_is_lost_or_doubled_however_often_the_link_breaks(
-    remote: Remote, said: list[str], tmp_path: Path
+    remote: Remote, logged: list[str], tmp_path: Path
 ) -> None:
     job = begin(
         remote, "i=0; while [ $i -lt 600 ]; do echo line $i; i=$((i+1)); sleep 0.01; done; echo end >&2; exit 7"
@@ -131,9 +131,9 @@ def test_no_line_is_lost_or_doubled_however_often_the_link_breaks(
     assert log.read_text() == expected
     assert shown.decode() == expected
     assert ended.exit_code == 7
-    assert [text for text in said if "connected again" in text]
+    assert [text for text in logged if "connected again" in text]
     jobs.remove(remote, job)
-    assert job not in [one.id for one in jobs.list_jobs(remote)]
+    assert job not in [found.id for found in jobs.list_jobs(remote)]
     jobs.remove(remote, job)  # again: nothing to do
 
 
@@ -219,7 +219,7 @@ def test_a_container_that_goes_while_it_is_listed_is_no_trouble(remote: Remote) 
     job = begin(remote, "sleep 60")
     listing = script("list_jobs").replace("label=fractal.job)", "label=fractal.job; echo gone)")
     assert listing != script("list_jobs")
-    assert job in [one.id for one in jobs.parse(remote.check("list", listing, remote.docker_command))]
+    assert job in [found.id for found in jobs.parse(remote.check("list", listing, remote.docker_command))]
     jobs.remove(remote, job)
 
 
@@ -241,18 +241,18 @@ def make_run(folder: Path, created: str = "now", lines: int = 3) -> Path:
     return folder
 
 
-def test_a_run_goes_there_and_comes_home_proven(remote: Remote, said: list[str], tmp_path: Path) -> None:
+def test_a_run_goes_there_and_comes_home_proven(remote: Remote, logged: list[str], tmp_path: Path) -> None:
     name = f"run{time.time_ns()}"
     folder = make_run(tmp_path / "here" / name)
     place = transfer.prepare(remote, name)
     assert re.fullmatch(r"\d+:\d+", place.user)
     assert place.home == "/home/ubuntu"
-    transfer.exchange(remote, folder, said.append)  # there is nothing there yet: ours goes
+    transfer.exchange(remote, folder, logged.append)  # there is nothing there yet: ours goes
     assert transfer.digests(remote, name).keys() >= {"samples.jsonl", "critic/epoch-1/model.safetensors"}
     remote.check(
         "write", f"cd fractal/runs/{name} && echo '{{}}' >> samples.jsonl && mkdir logs; echo x > logs/verify.log"
     )
-    transfer.exchange(remote, folder, said.append)  # it is farther there: theirs comes
+    transfer.exchange(remote, folder, logged.append)  # it is farther there: theirs comes
     assert (folder / "samples.jsonl").read_text() == "{}\n" * 4
     (folder / "critic/epoch-1/model.safetensors").write_bytes(bytes(300_000))  # as long, and as old
     os.utime(folder / "critic/epoch-1/model.safetensors", (1, 1))
@@ -260,18 +260,20 @@ def test_a_run_goes_there_and_comes_home_proven(remote: Remote, said: list[str],
     assert "digests equal" in transfer.fetch_verified(remote, folder)
     assert (folder / "critic/epoch-1/model.safetensors").read_bytes() == random.Random(0).randbytes(300_000)
     (folder / "samples.jsonl").write_text("{}\n" * 9)
-    transfer.exchange(remote, folder, said.append)  # it went on here
+    transfer.exchange(remote, folder, logged.append)  # it went on here
     assert transfer.remote_state(remote, name).files["samples.jsonl"].size == 27
     assert name in transfer.run_names(remote)
 
 
-def test_another_run_of_the_same_name_is_refused_and_both_stay(remote: Remote, said: list[str], tmp_path: Path) -> None:
+def test_another_run_of_the_same_name_is_refused_and_both_stay(
+    remote: Remote, logged: list[str], tmp_path: Path
+) -> None:
     name = f"run{time.time_ns()}"
     transfer.prepare(remote, name)
-    transfer.exchange(remote, make_run(tmp_path / "a" / name, "then"), said.append)
+    transfer.exchange(remote, make_run(tmp_path / "a" / name, "then"), logged.append)
     other = make_run(tmp_path / "b" / name, "now", lines=1)
     with pytest.raises(InputError, match="are two runs"):
-        transfer.exchange(remote, other, said.append)
+        transfer.exchange(remote, other, logged.append)
     assert (other / "samples.jsonl").read_text() == "{}\n"
     assert transfer.remote_state(remote, name).files["samples.jsonl"].size == 9
 
@@ -294,7 +296,7 @@ def test_results_come_home_while_the_job_writes(remote: Remote, tmp_path: Path) 
 
 
 @pytest.mark.long
-def test_a_cut_transfer_goes_on(remote: Remote, said: list[str], tmp_path: Path) -> None:
+def test_a_cut_transfer_goes_on(remote: Remote, logged: list[str], tmp_path: Path) -> None:
     name = f"run{time.time_ns()}"
     transfer.prepare(remote, name)
     remote.check("write", f"head -c 80000000 /dev/urandom > fractal/runs/{name}/big")
@@ -346,11 +348,11 @@ def test_a_projects_folder_goes_there_without_what_git_ignores(
         remote.sync(tmp_path / "none")
 
 
-def test_an_input_is_sent_once(remote: Remote, said: list[str], tmp_path: Path) -> None:
+def test_an_input_is_sent_once(remote: Remote, logged: list[str], tmp_path: Path) -> None:
     (tmp_path / "my problems.jsonl").write_text("{}\n")
-    place = transfer.send_input(remote, tmp_path / "my problems.jsonl", said.append)
-    assert transfer.send_input(remote, tmp_path / "my problems.jsonl", said.append) == place
-    assert len(said) == 1
+    place = transfer.send_input(remote, tmp_path / "my problems.jsonl", logged.append)
+    assert transfer.send_input(remote, tmp_path / "my problems.jsonl", logged.append) == place
+    assert len(logged) == 1
     assert remote.check("read", f"cat 'fractal/inputs/{place}'") == "{}\n"
 
 
@@ -360,17 +362,17 @@ def test_a_shell_is_the_users_own_ssh(machine: Machine, remote: Remote) -> None:
     assert (done.returncode, done.stdout) == (5, "2\n")
 
 
-def test_a_machine_that_is_gone_ends_the_patience(machine: Machine, said: list[str], tmp_path: Path) -> None:
+def test_a_machine_that_is_gone_ends_the_patience(machine: Machine, logged: list[str], tmp_path: Path) -> None:
     config = machine.config(f"gone{time.time_ns()}", HostName="127.0.0.1", Port=1)
     with (
         pytest.raises(ssh.SshConnectionError, match="nothing listens"),
-        Remote(config, lambda: None, said.append, host=machine.alias, patience_s=2),
+        Remote(config, lambda: None, logged.append, host=machine.alias, patience_s=2),
     ):
         pass
-    assert "Trying for" in said[0]
+    assert "Trying for" in logged[0]
 
 
-def test_no_rsync_here_is_said(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_rsync_here_is_an_error(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(RemoteError, match="no rsync here"):
         remote.rsync("a", "b")

@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("op
 KEY = "secret-key"
 
 
-class World:
+class RentedInstance:
     """A fake cloud with one rented, ready machine that has the images."""
 
     def __init__(self, folder: Path, fake: FakeLambda) -> None:
@@ -88,8 +88,8 @@ class World:
 
     @property
     def entry(self) -> Entry:
-        (one,) = self.ledger.open_entries()
-        return one
+        (entry,) = self.ledger.open_entries()
+        return entry
 
     @property
     def machine(self) -> Running:
@@ -120,13 +120,13 @@ class World:
         return done
 
     def containers(self) -> list[str]:
-        """What is left of jobs over there."""
+        """What is left of jobs on the instance."""
         return self.machine.machine.sh(
             "docker ps -a --format '{{.Names}}' | grep -E 'fractal-(job|sandbox)' || true"
         ).split()
 
     def whole(self, run: Path, n: int = 60) -> None:
-        """All samples once, the log without a lost or doubled line, nothing left over there."""
+        """All samples once, the log without a lost or doubled line, nothing left on the instance."""
         lines = (run / "samples.jsonl").read_text().splitlines()
         assert [json.loads(line)["sample_id"] for line in lines] == list(range(n))
         assert (run / "critic/epoch-1/head.safetensors").stat().st_size == 256 * 64
@@ -137,21 +137,21 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def module_instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RentedInstance]:
     folder = tmp_path_factory.mktemp("rented")
     kept = dict(os.environ)
     try:
         with Machines() as machines, FakeLambda(key=KEY, machines=machines, rate=False) as fake:
-            one = World(folder, fake)
-            one.model.mkdir()
-            (one.model / "config.json").write_text("{}")
-            (one.model / "model.safetensors").write_text("x")
-            (one.model / "tokenizer.json").write_text("{}")
-            (one.model / "chat_template.jinja").write_text("x")
-            yield one
-            for entry in one.ledger.open_entries():
-                terminate(one.account(), entry)
-            end_guards(one.ledger.folder)
+            instance = RentedInstance(folder, fake)
+            instance.model.mkdir()
+            (instance.model / "config.json").write_text("{}")
+            (instance.model / "model.safetensors").write_text("x")
+            (instance.model / "tokenizer.json").write_text("{}")
+            (instance.model / "chat_template.jinja").write_text("x")
+            yield instance
+            for entry in instance.ledger.open_entries():
+                terminate(instance.account(), entry)
+            end_guards(instance.ledger.folder)
             assert fake.living() == []
             assert fake.troubles == []
     except Unavailable as error:
@@ -162,14 +162,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture
-def rented(world: World) -> Iterator[World]:
-    """The one of the module; another where a test has ended it. Afterwards, nothing is alive that the ledger does not name."""
-    if not world.ledger.open_entries() or not world.fake.living():
-        for entry in world.ledger.open_entries():
-            world.ledger.end(entry.name, "the test before")
-        world.rent()
-    yield world
-    assert {one["name"] for one in world.fake.living()} <= {entry.name for entry in world.ledger.open_entries()}
+def rented(module_instance: RentedInstance) -> Iterator[RentedInstance]:
+    """The module's instance; another where a test has ended it."""
+    if not module_instance.ledger.open_entries() or not module_instance.fake.living():
+        for entry in module_instance.ledger.open_entries():
+            module_instance.ledger.end(entry.name, "the test before")
+        module_instance.rent()
+    yield module_instance
+    assert {found["name"] for found in module_instance.fake.living()} <= {
+        entry.name for entry in module_instance.ledger.open_entries()
+    }
 
 
 @pytest.fixture
@@ -182,7 +184,7 @@ def seen(run: Path, count: int) -> Callable[[], bool]:
     return lambda: sum(path.read_text().count("sample ") for path in run.glob("logs/all-*.log")) >= count
 
 
-def test_a_run_comes_home_whole(rented: World, run: Path) -> None:
+def test_a_run_comes_home_whole(rented: RentedInstance, run: Path) -> None:
     code, out, err = rented.call(run)
     assert (code, out.count("sample ")) == (0, 60)
     assert "begin 1000 0.7500 True -" in out  # the owner of the files, the price, the sidecar's socket
@@ -209,7 +211,9 @@ def test_a_run_comes_home_whole(rented: World, run: Path) -> None:
         pytest.param(signal.SIGTERM, marks=pytest.mark.long),
     ],
 )
-def test_a_follower_that_ends_leaves_the_job_and_the_next_goes_on(rented: World, run: Path, number: int) -> None:
+def test_a_follower_that_ends_leaves_the_job_and_the_next_goes_on(
+    rented: RentedInstance, run: Path, number: int
+) -> None:
     process = rented.begin(run, n=200)
     until(seen(run, 10))
     process.send_signal(number)
@@ -222,7 +226,7 @@ def test_a_follower_that_ends_leaves_the_job_and_the_next_goes_on(rented: World,
     rented.whole(run, n=200)
 
 
-def test_a_critic_that_was_trained_here_is_sent(rented: World, run: Path) -> None:
+def test_a_critic_that_was_trained_here_is_sent(rented: RentedInstance, run: Path) -> None:
     """The record files of both sides are equal: what the instance lacks decides, and the manifest here is kept."""
     assert rented.call(run, n=5)[0] == 0
     (run / "critic/best").mkdir()
@@ -239,7 +243,7 @@ def test_a_critic_that_was_trained_here_is_sent(rented: World, run: Path) -> Non
 
 @pytest.mark.long
 @pytest.mark.parametrize("kill_at", range(1, 60, 6))
-def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, kill_at: int) -> None:
+def test_a_client_killed_at_any_step_is_gone_on_from(rented: RentedInstance, run: Path, kill_at: int) -> None:
     process = rented.begin(run, n=12, kill_at=kill_at)
     process.communicate(timeout=120)
     assert process.returncode in (-signal.SIGKILL, 0)
@@ -248,40 +252,75 @@ def test_a_client_killed_at_any_step_is_gone_on_from(rented: World, run: Path, k
     rented.whole(run, n=12)
 
 
+def lose_connection(rented: RentedInstance, process: subprocess.Popen[str]) -> None:
+    rented.machine.machine.sh("pkill -f '[s]shd: ubuntu' || true")
+
+
+def sleep_like_a_laptop(rented: RentedInstance, process: subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGSTOP)
+    lose_connection(rented, process)
+    time.sleep(3)
+    os.kill(process.pid, signal.SIGCONT)
+
+
+def lose_api_too(rented: RentedInstance, process: subprocess.Popen[str]) -> None:
+    rented.fake.script("* *", *[status(503)] * 8)
+    lose_connection(rented, process)
+
+
+def kill_sandbox(rented: RentedInstance, process: subprocess.Popen[str]) -> None:
+    rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-sandbox)")
+
+
 @pytest.mark.long
-def test_the_network_is_gone_for_a_while(rented: World, run: Path) -> None:
+@pytest.mark.parametrize("disturb", [lose_connection, sleep_like_a_laptop, lose_api_too, kill_sandbox])
+def test_a_run_that_is_disturbed_ends_whole(
+    rented: RentedInstance, run: Path, disturb: Callable[[RentedInstance, subprocess.Popen[str]], None]
+) -> None:
     process = rented.begin(run, n=300)
     until(seen(run, 5))
-    rented.machine.machine.sh("pkill -f '[s]shd: ubuntu' || true")
+    disturb(rented, process)
     code, _, err = rented.finish(process)
-    assert code == 0
-    assert "connected again" in err
+    rented.fake.unscript()
+    assert code == 0, err
+    assert disturb is kill_sandbox or "connected again" in err
     rented.whole(run, n=300)
 
 
+def restart_engine(rented: RentedInstance) -> None:
+    rented.machine.machine.sh("systemctl restart docker")
+
+
+def remove_job(rented: RentedInstance) -> None:
+    rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-job)")
+
+
+def move_address(rented: RentedInstance) -> None:
+    rented.fake.move(str(rented.entry.id))  # its power is cut: the job dies
+
+
 @pytest.mark.long
-def test_a_laptop_that_slept_goes_on(rented: World, run: Path) -> None:
-    process = rented.begin(run, n=100)
+@pytest.mark.parametrize("kill", [restart_engine, remove_job, move_address])
+def test_a_job_that_dies_there_is_an_error_and_the_same_command_goes_on(
+    rented: RentedInstance, run: Path, kill: Callable[[RentedInstance], None]
+) -> None:
+    process = rented.begin(run, n=600)
     until(seen(run, 5))
-    os.kill(process.pid, signal.SIGSTOP)
-    rented.machine.machine.sh("pkill -f '[s]shd: ubuntu' || true")
-    time.sleep(3)
-    os.kill(process.pid, signal.SIGCONT)
-    code, _, _ = rented.finish(process)
-    assert code == 0
-    rented.whole(run, n=100)
+    kill(rented)
+    code, _, err = rented.finish(process, 180)
+    assert code != 0
+    assert "any more" in err or "died" in err or "not" in err
+    assert rented.call(run, n=600)[0] == 0
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample_id"] for line in lines] == list(range(600))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("how", "code", "says"),
-    [
-        (1, 1, "CUDA out of memory"),
-        pytest.param(2, 137, "process died", marks=pytest.mark.long),
-        pytest.param(3, 1, "lacks the package vllm", marks=pytest.mark.long),
-    ],
+    ("how", "code", "says"), [(1, 1, "CUDA out of memory"), (2, 137, "process died"), (3, 1, "lacks the package vllm")]
 )
 def test_a_stage_that_fails_is_named_and_its_results_are_home(
-    rented: World, run: Path, how: int, code: int, says: str
+    rented: RentedInstance, run: Path, how: int, code: int, says: str
 ) -> None:
     got, _, err = rented.call(run, more=f"--seed {how}")
     assert got == code
@@ -292,42 +331,7 @@ def test_a_stage_that_fails_is_named_and_its_results_are_home(
     rented.whole(run)
 
 
-@pytest.mark.long
-def test_the_sandbox_dies_the_run_is_done_again(rented: World, run: Path) -> None:
-    process = rented.begin(run, n=200)
-    until(seen(run, 5))
-    rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-sandbox)")
-    assert rented.finish(process)[0] == 0
-    rented.whole(run, n=200)
-
-
-@pytest.mark.long
-def test_the_engine_over_there_is_restarted(rented: World, run: Path) -> None:
-    process = rented.begin(run, n=600)
-    until(seen(run, 5))
-    rented.machine.machine.sh("systemctl restart docker")
-    code, _, err = rented.finish(process)
-    assert code != 0
-    assert err
-    assert rented.call(run, n=600)[0] == 0
-    lines = (run / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["sample_id"] for line in lines] == list(range(600))
-
-
-@pytest.mark.long
-def test_a_job_that_is_removed_over_there_is_said(rented: World, run: Path) -> None:
-    process = rented.begin(run, n=400)
-    until(seen(run, 5))
-    rented.machine.machine.sh("docker rm -f $(docker ps -q --filter name=fractal-job)")
-    code, _, err = rented.finish(process)
-    assert code in (3, 137)  # gone, or killed on its way there
-    assert "not on lambda any more" in err or "The process died" in err
-    assert rented.call(run, n=100)[0] == 0
-    lines = (run / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["sample_id"] for line in lines] == list(range(max(100, len(lines))))
-
-
-def test_another_job_is_refused_and_stop_ends_the_one(rented: World, run: Path, tmp_path: Path) -> None:
+def test_another_job_is_refused_and_stop_ends_the_one(rented: RentedInstance, run: Path, tmp_path: Path) -> None:
     process = rented.begin(run, n=6000)
     until(seen(run, 5))
     code, _, err = rented.call(tmp_path / "other")
@@ -345,7 +349,7 @@ def test_another_job_is_refused_and_stop_ends_the_one(rented: World, run: Path, 
 
 
 @pytest.mark.long
-def test_an_image_that_is_not_there_is_said(rented: World, run: Path) -> None:
+def test_an_image_that_is_not_there_is_an_error(rented: RentedInstance, run: Path) -> None:
     rented.machine.machine.sh(f"docker tag {STAND_IN} kept:1 && docker rmi {STAND_IN}")
     try:
         code, _, err = rented.call(run)
@@ -356,8 +360,9 @@ def test_an_image_that_is_not_there_is_said(rented: World, run: Path) -> None:
     assert rented.containers() == []
 
 
+@pytest.mark.long
 def test_a_token_of_the_hub_reaches_the_job_and_nothing_else(
-    rented: World, run: Path, monkeypatch: pytest.MonkeyPatch
+    rented: RentedInstance, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = "hf_" + "Qz7" * 11 + "x"
     monkeypatch.setitem(rented.environment, "HF_TOKEN", token)
@@ -386,11 +391,11 @@ def test_a_token_of_the_hub_reaches_the_job_and_nothing_else(
     assert "token none" in out
 
 
-def drives(rented: World, version: str) -> None:
+def drives(rented: RentedInstance, version: str) -> None:
     rented.machine.machine.sh(f"sed -i 's/^driver=.*/driver={version}/' /etc/machine.conf")
 
 
-def test_a_driver_too_old_for_the_image_is_said_before_anything_is_sent(rented: World, run: Path) -> None:
+def test_a_driver_too_old_for_the_image_is_an_error_before_anything_is_sent(rented: RentedInstance, run: Path) -> None:
     drives(rented, "470.256.02")
     try:
         pushed = rented.invoke("push", "--image=pipeline,sandbox")
@@ -406,7 +411,8 @@ def test_a_driver_too_old_for_the_image_is_said_before_anything_is_sent(rented: 
     assert rented.containers() == []
 
 
-def test_an_older_driver_gets_the_images_compatibility_libraries(rented: World, run: Path) -> None:
+@pytest.mark.long
+def test_an_older_driver_gets_the_images_compatibility_libraries(rented: RentedInstance, run: Path) -> None:
     drives(rented, "570.195.03")
     try:
         code, out, err = rented.call(run, n=2, image="pipeline")
@@ -418,7 +424,7 @@ def test_an_older_driver_gets_the_images_compatibility_libraries(rented: World, 
 
 
 @pytest.mark.long
-def test_a_full_disk_here_keeps_the_job_and_says_so(rented: World, run: Path, tiny_disk: Path) -> None:
+def test_a_full_disk_here_keeps_the_job_and_says_so(rented: RentedInstance, run: Path, tiny_disk: Path) -> None:
     folder = tiny_disk / run.name
     process = rented.begin(folder, n=400)
     code, _, err = rented.finish(process)
@@ -430,34 +436,9 @@ def test_a_full_disk_here_keeps_the_job_and_says_so(rented: World, run: Path, ti
 
 
 @pytest.mark.long
-def test_the_api_is_away_while_a_job_runs(rented: World, run: Path) -> None:
-    process = rented.begin(run, n=100)
-    until(seen(run, 5))
-    rented.fake.script("* *", *[status(503)] * 8)
-    rented.machine.machine.sh("pkill -f '[s]shd: ubuntu' || true")
-    assert rented.finish(process)[0] == 0
-    rented.fake.unscript()
-    rented.whole(run, n=100)
-
-
-@pytest.mark.long
-def test_the_address_moves(rented: World, run: Path) -> None:
-    process = rented.begin(run, n=600)
-    until(seen(run, 5))
-    rented.fake.move(str(rented.entry.id))
-    code, _, err = rented.finish(process, 180)
-    assert code != 0  # its power was cut: the job died
-    assert "died" in err or "any more" in err or "not" in err
-    code, _, err = rented.call(run, n=600)
-    assert code == 0, err
-    lines = (run / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["sample_id"] for line in lines] == list(range(600))
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("how", ["preempt", "end_from_outside"])
-def test_an_instance_that_is_taken_away_is_said_and_the_next_has_what_came_home(
-    rented: World, run: Path, how: str
+def test_an_instance_that_is_taken_away_is_an_error_and_the_next_has_what_came_home(
+    rented: RentedInstance, run: Path, how: str
 ) -> None:
     process = rented.begin(run, n=2000)
     until(seen(run, 30))
@@ -480,7 +461,7 @@ def test_an_instance_that_is_taken_away_is_said_and_the_next_has_what_came_home(
     "number",
     [pytest.param(0, marks=pytest.mark.long), signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
 )
-def test_terminate_ends_the_instance_on_every_way_out(rented: World, run: Path, number: int) -> None:
+def test_terminate_ends_the_instance_on_every_way_out(rented: RentedInstance, run: Path, number: int) -> None:
     process = rented.begin(run, n=30 if not number else 2000, terminate=True)
     until(seen(run, 10))
     if number:
@@ -494,7 +475,7 @@ def test_terminate_ends_the_instance_on_every_way_out(rented: World, run: Path, 
 
 
 @pytest.mark.long
-def test_a_budget_that_is_reached_ends_the_instance_after_a_last_fetch(rented: World, run: Path) -> None:
+def test_a_budget_that_is_reached_ends_the_instance_after_a_last_fetch(rented: RentedInstance, run: Path) -> None:
     process = rented.begin(run, n=4000)
     until(seen(run, 10))
     process.send_signal(signal.SIGKILL)
