@@ -308,13 +308,14 @@ def adopt(
     "Stopped at any moment, the same command goes on; it ends with 1 if a sample could not be judged."
 )
 def verify(
-    options: SandboxOptions,
+    *,
     run: Annotated[Path | None, Option("--run", help="A run folder.")] = None,
     problems: Annotated[Path | None, Option(help="Sandbox-only run: the problems' file.")] = None,
     samples: Annotated[
         Path | None, Option(help="Sandbox-only run: samples, ours or of HumanEval and EvalPlus.")
     ] = None,
     out: Annotated[Path | None, Option(help="Sandbox-only run: where the labels go.")] = None,
+    options: SandboxOptions,
     by_problem: Annotated[bool, Option("--by-problem", help="Show every problem, not only the ten hardest.")] = False,
 ) -> None:
     """Run the programs against the tests in the sandbox (labels.jsonl).
@@ -431,13 +432,14 @@ def report(
 
 @command(name="run")
 def run_stages(
+    *,
     run: Run,
+    stage: Annotated[Stage, Option(help="Which stage; all runs them in order.")] = Stage.all,
     source: ProblemOptions,
     generating: GenerateOptions,
     sandbox: SandboxOptions,
     training: TrainOptions,
     criteria: CriteriaOptions,
-    stage: Annotated[Stage, Option(help="Which stage; all runs them in order.")] = Stage.all,
     score_backend: ScoreBackend = "auto",
     on: On = None,
 ) -> None:

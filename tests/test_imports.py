@@ -65,12 +65,12 @@ def imported(path: Path, *, at_start: bool = False) -> set[str]:
 def test_imports_between_packages_point_one_way() -> None:
     wrong = []
     for name, path in MODULES.items():
-        room = name.split(".")[1] if "." in name else ""
-        if not room or room in SHARED:
+        package = name.split(".")[1] if "." in name else ""
+        if not package or package in SHARED:
             continue
         for other in imported(path):
             target = other.split(".")[1] if other.startswith("fractal.") else ""
-            if target and target not in SHARED | {room} | MAY_IMPORT[room]:
+            if target and target not in SHARED | {package} | MAY_IMPORT[package]:
                 wrong.append(f"{name} imports {other}")
     assert wrong == []
 
@@ -89,11 +89,11 @@ def test_there_is_no_import_circle_even_among_late_imports() -> None:
     edges = {name: {other for other in imported(path) if other in MODULES} for name, path in MODULES.items()}
     done: set[str] = set()
 
-    def visit(name: str, way: tuple[str, ...]) -> None:
-        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
         if name not in done:
             for other in sorted(edges[name]):
-                visit(other, (*way, name))
+                visit(other, (*path, name))
             done.add(name)
 
     for name in edges:

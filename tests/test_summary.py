@@ -52,20 +52,20 @@ def whole():
 
 
 def test_several_splits_are_measured_as_one(whole):
-    found, _, _ = whole
-    assert (found.split, found.evaluation.split) == ("validation and test", "validation and test")
-    assert found.evaluation.problems == 8
-    assert [one.problems for one in found.strategies] == [8] * len(STRATEGIES)
-    assert [row.split for row in found.splits] == ["train", "validation", "test", "all"]
-    assert {row.task_id for row in found.by_problem} == set(range(2, 10))
+    measured, _, _ = whole
+    assert (measured.split, measured.evaluation.split) == ("validation and test", "validation and test")
+    assert measured.evaluation.problems == 8
+    assert [one.problems for one in measured.strategies] == [8] * len(STRATEGIES)
+    assert [row.split for row in measured.splits] == ["train", "validation", "test", "all"]
+    assert {row.task_id for row in measured.by_problem} == set(range(2, 10))
 
 
 def test_every_curve_starts_at_random_and_ends_at_its_strategy(whole):
-    found, _, _ = whole
-    rate = {one.strategy: one.pass_rate for one in found.strategies}
-    assert set(found.curves.by_strategy) == set(strategies.CURVES) == set(found.curves.bands)
-    for strategy, curve in found.curves.by_strategy.items():
-        band = found.curves.bands[strategy]
+    measured, _, _ = whole
+    rate = {one.strategy: one.pass_rate for one in measured.strategies}
+    assert set(measured.curves.by_strategy) == set(strategies.CURVES) == set(measured.curves.bands)
+    for strategy, curve in measured.curves.by_strategy.items():
+        band = measured.curves.bands[strategy]
         assert curve[0] == pytest.approx(rate["random"].mean)
         assert (band[-1].mean, band[-1].low, band[-1].high) == pytest.approx(
             (rate[strategy].mean, rate[strategy].low, rate[strategy].high)
@@ -75,7 +75,7 @@ def test_every_curve_starts_at_random_and_ends_at_its_strategy(whole):
 
 def test_filter_and_critic_on_k_samples_equal_every_draw_of_k(whole):
     """Filter the draw, then the critic among those left, or among all if none is: draw by draw."""
-    found, _, (problems, _, labels, scores, _) = whole
+    measured, _, (problems, _, labels, scores, _) = whole
     logit = {(one.task_id, one.sample_id): one.score for one in scores}
     for k in (1, 2, 4):
         means = []
@@ -86,14 +86,14 @@ def test_filter_and_critic_on_k_samples_equal_every_draw_of_k(whole):
                 kept = [one for one in draw if one.tests[0] == "passed"] or draw
                 picks.append(max(kept, key=lambda one: logit[one.task_id, one.sample_id]).passed)
             means.append(sum(picks) / len(picks))
-        assert found.curves.by_strategy["visible_test_critic"][k - 1] == pytest.approx(sum(means) / len(means))
+        assert measured.curves.by_strategy["visible_test_critic"][k - 1] == pytest.approx(sum(means) / len(means))
 
 
 def test_duels_and_gap_are_the_choices_counted(whole):
-    found, choices, _ = whole
+    measured, choices, _ = whole
     passed = {(one.strategy, one.task_id): one.passed for one in choices}
-    assert {one.strategy for one in found.duels} == set(STRATEGIES) - {"critic"}
-    for duel in found.duels:
+    assert {one.strategy for one in measured.duels} == set(STRATEGIES) - {"critic"}
+    for duel in measured.duels:
         pairs = [(passed["critic", task], passed[duel.strategy, task]) for task in range(2, 10)]
         assert duel.wins == sum(a > b for a, b in pairs)
         assert duel.losses == sum(a < b for a, b in pairs)
@@ -104,14 +104,16 @@ def test_duels_and_gap_are_the_choices_counted(whole):
         else:
             assert duel.p_value == metrics.sign_test(duel.wins, duel.losses)
     mean = {name: sum(passed[name, task] for task in range(2, 10)) / 8 for name in ("critic", "random", "oracle")}
-    assert found.gap_closed.mean == pytest.approx((mean["critic"] - mean["random"]) / (mean["oracle"] - mean["random"]))
+    assert measured.gap_closed.mean == pytest.approx(
+        (mean["critic"] - mean["random"]) / (mean["oracle"] - mean["random"])
+    )
 
 
 def test_difficulty_puts_each_problem_in_one_row(whole):
-    found, choices, (_, _, labels, _, _) = whole
+    measured, choices, (_, _, labels, _, _) = whole
     share = {task: sum(one.passed for one in labels if one.task_id == task) / 6 for task in range(2, 10)}
-    assert sum(row.problems for row in found.difficulty) == 8
-    assert [(row.low, row.high) for row in found.difficulty] == [
+    assert sum(row.problems for row in measured.difficulty) == 8
+    assert [(row.low, row.high) for row in measured.difficulty] == [
         (0, 0),
         (0, 0.25),
         (0.25, 0.5),
@@ -119,7 +121,7 @@ def test_difficulty_puts_each_problem_in_one_row(whole):
         (0.75, 1),
         (1, 1),
     ]
-    for row in found.difficulty:
+    for row in measured.difficulty:
         inside = [
             t for t, s in share.items() if (s == row.low if row.low == row.high else row.low < s <= row.high and s < 1)
         ]
@@ -131,20 +133,20 @@ def test_difficulty_puts_each_problem_in_one_row(whole):
 
 
 def test_orders_curves_and_abstaining_hang_together(whole):
-    found, _, _ = whole
-    assert set(found.rank_auc) == set(critic.RANKED)
-    assert found.rank_auc["critic"] == found.critic.within_problem
-    area = {curve.name: curve.area for curve in found.roc}
+    measured, _, _ = whole
+    assert set(measured.rank_auc) == set(critic.RANKED)
+    assert measured.rank_auc["critic"] == measured.critic.within_problem
+    area = {curve.name: curve.area for curve in measured.roc}
     assert area == {
-        "pooled": pytest.approx(found.critic.auc),
-        "within problem": pytest.approx(found.critic.within_problem.auc),
+        "pooled": pytest.approx(measured.critic.auc),
+        "within problem": pytest.approx(measured.critic.within_problem.auc),
     }
-    rate = {one.strategy: one.pass_rate.mean for one in found.strategies}
-    assert [curve.strategy for curve in found.selective] == list(strategies.SELECTIVE)
-    for curve in found.selective:
+    rate = {one.strategy: one.pass_rate.mean for one in measured.strategies}
+    assert [curve.strategy for curve in measured.selective] == list(strategies.SELECTIVE)
+    for curve in measured.selective:
         assert curve.pass_rate[-1].mean == pytest.approx(rate[curve.strategy])
         assert curve.threshold == sorted(curve.threshold, reverse=True)
-    assert found.critic.accuracy_interval.mean == pytest.approx(found.critic.accuracy)
+    assert measured.critic.accuracy_interval.mean == pytest.approx(measured.critic.accuracy)
 
 
 def test_the_funnel_loses_nothing_unsaid():
@@ -154,8 +156,8 @@ def test_the_funnel_loses_nothing_unsaid():
     labels = [one for one in labels if one.task_id != 5] + [
         Label(one.task_id, one.sample_id, "sandbox_error", False, [], 0, 0, "", "") for one in broken
     ]
-    found, _ = build(problems, samples, labels, scores, outputs)
-    steps = {one.name: (one.count, one.lost) for one in found.funnel}
+    measured, _ = build(problems, samples, labels, scores, outputs)
+    steps = {one.name: (one.count, one.lost) for one in measured.funnel}
     assert steps["problems"] == (9, "")
     assert steps["samples drawn"] == (54, "")
     assert steps["samples labelled"] == (47, "1 sample without a label; 6 samples lost by the sandbox")
@@ -163,7 +165,7 @@ def test_the_funnel_loses_nothing_unsaid():
     scored = len([one for one in scores if one.task_id not in (1, 5) and (one.task_id, one.sample_id) != (4, 0)])
     assert steps["scored by the critic"] == (scored, f"{41 - scored} samples without a score")
     assert steps["validation and test problems, measured"] == (7, "1 problem without a label")
-    assert any("without a score: the critic ranks them last" in one for one in found.warnings)
+    assert any("without a score: the critic ranks them last" in one for one in measured.warnings)
 
 
 @pytest.mark.parametrize(
@@ -183,16 +185,16 @@ def test_the_funnel_loses_nothing_unsaid():
     ids=["all pass", "none passes", "one sample", "no score", "no held-out problem", "nothing"],
 )
 def test_what_is_missing_has_a_reason(rows, splits, missing):
-    found, _ = build(*rows, splits=splits)
-    assert missing <= set(found.reasons)
-    assert all(found.reasons[name] for name in missing)
-    assert (found.gap_closed is None) == ("gap_closed" in found.reasons)
-    assert (not found.roc) == ("roc" in found.reasons)
+    measured, _ = build(*rows, splits=splits)
+    assert missing <= set(measured.reasons)
+    assert all(measured.reasons[name] for name in missing)
+    assert (measured.gap_closed is None) == ("gap_closed" in measured.reasons)
+    assert (not measured.roc) == ("roc" in measured.reasons)
 
 
 def test_the_two_ways_to_split_are_passed_on(whole):
     given = [SplitAccuracy("sample", 0.88, 0.9, None, 0.889)]
-    found, _ = build(*whole[2], split_accuracies=given)
-    assert found.split_accuracies == given
-    assert "split_accuracies" not in found.reasons
+    measured, _ = build(*whole[2], split_accuracies=given)
+    assert measured.split_accuracies == given
+    assert "split_accuracies" not in measured.reasons
     assert "split_accuracies" in whole[0].reasons
