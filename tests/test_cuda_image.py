@@ -58,12 +58,12 @@ def volume(client: docker.DockerClient) -> Iterator[str]:
     client.volumes.get(name).remove(force=True)
 
 
-def run(client: docker.DockerClient, image: str, volume: str, words: list[str]) -> str:
+def run(client: docker.DockerClient, image: str, volume: str, arguments: list[str]) -> str:
     """What `sh WORDS` prints in a container as a run has it, without network."""
     given = host_options(Setup(sidecar="none", network=False))
     given["binds"] = [f"{volume}:{recipes.CACHE}", f"{ROOT}/tests/cuda_image:/check:ro"]
     made = client.api.create_container(
-        image, words, entrypoint=["sh"], user=recipes.USER, host_config=client.api.create_host_config(**given)
+        image, arguments, entrypoint=["sh"], user=recipes.USER, host_config=client.api.create_host_config(**given)
     )["Id"]
     try:
         client.api.start(made)

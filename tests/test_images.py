@@ -70,8 +70,8 @@ def made(client: docker.DockerClient) -> Iterator[Made]:
 
 def run(client: docker.DockerClient, name: str, command: str = "", **options: Any) -> str:
     """What a shell in the image says; without a command, what its own program says."""
-    words = {"entrypoint": ["sh", "-c"], "command": [command]} if command else {}
-    return client.containers.run(name, remove=True, network_mode="none", **words, **options).decode()
+    program = {"entrypoint": ["sh", "-c"], "command": [command]} if command else {}
+    return client.containers.run(name, remove=True, network_mode="none", **program, **options).decode()
 
 
 def contents(client: docker.DockerClient, name: str) -> dict[str, tuple[Any, ...]]:
@@ -137,11 +137,11 @@ def test_the_sandbox_image_is_the_same_from_an_empty_cache(client: docker.Docker
     config = client.images.get(recipe.name).attrs["Config"]
     assert config["Entrypoint"] == ["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/inside/supervisor.py"]
     look = "python3 -m pip 2>&1; find /sandbox ! -user 0 -o -path '*/sandbox/*' -perm /022; ls -A /run | grep -v -x lock; ls /sandbox/fractal/sandbox/inside/__pycache__"
-    said = run(client, recipe.name, look, read_only=True)
-    assert "No module named pip" in said
-    assert "supervisor.cpython-" in said
-    assert "/run" not in said
-    assert len(said.splitlines()) == 1 + len(list((ROOT / "fractal/sandbox/inside").glob("*.py")))
+    output = run(client, recipe.name, look, read_only=True)
+    assert "No module named pip" in output
+    assert "supervisor.cpython-" in output
+    assert "/run" not in output
+    assert len(output.splitlines()) == 1 + len(list((ROOT / "fractal/sandbox/inside").glob("*.py")))
 
 
 # --- the same on any machine
@@ -179,12 +179,12 @@ def test_folders_of_the_base_keep_their_modes_and_nobody_writes_to_the_code(
 ) -> None:
     built = build.ensure(client, made(service(clone, base)), quiet, Options(base=base))
     assert run(client, built.name) == "one\n"
-    said = run(
+    output = run(
         client,
         built.name,
         "stat -c '%n %a %u' /tmp /root /data /data/tool.sh /app/app/__main__.py; id -u; touch /app/x /app/app/__main__.py /usr/local/bin/tool 2>&1 || :",
     )
-    *modes, uid, one, two, three = said.splitlines()
+    *modes, uid, one, two, three = output.splitlines()
     assert modes == ["/tmp 1777 0", "/root 700 0", "/data 1777 0", "/data/tool.sh 755 0", "/app/app/__main__.py 644 0"]
     assert uid == "1000"
     assert all("Permission denied" in line for line in (one, two, three))
@@ -257,8 +257,10 @@ def test_a_pinned_image_is_an_image_like_any_other(
     assert attrs["Created"] == configuration.EPOCH
     assert attrs["Config"]["Labels"] == {"a": "1", "b": "2"}
     lines = [line["CreatedBy"] for line in reversed(client.api.history(name))]
-    words = "RUN WORKDIR RUN WORKDIR RUN RUN RUN ENV ENTRYPOINT".split()
-    assert [line.split()[0] for line in lines[-len(words) :]] == words  # one for each instruction, none lost
+    instructions = "RUN WORKDIR RUN WORKDIR RUN RUN RUN ENV ENTRYPOINT".split()
+    assert [
+        line.split()[0] for line in lines[-len(instructions) :]
+    ] == instructions  # one for each instruction, none lost
     assert run(client, name) == "x\n"
 
     saved = b"".join(client.images.get(name).save(named=True))
@@ -311,8 +313,8 @@ def test_no_secret_is_in_the_image_its_history_or_the_log(
     monkeypatch.setenv("https_proxy", f"http://me:{word}-proxy@{word}.example")
     seen = f'case "$PIP_INDEX_URL $UV_DEFAULT_INDEX" in *{word[:12]}*-token*-token*) ;; *) exit 7; esac; grep -q {word[:12]} /run/secrets/ca /run/secrets/sources; test -s $APT_CONFIG'
     recipe = made(Image.debian_slim().run_commands(seen, "echo done > /done; ls -A /run > /listed"), with_apt=True)
-    said: list[str] = []
-    built = build.ensure(client, recipe, said.append)
+    messages: list[str] = []
+    built = build.ensure(client, recipe, messages.append)
     assert (
         run(client, built.name, "ls -A /run | grep -v -x lock; ls -d /run/* | grep secrets || cat /listed")
         == "secrets\n"
@@ -322,7 +324,7 @@ def test_no_secret_is_in_the_image_its_history_or_the_log(
     texts = [
         json.dumps(client.api.history(built.name)),
         json.dumps(client.images.get(built.name).attrs),
-        *said,
+        *messages,
         built.as_json(),
     ]
     log = build.platformdirs.user_cache_path("fractal") / "images" / f"{recipe.name.replace(':', '-')}.log"
@@ -385,7 +387,9 @@ def test_of_two_builds_at_once_one_builds_and_the_other_takes_it(made: Made, bas
     assert sum(f"another process builds fractal-{recipe.key}, waiting for it" in err for _, err in ends) == 1
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGKILL, *(pytest.param(sign, marks=pytest.mark.long) for sign in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_a_build_that_is_killed_leaves_no_name(
     sign: signal.Signals, client: docker.DockerClient, made: Made, base: str, tmp_path: Path
 ) -> None:

@@ -51,8 +51,10 @@ def test_a_closed_network_put_together() -> None:
         'Dir::Etc::sourcelist "/run/secrets/sources";', 'Dir::Etc::sourceparts "-";',
     ]  # fmt: skip
     shell = found.secrets["settings"].decode() + "env"
-    said = subprocess.run(["sh", "-ec", shell], capture_output=True, text=True, env={}, check=True).stdout.splitlines()
-    assert {line for line in said if not line.startswith("PWD=")} == {
+    output = subprocess.run(
+        ["sh", "-ec", shell], capture_output=True, text=True, env={}, check=True
+    ).stdout.splitlines()
+    assert {line for line in output if not line.startswith("PWD=")} == {
         "SSL_CERT_FILE=/run/secrets/ca", "PIP_CERT=/run/secrets/ca", "REQUESTS_CA_BUNDLE=/run/secrets/ca", "CURL_CA_BUNDLE=/run/secrets/ca",
         "PIP_INDEX_URL=https://me:it's@pypi.example/simple", "UV_DEFAULT_INDEX=https://me:it's@pypi.example/simple",
         "PIP_EXTRA_INDEX_URL=https://a.example https://b.example", "UV_INDEX=https://a.example https://b.example",  # no path of this machine
@@ -78,18 +80,15 @@ def test_pips_settings_are_read_by_pip_itself(tmp_path: Path, monkeypatch: pytes
     assert {key: found[key] for key in wanted} == wanted
 
 
-@WITH_PIP
 def test_what_is_named_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("option", "fractal", "ssl", "pip"):
         (tmp_path / name).write_bytes(PEM + name.encode())
-    (tmp_path / "pip.conf").write_text(
-        f"[global]\ncert = {tmp_path}/pip\nfind-links = https://h.example/list {tmp_path}/no {tmp_path}\n"
-    )
+    pip = {"cert": f"{tmp_path}/pip", "find-links": f"https://h.example/list {tmp_path}/no {tmp_path}"}
+    monkeypatch.setattr(network, "pip_settings", lambda: pip)
 
     def ca(option: Path | None = None) -> bytes:
         return network.of_this_machine(sources=False, ca=option).secrets["ca"].removeprefix(PEM)
 
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     assert ca() == b"pip"
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ssl"))
     assert ca() == b"ssl"

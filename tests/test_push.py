@@ -83,10 +83,10 @@ def test_an_engines_or_sshs_output_becomes_one_line_with_the_remedy() -> None:
 
 
 def test_no_signature_and_no_password_of_a_url_is_repeated() -> None:
-    said = 'Put "https://joe:hunter2@r.example/v2/x/blobs/uploads/1?X-Amz-Signature=abc&_state=def": EOF'
-    assert str(push_errors.error_from_engine(said, "r.example/x")).count("r.example") == 2
+    message = 'Put "https://joe:hunter2@r.example/v2/x/blobs/uploads/1?X-Amz-Signature=abc&_state=def": EOF'
+    assert str(push_errors.error_from_engine(message, "r.example/x")).count("r.example") == 2
     for secret in ("hunter2", "abc", "def"):
-        assert secret not in str(push_errors.error_from_engine(said, "r.example/x"))
+        assert secret not in str(push_errors.error_from_engine(message, "r.example/x"))
 
 
 def test_the_digest_is_found_in_the_events_of_any_engine() -> None:
@@ -137,8 +137,8 @@ def test_a_host_without_docker_gets_the_remedy() -> None:
 
 
 def test_the_remote_engine_is_found_behind_chatter_and_sudo() -> None:
-    words = "Welcome!\nno docker: permission denied\nok linux/amd64 sudo -n docker\n"
-    assert remote_engine.parse_engine("lambda", words) == remote_engine.Engine("sudo -n docker", "linux/amd64")
+    output = "Welcome!\nno docker: permission denied\nok linux/amd64 sudo -n docker\n"
+    assert remote_engine.parse_engine("lambda", output) == remote_engine.Engine("sudo -n docker", "linux/amd64")
 
 
 def test_a_tunnel_begins_at_the_same_port_each_time() -> None:
@@ -182,8 +182,9 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.D
     (tmp_path / "docker").mkdir()
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
     monkeypatch.setattr(push, "PAUSES_S", (0.5, 1.0))
+    monkeypatch.setenv(SESSION, str(tmp_path))  # tells this test's processes from those of others
     client = docker.from_env()
-    before = processes() | folders()
+    before = folders()
     MADE.clear()
     yield client
     for image in MADE:
@@ -191,23 +192,36 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.D
             found = names(client, image)
             client.images.remove(image, force=True)
             assert all(name.startswith("fractal-push-test:") for name in found), found
-    until(lambda: processes() | folders() <= before, 15, lambda: f"left: {processes() | folders() - before}")
+    until(lambda: not processes() and folders() <= before, 15, lambda: f"left: {processes()} {folders() - before}")
     client.close()
 
 
 MADE: list[str] = []  # ids of the test's images
 
 
+SESSION = "FRACTAL_TEST_PUSH"
+
+
+def ssh_processes() -> dict[int, str]:
+    """The machine's ssh clients of pushes: process id -> command line."""
+    lines = {process.pid: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])}
+    return {pid: line for pid, line in lines.items() if "fractal-ssh-" in line}
+
+
 def processes() -> set[str]:
-    """ssh of pushes, and the remote host's, which is a container here."""
-    found = {process.pid: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])}
-    return {
-        f"process {pid} {words}" for pid, words in found.items() if "fractal-ssh-" in words or ssh.START_MARKER in words
-    }
+    """The command lines of this test's ssh clients."""
+    own = set()
+    for pid, line in ssh_processes().items():
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(pid).environ().get(SESSION) == os.environ[SESSION]:
+                own.add(line)
+    return own
 
 
 def folders() -> set[str]:
-    return {str(path) for path in Path("/tmp").glob("fractal-ssh-*")}
+    """Folders of connections that no ssh client uses."""
+    used = " ".join(ssh_processes().values())
+    return {str(path) for path in Path("/tmp").glob("fractal-ssh-*") if str(path) not in used}
 
 
 def names(client: docker.DockerClient, image: str) -> list[str]:
@@ -276,8 +290,8 @@ class Registry:
 
     def __enter__(self) -> "Registry":
         with (self.folder / "log").open("ab") as log:
-            words = [self.program, "serve", self.folder / "registry.json"]
-            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            argv = [self.program, "serve", self.folder / "registry.json"]
+            self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         until(self.listens, 10, lambda: (self.folder / "log").read_text())
         return self
 
@@ -379,9 +393,9 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def command(*words: str) -> "subprocess.Popen[str]":
+def command(*arguments: str) -> "subprocess.Popen[str]":
     """The command line, as a process."""
-    argv = [sys.executable, "-m", "fractal.images.push", *words]
+    argv = [sys.executable, "-m", "fractal.images.push", *arguments]
     return subprocess.Popen(
         argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -508,20 +522,22 @@ def test_a_registry_that_dies_in_the_middle_and_comes_back_gets_all(
 @pytest.mark.long  # the engine itself tries for 50 s
 def test_a_registry_that_stays_dead_is_given_up(client: docker.DockerClient, server: Registry) -> None:
     name = load(client, os.urandom(100 * KB), os.urandom(3 * MB))
-    said: list[str] = []
+    messages: list[str] = []
     with Proxy(("127.0.0.1", server.port), rate=3 * MB) as proxy:
         proxy.cut_after = 2 * MB
         threading.Thread(target=lambda: (until(lambda: proxy.sent > MB, 20), setattr(proxy, "refuse", True))).start()
         with pytest.raises(push.PushError, match="The same command goes on from there"):
-            push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=said.append)
-        assert sum("Trying again" in line for line in said) == 2
+            push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=messages.append)
+        assert sum("Trying again" in line for line in messages) == 2
         proxy.refuse, proxy.rate = False, 0
         pushed = push.to_registry(client, name, f"127.0.0.1:{proxy.port}", say=quiet)
         assert pushed.layers_sent == 1
 
 
 @pytest.mark.docker
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
 def test_an_interrupted_push_leaves_no_tag_and_goes_on_later(
     number: int, code: int, client: docker.DockerClient, server: Registry
 ) -> None:
@@ -531,9 +547,9 @@ def test_an_interrupted_push_leaves_no_tag_and_goes_on_later(
         until(lambda: server.blobs() == 2, 30, lambda: process.communicate(timeout=5))
         time.sleep(1)  # the engine learns of it
         process.send_signal(number)
-        _, words = process.communicate(timeout=20)
+        _, stderr = process.communicate(timeout=20)
         assert process.returncode == code
-        assert "Traceback" not in words
+        assert "Traceback" not in stderr
         assert names(client, name) == [name]
         until(proxy.still, 10)
         assert proxy.sent < 50 * MB  # the engine gave up, too; kernels hold megabytes
@@ -552,8 +568,8 @@ def test_the_command_line_says_what_is_there_now(client: docker.DockerClient, se
     assert process.returncode == 0
     assert out.startswith(f"push: {server.host}/{name} is there, sha256:")
     assert "1 of 1 layers sent, 0.2 MB" in out
-    for words, code in (([name, "--registry=https://x"], 2), ([name], 2), ([name, "--registry=127.0.0.1:1"], 3)):
-        process = command(*words)
+    for arguments, code in (([name, "--registry=https://x"], 2), ([name], 2), ([name, "--registry=127.0.0.1:1"], 3)):
+        process = command(*arguments)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (code, "")
         assert "Traceback" not in err
@@ -575,10 +591,11 @@ BLOBS = 'find /var/lib/docker/volumes/fractal-registry -path "*/blobs/*" -name d
 
 
 @pytest.fixture
-def there(machine: Machine, client: docker.DockerClient) -> Iterator[Machine]:
+def remote(machine: Machine, client: docker.DockerClient) -> Iterator[Machine]:
     """The machine; afterwards it runs no container, and has no names but those of images that were pushed."""
     yield machine
     until(lambda: machine.sh("docker ps -aq") == "", 15, lambda: machine.sh("docker ps -a"))
+    until(lambda: machine.sh("pgrep -f '[f]ractal-begins' || :") == "", 15)
     until(
         lambda: "127.0.0.1" not in machine.sh("docker images --digests"),
         15,
@@ -586,7 +603,7 @@ def there(machine: Machine, client: docker.DockerClient) -> Iterator[Machine]:
     )
 
 
-def over(
+def push_to(
     client: docker.DockerClient,
     name: str,
     machine: Machine,
@@ -597,126 +614,133 @@ def over(
 
 
 @pytest.mark.docker
-def test_a_host_gets_the_image_and_then_only_what_it_lacks(client: docker.DockerClient, there: Machine) -> None:
+def test_a_host_gets_the_image_and_then_only_what_it_lacks(client: docker.DockerClient, remote: Machine) -> None:
     layers = [os.urandom(30 * KB), os.urandom(300 * KB), os.urandom(MB)]
     first = load(client, *layers)
-    said: list[str] = []
-    pushed = over(client, first, there, said.append)
+    messages: list[str] = []
+    pushed = push_to(client, first, remote, messages.append)
     assert (pushed.name, pushed.layers, pushed.layers_sent) == (first, 3, 3)
     assert (
-        there.sh(f"docker image inspect -f '{{{{.Id}}}}' {first}").strip()
+        remote.sh(f"docker image inspect -f '{{{{.Id}}}}' {first}").strip()
         == pushed.image_id
         == client.images.get(first).id
     )
     assert 1_330_000 < pushed.bytes_sent < 1_360_000  # with the blocks of tar
 
-    with Proxy((there.ip, 22)) as proxy:
-        again = over(client, first, there, said.append, there.config("proxy", HostName="127.0.0.1", Port=proxy.port))
+    with Proxy((remote.ip, 22)) as proxy:
+        again = push_to(
+            client, first, remote, messages.append, remote.config("proxy", HostName="127.0.0.1", Port=proxy.port)
+        )
         assert (again.digest, again.layers_sent, again.bytes_sent) == (pushed.digest, 0, 0)
         assert proxy.sent < 100 * KB  # of ssh and HTTP themselves
-    assert sum("registry's image" in line for line in said) == 1
+    assert sum("registry's image" in line for line in messages) == 1
 
     second = load(client, layers[0], os.urandom(200 * KB), layers[2])
-    changed = over(client, second, there)
+    changed = push_to(client, second, remote)
     assert (changed.layers, changed.layers_sent) == (3, 1)
-    assert there.sh(f"docker image inspect -f '{{{{.Id}}}}' {second}").strip() == changed.image_id
+    assert remote.sh(f"docker image inspect -f '{{{{.Id}}}}' {second}").strip() == changed.image_id
 
 
 @pytest.mark.docker
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_client_killed_in_the_middle_leaves_nothing_and_goes_on_later(
-    number: int, client: docker.DockerClient, there: Machine
+    number: int, client: docker.DockerClient, remote: Machine
 ) -> None:
-    over(client, load(client, b""), there)
+    push_to(client, load(client, b""), remote)
     name = load(client, os.urandom(50 * KB), os.urandom(60 * KB), os.urandom(60 * MB))
-    before, there_before = int(there.sh(BLOBS)), folders()
-    with Proxy((there.ip, 22), rate=4 * MB) as proxy:
-        config = there.config("proxy", HostName="127.0.0.1", Port=proxy.port)
-        process = command(name, f"--host={there.alias}", "--program=debian", f"--ssh-config={config}")
-        until(lambda: int(there.sh(BLOBS)) == before + 2, 30, lambda: process.communicate(timeout=5))
+    before, folders_before = int(remote.sh(BLOBS)), folders()
+    with Proxy((remote.ip, 22), rate=4 * MB) as proxy:
+        config = remote.config("proxy", HostName="127.0.0.1", Port=proxy.port)
+        process = command(name, f"--host={remote.alias}", "--program=debian", f"--ssh-config={config}")
+        until(lambda: int(remote.sh(BLOBS)) == before + 2, 30, lambda: process.communicate(timeout=5))
         time.sleep(1)  # the engine learns of it
-        assert there.sh("docker ps -q")
+        assert remote.sh("docker ps -q")
         process.send_signal(number)
-        _, words = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=30)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
-        assert "Traceback" not in words
-        until(lambda: there.sh("docker ps -aq") == "", 15)
+        assert "Traceback" not in stderr
+        until(lambda: remote.sh("docker ps -aq") == "", 15)
         until(lambda: not any(str(config) in one for one in processes()), 15)
-    assert there.sh(f"docker images -q {name}") == ""
-    assert int(there.sh(BLOBS)) == before + 2
-    pushed = over(client, name, there)
+    assert remote.sh(f"docker images -q {name}") == ""
+    assert int(remote.sh(BLOBS)) == before + 2
+    pushed = push_to(client, name, remote)
     assert (pushed.layers, pushed.layers_sent) == (3, 1)
-    for folder in folders() - there_before:  # SIGKILL leaves a folder with ssh's words; nothing else
+    for folder in folders() - folders_before:  # SIGKILL leaves a folder with ssh's words; nothing else
         assert number == signal.SIGKILL
         assert [path.name for path in Path(folder).iterdir()] == ["log"]
         shutil.rmtree(folder)
 
 
 @pytest.mark.docker
-def test_a_lost_connection_is_made_again(client: docker.DockerClient, there: Machine) -> None:
+def test_a_lost_connection_is_made_again(client: docker.DockerClient, remote: Machine) -> None:
     name = load(client, os.urandom(50 * KB), os.urandom(3 * MB))
-    said: list[str] = []
-    with Proxy((there.ip, 22), rate=4 * MB) as proxy:
+    messages: list[str] = []
+    with Proxy((remote.ip, 22), rate=4 * MB) as proxy:
         proxy.cut_after = 2 * MB
-        pushed = over(client, name, there, said.append, there.config("proxy", HostName="127.0.0.1", Port=proxy.port))
-    assert (pushed.layers, pushed.layers_sent) == (2, 2)
-    assert sum("Trying again" in line for line in said) == 1
-
-
-@pytest.mark.docker
-def test_the_remote_registry_ends_without_heartbeats(
-    client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    over(client, load(client, b""), there)
-    monkeypatch.setattr(ssh, "HEARTBEAT_TIMEOUT_S", 2)
-    monkeypatch.setattr(ssh, "HEARTBEAT_S", 0.5)
-    monkeypatch.setattr(ssh, "END_TIMEOUT_S", 1)
-    with (
-        Proxy((there.ip, 22)) as proxy,
-        remote_engine.connect(there.alias, there.config("proxy", HostName="127.0.0.1", Port=proxy.port)) as link,
-    ):
-        engine = remote_engine.find_engine(link)
-        assert engine.command == "sudo -n docker"
-        served = remote_engine.start_registry(
-            link, engine, remote_engine.ensure_registry_image(link, engine, "debian", quiet)
+        pushed = push_to(
+            client, name, remote, messages.append, remote.config("proxy", HostName="127.0.0.1", Port=proxy.port)
         )
-        time.sleep(3)  # beats keep it
-        assert served.container in there.sh("docker ps")
-        proxy.silent = True
-        until(lambda: there.sh("docker ps -aq") == "", 10)
-
-
-@pytest.mark.docker
-def test_a_registry_left_by_a_killed_session_is_replaced_and_a_living_one_is_not(
-    client: docker.DockerClient, there: Machine
-) -> None:
-    over(client, load(client, b""), there)
-    image = there.sh("docker images -q fractal-registry").strip()
-    there.sh(f"docker run -d --name dead --label fractal.keeper=4194305 {image}")
-    there.sh(f"docker run -d --name living --label fractal.keeper=1 {image}")
-    try:
-        over(client, load(client, b"x"), there)
-        assert there.sh("docker ps -a --format '{{.Names}}'").split() == ["living"]
-    finally:
-        there.sh("docker rm -f living")
+    assert (pushed.layers, pushed.layers_sent) == (2, 2)
+    assert sum("Trying again" in line for line in messages) == 1
 
 
 @pytest.mark.docker
 @pytest.mark.long
-def test_two_pushes_to_one_host_do_not_disturb_each_other(client: docker.DockerClient, there: Machine) -> None:
-    two = [load(client, os.urandom(2 * MB)) for _ in range(2)]
-    processes = [
-        command(name, f"--host={there.alias}", "--program=debian", f"--ssh-config={there.ssh_config}") for name in two
-    ]
-    words = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], words
-    for name in two:
-        assert there.sh(f"docker images -q {name}")
+def test_the_remote_registry_ends_without_heartbeats(
+    client: docker.DockerClient, remote: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_to(client, load(client, b""), remote)
+    monkeypatch.setattr(ssh, "HEARTBEAT_TIMEOUT_S", 2)
+    monkeypatch.setattr(ssh, "HEARTBEAT_S", 0.5)
+    monkeypatch.setattr(ssh, "END_TIMEOUT_S", 1)
+    with (
+        Proxy((remote.ip, 22)) as proxy,
+        remote_engine.connect(
+            remote.alias, remote.config("proxy", HostName="127.0.0.1", Port=proxy.port)
+        ) as connection,
+    ):
+        engine = remote_engine.find_engine(connection)
+        assert engine.command == "sudo -n docker"
+        served_registry = remote_engine.start_registry(
+            connection, engine, remote_engine.ensure_registry_image(connection, engine, "debian", quiet)
+        )
+        time.sleep(3)  # heartbeats keep it
+        assert served_registry.container in remote.sh("docker ps")
+        proxy.silent = True
+        until(lambda: remote.sh("docker ps -aq") == "", 10)
 
 
 @pytest.mark.docker
-def test_a_persons_ssh_config_does_not_disturb(client: docker.DockerClient, there: Machine) -> None:
+def test_a_registry_left_by_a_killed_session_is_replaced_and_a_living_one_is_not(
+    client: docker.DockerClient, remote: Machine
+) -> None:
+    push_to(client, load(client, b""), remote)
+    image = remote.sh("docker images -q fractal-registry").strip()
+    remote.sh(f"docker run -d --name dead --label fractal.keeper=4194305 {image}")
+    remote.sh(f"docker run -d --name living --label fractal.keeper=1 {image}")
+    try:
+        push_to(client, load(client, b"x"), remote)
+        assert remote.sh("docker ps -a --format '{{.Names}}'").split() == ["living"]
+    finally:
+        remote.sh("docker rm -f living")
+
+
+@pytest.mark.docker
+@pytest.mark.long
+def test_two_pushes_to_one_host_do_not_disturb_each_other(client: docker.DockerClient, remote: Machine) -> None:
+    two = [load(client, os.urandom(2 * MB)) for _ in range(2)]
+    processes = [
+        command(name, f"--host={remote.alias}", "--program=debian", f"--ssh-config={remote.ssh_config}") for name in two
+    ]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    for name in two:
+        assert remote.sh(f"docker images -q {name}")
+
+
+@pytest.mark.docker
+def test_a_persons_ssh_config_does_not_disturb(client: docker.DockerClient, remote: Machine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = {
             "LocalForward": f"{taken.getsockname()[1]} localhost:80",
@@ -724,89 +748,89 @@ def test_a_persons_ssh_config_does_not_disturb(client: docker.DockerClient, ther
             "RequestTTY": "yes",
             "ControlMaster": "auto",
             "ControlPersist": "60",
-            "ControlPath": there.folder / "own",
+            "ControlPath": remote.folder / "own",
         }
-        there.sh("cp /home/ubuntu/.bashrc /root; sed -i '1i echo Welcome' /home/ubuntu/.bashrc")
+        remote.sh("cp /home/ubuntu/.bashrc /root; sed -i '1i echo Welcome' /home/ubuntu/.bashrc")
         try:
-            over(client, load(client, os.urandom(KB)), there, config=there.config("busy", **settings))
+            push_to(client, load(client, os.urandom(KB)), remote, config=remote.config("busy", **settings))
         finally:
-            there.sh("cp /root/.bashrc /home/ubuntu/")
+            remote.sh("cp /root/.bashrc /home/ubuntu/")
 
 
 @pytest.mark.docker
-def test_a_registrys_image_that_is_there_is_taken(client: docker.DockerClient, there: Machine) -> None:
-    over(client, load(client, b""), there)
+def test_a_registrys_image_that_is_there_is_taken(client: docker.DockerClient, remote: Machine) -> None:
+    push_to(client, load(client, b""), remote)
     ours = registry_program.image_name("amd64")
-    with remote_engine.connect(there.alias, there.ssh_config) as link:
-        engine = remote_engine.find_engine(link)
-        assert remote_engine.ensure_registry_image(link, engine, "auto", quiet) == ours
-        there.sh(f"docker tag {ours} {remote_engine.PUBLIC_IMAGE}")
-        assert remote_engine.ensure_registry_image(link, engine, "auto", quiet) == remote_engine.PUBLIC_IMAGE
-        assert remote_engine.ensure_registry_image(link, engine, "pull", quiet) == remote_engine.PUBLIC_IMAGE
-        there.sh(f"docker rmi {remote_engine.PUBLIC_IMAGE}")
+    with remote_engine.connect(remote.alias, remote.ssh_config) as connection:
+        engine = remote_engine.find_engine(connection)
+        assert remote_engine.ensure_registry_image(connection, engine, "auto", quiet) == ours
+        remote.sh(f"docker tag {ours} {remote_engine.PUBLIC_IMAGE}")
+        assert remote_engine.ensure_registry_image(connection, engine, "auto", quiet) == remote_engine.PUBLIC_IMAGE
+        assert remote_engine.ensure_registry_image(connection, engine, "pull", quiet) == remote_engine.PUBLIC_IMAGE
+        remote.sh(f"docker rmi {remote_engine.PUBLIC_IMAGE}")
 
 
 @pytest.mark.docker
 def test_a_host_that_cannot_pull_gets_the_registrys_image_from_here(
-    client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
+    client: docker.DockerClient, remote: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_engine, "PULL_REGISTRY_TIMEOUT_S", 2)
-    there.sh(
+    remote.sh(
         f"docker rmi {registry_program.image_name('amd64')} 2> /dev/null; echo '127.0.0.1 nowhere' > /etc/resolv.conf"
     )
-    said: list[str] = []
-    with remote_engine.connect(there.alias, there.ssh_config) as link:
-        engine = remote_engine.find_engine(link)
+    messages: list[str] = []
+    with remote_engine.connect(remote.alias, remote.ssh_config) as connection:
+        engine = remote_engine.find_engine(connection)
         with pytest.raises(
             remote_engine.RemoteEngineError, match=r"docker save registry:2 \| ssh lambda sudo -n docker load"
         ):
-            remote_engine.ensure_registry_image(link, engine, "pull", said.append)
-        assert remote_engine.ensure_registry_image(link, engine, "auto", said.append) == registry_program.image_name(
-            "amd64"
-        )
-    assert [line.split()[0] for line in said] == ["lambda", "lambda", "sending"]
+            remote_engine.ensure_registry_image(connection, engine, "pull", messages.append)
+        assert remote_engine.ensure_registry_image(
+            connection, engine, "auto", messages.append
+        ) == registry_program.image_name("amd64")
+    assert [line.split()[0] for line in messages] == ["lambda", "lambda", "sending"]
 
 
 @pytest.mark.docker
 @pytest.mark.long
 def test_an_sshd_that_forbids_what_we_need_is_named(
-    client: docker.DockerClient, there: Machine, monkeypatch: pytest.MonkeyPatch
+    client: docker.DockerClient, remote: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_engine, "START_TIMEOUT_S", 2.0)
     name = load(client, b"")
-    with there.sshd("AllowTcpForwarding no"), pytest.raises(push.PushError, match="AllowTcpForwarding"):
-        over(client, name, there)
-    with there.sshd("MaxSessions 1"), pytest.raises(push.PushError, match="MaxSessions"):
-        over(client, name, there)
+    with remote.sshd("AllowTcpForwarding no"), pytest.raises(push.PushError, match="AllowTcpForwarding"):
+        push_to(client, name, remote)
+    with remote.sshd("MaxSessions 1"), pytest.raises(push.PushError, match="MaxSessions"):
+        push_to(client, name, remote)
 
 
 @pytest.mark.docker
-def test_an_image_for_another_machine_is_not_sent(client: docker.DockerClient, there: Machine) -> None:
+def test_an_image_for_another_machine_is_not_sent(client: docker.DockerClient, remote: Machine) -> None:
     with pytest.raises(push.PushError, match=r"made for linux/riscv64, and lambda is linux/.*nothing was sent"):
-        over(client, load(client, b"", architecture="riscv64"), there)
+        push_to(client, load(client, b"", architecture="riscv64"), remote)
 
 
 @pytest.mark.docker
 @pytest.mark.long
-def test_a_full_disk_there_is_named(client: docker.DockerClient, there: Machine) -> None:
-    over(client, load(client, b""), there)
+def test_a_full_disk_there_is_named(client: docker.DockerClient, remote: Machine) -> None:
+    push_to(client, load(client, b""), remote)
     place = "/var/lib/docker/volumes/fractal-registry/_data"
-    there.sh(f"mount -t tmpfs -o size=2m tmpfs {place}")
+    remote.sh(f"mount -t tmpfs -o size=2m tmpfs {place}")
     try:
         with pytest.raises(push.PushError, match=r"The disk of lambda is full. Make room"):
-            over(client, load(client, os.urandom(3 * MB)), there)
+            push_to(client, load(client, os.urandom(3 * MB)), remote)
     finally:
-        there.sh(f"umount {place}")
-    there.sh("mount -t tmpfs -o size=1m tmpfs /var/lib/docker/tmp")  # where the engine keeps what it pulls
+        remote.sh(f"umount {place}")
+    remote.sh("mount -t tmpfs -o size=1m tmpfs /var/lib/docker/tmp")  # where the engine keeps what it pulls
     try:
         with pytest.raises(push.PushError, match="The disk of lambda is full"):
-            over(client, load(client, os.urandom(3 * MB)), there)
+            push_to(client, load(client, os.urandom(3 * MB)), remote)
     finally:
-        there.sh("umount /var/lib/docker/tmp")
+        remote.sh("umount /var/lib/docker/tmp")
 
 
 @pytest.mark.docker
-def test_an_engine_with_another_loopback_is_told_apart(client: docker.DockerClient, there: Machine) -> None:
+def test_an_engine_with_another_loopback_is_told_apart(client: docker.DockerClient, remote: Machine) -> None:
     if os.geteuid() != 0:
         pytest.skip("an engine of the test's own needs root")
     folder = Path("/var/tmp") / f"fractal-engine-{os.getpid()}"
@@ -817,48 +841,48 @@ def test_an_engine_with_another_loopback_is_told_apart(client: docker.DockerClie
             contextlib.closing(docker.DockerClient(base_url=own.host)) as other,
             pytest.raises(push.PushError, match=r"has another loopback.*docker save"),
         ):
-            over(other, load(other, os.urandom(KB)), there)
+            push_to(other, load(other, os.urandom(KB)), remote)
     finally:
         own.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.docker
-def test_who_is_not_let_in_learns_why(client: docker.DockerClient, there: Machine) -> None:
+def test_who_is_not_let_in_learns_why(client: docker.DockerClient, remote: Machine) -> None:
     name = load(client, b"")
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", there.folder / "other"], check=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", remote.folder / "other"], check=True)
     with pytest.raises(push.PushError, match="does not let us in"):
-        over(client, name, there, config=there.config("other-key", IdentityFile=there.folder / "other"))
+        push_to(client, name, remote, config=remote.config("other-key", IdentityFile=remote.folder / "other"))
     with pytest.raises(push.PushError, match="is not known here"):
-        over(client, name, there, config=there.config("unknown", UserKnownHostsFile="/dev/null"))
+        push_to(client, name, remote, config=remote.config("unknown", UserKnownHostsFile="/dev/null"))
     with pytest.raises(push.PushError, match="nothing listens"):
-        over(client, name, there, config=there.config("closed", Port=1))
+        push_to(client, name, remote, config=remote.config("closed", Port=1))
     with pytest.raises(push.PushError, match="No machine is known"):
-        over(client, name, there, config=there.config("nowhere", HostName="no-such.invalid"))
-    there.trust((there.folder / "other.pub").read_text())
+        push_to(client, name, remote, config=remote.config("nowhere", HostName="no-such.invalid"))
+    remote.trust((remote.folder / "other.pub").read_text())
     try:
         with pytest.raises(push.PushError, match="is not the one in your known_hosts"):
-            over(client, name, there)
+            push_to(client, name, remote)
     finally:
-        there.trust((there.folder / "host_key.pub").read_text())
-        (there.folder / "other").unlink()
+        remote.trust((remote.folder / "host_key.pub").read_text())
+        (remote.folder / "other").unlink()
 
 
 @pytest.mark.docker
-def test_a_host_that_may_not_use_docker_gets_the_remedy(client: docker.DockerClient, there: Machine) -> None:
+def test_a_host_that_may_not_use_docker_gets_the_remedy(client: docker.DockerClient, remote: Machine) -> None:
     name = load(client, b"")
-    there.sh("sed -i s/NOPASSWD:// /etc/sudoers.d/ubuntu")
+    remote.sh("sed -i s/NOPASSWD:// /etc/sudoers.d/ubuntu")
     try:
         with pytest.raises(push.PushError, match="usermod -aG docker"):
-            over(client, name, there)
+            push_to(client, name, remote)
     finally:
-        there.sh("sed -i 's/) ALL/) NOPASSWD:ALL/' /etc/sudoers.d/ubuntu")
+        remote.sh("sed -i 's/) ALL/) NOPASSWD:ALL/' /etc/sudoers.d/ubuntu")
     with Machine(engine=False) as bare:
         with pytest.raises(push.PushError, match=r"no engine runs.*systemctl start docker"):
-            over(client, name, bare)
+            push_to(client, name, bare)
         bare.sh("rm /usr/bin/docker")
         with pytest.raises(push.PushError, match=r"has no Docker.*apt-get install docker.io"):
-            over(client, name, bare)
+            push_to(client, name, bare)
 
 
 @pytest.mark.docker
@@ -869,8 +893,8 @@ def test_an_engine_that_dies_in_the_middle_is_one_line(
     with Machine() as other, Proxy(("127.0.0.1", server.port), rate=2 * MB) as proxy:
         other.sh("chmod 666 /var/run/docker.sock")
         tunnels = ["-L", f"{other.folder}/engine:/var/run/docker.sock", "-R", f"5000:127.0.0.1:{proxy.port}"]
-        words = ["ssh", "-F", str(other.ssh_config), "-N", "-oExitOnForwardFailure=yes", *tunnels, other.alias]
-        tunnel = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+        argv = ["ssh", "-F", str(other.ssh_config), "-N", "-oExitOnForwardFailure=yes", *tunnels, other.alias]
+        tunnel = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
         try:
             until((other.folder / "engine").exists, 10)
             with contextlib.closing(docker.DockerClient(base_url=f"unix://{other.folder}/engine")) as remote_client:

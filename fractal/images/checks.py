@@ -1,18 +1,17 @@
 """`fractal doctor`: can this machine build images?"""
 
-import docker
+from contextlib import closing
 
 from fractal.errors import OutsideError
 from fractal.images import buildkit
+from fractal.images.engine import connect
 from fractal.install.doctor import Finding
 
 
 def check_builder() -> Finding:
     """Images are built with BuildKit, by a docker command."""
-    client = docker.from_env()
     try:
-        return Finding("image builder", "ok", f"BuildKit, by {buildkit.find_command(client)}")
+        with closing(connect()) as client:
+            return Finding("image builder", "ok", f"BuildKit, by {buildkit.find_command(client)}")
     except OutsideError as error:
         return Finding("image builder", "missing", "no BuildKit", str(error))
-    finally:
-        client.close()

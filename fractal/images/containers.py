@@ -9,9 +9,8 @@ import os
 import secrets
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,18 @@ import platformdirs
 import requests
 
 from fractal.console import note
-from fractal.errors import InputError, OutsideError
-from fractal.images import driver, hub_token, recipes
+from fractal.errors import InputError
+from fractal.images import driver, hub_token, recipes, sidecar
 from fractal.images.build import BASE_LABEL, ensure
 from fractal.images.engine import Say, connect, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
+from fractal.images.sidecar import ContainerError
 from fractal.install import docker_engine, gpu
 from fractal.rundir import commit
-from fractal.sandbox.host.container import SOCKET, session_label, start_sidecar, stop_sidecar
+from fractal.sandbox.host.container import SOCKET, session_label
 
 CACHE_VOLUME = "fractal-cache"  # models and compiled kernels, kept between runs; see cache_volume
 MODELS = "/models"  # models that this machine has prepared, read-only
-SIDECAR_TIMEOUT_S = 30
 LABEL = "fractal.pipeline"
 SHARED_MEMORY = "2g"  # vLLM's processes exchange tensors there; Docker's default is 64 MiB
 # What the tests read beside the package, mounted where the image has the package.
@@ -50,10 +49,6 @@ TEST_SOURCES = (
     "pyproject.toml",
     "tasks.py",
 )
-
-
-class ContainerError(OutsideError):
-    """A container did not do what it should: one line with the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +149,9 @@ def model_binds() -> tuple[str, ...]:
     return (f"{folder.resolve()}:{MODELS}:ro",) if folder.is_dir() else ()
 
 
-def provenance(pipeline: Any, pipeline_name: str, sandbox: Any, sandbox_name: str, recipe: Recipe) -> dict[str, str]:
+def provenance(client: docker.DockerClient, pipeline_name: str, sandbox_name: str, recipe: Recipe) -> dict[str, str]:
     """What the manifest of a run has to know and cannot see from inside."""
+    pipeline, sandbox = client.images.get(pipeline_name), client.images.get(sandbox_name)
     code = commit()
     tag, _, digest = recipe.image.base.partition("@")
     pinned = digest or "no digest known"
@@ -177,62 +173,10 @@ def prepare_run(folder: Path) -> Path:
     uid, gid = map(int, USER.split(":"))
     if hasattr(os, "geteuid") and os.geteuid() == 0 and folder.stat().st_uid == 0:
         # Root's own folder would be closed to the pipeline, which never runs as root.
-        inside = (
-            folder.rglob("*") if (folder / "manifest.json").exists() else ()
-        )  # another folder's files stay as they are
-        for path in [folder, *inside]:
+        is_run = (folder / "manifest.json").exists()  # another folder's files stay as they are
+        for path in [folder, *(folder.rglob("*") if is_run else ())]:
             os.chown(path, uid, gid, follow_symlinks=False)
     return folder.resolve()
-
-
-@contextmanager
-def sidecar(client: docker.DockerClient, say: Say, image: str) -> Iterator[str]:
-    """A sandbox of its own for one pipeline container; yields the name of its volume. Ends it on every way out."""
-    name = f"fractal-sandbox-{secrets.token_hex(4)}"
-    _start_sidecar(client, name, image)
-    try:
-        say(f"sandbox: {image} serves {name}")
-        yield name
-    finally:
-        _end_sidecar(client, name)
-
-
-def _start_sidecar(client: docker.DockerClient, name: str, image: str) -> None:
-    start_sidecar(volume=name, name=name, image=image, client=client)
-    try:
-        _wait_for_socket(client, name)
-    except BaseException:
-        _end_sidecar(client, name)
-        raise
-
-
-def _end_sidecar(client: docker.DockerClient, name: str) -> None:
-    stop_sidecar(name, client)
-    _remove_volume(client, name)
-
-
-def _wait_for_socket(client: docker.DockerClient, name: str) -> None:
-    deadline = time.monotonic() + SIDECAR_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            if client.containers.get(name).exec_run(["test", "-S", SOCKET]).exit_code == 0:
-                return
-        except docker.errors.DockerException as error:
-            raise ContainerError(
-                f"The sandbox {name} ended at its start: {first_line(error)}. See: fractal doctor"
-            ) from error
-        time.sleep(0.05)
-    raise ContainerError(f"The sandbox {name} does not listen after {SIDECAR_TIMEOUT_S} s. See: fractal doctor")
-
-
-def _remove_volume(client: docker.DockerClient, name: str) -> None:
-    for _ in range(20):  # the engine lets go of it a moment after the container is gone
-        try:
-            client.volumes.get(name).remove(force=True)
-        except docker.errors.NotFound:
-            return
-        except docker.errors.APIError:
-            time.sleep(0.1)
 
 
 def run(client: docker.DockerClient, recipe: Recipe, command: Iterable[str], make_setup: Any, say: Say) -> int:
@@ -245,10 +189,8 @@ def run(client: docker.DockerClient, recipe: Recipe, command: Iterable[str], mak
     sandbox_name = ensure(client, sandbox_recipe, say).name
     name = ensure(client, recipe, say).name
     try:
-        with sidecar(client, say, sandbox_name) as volume:
-            manifest_facts = provenance(
-                client.images.get(name), name, client.images.get(sandbox_name), sandbox_name, recipe
-            )
+        with sidecar.running(client, sandbox_name, say) as volume:
+            manifest_facts = provenance(client, name, sandbox_name, recipe)
             return _follow(client, name, list(command), make_setup(volume), manifest_facts)
     except (docker.errors.DockerException, requests.RequestException) as error:
         raise _start_error(name, error) from error
@@ -281,8 +223,8 @@ def start(
     """
     name = f"fractal-sandbox-{job}"
     try:
-        _start_sidecar(client, name, sandbox)
-        manifest_facts = provenance(client.images.get(pipeline), pipeline, client.images.get(sandbox), sandbox, recipe)
+        sidecar.start(client, name, sandbox)
+        manifest_facts = provenance(client, pipeline, sandbox, recipe)
         setup = make_setup(name)
         client.api.start(
             _create(client, pipeline, list(command), setup, manifest_facts, f"fractal-job-{job}", labels, size)
@@ -299,7 +241,7 @@ def end(client: docker.DockerClient, job: str) -> None:
     """Remove a job's containers and the sidecar's volume, running or not; what is gone already is fine."""
     with suppress(docker.errors.NotFound):
         client.api.remove_container(f"fractal-job-{job}", force=True, v=True)
-    _end_sidecar(client, f"fractal-sandbox-{job}")
+    sidecar.end(client, f"fractal-sandbox-{job}")
 
 
 def _create(
