@@ -144,7 +144,7 @@ def test_no_container_is_left_when_the_client_is_killed(image: str, tmp_path: Pa
     child.wait()
     child.stdout.close()
     client = docker.from_env()
-    until(lambda: container not in {c.id for c in client.containers.list(all=True)})
+    until(lambda: container not in {found["Id"] for found in client.api.containers(all=True)})
     client.close()
 
 
