@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -204,24 +205,40 @@ def bench(*words: object, cwd: Path, **environ: str) -> "subprocess.CompletedPro
     return subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["--only", "plain,nobody"], 2, "unknown 'nobody'; known: fractal, "),
-        (["--only", "plain", "--problems", "none.jsonl"], 2, "none.jsonl: no such file"),
-        (["--only", "plain", "--problems", STARTER, "--generations", "none.jsonl"], 2, "none.jsonl: no such file"),
-        (["--only", "plain", "--problems", STARTER, "--generations", STARTER], 2, "expected an integer task_id"),
-        (["--only", "plain", "--rounds", "0"], 2, "must be positive"),
-        (["--linear", "--counts", "many"], 2, "expected numbers"),
-        (["--problems", STARTER], 3, "No Docker engine answers"),
-    ],
-)
-def test_bad_input_is_one_line(words: list[object], code: int, message: str, tmp_path: Path) -> None:
-    done = bench(*words, cwd=tmp_path, DOCKER_HOST=f"unix://{tmp_path}/none.sock")
+BAD_INPUT: list[tuple[list[object], int, str]] = [
+    (["--only", "plain,nobody"], 2, "unknown 'nobody'; known: fractal, "),
+    (["--only", "plain", "--problems", "none.jsonl"], 2, "none.jsonl: no such file"),
+    (["--only", "plain", "--problems", STARTER, "--generations", "none.jsonl"], 2, "none.jsonl: no such file"),
+    (["--only", "plain", "--problems", STARTER, "--generations", STARTER], 2, "expected an integer task_id"),
+    (["--only", "plain", "--rounds", "0"], 2, "must be positive"),
+    (["--linear", "--counts", "many"], 2, "expected numbers"),
+    (["--problems", STARTER], 3, "No Docker engine answers"),
+]
+
+
+def test_bad_input_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    handler = signal.getsignal(signal.SIGTERM)
+    wrong = []
+    for words, code, message in BAD_INPUT:
+        monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, words)])
+        returned = verify.main()
+        error = capsys.readouterr().err
+        if returned != code or message not in error or len(error.strip().splitlines()) != 1:
+            wrong.append((words, returned, error))
+    signal.signal(signal.SIGTERM, handler)
+    assert wrong == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_the_exit_code_of_the_process(tmp_path: Path) -> None:
+    words, code, message = BAD_INPUT[0]
+    done = bench(*words, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_bench_is_refused_with_the_list(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ import ast
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 import fractal
 from fractal.jsonl import decode, read_lines
 from fractal.records import Problem
@@ -16,8 +14,6 @@ from fractal.records import Problem
 STARTER = Path(fractal.__file__).with_name("problems") / "starter.jsonl"
 PROBLEMS = [decode(line, Problem) for line in read_lines(STARTER)]
 TRIVIAL = ("None", "0", "1", '""', "[]", "{}", "True", "False", "arguments[0]", "arguments[-1]")
-
-each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.entry_point)
 
 
 def results(problem: Problem, program: str) -> list[bool]:
@@ -58,41 +54,57 @@ def test_splits_are_interleaved():
         assert counts["validation"] >= 2, f"problems {start + 1} to {start + 24}: {counts}"
 
 
-@each_problem
-def test_texts_are_clean(problem):
-    for text in (problem.prompt, problem.reference, problem.setup, *problem.tests):
-        assert "\r" not in text
-        assert not any(line != line.rstrip() for line in text.split("\n"))
-    assert problem.prompt == problem.prompt.strip()
-    assert "\n" not in problem.prompt
-    assert problem.reference.endswith("\n")
+def names(problems: list[Problem]) -> list[str]:
+    return [problem.entry_point for problem in problems]
 
 
-@each_problem
-def test_the_reference_defines_the_entry_point(problem):
-    defined = [node.name for node in ast.parse(problem.reference).body if isinstance(node, ast.FunctionDef)]
-    assert problem.entry_point in defined
+def is_clean(text: str) -> bool:
+    return "\r" not in text and not any(line != line.rstrip() for line in text.split("\n"))
 
 
-@each_problem
-def test_every_test_calls_the_entry_point_and_ends_with_an_assert(problem):
-    assert len(problem.tests) >= 4
-    assert len(set(problem.tests)) == len(problem.tests)
-    for test in problem.tests:
-        tree = ast.parse(test)
-        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        assert any(isinstance(call, ast.Name) and call.id == problem.entry_point for call in calls), test
-        assert isinstance(tree.body[-1], ast.Assert), test
+def test_texts_are_clean() -> None:
+    wrong = [
+        problem
+        for problem in PROBLEMS
+        if not all(map(is_clean, (problem.prompt, problem.reference, problem.setup, *problem.tests)))
+        or problem.prompt != problem.prompt.strip()
+        or "\n" in problem.prompt
+        or not problem.reference.endswith("\n")
+    ]
+    assert names(wrong) == []
 
 
-@each_problem
-def test_the_reference_passes_every_test(problem):
-    assert [
-        test for test, passed in zip(problem.tests, results(problem, problem.reference), strict=True) if not passed
-    ] == []
+def test_the_reference_defines_the_entry_point() -> None:
+    wrong = [
+        problem
+        for problem in PROBLEMS
+        if problem.entry_point
+        not in [node.name for node in ast.parse(problem.reference).body if isinstance(node, ast.FunctionDef)]
+    ]
+    assert names(wrong) == []
 
 
-@each_problem
-def test_no_trivial_program_passes(problem):
-    programs = [f"def {problem.entry_point}(*arguments):\n    return {value}\n" for value in TRIVIAL]
-    assert [program for program in programs if all(results(problem, program))] == []
+def test_every_test_calls_the_entry_point_and_ends_with_an_assert() -> None:
+    wrong = [problem for problem in PROBLEMS if len(problem.tests) < 4 or len(set(problem.tests)) < len(problem.tests)]
+    for problem in PROBLEMS:
+        for test in problem.tests:
+            tree = ast.parse(test)
+            calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+            called = any(isinstance(call, ast.Name) and call.id == problem.entry_point for call in calls)
+            if not called or not isinstance(tree.body[-1], ast.Assert):
+                wrong.append(problem)
+    assert names(wrong) == []
+
+
+def test_the_reference_passes_every_test() -> None:
+    assert names([problem for problem in PROBLEMS if not all(results(problem, problem.reference))]) == []
+
+
+def test_no_trivial_program_passes() -> None:
+    wrong = [
+        (problem.entry_point, value)
+        for problem in PROBLEMS
+        for value in TRIVIAL
+        if all(results(problem, f"def {problem.entry_point}(*arguments):\n    return {value}\n"))
+    ]
+    assert wrong == []
