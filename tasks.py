@@ -16,7 +16,7 @@ BENCHES = {
     "images": "benchmarks/images.py",
     "generate": "benchmarks/generate.py",
     "critic": "benchmarks/critic.py",
-    "card": "benchmarks/card.py",
+    "gpu": "benchmarks/gpu.py",
 }
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
 RENTS = {"launch", "up", "run"}  # tasks that make a chain one that may cost money
@@ -250,7 +250,7 @@ def verify(c, run="", problems="", samples="", out="", cpu="", wall="", memory="
     _fractal(c, "verify", *given, *_options(slots=slots), *([] if cache else ["--no-cache"]))
 
 
-@task(positional=[], help={"what": "verify, images, generate, critic, or card: all of a GPU in one file", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
+@task(positional=[], help={"what": "verify, images, generate, critic, or gpu: all of a GPU in one file", "problems": "mbpp, or a file; default: ../shared/mbpp/mbpp.jsonl, else mbpp",
                            "generations": "completions of a model; default: ../shared/generations/*.jsonl.gz, if there",
                            "samples_count": "samples in all; default 1500", "rounds": "turns of each contestant; default 3",
                            "seed": "of samples and orders; default 0",
@@ -272,6 +272,7 @@ def bench(c, what="verify", problems="", generations="", samples_count="", round
 
     The figures go to runs/bench.
     """
+    what = "gpu" if what == "card" else what  # its old name
     if what not in BENCHES:
         raise Exit(f"bench: unknown --what={what}; known: {', '.join(BENCHES)}.", code=2)
     given = _options(problems=problems, generations=generations, samples_count=samples_count, rounds=rounds, seed=seed,

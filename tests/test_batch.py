@@ -56,40 +56,38 @@ def test_a_gpus_batch_and_cache_stay_within_its_memory(a: int, b: int, prompt: i
             assert cache >= SHAPE.kv_bytes(prompt + new, 2), "one sample of full length always fits"
 
 
-@pytest.mark.parametrize(
-    ("model", "weights", "gigabytes", "least"),
-    [
-        ({"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064}, 15.23e9, 24, 200),
-        ({"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064}, 15.23e9, 40, 800),
-        ({"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 28, "vocab_size": 151936}, 3.09e9, 24, 1000),
-    ],
-)  # fmt: skip
-def test_a_large_model_is_not_starved(model: dict[str, int], weights: float, gigabytes: int, least: int) -> None:
+def test_a_large_model_is_not_starved() -> None:
     """Qwen2.5-Coder 7B on an A10 and an A100 of 40 GB, 1.5B on an A10: prompts of 200 tokens, up to 320 new ones."""
-    free = 0.92 * 0.985 * gigabytes * (1 << 30) - weights - (2.5 * (1 << 30))
-    samples, cache = memory.gpu_batch(shape_of(model), int(free), 520, 320, "bfloat16", most=1024)
-    assert samples >= least
-    assert cache >= samples * shape_of(model).kv_bytes(360, 2)
+    large = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4}
+    small = {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2}
+    for model, weights, gigabytes, least in (
+        (large, 15.23e9, 24, 200),
+        (large, 15.23e9, 40, 800),
+        (small, 3.09e9, 24, 1000),
+    ):
+        shape = shape_of({**model, "num_hidden_layers": 28, "vocab_size": 152064})
+        free = 0.92 * 0.985 * gigabytes * (1 << 30) - weights - (2.5 * (1 << 30))
+        samples, cache = memory.gpu_batch(shape, int(free), 520, 320, "bfloat16", most=1024)
+        assert samples >= least, (model, gigabytes)
+        assert cache >= samples * shape.kv_bytes(360, 2)
 
 
-@pytest.mark.parametrize(
-    ("weights", "gigabytes", "processors", "samples", "expected"),
-    [
-        (1.0e9, 80, 26, 1_000_000, 3),  # 0.5B on an A100: Python is the limit
-        (3.1e9, 80, 26, 1_000_000, 2),  # 1.5B
-        (3.1e9, 141, 26, 1_000_000, 2),  # on an H200
-        (15.2e9, 80, 26, 1_000_000, 1),  # 7B: the GPU is
-        (3.1e9, 24, 26, 1_000_000, 1),  # a smaller card is slower, too
-        (1.0e9, 80, 4, 1_000_000, 2),  # each engine keeps a processor busy
-        (1.0e9, 80, 2, 1_000_000, 1),
-        (3.1e9, 80, 26, 8_150, 1),  # drawn before a second engine has loaded
-        (1.0e9, 80, 26, 80_000, 2),
-    ],
-)
-def test_engines_are_as_many_as_keep_the_gpu_busy(
-    weights: float, gigabytes: int, processors: int, samples: int, expected: int
-) -> None:
-    assert memory.engine_count(int(weights), int(0.99 * gigabytes * (1 << 30)), processors, samples) == expected
+ENGINES = {  # weights in GB, GPU memory in GB, processors, samples: engines
+    (1.0, 80, 26, 1_000_000): 3,  # 0.5B on an A100: Python is the limit
+    (3.1, 80, 26, 1_000_000): 2,  # 1.5B
+    (3.1, 141, 26, 1_000_000): 2,  # on an H200
+    (15.2, 80, 26, 1_000_000): 1,  # 7B: the GPU is
+    (3.1, 24, 26, 1_000_000): 1,  # a smaller GPU is slower, too
+    (1.0, 80, 4, 1_000_000): 2,  # each engine keeps a processor busy
+    (1.0, 80, 2, 1_000_000): 1,
+    (3.1, 80, 26, 8_150): 1,  # drawn before a second engine has loaded
+    (1.0, 80, 26, 80_000): 2,
+}
+
+
+def test_engines_are_as_many_as_keep_the_gpu_busy() -> None:
+    found = {key: memory.engine_count(int(key[0] * 1e9), int(0.99 * key[1] * (1 << 30)), *key[2:]) for key in ENGINES}
+    assert found == ENGINES
 
 
 def test_free_memory_hears_a_containers_limit(tmp_path: Path) -> None:
@@ -104,42 +102,41 @@ def test_free_memory_hears_a_containers_limit(tmp_path: Path) -> None:
     assert memory.free_memory(tmp_path) == 0
 
 
-def real_cpu_error() -> Exception:
-    """What torch really says on a CPU."""
-    import torch
-
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 60, dtype=torch.uint8)
-    return caught.value
-
-
 class OutOfMemoryError(RuntimeError):
     """torch.cuda's own is of this name."""
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (MemoryError(), True),
-        (OutOfMemoryError("CUDA: 2 GiB"), True),
-        (RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"), True),
-        (ValueError("No available memory for the cache blocks."), True),
-        (ValueError("Available memory on node 0 (1.2/23 GiB) on kv cache allocation is less"), True),
-        # vllm 0.33.0, v1/worker/utils.py and v1/core/kv_cache_utils.py
-        (ValueError("Free memory on device cuda:0 (3.1/23.7 GiB) on startup is less than desired GPU memory utilization (0.92, 21.8 GiB)."), True),
-        (ValueError("Free memory on device cuda:0 (3.1/23.7 GiB) on startup is less than the engine's budget after excluding"), True),
-        (ValueError("To serve at least one request with the model's max seq len (520), (0.03 GiB KV cache is needed, which is larger than the available KV cache memory (0.01 GiB)."), True),
-        (RuntimeError("shapes do not match"), False),
-        (KeyError("out of memory"), False),
-        (KeyboardInterrupt(), False),
-    ],
-)  # fmt: skip
-def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
-    assert memory.is_out_of_memory(error) is expected
+OUT_OF_MEMORY = [
+    MemoryError(),
+    OutOfMemoryError("CUDA: 2 GiB"),
+    RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"),
+    ValueError("No available memory for the cache blocks."),
+    ValueError("Available memory on node 0 (1.2/23 GiB) on kv cache allocation is less"),
+    # vllm 0.33.0, v1/worker/utils.py and v1/core/kv_cache_utils.py
+    ValueError(
+        "Free memory on device cuda:0 (3.1/23.7 GiB) on startup is less than desired GPU memory utilization (0.92)"
+    ),
+    ValueError(
+        "Free memory on device cuda:0 (3.1/23.7 GiB) on startup is less than the engine's budget after excluding"
+    ),
+    ValueError(
+        "To serve at least one request with the model's max seq len (520), (0.03 GiB KV cache is needed, which is"
+    ),
+]
+
+
+def test_out_of_memory_is_told_from_other_errors() -> None:
+    others = [RuntimeError("shapes do not match"), KeyError("out of memory"), KeyboardInterrupt()]
+    assert [error for error in OUT_OF_MEMORY if not memory.is_out_of_memory(error)] == []
+    assert [error for error in others if memory.is_out_of_memory(error)] == []
 
 
 def test_torch_on_a_cpu_is_understood() -> None:
-    error = real_cpu_error()
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    error = caught.value
     assert memory.is_out_of_memory(error)
     line = str(memory.too_big(4, error))
     assert "out of memory with 4 samples at once" in line

@@ -246,7 +246,7 @@ def test_an_unknown_bench_is_refused_with_the_list(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.strip()) == (
         2,
-        "bench: unknown --what=speed; known: verify, images, generate, critic, card.",
+        "bench: unknown --what=speed; known: verify, images, generate, critic, gpu.",
     )
 
 

@@ -57,28 +57,32 @@ def run(*words: object, cwd: Path, **environ: str) -> "subprocess.CompletedProce
     return subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--only", "ours,nobody"], "unknown 'nobody'; known: bare, "),
-        (["--rounds", "0"], "must be positive"),
-        (["--temperature", "-1"], "--temperature -1"),
-        (["--instant", "--only", "transformers"], "--instant with --only transformers: of no use"),
-        (["--problems", "none.jsonl"], "none.jsonl: no such file"),
-        (["--problems", STARTER, "--model", "./none"], "--model ./none: no such folder"),
-    ],
-)
-def test_bad_input_is_one_line(words: list[object], message: str, tmp_path: Path) -> None:
-    done = run(*words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+BAD_INPUT: list[tuple[list[str], str]] = [
+    (["--only", "ours,nobody"], "unknown 'nobody'; known: bare, "),
+    (["--rounds", "0"], "must be positive"),
+    (["--temperature", "-1"], "--temperature -1"),
+    (["--instant", "--only", "transformers"], "--instant with --only transformers: of no use"),
+    (["--problems", "none.jsonl"], "none.jsonl: no such file"),
+    (["--problems", str(STARTER), "--model", "./none"], "--model ./none: no such folder"),
+]
+
+
+def test_bad_input_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, message in BAD_INPUT:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+        assert bench.main() == 2, words
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.docker
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1000)
 def test_a_quick_run_has_every_figure(image: str, small_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
@@ -93,7 +97,7 @@ def test_a_quick_run_has_every_figure(image: str, small_model: Path, tmp_path: P
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1000)
 def test_the_host_alone_is_measured_too(small_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from fractal.__main__ import app
 from fractal.errors import InputError, OutsideError
 from fractal.generate import prompts
 from fractal.generate.engine import Completion, Request, Sampling, Server
@@ -276,20 +279,19 @@ def test_missing_log_probabilities_are_none(server: FakeServer) -> None:
         assert {c.sum_logprob for c in drawn(engine(server, tokenizer=tokenizer), 2).values()} == {None}
 
 
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [
-        ({"text": "x\n```\nmore", "finish_reason": "length"}, ("x", True)),
-        ({"text": "x", "finish_reason": "length"}, ("x", False)),
-        ({"message": {"content": None}, "finish_reason": "stop"}, ("", True)),
-        ({"text": "x", "logprobs": {"token_logprobs": [None, -1.0]}}, ("x", False)),
-    ],
-)
-def test_odd_answers(choice: dict[str, Any], expected: tuple[str, bool]) -> None:
-    data = json.dumps({"choices": [choice], "usage": {"completion_tokens": 2}}).encode()
-    found = parse_answer(requests(1)[0], data, cut=True)
-    assert (found.text, found.stopped) == expected
-    assert found.sum_logprob is None
+ODD_CHOICES: list[tuple[dict[str, Any], str, bool]] = [
+    ({"text": "x\n```\nmore", "finish_reason": "length"}, "x", True),
+    ({"text": "x", "finish_reason": "length"}, "x", False),
+    ({"message": {"content": None}, "finish_reason": "stop"}, "", True),
+    ({"text": "x", "logprobs": {"token_logprobs": [None, -1.0]}}, "x", False),
+]
+
+
+def test_odd_answers() -> None:
+    for choice, text, stopped in ODD_CHOICES:
+        data = json.dumps({"choices": [choice], "usage": {"completion_tokens": 2}}).encode()
+        found = parse_answer(requests(1)[0], data, cut=True)
+        assert (found.text, found.stopped, found.sum_logprob) == (text, stopped, None), choice
 
 
 def test_tokens_and_log_probability_are_of_the_text_that_is_kept() -> None:
@@ -319,48 +321,52 @@ def test_stopped_it_asks_for_nothing_more_and_hands_out_what_is_there(server: Fa
     assert len(server.times) <= len(found) + 2
 
 
-def command(run: Path, server: FakeServer, *more: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "fractal", "generate", "--run", str(run), "--problems", "starter", "--limit", "2"]
-    words += ["--n", "3", "--backend", "openai", "--base-url", server.url, *more]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def generate(run: Path, server: FakeServer, *more: str) -> Result:
+    words = ["generate", "--run", str(run), "--problems", "starter", "--limit", "2", "--n", "3", "--backend", "openai"]
+    return CliRunner().invoke(app, [*words, "--base-url", server.url, *more])
 
 
-def test_the_command_draws_and_goes_on_and_imports_no_torch(server: FakeServer, tmp_path: Path) -> None:
+def test_the_command_draws_and_goes_on(server: FakeServer, tmp_path: Path) -> None:
     server.script = [status(500)]
-    done = command(tmp_path / "r", server, "--model", "m")
-    assert done.returncode == 0, done.stderr
+    done = generate(tmp_path / "r", server, "--model", "m")
+    assert done.exit_code == 0, done.output
     samples = read_jsonl(tmp_path / "r/samples.jsonl", Sample)
     assert len(samples) == 18
-    for one in samples:
-        assert one.code == f"def f():\n    return {one.seed}\n"
-        assert (one.model, one.temperature, one.top_p, one.max_tokens) == ("m", 0.8, 1.0, 320)
-        assert one.prompt_sha256 is not None
-        assert one.seed == sample_seed(0, one.task_id, one.sample_id)
-    assert len({s.prompt_sha256 for s in samples}) == 6
-    again = command(tmp_path / "r", server)  # model and form are the run's own
-    assert again.returncode == 0, again.stderr
-    assert "nothing to do" in again.stdout
+    for sample in samples:
+        assert sample.code == f"def f():\n    return {sample.seed}\n"
+        assert (sample.model, sample.temperature, sample.top_p, sample.max_tokens) == ("m", 0.8, 1.0, 320)
+        assert sample.prompt_sha256 is not None
+        assert sample.seed == sample_seed(0, sample.task_id, sample.sample_id)
+    assert len({sample.prompt_sha256 for sample in samples}) == 6
+    count = len(server.asked)
+    again = generate(tmp_path / "r", server)  # model and form are the run's own
+    assert again.exit_code == 0, again.output
+    assert len(server.asked) == count
+
+
+def test_no_torch_is_imported() -> None:
     code = "import sys, fractal.generate.openai; print(sorted({'torch', 'vllm', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    ("more", "code", "words"),
-    [
-        ([], 2, "give --model"),
-        (["--model", "other"], 2, "serves m."),
-        (["--model", "m", "--concurrency", "0"], 2, "--concurrency 0"),
-        (["--model", "m", "--base-url", "localhost"], 2, "--base-url localhost: expected an address"),
-        (["--model", "m", "--base-url", "http://127.0.0.1:9/v1"], 3, "does not answer"),
-        (["--model", "m", "--tokenizer", "/nowhere"], 2, "--tokenizer /nowhere"),
-        (["--model", "m", "--backend", "auto", "--tokenizer", "x"], 2, "--tokenizer goes with --backend openai"),
-    ],
-)
-def test_bad_input_is_one_line(server: FakeServer, tmp_path: Path, more: list[str], code: int, words: str) -> None:
-    done = command(tmp_path / "r", server, *more)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+BAD_INPUT: list[tuple[list[str], type[Exception], str]] = [
+    ([], InputError, "give --model"),
+    (["--model", "other"], InputError, "serves m."),
+    (["--model", "m", "--concurrency", "0"], InputError, "--concurrency 0"),
+    (["--model", "m", "--base-url", "localhost"], InputError, "--base-url localhost: expected an address"),
+    (["--model", "m", "--base-url", "http://127.0.0.1:9/v1"], OutsideError, "does not answer"),
+    (["--model", "m", "--tokenizer", "/nowhere"], InputError, "--tokenizer /nowhere"),
+    (["--model", "m", "--backend", "auto", "--tokenizer", "x"], InputError, "--tokenizer goes with --backend openai"),
+]
+
+
+def test_bad_input_is_one_line(server: FakeServer, tmp_path: Path) -> None:
+    wrong = []
+    for more, kind, words in BAD_INPUT:
+        error = generate(tmp_path / "r", server, *more).exception
+        if not isinstance(error, kind) or words not in str(error) or "\n" in str(error):
+            wrong.append((more, error))
+    assert wrong == []
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +410,7 @@ def vllm_server(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_vllms_own_server_draws_what_it_is_asked(vllm_server: str, small_model: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "fractal", "generate", "--problems", "starter", "--split", "test", "--limit", "2"]

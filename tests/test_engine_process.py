@@ -74,7 +74,7 @@ READ = """
 import json, random, sys
 from pathlib import Path
 from benchmarks.generate import Stock
-from fractal.engine_vllm import VllmEngine
+from fractal.generate.vllm import VllmEngine
 from fractal.generate.engine import Request, Sampling
 from fractal.generate.prompts import load_tokenizer
 path = Path(sys.argv[1])
@@ -105,7 +105,7 @@ print("RESULT", json.dumps([len(theirs), len({one[0] for one in theirs.values()}
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 def test_we_read_what_vllms_own_output_processor_reads(small_model: Path) -> None:
     """Text, stop, tokens and log-probability of streams that end in, between and before stop texts and characters."""
     pytest.importorskip("vllm")
@@ -131,7 +131,7 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lost_engine_gives_its_requests_to_the_others(small_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Each sample comes once, whoever dies when; the last engine's end is told; nobody is left."""
     pytest.importorskip("vllm")
@@ -164,7 +164,7 @@ def test_a_lost_engine_gives_its_requests_to_the_others(small_model: Path, capfd
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 def test_stopped_it_hands_out_what_is_finished_and_closes(small_model: Path) -> None:
     pytest.importorskip("vllm")
     pool = engines(small_model, 1)
@@ -198,7 +198,7 @@ for done in pool.generate([Request(1, i, [1, 2, 3], i) for i in range(10_000)]):
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_engine_ends_with_its_parent(small_model: Path, number: signal.Signals) -> None:
     """By the kernel: a parent that is killed can tell nobody."""
@@ -213,7 +213,7 @@ def test_an_engine_ends_with_its_parent(small_model: Path, number: signal.Signal
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_that_does_not_start_is_told(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     with pytest.raises(OutsideError, match="exit code 1"):

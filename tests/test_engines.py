@@ -108,7 +108,7 @@ def test_stopped_in_mid_batch_the_rows_that_ended_are_kept(
 VLLM = """
 import json, sys
 from pathlib import Path
-from fractal.engine_vllm import VllmEngine
+from fractal.generate.vllm import VllmEngine
 from fractal.generate.engine import Sampling
 from tests.test_engines import TOKENS, asked
 path = Path(sys.argv[1])
@@ -138,7 +138,7 @@ print("RESULT", json.dumps([len(few)]))
 
 
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 def test_vllm_steps_down_and_draws_the_same(small_model: Path) -> None:
     """Memory runs out in mid-run: the engine is made anew with half as many at once, and every sample is its seed's."""
     pytest.importorskip("vllm")

@@ -1,10 +1,12 @@
 """Drawing samples: seeds, settings, resumption; and the real small model in both engines."""
 
 import hashlib
-import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,10 +36,12 @@ def test_a_seed_depends_on_run_problem_and_sample_only(run: int, task_id: int, s
     assert seed != sample_seed(run + 1, task_id, sample_id)
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0}, {"seed": -1}, {"seed": 1 << 31}])  # fmt: skip
-def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="--" + next(iter(wrong)).replace("_", "-")):
-        Sampling(**wrong)  # type: ignore[arg-type]
+def test_settings_out_of_range_are_refused() -> None:
+    wrong = {"n": [0], "temperature": [-1, 11], "top_p": [0, 1.1], "max_tokens": [0], "seed": [-1, 1 << 31]}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(InputError, match="--" + name.replace("_", "-")):
+                Sampling(**{name: value})  # type: ignore[arg-type]
 
 
 def test_auto_stays_with_what_the_run_began_with() -> None:
@@ -131,9 +135,9 @@ def test_an_interrupted_run_goes_on_without_repeating(
         with RunDir(tmp_path / "run", create=True) as folder:
             if expected:
                 with pytest.raises(expected):
-                    stage.run(folder, starter, models.EMBEDDED, Sampling(n=3))
+                    stage.run(folder, starter, models.EMBEDDED, Sampling(n=3), "transformers")
             else:
-                stage.run(folder, starter, models.EMBEDDED, Sampling(n=3))
+                stage.run(folder, starter, models.EMBEDDED, Sampling(n=3), "transformers")
     samples = read_jsonl(tmp_path / "run/samples.jsonl", Sample)
     assert sorted((s.task_id, s.sample_id) for s in samples) == [
         (p.task_id, i) for p in starter.problems for i in range(3)
@@ -158,34 +162,32 @@ def test_a_prompt_too_long_for_the_context_is_skipped_and_counted(
 ) -> None:
     engine = Counting()
     monkeypatch.setattr(stage, "load_engine", lambda *_: engine)
-    long = [p for p in starter.problems]
-    import dataclasses
-
-    long[2] = dataclasses.replace(long[2], prompt="word " * 9000)
+    long = list(starter.problems)
+    long[2] = replace(long[2], prompt="word " * 9000)
     with RunDir(tmp_path / "run", create=True) as folder:
-        stage.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2))
+        stage.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2), "transformers")
         assert list(folder.manifest["stages"]["generate"]["skipped"]) == [str(long[2].task_id)]
     assert "1 problems skipped" in capsys.readouterr().err
     assert {r.task_id for r in engine.asked} == {p.task_id for p in long} - {long[2].task_id}
     with RunDir(tmp_path / "run", create=True) as folder:
-        stage.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2))
+        stage.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2), "transformers")
     assert len(engine.asked) == 8
+
+
+def generate(folder: Path, backend: str) -> dict[tuple[int, int], Sample]:
+    command = [sys.executable, "-m", "fractal", "generate", "--run", str(folder), "--problems", "starter"]
+    command += ["--split", "test", "--limit", "2", "--n", "2", "--max-tokens", "60", "--backend", backend]
+    subprocess.run(command, check=True, timeout=300)
+    return {(s.task_id, s.sample_id): s for s in read_jsonl(folder / "samples.jsonl", Sample)}
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
 def test_the_real_model_writes_programs(tmp_path: Path, backend: str, small_model: Path) -> None:
-    """Both engines, the real weights: code that stops at the fence, log-probabilities below 0, the same twice."""
-    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
-    import subprocess
-    import sys
-
-    for name in ("a", "b"):
-        command = [sys.executable, "-m", "fractal", "generate", "--run", str(tmp_path / name), "--problems", "starter"]
-        command += ["--split", "test", "--limit", "2", "--n", "2", "--max-tokens", "60", "--backend", backend]
-        subprocess.run(command, check=True, timeout=300)
-    samples = read_jsonl(tmp_path / "a/samples.jsonl", Sample)
+    """Both engines, the real weights: code that stops at the fence, log-probabilities below 0."""
+    if backend == "vllm":
+        pytest.importorskip("vllm")
+    samples = generate(tmp_path / "a", backend).values()
     assert len(samples) == 4
     for sample in samples:
         assert sample.completion.startswith(prompts.OPENING)
@@ -193,36 +195,46 @@ def test_the_real_model_writes_programs(tmp_path: Path, backend: str, small_mode
         assert 0 < sample.tokens <= 60
         assert sample.sum_logprob is not None
         assert sample.sum_logprob < 0
-        assert (sample.finish_reason == "length") == (
-            sample.tokens == 60 and not sample.completion.endswith(prompts.FENCE_END)
-        )
+        is_cut = sample.tokens == 60 and not sample.completion.endswith(prompts.FENCE_END)
+        assert (sample.finish_reason == "length") == is_cut
     assert any("def " in sample.code for sample in samples)
-    again = {(s.task_id, s.sample_id): s.code for s in read_jsonl(tmp_path / "b/samples.jsonl", Sample)}
-    assert again == {(s.task_id, s.sample_id): s.code for s in samples}
 
 
 @pytest.mark.model
-def test_both_engines_agree_on_log_probabilities(tmp_path: Path, small_model: Path) -> None:
-    """Greedy decoding in float32: the same program and the same sum from vLLM and from transformers."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
-    import subprocess
-    import sys
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_the_real_model_draws_the_same_twice(tmp_path: Path, backend: str, small_model: Path) -> None:
+    if backend == "vllm":
+        pytest.importorskip("vllm")
+    assert generate(tmp_path / "a", backend) == generate(tmp_path / "b", backend)
 
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom fractal.generate.engine import Request, Sampling\nfrom fractal.generate.stage import load_engine\n"
-        "from transformers import AutoTokenizer\nfrom fractal.generate import prompts\nfrom fractal.problems.sets import load\n"
-        "path = Path(sys.argv[1])\ntokenizer = AutoTokenizer.from_pretrained(path)\n"
-        "problem = load('starter', 'train', 1).problems[0]\n"
-        "text = prompts.render(problem, tokenizer.apply_chat_template)\n"
-        "ids = tokenizer(text, add_special_tokens=False)['input_ids']\n"
-        "for backend in ('vllm', 'transformers'):\n"
-        "    requests = [Request(problem.task_id, 0, ids, 1)]\n"
-        "    engine = load_engine(backend, path, Sampling(n=1, temperature=0, max_tokens=40), 'float32', requests)\n"
-        "    (batch,) = engine.generate(requests)\n"
-        "    print('RESULT', batch[0].tokens, batch[0].sum_logprob, repr(batch[0].text))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(small_model)], capture_output=True, text=True, timeout=300)
+
+GREEDY = """
+import sys
+from pathlib import Path
+from fractal.generate import prompts
+from fractal.generate.engine import Sampling
+from fractal.generate.stage import load_engine
+from fractal.problems.sets import load
+path = Path(sys.argv[1])
+problem = load("starter", "train", 1).problems[0]
+sampling = Sampling(n=1, temperature=0, max_tokens=40)
+requests = prompts.build_requests([(problem, 0)], prompts.load_tokenizer(str(path)), 4096, sampling, {})
+for backend in ("vllm", "transformers"):
+    engine = load_engine(backend, path, sampling, "float32", requests)
+    (batch,) = engine.generate(requests)
+    engine.close()
+    print("RESULT", batch[0].tokens, batch[0].sum_logprob, repr(batch[0].text))
+"""
+
+
+@pytest.mark.model
+@pytest.mark.long
+def test_both_engines_agree_on_log_probabilities(small_model: Path) -> None:
+    """Greedy decoding in float32: the same program and the same sum from vLLM and from transformers."""
+    pytest.importorskip("vllm")
+    command = [sys.executable, "-c", GREEDY, str(small_model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     found = [line.split(maxsplit=3)[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert len(found) == 2, done.stderr[-2000:]
     assert found[0][2] == found[1][2]

@@ -26,8 +26,8 @@ ERRORS = {NOT_SUPPORTED: b"Not Supported", MISMATCH: b"Driver/library version mi
 class Nvml:
     """What we call of libnvidia-ml.so.1, with a driver that can fail at any function."""
 
-    def __init__(self, *cards: Gpu, fails: dict[str, int] | None = None) -> None:
-        self.cards, self.fails, self.users = cards, fails or {}, 0
+    def __init__(self, *gpus: Gpu, fails: dict[str, int] | None = None) -> None:
+        self.gpus, self.fails, self.users = gpus, fails or {}, 0
 
         def error(code: int) -> bytes:
             return ERRORS[code]
@@ -51,22 +51,22 @@ class Nvml:
         version._obj.value = 13020
 
     def _nvmlDeviceGetCount_v2(self, count: Any) -> None:
-        count._obj.value = len(self.cards)
+        count._obj.value = len(self.gpus)
 
     def _nvmlDeviceGetHandleByIndex_v2(self, index: Any, device: Any) -> None:
         device._obj.value = index.value + 1
 
     def _nvmlDeviceGetName(self, device: Any, text: Any, size: Any) -> None:
-        text.value = self.cards[device.value - 1].name.encode()
+        text.value = self.gpus[device.value - 1].name.encode()
 
     def _nvmlDeviceGetUUID(self, device: Any, text: Any, size: Any) -> None:
-        text.value = self.cards[device.value - 1].uuid.encode()
+        text.value = self.gpus[device.value - 1].uuid.encode()
 
     def _nvmlDeviceGetMemoryInfo(self, device: Any, memory: Any) -> None:
-        memory._obj.total, memory._obj.free = self.cards[device.value - 1][1:3]
+        memory._obj.total, memory._obj.free = self.gpus[device.value - 1][1:3]
 
     def _nvmlDeviceGetCudaComputeCapability(self, device: Any, major: Any, minor: Any) -> None:
-        major._obj.value, minor._obj.value = self.cards[device.value - 1].capability
+        major._obj.value, minor._obj.value = self.gpus[device.value - 1].capability
 
 
 C_SOURCE = """
@@ -124,48 +124,44 @@ def test_the_second_library_is_tried() -> None:
     assert gpu.query(load).gpus == (H100,)
 
 
-@pytest.mark.parametrize(
-    ("library", "trouble"),
-    [
-        (
-            Nvml(H100, fails={"nvmlInit_v2": MISMATCH}),
-            "does not answer: Driver/library version mismatch (NVML error 18)",
-        ),
-        (Nvml(H100, fails={"nvmlDeviceGetName": MISMATCH}), "nvmlDeviceGetName: Driver/library version mismatch"),
-        (Nvml(), "no GPU, though NVIDIA's driver 580.95.05 answers"),
-        (object(), "has no attribute 'nvmlInit_v2'"),
-    ],
-)
-def test_a_driver_that_fails_is_no_gpu_with_a_reason(library: Any, trouble: str) -> None:
-    found = gpu.query(lambda name: library)
-    assert found.gpus == ()
-    assert trouble in found.problem
-    assert getattr(library, "users", 0) == 0
+FAILING: list[tuple[Any, str]] = [
+    (Nvml(H100, fails={"nvmlInit_v2": MISMATCH}), "does not answer: Driver/library version mismatch (NVML error 18)"),
+    (Nvml(H100, fails={"nvmlDeviceGetName": MISMATCH}), "nvmlDeviceGetName: Driver/library version mismatch"),
+    (Nvml(), "no GPU, though NVIDIA's driver 580.95.05 answers"),
+    (object(), "has no attribute 'nvmlInit_v2'"),
+]
+
+
+def test_a_driver_that_fails_is_no_gpu_with_a_reason() -> None:
+    for library, problem in FAILING:
+        reading = gpu.query(lambda name, library=library: library)
+        assert reading.gpus == (), problem
+        assert problem in reading.problem
+        assert getattr(library, "users", 0) == 0, problem
 
 
 def test_memory_shared_with_the_processor_is_unknown_and_no_failure() -> None:
-    (card,) = gpu.query(lambda name: Nvml(H100, fails={"nvmlDeviceGetMemoryInfo": NOT_SUPPORTED})).gpus
-    assert card == H100._replace(total_bytes=0, free_bytes=0)
+    (found,) = gpu.query(lambda name: Nvml(H100, fails={"nvmlDeviceGetMemoryInfo": NOT_SUPPORTED})).gpus
+    assert found == H100._replace(total_bytes=0, free_bytes=0)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, (H100, A10)),
-        ("0", (H100,)),
-        ("1, 0", (A10, H100)),
-        ("GPU-2222", (A10,)),
-        ("MIG-3333/1/0", (H100,)),
-        ("", ()),
-        ("-1", ()),
-        ("NoDevFiles", ()),
-        ("0,2,1", (H100,)),  # what comes after the first that names no GPU counts for nothing
-        ("GPU-", ()),  # names both
-    ],
-)
-def test_hidden_gpus_are_not_there(value: str | None, expected: tuple[Gpu, ...]) -> None:
-    environ = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
-    assert visible((H100, A10), environ) == expected
+HIDDEN: dict[str | None, tuple[Gpu, ...]] = {
+    None: (H100, A10),
+    "0": (H100,),
+    "1, 0": (A10, H100),
+    "GPU-2222": (A10,),
+    "MIG-3333/1/0": (H100,),
+    "": (),
+    "-1": (),
+    "NoDevFiles": (),
+    "0,2,1": (H100,),  # what comes after the first that names no GPU counts for nothing
+    "GPU-": (),  # names both
+}
+
+
+def test_hidden_gpus_are_not_there() -> None:
+    environs = {value: {} if value is None else {"CUDA_VISIBLE_DEVICES": value} for value in HIDDEN}
+    assert {value: visible((H100, A10), environ) for value, environ in environs.items()} == HIDDEN
 
 
 def test_without_a_device_file_no_library_is_loaded(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +202,7 @@ def test_free_memory_is_read_again_on_demand(machine: Path, monkeypatch: pytest.
     library = Nvml(H100)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert gpu.gpus() == (H100,)
-    library.cards = (H100._replace(free_bytes=GIB),)
+    library.gpus = (H100._replace(free_bytes=GIB),)
     assert gpu.gpus() == (H100,)
     assert gpu.gpus(fresh=True)[0].free_bytes == GIB
 
@@ -224,33 +220,35 @@ def test_a_gpu_with_a_torch_for_the_cpu_is_not_used(machine: Path, monkeypatch: 
     assert models.preferred_dtype() == "float32"
 
 
-@pytest.mark.parametrize(
-    ("cuda", "torch", "old"),
-    [
-        (13020, (13, 0), False),
-        (13000, (13, 2), False),  # within a major version, a newer torch runs
-        (12080, (13, 0), True),
-        (14010, (13, 0), False),
-        (12080, None, False),
-    ],
-)
-def test_a_driver_too_old_for_torch_is_said_before_anything_is_loaded(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, cuda: int, torch: tuple[int, int] | None, old: bool
-) -> None:
-    def answer(self: Nvml, version: Any) -> None:
-        version._obj.value = cuda
+DRIVERS: list[tuple[int, tuple[int, int] | None, bool]] = [  # the driver's CUDA, torch's, too old
+    (13020, (13, 0), False),
+    (13000, (13, 2), False),  # within a major version, a newer torch runs
+    (12080, (13, 0), True),
+    (14010, (13, 0), False),
+    (12080, None, False),
+]
 
-    monkeypatch.setattr(Nvml, "_nvmlSystemGetCudaDriverVersion_v2", answer)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(H100))
-    monkeypatch.setattr(gpu, "torch_cuda", lambda: torch)
-    said = gpu.driver_problem()
-    assert bool(said) == old
-    assert (doctor.check_gpu().state == "missing") == old
-    if old:
-        assert "driver 580.95.05 runs CUDA 12.8, the installed torch needs 13.0" in said
-        with pytest.raises(OutsideError, match="Upgrade the driver"):
-            choose_backend("auto", None)
-        assert choose_backend("openai", None) == "openai"
+
+def test_a_driver_too_old_for_torch_is_reported_before_anything_is_loaded(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cuda, torch, old in DRIVERS:
+
+        def answer(self: Nvml, version: Any, cuda: int = cuda) -> None:
+            version._obj.value = cuda
+
+        monkeypatch.setattr(Nvml, "_nvmlSystemGetCudaDriverVersion_v2", answer)
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(H100))
+        monkeypatch.setattr(gpu, "torch_cuda", lambda torch=torch: torch)
+        gpu.gpus(fresh=True)
+        problem = gpu.driver_problem()
+        assert bool(problem) == old, (cuda, torch)
+        assert (doctor.check_gpu().state == "missing") == old
+        if old:
+            assert "driver 580.95.05 runs CUDA 12.8, the installed torch needs 13.0" in problem
+            with pytest.raises(OutsideError, match="Upgrade the driver"):
+                choose_backend("auto", None)
+            assert choose_backend("openai", None) == "openai"
 
 
 def test_without_libcuda_nothing_is_said_of_cuda() -> None:

@@ -34,20 +34,16 @@ def test_a_whole_folder_is_taken(folder: Path) -> None:
     assert models.context_length(folder) == 99
 
 
-@pytest.mark.parametrize(
-    ("missing", "complaint"),
-    [
-        ("config.json", "has no config.json"),
-        ("model.safetensors", "has no weights"),
-        ("tokenizer.json", "has no tokenizer"),
-        ("chat_template.jinja", "has no chat template"),
-    ],
-)
-def test_a_missing_part_is_named(folder: Path, missing: str, complaint: str) -> None:
-    for part in folder.glob(missing.replace("model.", "model*.")):
-        part.unlink()
-    with pytest.raises(InputError, match=complaint):
-        models.resolve(str(folder))
+def test_a_missing_part_is_named(folder: Path) -> None:
+    parts = {"config.json": "config.json", "model*": "weights", "tokenizer.json": "tokenizer", "chat*": "chat template"}
+    for pattern, name in parts.items():
+        removed = {file: file.read_bytes() for file in folder.glob(pattern)}
+        for file in removed:
+            file.unlink()
+        with pytest.raises(InputError, match=f"has no {name}"):
+            models.resolve(str(folder))
+        for file, content in removed.items():
+            file.write_bytes(content)
 
 
 def test_a_template_in_the_tokenizers_settings_counts(folder: Path) -> None:
@@ -63,13 +59,6 @@ def test_what_is_no_folder_is_refused(folder: Path) -> None:
         models.resolve(str(folder / "nothing"))
 
 
-def test_the_digest_follows_the_weights(folder: Path) -> None:
-    before = models.weight_digest(folder)
-    assert models.weight_digest(folder) == before
-    (folder / "model.safetensors").write_text("other weights")
-    assert models.weight_digest(folder) != before
-
-
 def test_a_hub_that_does_not_answer_is_something_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -81,11 +70,11 @@ def test_a_hub_that_does_not_answer_is_something_outside(monkeypatch: pytest.Mon
         models.resolve("someone/some-model")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
-def test_a_damaged_configuration_is_named(folder, text):
-    (folder / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match=r"config\.json is not"):
-        models.check_folder(folder)
+def test_a_damaged_configuration_is_named(folder):
+    for content in (b"", b"{", b"[]", b"\xff"):
+        (folder / "config.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"config\.json is not"):
+            models.check_folder(folder)
 
 
 def test_the_digest_knows_the_weights(folder):

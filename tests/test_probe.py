@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fractal.critic import probe
 from fractal.critic.arrays import Flags, Floats, Groups, Half
@@ -165,3 +167,18 @@ def test_a_fold_with_one_class_only_is_no_error() -> None:
     passed[:2] = True  # only the first problem has passing ones: its fold has nothing to learn from
     chosen = probe.cross_validate(states, passed, groups, [1, 2])
     assert chosen.logits[groups == 0].tolist() == [0.0] * 4
+
+
+@given(st.lists(st.integers(0, 8), min_size=12, max_size=60), st.integers(2, 5))
+def test_folds_are_those_of_scikit_learn(tasks: list[int], count: int) -> None:
+    """Critics that were trained by its folds come out the same."""
+    selection = pytest.importorskip("sklearn.model_selection")
+    groups = np.array(tasks, dtype=np.int64)
+    if len(np.unique(groups)) >= count:
+        expected = selection.GroupKFold(n_splits=count).split(groups, groups=groups)
+        assert [test.tolist() for _, test in probe._splits(probe.problem_folds(groups, count))] == [
+            test.tolist() for _, test in expected
+        ]
+    expected = selection.KFold(count, shuffle=True, random_state=0).split(groups)
+    found = probe._splits(probe.sample_folds(len(groups), count))
+    assert [test.tolist() for _, test in found] == [test.tolist() for _, test in expected]

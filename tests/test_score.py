@@ -67,6 +67,7 @@ import os; os._exit(0)  # vLLM's threads
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["probe of a layer", "probe of the last layer", "lora", "full"])
 @pytest.mark.skipif(why_no_vllm() is not None, reason="vLLM is not here")
 def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ missing, because importing vLLM takes ten seconds.
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from fractal.generate.backends import choose_backend
 from fractal.generate.engine import Completion, Engine, Request, Sampling, Server
 from fractal.generate.extraction import extract_code
 from fractal.generate.interrupt import DeferredInterrupt
+from fractal.generate.vllm_processes import EngineProcess, EngineProcesses
 from fractal.jsonl import Appender, read_jsonl, unique
 from fractal.problems.sets import ProblemSet
 from fractal.records import Problem, Sample
@@ -97,11 +99,15 @@ def run(
         console.say(f"generate: {len(done)} samples are there, nothing to do")
         return
     follower = follow() if follow else None
-    with folder.stage("generate", "samples.jsonl") as entry:
+    with folder.stage("generate", "samples.jsonl") as entry, ExitStack() as cleanup:
         console.say(
             f"generate: {len(missing)} samples of {len({p.task_id for p, _ in missing})} problems with {name} "
             f"({backend}{f', {dtype}' if dtype else ''}); {len(done)} are there"
         )
+        process = None
+        if backend == "vllm":  # it imports vLLM while the prompts are tokenised here
+            with console.quiet("starting vLLM"):
+                process = cleanup.enter_context(EngineProcess())
         tokenizer_name = str(files.path) if files else server.tokenizer if server else None
         tokenizer = prompts.load_tokenizer(tokenizer_name) if tokenizer_name else None
         # model_max_length is huge where a tokenizer states none
@@ -113,7 +119,7 @@ def run(
         folder.save()
         if requests:
             if files and dtype:
-                engine = load_engine(backend, files.path, sampling, dtype, requests, batch, engines)
+                engine = load_engine(backend, files.path, sampling, dtype, requests, batch, engines, process)
             else:
                 assert server is not None
                 engine = connect(model, sampling, server)
@@ -136,19 +142,20 @@ def load_engine(
     requests: list[Request],
     batch: int | None = None,
     engines: int | None = None,
+    process: EngineProcess | None = None,
 ) -> Engine:
-    """Load the model in `path`, with room for the longest of `requests`. Raises OutsideError.
+    """Load the model in `path`, with room for the longest of `requests`; vLLM's in `process`. Raises OutsideError.
 
     What the libraries print while they load goes to the stage's log.
     """
     length = max(len(request.prompt) for request in requests) + sampling.max_tokens
     with console.quiet("loading the model"):
         if backend == "vllm":
-            from fractal.generate.vllm_processes import EngineProcesses
-
             count = engines or memory.engines_here(path, dtype, len(requests))
             budget = memory.gpu_budget() if count > 1 else None
-            return EngineProcesses(path, sampling, dtype, length, batch, engines=count, budget_bytes=budget)
+            return EngineProcesses(
+                path, sampling, dtype, length, batch, engines=count, budget_bytes=budget, first=process
+            )
         from fractal.generate.transformers import TransformersEngine
 
         return TransformersEngine(path, sampling, dtype, length, batch)

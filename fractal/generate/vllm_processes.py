@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import msgspec
 
@@ -49,7 +49,6 @@ class Start(msgspec.Struct, tag=True):
     size: int | None
     budget_bytes: int | None
     options: dict[str, Any]
-    parent: int  # process id
 
 
 class Requests(msgspec.Struct, tag=True):
@@ -84,12 +83,14 @@ class Failure(msgspec.Struct, tag=True):
 
 
 FromEngine = Ready | Completions | WarningText | Failure
+Event = tuple["EngineProcess", FromEngine | None]  # None: its output has ended
 
 
 class EngineProcesses:
     """An Engine (engine.py) that runs `engines` of vLLM on the same device.
 
     `budget_bytes`: GPU memory that they share; only needed where there are several. `options` go to vLLM's LLM.
+    `first`: a process that was started while prompts were tokenised, to save time.
     Raises OutsideError if the first engine does not start. The others may: then it goes on with fewer.
     """
 
@@ -104,11 +105,12 @@ class EngineProcesses:
         engines: int = 1,
         budget_bytes: int | None = None,
         options: dict[str, Any] | None = None,
+        first: "EngineProcess | None" = None,
     ) -> None:
         share = budget_bytes // engines if budget_bytes and engines > 1 else None
-        start = Start(str(path), sampling, dtype, length, size, share, options or {}, os.getpid())
-        self._events: queue.SimpleQueue[tuple[_Process, FromEngine | None]] = queue.SimpleQueue()
-        self._processes = [_Process(self._events)]
+        start = Start(str(path), sampling, dtype, length, size, share, options or {})
+        self._processes = [first or EngineProcess()]
+        self._events = self._processes[0].events
         self._processes[0].send(start)
         try:
             while not self._processes[0].batch:  # the first start may compile: the others find what it has compiled
@@ -118,7 +120,7 @@ class EngineProcesses:
             raise
         self.batch = self._processes[0].batch
         for _ in range(engines - 1):
-            self._processes.append(_Process(self._events))
+            self._processes.append(EngineProcess(self._events))
             self._processes[-1].send(start)
 
     @property
@@ -153,7 +155,7 @@ class EngineProcesses:
                 wait_s = 0.0
         return done
 
-    def _handle(self, process: "_Process", event: FromEngine | None) -> list[Completion]:
+    def _handle(self, process: "EngineProcess", event: FromEngine | None) -> list[Completion]:
         """Returns the completions of an event. Raises if it is the end of the last engine."""
         if isinstance(event, Ready):
             process.batch = event.batch
@@ -199,31 +201,40 @@ def _error(event: FromEngine | None, code: int) -> Exception:
     )
 
 
-class _Process:
-    """One engine's process, with the requests that it has."""
+class EngineProcess:
+    """The process of one engine, with the requests that it has. It imports vLLM, then waits for Start.
 
-    def __init__(self, events: "queue.SimpleQueue[tuple[_Process, FromEngine | None]]") -> None:
+    A context manager: left, it is ended.
+    """
+
+    def __init__(self, events: "queue.SimpleQueue[Event] | None" = None) -> None:
         """What it prints goes where standard error goes now: to the log, within `console.quiet`."""
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue() if events is None else events
         self.batch = 0  # samples decoded at once; 0 until the model is loaded
         self.under_way: dict[int, Request] = {}  # by number
         self._numbers = itertools.count()
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "fractal.generate.vllm_processes"],
+            [sys.executable, "-m", "fractal.generate.vllm_processes", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is the parent's: it writes what is finished
         )
-        self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
-        self._reader.start()
+        threading.Thread(target=self._read, daemon=True).start()
 
-    def _read(self, events: "queue.SimpleQueue[tuple[_Process, FromEngine | None]]") -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _read(self) -> None:
         assert self._child.stdout is not None
         for data in read_frames(self._child.stdout):
-            events.put((self, _from_engine.decode(data)))
-        events.put((self, None))
+            self.events.put((self, _from_engine.decode(data)))
+        self.events.put((self, None))
 
     def send(self, message: Start | Requests) -> None:
         assert self._child.stdin is not None
@@ -328,14 +339,14 @@ def main() -> None:
     """Load the model that Start on standard input names, then answer the requests that follow on standard output."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print
+    end_with_parent(int(sys.argv[1]))
     stream = read_frames(sys.stdin.buffer)
-    start = _to_engine.decode(next(stream))
-    assert isinstance(start, Start)
-    end_with_parent(start.parent)
     code = 0
     try:
         from fractal.generate.vllm import VllmEngine
 
+        start = _to_engine.decode(next(stream, b""))
+        assert isinstance(start, Start)
         engine = VllmEngine(
             Path(start.path),
             start.sampling,
@@ -353,8 +364,8 @@ def main() -> None:
                 out, Completions([(c.request.task_id, c.text, c.stopped, c.tokens, c.sum_logprob) for c in done])
             )
         engine.close()
-    except BrokenPipeError:
-        code = 1  # the parent is gone
+    except (BrokenPipeError, msgspec.DecodeError):
+        code = 1  # the parent is gone, or needs no engine after all
     except (InputError, OutsideError) as error:
         write_frame(out, Failure(2 if isinstance(error, InputError) else 3, str(error)))
     sys.stderr.flush()

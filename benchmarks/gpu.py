@@ -1,4 +1,4 @@
-"""The whole table of a GPU in one command: `invoke bench --what=card`, or `python benchmarks/card.py --help`.
+"""The whole table of a GPU in one command: `invoke bench --what=gpu`, or `python benchmarks/gpu.py --help`.
 
 How long the engine takes to start, with empty caches and again; generation against bare vLLM, vLLM's own settings,
 several engines and the mission's 90.6 samples a second, with the share of the time in which the GPU computed; the
@@ -92,7 +92,7 @@ def bench(script: str, words: list[str], out: Path) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     print(*lines[:-1], sep="\n", flush=True)
     if done.returncode or not lines:
-        raise BenchError(f"{script} ended with exit code {done.returncode}: its words stand above.")
+        raise BenchError(f"{script} ended with exit code {done.returncode}: its output stands above.")
     found: dict[str, Any] = json.loads(Path(lines[-1]).read_text())
     return found
 
@@ -120,7 +120,7 @@ def entry(plan: Plan, values: dict[str, Any], facts: dict[str, Any], where: str,
     text = [f"## {day}: generation and critic on {where}"]
     size = f"n = {plan.n}, at most {plan.max_tokens} tokens, temperature 0.8, {plan.rounds} rounds"
     text += [f"Setup    {plan.model}, {plan.problems} {plan.split}, {size}; {facts.get('commit') or 'no commit'}"]
-    text += [f"         `invoke bench --what=card`; driver {gpu.driver_version() or 'none'}"]
+    text += [f"         `invoke bench --what=gpu`; driver {gpu.driver_version() or 'none'}"]
     start = values["start_s"]
     text += [f"Result   start with empty caches {start['cold']:.0f} s, again {start['warm']:.0f} s"]
     text += [f"         {'':<40} samples/s  of {generation.MISSION}  tokens/s  GPU busy"]
@@ -152,7 +152,7 @@ def _critic(found: dict[str, Any]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="benchmarks/card.py", description=(__doc__ or "").partition("\n")[0])
+    found = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=(__doc__ or "").partition("\n")[0])
     add, plan = found.add_argument, Plan()
     add("--model", default=plan.model, help=f"a folder or a hub id [{plan.model}]")
     add("--problems", default=plan.problems, help=f"as for fractal generate [{plan.problems}]")
@@ -176,7 +176,7 @@ def run(given: argparse.Namespace) -> Path:
     )  # fmt: skip
     facts = machine()
     values = measure(plan, given.out)
-    figures = save(given.out, "card", plan, {"machine": facts, **values})
+    figures = save(given.out, "gpu", plan, {"machine": facts, **values})
     where = gpu.gpus()[0].name if gpu.usable() else "a processor without a GPU"
     text = entry(plan, values, facts, where, time.strftime("%Y-%m-%d"))
     console.say(text)

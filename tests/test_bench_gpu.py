@@ -1,15 +1,13 @@
 """The table of a GPU: what it says of figures, and that it wants a GPU. Its parts have tests of their own."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import card
+from benchmarks import gpu as bench
 from fractal.install import gpu
-from tests.conftest import ROOT
 
 
 def row(contestant: str, rate: float, busy: float | None) -> dict[str, Any]:
@@ -36,7 +34,7 @@ VALUES: dict[str, Any] = {
 
 def test_an_entry_for_the_log_has_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "usable", lambda: True)
-    text = card.entry(card.Plan(), VALUES, {"commit": "abc1234"}, "an NVIDIA A100-SXM4-80GB", "2026-12-01")
+    text = bench.entry(bench.Plan(), VALUES, {"commit": "abc1234"}, "an NVIDIA A100-SXM4-80GB", "2026-12-01")
     assert text.startswith(
         "## 2026-12-01: generation and critic on an NVIDIA A100-SXM4-80GB\nSetup    Qwen/Qwen2.5-Coder-1.5B"
     )
@@ -52,11 +50,14 @@ def test_an_entry_for_the_log_has_every_figure(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(gpu.usable(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/card.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 3
-    assert "no GPU to measure" in done.stderr
-    assert "--quick" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_without_a_gpu_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert bench.main() == 3
+    error = capsys.readouterr().err
+    assert "no GPU to measure" in error
+    assert "--quick" in error
+    assert len(error.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
