@@ -139,7 +139,7 @@ def problem_folds(groups: Groups, count: int) -> Groups:
     """
     _, problem, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     fold_of, fold_sizes = np.zeros(len(sizes), dtype=np.int64), np.zeros(count)
-    for largest in np.argsort(sizes)[::-1]:
+    for largest in np.argsort(sizes, kind="stable")[::-1]:
         fold_of[largest] = np.argmin(fold_sizes)
         fold_sizes[fold_of[largest]] += sizes[largest]
     return fold_of[problem]

@@ -15,7 +15,7 @@ from fractal.rundir import RunDir
 def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> None:
     """Copy the samples of the chosen problems into samples.jsonl; what the other stages need is recorded.
 
-    `model`: the one that drew them, a folder or a hub id: the critic starts from it. Raises InputError; then nothing
+    `model`: a folder or hub id of the model that drew them: the critic starts from it. Raises InputError; then nothing
     has been written.
     """
     if not samples.is_file():
@@ -25,12 +25,12 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     known = problem_set.by_id()
     with console.quiet("reading the samples"):
-        found = [file_sample.extracted() for file_sample in read_samples(samples, known)]
+        adopted = [file_sample.extracted() for file_sample in read_samples(samples, known)]
     counts: dict[int, int] = {}
-    for one in found:
-        counts[one.task_id] = counts.get(one.task_id, 0) + 1
+    for sample in adopted:
+        counts[sample.task_id] = counts.get(sample.task_id, 0) + 1
     chosen = [problem for problem in problem_set.problems if problem.task_id in counts]
-    temperatures = {one.temperature for one in found}
+    temperatures = {sample.temperature for sample in adopted}
     folder.configure("problems", {"name": problem_set.name, "digest": problem_set.digest})
     folder.configure(
         "generate",
@@ -48,12 +48,12 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
     folder.save()
     folder.set_problems(chosen)
     if folder.file("samples.jsonl").exists():
-        console.say(f"adopt: {len(found)} samples are there, nothing to do")
+        console.say(f"adopt: {len(adopted)} samples are there, nothing to do")
         return
     with folder.stage("adopt", "samples.jsonl"):
-        write_jsonl(folder.file("samples.jsonl"), found)
+        write_jsonl(folder.file("samples.jsonl"), adopted)
         missing = len(problem_set.problems) - len(chosen)
         console.say(
-            f"adopt: {len(found)} samples of {len(chosen)} problems from {samples}"
+            f"adopt: {len(adopted)} samples of {len(chosen)} problems from {samples}"
             + (f"; {missing} problems without a sample left out" if missing else "")
         )

