@@ -1,3 +1,4 @@
+#!/bin/sh
 # shellcheck disable=SC2086  # $docker may be two words: sudo docker
 # $1: seconds for an answer, $2: seconds for the start of the engine.
 # Prints "answers DOCKER" with the command that works, "repaired" if the engine was started, "absent" without Docker.

@@ -1,3 +1,4 @@
+#!/bin/sh
 # shellcheck disable=SC2086  # $docker may be two words: sudo docker
 # $1: the docker command, $2: seconds for the restart. Fails with "absent" without the toolkit, with "busy" while
 # containers run: the engine's restart would end them.

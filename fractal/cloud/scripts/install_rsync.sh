@@ -1,3 +1,4 @@
+#!/bin/sh
 # $1: seconds for one call of apt-get. Prints "there", or "repaired" if rsync was installed; else the reason, and fails.
 limit=$1
 command -v rsync > /dev/null && { echo there; exit 0; }

@@ -1,3 +1,4 @@
+#!/bin/sh
 # shellcheck disable=SC2086  # $docker may be two words, $follow may be empty
 # $1: the docker command, $2: the container, $3: the first byte wanted, counted from 1, $4: "-f" to follow, or "".
 docker=$1 follow=$4

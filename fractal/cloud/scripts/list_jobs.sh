@@ -1,3 +1,4 @@
+#!/bin/sh
 # shellcheck disable=SC2086  # $docker may be two words, $ids is a list
 # $1: the docker command. Prints [labels, state] of each job's container, as JSON lines.
 docker=$1

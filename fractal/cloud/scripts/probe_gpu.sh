@@ -1,3 +1,4 @@
+#!/bin/sh
 # shellcheck disable=SC2086,SC2046,SC2069  # $docker may be two words; lists of files are split on purpose
 # $1: the docker command, $2: seconds for each step. Runs nvidia-smi in a container with all GPUs.
 # Prints "gpu" and a line "DRIVER, NAME" for each GPU; else the reason, and fails.

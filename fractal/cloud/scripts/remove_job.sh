@@ -1,3 +1,4 @@
+#!/bin/sh
 # shellcheck disable=SC2086  # $docker may be two words: sudo docker
 # $1: the docker command, $2: the job's id. Removes its containers and its volume.
 docker=$1

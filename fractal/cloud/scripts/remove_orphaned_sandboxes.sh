@@ -1,3 +1,4 @@
+#!/bin/sh
 # shellcheck disable=SC2086  # $docker may be two words: sudo docker
 # $1: the docker command. Removes sandboxes whose job does not exist: a client was killed while it started the job.
 docker=$1
