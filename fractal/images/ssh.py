@@ -154,8 +154,9 @@ class SshConnection:
             )
         except subprocess.TimeoutExpired as error:
             self.check_alive()
+            first = next(line for line in script.splitlines() if line and not line.startswith("#"))
             raise SshConnectionError(
-                f"{self.host}: no end after {timeout_s:.0f} s of: {script.split()[0]}. Look there."
+                f"{self.host}: no end after {timeout_s:.0f} s of: {first[:60]}. Look there."
             ) from error
         _, started, done.stdout = done.stdout.partition(f"{START_MARKER}\n")
         if done.returncode == 255:  # ssh's own failure, or the script's
