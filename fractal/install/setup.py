@@ -263,21 +263,17 @@ class Installer:
 
     def twice(self, step: str, action: Callable[[], None]) -> None:
         """A flaky download deserves a second try; what was downloaded is in pip's cache."""
-        try:
-            action()
-        except DiskFullError:
-            raise
-        except SetupError as error:
-            self.terminal.log(f"{step}: {error}. Trying once more.")
-        else:
-            return
-        try:
-            action()
-        except DiskFullError:
-            raise
-        except SetupError as error:
-            message = f"{step} failed: {error}. Check the network and run the command again; log: {LOG}"
-            raise SetupError(message) from None
+        for last in (False, True):
+            try:
+                action()
+                return
+            except DiskFullError:
+                raise
+            except SetupError as error:
+                if last:
+                    message = f"{step} failed: {error}. Check the network and run the command again; log: {LOG}"
+                    raise SetupError(message) from None
+                self.terminal.log(f"{step}: {error}. Trying once more.")
 
     def torch_for_cpu(self) -> None:
         """PyTorch without CUDA: from the indexes and folders of pip's settings, else from PyTorch's own index by uv."""
