@@ -13,7 +13,7 @@ import pytest
 from fractal.jsonl import read_jsonl
 from fractal.records import Choice, Label, Output, Problem, Sample, Score
 
-pytestmark = [pytest.mark.docker, pytest.mark.model, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.docker, pytest.mark.model, pytest.mark.long, pytest.mark.timeout(1800)]
 N = 6
 SIZE = ["--problems", "starter", "--limit", "8", "--n", str(N), "--temperature", "0.6", "--max-tokens", "64"]
 
@@ -42,12 +42,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, image: str, small_model: 
     run = tmp_path_factory.mktemp("runs") / "killed"
     for reached in MOMENTS.values():
         child = subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while child.poll() is None and not reached(run):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        deadline = time.monotonic() + 600
+        try:
+            while child.poll() is None and not reached(run):
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
     done = subprocess.run(command(run), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return run

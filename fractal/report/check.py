@@ -66,9 +66,9 @@ def compare(folder: RunDir) -> tuple[int, list[Difference]]:
     choices = recompute(folder)
     report = make.make(folder, made_with.get("bill", {}), choices)
     recorded = read_jsonl(folder.file("selection.jsonl"), Choice)
-    numbers, again = json.loads(stored[NUMBERS]), json.loads(report.files[NUMBERS])
+    numbers, recomputed = json.loads(stored[NUMBERS]), json.loads(report.files[NUMBERS])
     same_code = _same_code(folder)
-    differences = [*_compare_choices(recorded, choices), *_compare_values(numbers, again, "", same_code)]
+    differences = [*_compare_choices(recorded, choices), *_compare_values(numbers, recomputed, "", same_code)]
     for name in (PAGE, TABLE) if same_code else ():
         if stored[name] != report.files[name] and not differences:
             differences.append(_first_line(name, stored[name], report.files[name]))
@@ -123,29 +123,29 @@ class _Absent:
     """Stands for a value that only the other side has."""
 
 
-def _compare_values(report: Any, again: Any, where: str, same_code: bool) -> Iterator[Difference]:
+def _compare_values(report: Any, recomputed: Any, where: str, same_code: bool) -> Iterator[Difference]:
     """The leaves of two JSON values that differ; where the code does, only numbers that both sides have."""
-    if isinstance(report, dict) and isinstance(again, dict):
-        for key in dict.fromkeys([*report, *again]):
+    if isinstance(report, dict) and isinstance(recomputed, dict):
+        for key in dict.fromkeys([*report, *recomputed]):
             path = f"{where}.{key}" if where else key
-            yield from _compare_values(report.get(key, _Absent), again.get(key, _Absent), path, same_code)
-    elif isinstance(report, list) and isinstance(again, list):
-        for number, (old, new) in enumerate(itertools.zip_longest(report, again, fillvalue=_Absent)):
+            yield from _compare_values(report.get(key, _Absent), recomputed.get(key, _Absent), path, same_code)
+    elif isinstance(report, list) and isinstance(recomputed, list):
+        for number, (old, new) in enumerate(itertools.zip_longest(report, recomputed, fillvalue=_Absent)):
             name = element_name(new if old is _Absent else old) or number
             yield from _compare_values(old, new, f"{where}[{name}]", same_code)
-    elif _is_number(report) and _is_number(again):
-        if not _close(report, again):
-            yield Difference(where, _show(report), _show(again))
-    elif same_code and (type(report) is not type(again) or report != again):
-        yield Difference(where, _show(report), _show(again))
+    elif _is_number(report) and _is_number(recomputed):
+        if not _close(report, recomputed):
+            yield Difference(where, _show(report), _show(recomputed))
+    elif same_code and (type(report) is not type(recomputed) or report != recomputed):
+        yield Difference(where, _show(report), _show(recomputed))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _close(report: float, again: float) -> bool:
-    return math.isclose(report, again, rel_tol=TOLERANCE, abs_tol=NEAR_ZERO)
+def _close(report: float, recomputed: float) -> bool:
+    return math.isclose(report, recomputed, rel_tol=TOLERANCE, abs_tol=NEAR_ZERO)
 
 
 def _show(value: Any) -> str:
@@ -166,9 +166,9 @@ def _leaves(value: Any) -> Iterator[int | float]:
         yield value
 
 
-def _first_line(name: str, report: bytes, again: bytes) -> Difference:
+def _first_line(name: str, report: bytes, recomputed: bytes) -> Difference:
     """Two texts differ: the first line that does, from shortly before the first difference."""
-    pairs = itertools.zip_longest(report.splitlines(), again.splitlines(), fillvalue=b"")
+    pairs = itertools.zip_longest(report.splitlines(), recomputed.splitlines(), fillvalue=b"")
     number, (old, new) = next((number, pair) for number, pair in enumerate(pairs, 1) if pair[0] != pair[1])
     same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     shown = [repr(text[max(0, same - 20) : same + 40].decode("utf-8", "replace")) for text in (old, new)]
