@@ -47,17 +47,25 @@ def _session():
 
 
 def pipeline():
-    """What fractal.cloud needs of the pipeline, whose stages it does not import."""
-    from fractal.__main__ import check_run_arguments
+    """What fractal.cloud needs of the pipeline, whose stages it does not import; loaded when it is called."""
     from fractal.cloud.options import Pipeline
-    from fractal.generate import models
 
-    return Pipeline(
-        check_run_arguments=check_run_arguments,
-        check_model=models.check_folder,
-        default_model=models.EMBEDDED,
-        default_model_folder=lambda: models.resolve(models.EMBEDDED).path,
-    )
+    def check_run_arguments(arguments):
+        from fractal.__main__ import check_run_arguments
+
+        check_run_arguments(arguments)
+
+    def check_model(folder):
+        from fractal.generate import models
+
+        models.check_folder(folder)
+
+    def embedded_model():
+        from fractal.generate import models
+
+        return models.resolve(models.EMBEDDED).path
+
+    return Pipeline(check_run_arguments, check_model, embedded_model)
 
 
 program.executor_class = Chain

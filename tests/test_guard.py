@@ -214,7 +214,7 @@ def test_a_new_key_takes_over_from_one_that_was_revoked(rented: Renting, monkeyp
     rented.cloud.key = "new-key"
     until(lambda: not guard.alive(rented.ledger, entry.name))
     monkeypatch.setenv("LAMBDA_API_KEY", "new-key")
-    update(rented.account("new-key"))
+    update(rented.account(key="new-key"))
     assert guard.alive(rented.ledger, entry.name)
     age(rented, entry, 9)
     ended(rented)

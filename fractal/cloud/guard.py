@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -33,14 +32,6 @@ from fractal.jsonl import parse
 START_TIMEOUT_S = 60.0
 RETRY_MAX_S = 60.0
 REFUSED_MAX = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """A guard's state, for `invoke ps`."""
-
-    alive: bool
-    until: float | None  # unix seconds; None without a limit
 
 
 # --- for the client
@@ -95,10 +86,6 @@ def alive(ledger: Ledger, name: str) -> bool:
         return False
     lock.release()
     return False
-
-
-def status(ledger: Ledger, entry: Entry) -> Status:
-    return Status(alive=alive(ledger, entry.name), until=entry.ends_at())
 
 
 def log_file(ledger: Ledger, name: str) -> Path:

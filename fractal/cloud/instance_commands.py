@@ -116,11 +116,11 @@ def ps(session: Session) -> None:
 
 
 def _guard_text(ledger: Ledger, entry: Entry) -> str:
-    status = guard.status(ledger, entry)
-    if status.until is None:
-        return "a guard watches it, without a limit" if status.alive else "NO GUARD, and no limit"
-    ends = f"ends it at {time.strftime('%H:%M', time.localtime(status.until))}"
-    return f"a guard watches it and {ends}" if status.alive else f"NO GUARD {ends}: invoke terminate"
+    alive, until = guard.alive(ledger, entry.name), entry.ends_at()
+    if until is None:
+        return "a guard watches it, without a limit" if alive else "NO GUARD, and no limit"
+    ends = f"ends it at {time.strftime('%H:%M', time.localtime(until))}"
+    return f"a guard watches it and {ends}" if alive else f"NO GUARD {ends}: invoke terminate"
 
 
 def gpu(session: Session) -> None:

@@ -33,9 +33,9 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
     for option in ("--problems", "--model"):
         if path := local_path(arguments, option):
             arguments[arguments.index(option) + 1] = f"{INPUTS}/{transfer.send_input(remote, path, log)}"
-    default_model = session.pipeline.default_model
-    if "--model" not in arguments and hub_token.model_of(arguments, request.folder) in (None, default_model):
-        transfer.send_model(remote, session.pipeline.default_model_folder(), log)  # images hold no weights
+    model = hub_token.model_of(arguments, request.folder)
+    if "--model" not in arguments and model in (None, hub_token.EMBEDDED_MODEL):
+        transfer.send_model(remote, session.pipeline.embedded_model(), log)  # images hold no weights
     (recipe,) = recipes.choose(request.image)
     pipeline, sandbox = session.image_name(request.image), session.image_name("sandbox")
     pushed = session.options_of("push") or session.options_of("up")

@@ -3,11 +3,9 @@
 `classify` looks at one response, or at the failure to get one; it does not know what the request was.
 """
 
-import email.utils
 import os
 import re
 import ssl
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,7 +184,7 @@ def classify(response: Response | NetworkFailure, request: str, key: str) -> Out
         reason=reason,
         retryable=error_class in (BusyError, ServerError),
         had_no_effect=error_class is not ServerError,
-        retry_after_s=retry_after_s(response.headers, time.time()),
+        retry_after_s=_retry_after_s(response.headers),
     )
 
 
@@ -243,12 +241,7 @@ def _one_line(text: str, key: str, length: int) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """The header Retry-After in seconds; it holds seconds or an HTTP date."""
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """The header Retry-After where it holds seconds, as Lambda's does; an HTTP date is not read."""
     text = next((value for name, value in headers.items() if name.lower() == "retry-after"), "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)
-    except (ValueError, TypeError, OverflowError):
-        return None
+    return float(text) if re.fullmatch(r"[0-9]{1,9}", text) else None

@@ -26,8 +26,7 @@ class Pipeline:
 
     check_run_arguments: Callable[[list[str]], None]  # raises InputError for what `fractal run` would refuse
     check_model: Callable[[Path], None]  # raises InputError for a folder that holds no model
-    default_model: str  # the model that ships with Fractal
-    default_model_folder: Callable[[], Path]
+    embedded_model: Callable[[], Path]  # prepares the model that ships with Fractal; its folder
 
 
 @dataclass(frozen=True, slots=True)
