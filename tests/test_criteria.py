@@ -48,6 +48,10 @@ val_accuracy = 0.8           not a criterion
 val_accuracy >= 0.8 0.9      not a criterion
 accurracy >= 0.8             unknown name 'accurracy'. Known: val_accuracy, accuracy
 nothing.critic.auc >= 0.8    unknown name
+details >= 0.8               unknown name
+details.critic.auk >= 0.8    unknown name
+details.duels.x.gain.lo > 0  unknown name
+details.critic.auc.x >= 0    unknown name
 val_accuracy >= 80           write 80 % or a number from -1 to 1
 details.critic.auc >= 80     write 80 % or a number from -1 to 1
 cost_usd <= 80 %             cost_usd is no share
@@ -110,6 +114,7 @@ def test_criteria_are_on_disk_at_once_and_only_added_to(tmp_path, measured):
 
 
 def test_every_name_is_measured_or_says_why_not(measured):
+    assert [path for path in NAMES.values() if not criteria._is_path(path)] == []
     fields = make.as_json(make.summary_fields(measured, 0.5))
     missing = {name for name in [*NAMES, *COUNTS] if criteria.lookup(fields, NAMES.get(name, name))[0] is None}
     absent = ("first", "zero_shot", "critic_logprob", "consensus", "visible_test")  # no such data in these records

@@ -8,13 +8,16 @@ each with the time and with how many samples there were; they are added to, neve
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import UnionType
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 import msgspec
 
 from fractal.errors import InputError, RecordError
+from fractal.report.strategies import StrategyResult
+from fractal.report.summary import Summary
 from fractal.report.text import DASH, percent, span
 from fractal.rundir import RunDir, now
 from fractal.selection.bootstrap import Interval
@@ -50,7 +53,15 @@ NAMES = {
     **{f"over_{name}_low": f"details.duels.{name}.gain.low" for name in OTHERS if name != "critic"},
 }
 COUNTS = ("problems", "samples", "samples_per_s", "tokens_per_s", "verified_per_s", "total_s", "cost_usd")
-ROOTS = ("strategies", "details", "labels", "seconds", "pass_rate", "gap_closed", "problems_by_split")
+ROOTS: dict[str, Any] = {  # the first part of a path: the type of what is there
+    "details": Summary,
+    "strategies": dict[str, StrategyResult],
+    "pass_rate": Interval,
+    "gap_closed": Interval,
+    "labels": dict[str, int],
+    "problems_by_split": dict[str, int],
+    "seconds": dict[str, float],
+}
 # A path that ends so is a share, 0..1, or a difference of two shares.
 SHARES = (
     "mean", "low", "high", "accuracy", "auc", "within_auc", "lookup_accuracy", "majority_accuracy", "brier",
@@ -116,8 +127,7 @@ def parse(text: str, where: str = "--criterion") -> Criterion:
             "'critic_gain_low > 0' or 'val_accuracy >= 80 %'."
         )
     name, comparison, digits, percentage = match.groups()
-    root, dot, _ = name.partition(".")
-    if name not in NAMES and name not in COUNTS and not (dot and root in ROOTS):
+    if name not in NAMES and name not in COUNTS and not _is_path(name):
         raise InputError(
             f"{where} {shown!r}: unknown name {name!r}. Known: {', '.join([*NAMES, *COUNTS])}, and paths into "
             "summary.json, as strategies.critic.gain_over_random.low."
@@ -130,6 +140,17 @@ def parse(text: str, where: str = "--criterion") -> Criterion:
     if criterion.value in (float("inf"), float("-inf")):
         raise InputError(f"{where} {shown!r}: the number is too large.")
     return criterion
+
+
+def _is_path(name: str) -> bool:
+    """Whether summary.json can hold a value under this path, by the types of its parts."""
+    root, *parts = name.split(".")
+    kind = ROOTS.get(root)
+    for part in parts:
+        if isinstance(kind, UnionType):  # X | None
+            kind = get_args(kind)[0]
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else next(reversed(get_args(kind)), None)
+    return bool(parts) and kind is not None
 
 
 def read_plan(path: Path) -> list[Criterion]:
