@@ -49,12 +49,6 @@ from fractal.install import apt, docker_engine
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = "sandbox,pipeline-cpu"  # pipeline is 11 GB: --image=all
 BUILD_TIMEOUT_S = 3600
-# A line of these is changed; each is in its image.
-CODE = {
-    "sandbox": "fractal/sandbox/inside/judge.py",
-    "pipeline-cpu": "fractal/verify/stage.py",
-    "pipeline": "fractal/verify/stage.py",
-}
 # Small, pure Python, with older releases: one that the lock has is changed.
 DEPENDENCIES = ("idna", "tqdm", "certifi", "packaging", "attrs")
 TEST_PACKAGES = ("pytest", "_pytest", "pytest_docker", "pytest_timeout", "mypy", "mypyc", "ruff", "hypothesis")
@@ -279,10 +273,15 @@ def copy_of_checkout() -> Iterator[Path]:
         yield Path(folder)
 
 
+def changed_file(key: str) -> str:
+    """The file of which a line is changed: one that is in the image."""
+    return "fractal/sandbox/inside/judge.py" if key == "sandbox" else "fractal/verify/stage.py"
+
+
 def change_line(folder: Path, key: str, mark: str) -> None:
     """One line of our code more: a comment that was never built before."""
-    path = folder / CODE[key]
-    path.write_text((ROOT / CODE[key]).read_text() + f"# bench {mark}\n")
+    path = folder / changed_file(key)
+    path.write_text((ROOT / changed_file(key)).read_text() + f"# bench {mark}\n")
 
 
 def change_dependency(folder: Path, key: str, mark: str) -> str | None:
@@ -543,13 +542,13 @@ class Bench:
         runs, pushes = [], []
         for number in range(self.plan.edits):
             change_line(self.folder, key, f"{self.mark} {number}")
-            console.say(f"{key}: a line of {CODE[key]} changed ({number + 1} of {self.plan.edits})")
+            console.say(f"{key}: a line of {changed_file(key)} changed ({number + 1} of {self.plan.edits})")
             run, pushed = self.changed(key)
             runs.append(run)
             pushes += [pushed] if pushed else []
-        shutil.copy2(ROOT / CODE[key], self.folder / CODE[key])
+        shutil.copy2(ROOT / changed_file(key), self.folder / changed_file(key))
         return {**spread([run.seconds for run in runs]), "steps_run": max(r.report["layers_built"] for r in runs),
-                "file": CODE[key], "image": runs[-1].report["image"], **_push(pushes)}  # fmt: skip
+                "file": changed_file(key), "image": runs[-1].report["image"], **_push(pushes)}  # fmt: skip
 
     def dependency(self, key: str) -> dict[str, Any] | None:
         """One Python package in another version, once. None for an image without any."""

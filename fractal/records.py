@@ -33,7 +33,7 @@ class Problem:
     prompt: str  # what the program has to do, in words
     reference: str  # a program that passes
     tests: list[str]  # Python statements; the first one is shown in the prompt
-    setup: str  # runs after the program and before the tests; often empty
+    setup: str  # runs after the program and before the tests, in one namespace with both; often empty
     entry_point: str  # the name the tests call
     split: Split
 

@@ -164,7 +164,7 @@ def test_what_failed_half_way_is_still_shown() -> None:
 
 def test_the_changed_file_is_in_its_image() -> None:
     for key, recipe in recipes.recipes().items():
-        assert images.CODE[key] in recipe.image.context(), key
+        assert images.changed_file(key) in recipe.image.context(), key
 
 
 def test_options_are_checked_before_anything_runs() -> None:

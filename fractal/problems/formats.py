@@ -19,7 +19,15 @@ def read_problems(path: Path) -> list[Problem]:
     seen: dict[int, int] = {}
     for line in read_lines(path):
         value = decode_object(line)
-        problem = problem_from_mbpp(line, value) if "test_list" in value else _checked(line, decode(line, Problem))
+        if "test_list" in value:
+            problem = problem_from_mbpp(line, value)
+        elif "tests" in value or "task_id" in value:
+            problem = _own_problem(line)
+        else:
+            raise line.error(
+                f"no known schema: it has {', '.join(sorted(value)) or 'no keys'}; expected test_list (MBPP's) or "
+                "tests (ours) among them"
+            )
         if problem.task_id in seen:
             raise line.error(f"task_id {problem.task_id} stands already in {line.kind} {seen[problem.task_id]}")
         seen[problem.task_id] = line.number
@@ -39,10 +47,31 @@ def mbpp_split(task_id: int) -> Split:
     return "validation" if task_id <= 600 else "train"
 
 
-def _checked(line: Line, problem: Problem) -> Problem:
+def _own_problem(line: Line) -> Problem:
+    problem = decode(line, Problem)
     if not problem.tests:
         raise line.error("field tests: is empty, expected at least one test")
     return problem
+
+
+def _text(line: Line, value: dict[str, Any], *names: str, default: str | None = None) -> str:
+    """The first field of these names, with line ends as \n. Raises RecordError where none is a text or the default."""
+    for name in names:
+        if name in value:
+            if not isinstance(value[name], str):
+                raise line.error(f"field {name}: expected a string, got {type(value[name]).__name__}")
+            return str(value[name]).replace("\r\n", "\n").replace("\r", "\n")
+    if default is None:
+        raise line.error(f"field {' or '.join(names)} is missing")
+    return default
+
+
+def _texts(line: Line, value: dict[str, Any], name: str) -> list[str]:
+    """A list of strings, with line ends as \n; empty where the field is missing. Raises RecordError."""
+    items = value.get(name, [])
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise line.error(f"field {name}: expected a list of strings")
+    return [item.replace("\r\n", "\n").replace("\r", "\n").strip() for item in items]
 
 
 def problem_from_mbpp(line: Line, value: dict[str, Any]) -> Problem:
@@ -50,38 +79,22 @@ def problem_from_mbpp(line: Line, value: dict[str, Any]) -> Problem:
 
     References have CRLF line ends there. `challenge_test_list` is not used: the published results do not use it.
     """
-
-    def text(*names: str, default: str | None = None) -> str:
-        for name in names:
-            if name in value:
-                if not isinstance(value[name], str):
-                    raise line.error(f"field {name}: expected a string, got {type(value[name]).__name__}")
-                return str(value[name]).replace("\r\n", "\n").replace("\r", "\n")
-        if default is None:
-            raise line.error(f"field {' or '.join(names)} is missing")
-        return default
-
-    def texts(name: str) -> list[str]:
-        items = value.get(name, [])
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise line.error(f"field {name}: expected a list of strings")
-        return [item.replace("\r\n", "\n").replace("\r", "\n").strip() for item in items]
-
     task_id = value.get("task_id")
     if isinstance(task_id, str) or type(task_id) is not int:
         raise line.error(f"field task_id: expected an integer, got {type(task_id).__name__}")
-    tests = texts("test_list")
+    tests = _texts(line, value, "test_list")
     if not tests:
         raise line.error("field test_list: is empty, expected at least one test")
-    reference = text("code")
-    setup = "\n".join(filter(None, [*texts("test_imports"), text("test_setup_code", default="").strip()]))
+    reference = _text(line, value, "code")
+    setup_code = _text(line, value, "test_setup_code", default="").strip()
+    setup = "\n".join(filter(None, [*_texts(line, value, "test_imports"), setup_code]))
     try:
         entry = entry_point(reference, tests)
     except ValueError as error:
         raise line.error(str(error)) from None
     return Problem(
         task_id=task_id,
-        prompt=text("prompt", "text").strip(),
+        prompt=_text(line, value, "prompt", "text").strip(),
         reference=reference.strip("\n") + "\n",
         tests=tests,
         setup=setup,
