@@ -21,31 +21,7 @@ from fractal.generate.extraction import (
 )
 from fractal.records import Problem
 
-CODE = "def f(x):\n    return x * 2\n"
-REPLIES = {
-    "fence": f"```python\n{CODE}```",
-    "prose around": f"Sure! Here it is:\n\n```python\n{CODE}```\n\nThis doubles `x`.",
-    "no language": f"```\n{CODE}```",
-    "py": f"```py\n{CODE}```",
-    "language with attributes": f"```python title=x\n{CODE}```",
-    "tildes": f"~~~python\n{CODE}~~~",
-    "unclosed": f"```python\n{CODE}",
-    "crlf": f"```python\n{CODE}```".replace("\n", "\r\n"),
-    "the second block defines it": f"```bash\npip install x\n```\n```python\n{CODE}```",
-    "an example of its use first": f"```python\nprint(f(1))\n```\nwith\n```python\n{CODE}```",
-    "usage after": f"```python\n{CODE}```\n```python\nprint(f(3))\n```",
-    "longer fence": f"````python\n{CODE}````",
-    "bare code": CODE,
-    "prose before bare code": f"Here is the function:\n\n{CODE}",
-    "prose after bare code": f"{CODE}\nThis function doubles its argument, isn't it nice?",
-    "indented fence": f"  ```python\n{CODE}  ```",
-}
-
-
-def test_the_program_is_found() -> None:
-    assert [name for name, reply in REPLIES.items() if extract_code(reply, "f").strip() != CODE.strip()] == []
-
-
+F = "def f(a):\n    return a\n"
 HEAD = "import sys\n\nsys.setrecursionlimit(5000)\n\n\ndef f(x):\n    return g(x)\n\n\ndef g(x):\n    return x * 2\n"
 
 
@@ -135,28 +111,9 @@ def test_only_prose_is_kept_for_the_verifier_to_judge() -> None:
     assert extract_code("I cannot do that.", "f") == "I cannot do that."
 
 
-lines = st.lists(
-    st.text(st.characters(exclude_characters="`~\n\r", exclude_categories=["Cs"]), max_size=20), min_size=1
-)
-
-
-@given(lines, st.sampled_from(["", "Sure:\n\n", "1. First\n"]), st.sampled_from(["", "\nDone.", "\n\nThe end"]))
-def test_what_stands_in_a_fence_comes_back_unchanged(code_lines: list[str], before: str, after: str) -> None:
-    code = "\n".join(code_lines) + "\n"
-    assert fenced_blocks(f"{before}```python\n{code}```{after}") == [("python", code)]
-    assert extract_code(f"{before}```python\n{code}```{after}", "f") == code
-
-
-@given(st.text(max_size=200) | st.text(alphabet="`~ \npydef():x=1", max_size=200))
-def test_extraction_takes_any_text(text: str) -> None:
-    found = extract_code(text, "f")
-    assert isinstance(found, str)
-    assert len(found) <= len(text) + 1
-
-
-@pytest.mark.parametrize("text", ["(" * 100_000, "-" * 100_000 + "1", "x = " + "[" * 5000, "1+" * 50_000 + "1", "a\0b"])
-def test_extraction_survives_what_breaks_parsers(text: str) -> None:
-    extract_code(text, "f")
+def test_extraction_survives_what_breaks_parsers() -> None:
+    for text in ("(" * 100_000, "-" * 100_000 + "1", "x = " + "[" * 5000, "1+" * 50_000 + "1", "a\0b"):
+        extract_code(text, "f")
 
 
 def test_a_prompt_shows_the_first_test_only_and_opens_the_fence() -> None:
@@ -164,16 +121,13 @@ def test_a_prompt_shows_the_first_test_only_and_opens_the_fence() -> None:
         assert options == {"add_generation_prompt": True, "tokenize": False}
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
-    problem = Problem(1, "Double it.", CODE, ["assert f(1) == 2", "assert f(7) == 14"], "", "f", "test")
+    problem = Problem(1, "Double it.", F, ["assert f(1) == 2", "assert f(7) == 14"], "", "f", "test")
     text = prompts.render(problem, template)
     assert text.startswith("<user>Double it.")
     assert text.endswith("<assistant>```python\n")
     assert "assert f(1) == 2" in text
     assert "14" not in text
-    assert CODE not in text
-
-
-F = "def f(a):\n    return a\n"
+    assert F not in text
 
 
 G = "def g(a):\n    return f(a) + 1\n"
@@ -184,6 +138,8 @@ DOC = 'def f(a):\n    """Echo.\n\n    ```\n    f(1)\n    ```\n    """\n    retur
 
 TRAPS = [
     (f"```python\n{F}```", F),
+    (f"```py\n{F}```", F),
+    (f"```python title=x\n{F}```", F),
     (f"```\n{F}```", F),
     (f"```Python3 \n{F}``` \n", F),
     (f"~~~python\n{F}~~~", F),
@@ -286,7 +242,7 @@ def test_a_fenced_program_comes_back_without_its_tests(program, before, after, f
             assert extract_code(reply, "f") == without_self_tests(code, "f")
 
 
-@given(st.lists(LINES | FENCES, max_size=15).map("\n".join) | st.text())
+@given(st.lists(LINES | FENCES, max_size=15).map("\n".join) | st.text() | st.text(alphabet="`~ \npydef():x=1"))
 @settings(max_examples=300, deadline=None)
 def test_any_reply_gives_some_program(reply):
     with warnings.catch_warnings(record=True) as seen:

@@ -42,7 +42,7 @@ def test_micro_batches_hold_every_program_once_within_the_bound(data: list[tuple
     examples = [Example(1, [i] * length, passed, 1) for i, (length, passed) in enumerate(data)]
     found = batching.micro_batches(examples, bound)
     assert sorted(id(e) for batch in found for e in batch) == sorted(id(e) for e in examples)
-    assert all(len(b) == 1 or max(len(e.ids) for e in b) * len(b) <= bound for b in found)
+    assert all(len(b) == 1 or max(len(e.token_ids) for e in b) * len(b) <= bound for b in found)
 
 
 def test_a_problem_that_is_split_keeps_both_kinds_in_each_batch() -> None:
@@ -122,7 +122,7 @@ def test_packing_splits_no_group_and_keeps_the_bound(data: list[list[tuple[bool,
     assert sorted(id(group) for some in found for group in some) == sorted(map(id, groups))
     for some in found:
         batch = [e for group in some for e in group]
-        assert len(some) == 1 or max(len(e.ids) for e in batch) * len(batch) <= bound
+        assert len(some) == 1 or max(len(e.token_ids) for e in batch) * len(batch) <= bound
 
 
 def test_small_problems_share_a_pass() -> None:

@@ -89,19 +89,14 @@ class VllmEngine:
 
     def _load(self) -> Any:
         """Load vLLM; once more with half the batch where memory runs out."""
-        try:
-            return self._make_llm(self.batch)
-        except Exception as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            first_error: Exception = error
-        self._halve(first_error)
-        try:
-            return self._make_llm(self.batch)
-        except Exception as error:
-            if memory.is_out_of_memory(error):
-                raise memory.too_big(self.batch, error) from error
-            raise
+        while True:
+            try:
+                return self._make_llm(self.batch)
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                out_of_memory = error
+            self._halve(out_of_memory)
 
     def _make_llm(self, size: int) -> Any:
         return LLM(
