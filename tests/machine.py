@@ -345,16 +345,6 @@ class Machine:
         finally:
             self.sh(f"rm {place}; pkill -HUP -f '[s]shd -D'; sleep 0.3")
 
-    @contextmanager
-    def silent(self) -> Iterator[None]:
-        """Nothing that is sent to its sshd arrives meanwhile, as when a network is gone."""
-        rule = "INPUT -p tcp --dport 22 -j DROP"
-        self.sh(f"iptables -I {rule}")
-        try:
-            yield
-        finally:
-            self.sh(f"iptables -D {rule}")
-
     def ssh(self, command: str) -> subprocess.CompletedProcess[str]:
         """Run a command as the machine's user, through ssh."""
         words = ["ssh", "-F", str(self.ssh_config), "-o", "BatchMode=yes", self.alias, command]

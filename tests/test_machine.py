@@ -72,20 +72,11 @@ def test_it_looks_like_a_rented_instance(machine: Machine) -> None:
     assert machine.ssh("systemctl is-active docker").stdout == "active\n"
 
 
-def test_its_gpu_answers_in_nvidias_words(machine: Machine) -> None:
+def test_its_gpu_answers_as_nvidia_smi_does(machine: Machine) -> None:
     assert machine.ssh("nvidia-smi -L").stdout.startswith("GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-")
-    query = "nvidia-smi --query-gpu=name,driver_version"
-    assert machine.ssh(f"{query} --format=csv,noheader").stdout == "NVIDIA A100-SXM4-80GB, 580.95.05\n"
-    query = "nvidia-smi --query-gpu=index,utilization.gpu,memory.used,memory.total"
-    assert machine.ssh(f"{query} --format=csv,noheader,nounits").stdout == "0, 0, 4, 81920\n"
-    assert machine.ssh(f"{query} --format=csv").stdout.splitlines() == [
-        "index, utilization.gpu [%], memory.used [MiB], memory.total [MiB]",
-        "0, 0 %, 4 MiB, 81920 MiB",
-    ]
+    query = "nvidia-smi --query-gpu=driver_version,name --format=csv,noheader"
+    assert machine.ssh(query).stdout == "580.95.05, NVIDIA A100-SXM4-80GB\n"
     assert machine.ssh("nvidia-smi --query-gpu=nonsense --format=csv").returncode == 2
-    table = machine.ssh("nvidia-smi").stdout.splitlines()
-    assert {len(line) for line in table if line} == {91}
-    assert "4MiB /  81920MiB" in "".join(table)
 
 
 def test_gpus_all_brings_nvidia_smi_into_a_container(machine: Machine) -> None:
@@ -94,33 +85,6 @@ def test_gpus_all_brings_nvidia_smi_into_a_container(machine: Machine) -> None:
     assert machine.ssh(f"{run} --gpus all --read-only --user 1000 probe nvidia-smi -L").stdout.startswith("GPU 0")
     assert "not found" in machine.ssh(f"{run} probe nvidia-smi -L").stderr
     assert machine.ssh(f"{run} --gpus all probe ls /dev").stdout.count("nvidia") == 0
-
-
-def test_it_comes_back_elsewhere_with_its_disk_and_key(machine: Machine) -> None:
-    machine.ssh("echo kept > note")
-    before = machine.ip
-    assert machine.restart(new_ip=True) != before
-    assert machine.ssh("cat note").stdout == "kept\n"  # its host key is the one that was trusted
-    assert "probe" in machine.ssh("sudo docker images").stdout
-
-
-def test_it_can_have_another_host_key(machine: Machine) -> None:
-    old = machine.known_hosts.read_text()
-    machine.restart(new_host_key=True)
-    new = machine.known_hosts.read_text()
-    machine.known_hosts.write_text(old)
-    try:
-        assert "IDENTIFICATION HAS CHANGED" in machine.ssh("true").stderr
-    finally:
-        machine.known_hosts.write_text(new)
-    assert machine.ssh("true").returncode == 0
-
-
-def test_its_network_can_be_gone(machine: Machine) -> None:
-    words = ["ssh", "-F", str(machine.ssh_config), "-oBatchMode=yes", "-oConnectTimeout=1", machine.alias, "true"]
-    with machine.silent():
-        assert "timed out" in subprocess.run(words, capture_output=True, text=True).stderr
-    assert subprocess.run(words).returncode == 0
 
 
 @pytest.mark.long

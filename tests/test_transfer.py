@@ -25,7 +25,12 @@ states = st.builds(RunState, st.sampled_from([None, "a", "b"]), files)
 
 def run(created: str = "a", **sizes: int) -> RunState:
     """Keys name files: samples is samples.jsonl, critic is a checkpoint; values are sizes and times."""
-    names = {"critic": "critic/best/head.safetensors", "manifest": "manifest.json", "report": "report/index.html"}
+    names = {
+        "critic": "critic/best/head.safetensors",
+        "manifest": "manifest.json",
+        "report": "report/index.html",
+        "notes": "notes.txt",
+    }
     return RunState(created, {names.get(key, f"{key}.jsonl"): FileState(size, size) for key, size in sizes.items()})
 
 
@@ -63,8 +68,8 @@ def test_what_was_made_here_after_a_job_there_is_sent() -> None:
     assert direction(run(samples=9, manifest=5, critic=5), run(samples=9, manifest=4, critic=4), "demo") == "send"
     assert direction(run(samples=9, manifest=4, critic=4), run(samples=9, manifest=5, critic=5), "demo") == "fetch"
     assert direction(there, there, "demo") == "fetch"
-    # a report made here of a run that went on there decides nothing
-    assert direction(run(samples=8, manifest=9, report=9), run(samples=9, manifest=3), "demo") == "fetch"
+    # a report and notes made here, of a run that went on there, decide nothing
+    assert direction(run(samples=8, manifest=9, report=9, notes=1), run(samples=9, manifest=3), "demo") == "fetch"
 
 
 def test_two_runs_and_a_run_continued_in_both_places_are_refused() -> None:

@@ -21,7 +21,6 @@ from fractal.errors import InputError, OutsideError
 FETCH_INTERVAL_S = 20.0
 LOCK_TIMEOUT_S = 30.0
 RECORDS = ("samples.jsonl", "labels.jsonl", "outputs.jsonl", "scores.jsonl", "selection.jsonl")  # these only grow
-DERIVED = ("logs", "report")  # folders that do not decide the direction
 EXCLUDES = tuple(f"--exclude={name}" for name in (".lock", ".rsync-partial", ".*.lock", ".manifest.json.*"))
 PREPARE = """\
 cd && mkdir -p "fractal/runs/$1" fractal/inputs fractal/models || exit 1
@@ -91,9 +90,10 @@ def _created(manifest: str) -> str:
 def direction(local: RunState, remote: RunState, run: str) -> Literal["fetch", "send", "neither"]:
     """Which side has more of the run, compared file by file.
 
-    A record file is ahead where it is longer; another file where the other side lacks it or has an older one. Logs and
-    the report decide nothing. If all else is equal, the newer manifest decides: a stage that ran here may have changed
-    nothing else. Raises InputError where the sides are two runs, or each has what the other lacks.
+    A record file is ahead where it is longer, a file of the critic where the other side lacks it or has an older one.
+    Logs, the report and files of the user's decide nothing. If all else is equal, the newer manifest decides: a stage
+    that ran here may have changed nothing else. Raises InputError where the sides are two runs, or each has what the
+    other lacks.
     """
     if remote.created is None:
         return "send" if local.created else "neither"
@@ -118,8 +118,8 @@ def direction(local: RunState, remote: RunState, run: str) -> Literal["fetch", "
 
 
 def _decides(name: str) -> bool:
-    top = name.split("/")[0]
-    return name != "manifest.json" and top not in DERIVED and not top.startswith(".") and not name.endswith(".lock")
+    """Whether it is a record file or a file of the critic; drafts of a killed training are not."""
+    return name in RECORDS or (name.startswith("critic/") and "/." not in name)
 
 
 def _ahead(name: str, side: RunState, other: RunState) -> bool:
