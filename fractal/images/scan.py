@@ -67,6 +67,7 @@ KNOWN: tuple[tuple[Kind, str, str], ...] = (
     ("token", f"{PACKAGES}/transformers/*testing_utils.*py*", "the public test account of the hub's test server"),
     ("token", f"{PACKAGES}/pyjwt-*.dist-info/METADATA", "the example of its manual"),
     ("password", f"{PACKAGES}/httpx*/*_urls.*py*", "the example of its documentation"),
+    ("password", f"{PACKAGES}/playwright/driver/*/utilsBundle.js", "the example of dotenv's documentation"),
     ("weights", f"{PACKAGES}/compressed_tensors/transform/utils/hadamards.safetensors", "matrices of mathematics"),
 )  # fmt: skip
 ROOT_REASON = "the sandbox's supervisor starts as root: it gives each untrusted program a user of its own"
