@@ -7,7 +7,6 @@ process, and hands the others back, compiled. All that it says is checked by the
 
 import base64
 import gc
-import json
 import marshal
 import os
 import sys
@@ -28,6 +27,7 @@ from fractal.sandbox.inside.protocol import (
     Table,
     Unencodable,
     pack,
+    unpack,
 )
 
 DETAIL = 500  # characters kept of an exception's message
@@ -205,7 +205,7 @@ class CandidateEndpoint:
 
     def _changed(self, body: bytes, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
         """How a call left its arguments, if it changed them."""
-        before = json.loads(body)[3:5]
+        before = unpack(body)[3:5]
         after = [[self.encode(v) for v in args], [[name, self.encode(kwargs[name])] for name, _ in before[1]]]
         return [after] if after != before else []
 
