@@ -103,6 +103,7 @@ def test_what_is_named_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_wrong_options_are_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "pip_settings", dict)
     (tmp_path / "key").write_text("-----BEGIN PRIVATE KEY-----\n")
     (tmp_path / "big").write_bytes(PEM * 10_000)
     for name, words in [
