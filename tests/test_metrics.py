@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from fractal.selection import bootstrap, curves, metrics
 from fractal.selection.bootstrap import Interval, bootstrap_bands, bootstrap_difference, bootstrap_interval, gap_closed
@@ -148,18 +147,26 @@ def test_within_problem_auc_equals_counting_pairs_and_is_the_area_of_the_mean_cu
 
 
 @given(ROWS)
-def test_the_pooled_curve_and_its_area_are_scikit_learn_s(rows):
+def test_the_pooled_curve_and_its_area_are_those_of_every_threshold(rows):
     scores, passed = columns(rows)
+    positives, negatives = sum(passed), len(passed) - sum(passed)
     curve = curves.roc(scores, passed)
     within = curves.within_problem_roc(scores, passed, [0] * len(rows))
     if curve is None:
         assert len(set(passed)) == 1
         assert (metrics.auc(scores, passed), within) == (None, None)
         return
-    x, y, _ = roc_curve(passed, scores, drop_intermediate=False)
+    thresholds = [math.inf, *sorted(set(scores), reverse=True)]
+    above = [[one for score, one in zip(scores, passed, strict=True) if score >= limit] for limit in thresholds]
+    x = [(len(taken) - sum(taken)) / negatives for taken in above]
+    y = [sum(taken) / positives for taken in above]
+    area = sum(
+        (b - a) * (low + high) / 2
+        for (a, b), (low, high) in zip(itertools.pairwise(x), itertools.pairwise(y), strict=True)
+    )
     assert curve.false_positive_rate == pytest.approx(x)
     assert curve.true_positive_rate == pytest.approx(y)
-    assert curve.area == metrics.auc(scores, passed) == pytest.approx(roc_auc_score(passed, scores))
+    assert curve.area == metrics.auc(scores, passed) == pytest.approx(area)
     for rate, height in zip(x, y, strict=True):  # of one problem, the mean curve is its ROC curve
         at = [b for a, b in zip(within.false_positive_rate, within.true_positive_rate, strict=True) if a == rate]
         assert min(at) - 1e-9 <= height <= max(at) + 1e-9
