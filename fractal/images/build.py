@@ -161,7 +161,7 @@ def build_lock(path: Path, name: str, say: Say) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fractal.images.build", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("image", nargs="?", default="sandbox", help="sandbox, pipeline-cpu, pipeline, several, or all")
+    parser.add_argument("image", nargs="?", default="sandbox", help=f"{', '.join(recipes.RECIPES)}, several, or all")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image on standard output")
     parser.add_argument("--base", help="an image to build on instead of the recipe's")
     parser.add_argument(

@@ -317,7 +317,7 @@ def run_stages(key: str, run_folder: Path, arguments: Iterable[str], *, gpus: bo
         note(f"your Hugging Face token goes into the container, as a file; {hub_token.SWITCH}=1 keeps it out")
     on_gpu = gpus or gpu.has_gpu()
     with closing(connect()) as client:
-        compatibility = _driver_environment(client, recipe) if on_gpu and key == "pipeline" else {}
+        compatibility = _driver_environment(client, recipe) if on_gpu and recipe.accelerator == "cuda" else {}
 
         def make_setup(volume: str) -> Setup:
             setup = run_setup(volume, folder, gpus=on_gpu)
@@ -345,6 +345,7 @@ def run_tests(key: str, arguments: Iterable[str]) -> int:
 def pipeline(key: str) -> Recipe:
     """The recipe of an image that holds the pipeline. Raises InputError."""
     chosen = recipes.choose(key)
-    if len(chosen) != 1 or not chosen[0].key.startswith("pipeline"):
-        raise InputError(f"--image={key}: holds no pipeline. There are: pipeline-cpu, pipeline.")
+    if len(chosen) != 1 or not chosen[0].accelerator:
+        known = [recipe.key for recipe in recipes.recipes().values() if recipe.accelerator]
+        raise InputError(f"--image={key}: holds no pipeline. There are: {', '.join(known)}.")
     return chosen[0]

@@ -28,7 +28,8 @@ class Recipe:
     key: str  # as in `invoke build --image=KEY`
     image: Image
     dockerfile: str  # in the repository
-    with_apt: bool  # what a base made from Debian's packages has to be able to do
+    with_apt: bool  # it installs packages: a base made here from Debian's packages gets apt, its build the network
+    accelerator: Literal["cuda", "cpu"] | None = None  # what the pipeline's stages run on; None: it holds no stages
 
     @property
     def name(self) -> str:
@@ -38,8 +39,8 @@ class Recipe:
 
 # By key. Functions: to read and check the locks of CUDA takes 40 ms, which the sandbox's image does not need.
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "pipeline": lambda: Recipe("pipeline", pipeline("cuda"), "Dockerfile", True),
-    "pipeline-cpu": lambda: Recipe("pipeline-cpu", pipeline("cpu"), "docker/pipeline-cpu.Dockerfile", True),
+    "pipeline": lambda: Recipe("pipeline", pipeline("cuda"), "Dockerfile", True, "cuda"),
+    "pipeline-cpu": lambda: Recipe("pipeline-cpu", pipeline("cpu"), "docker/pipeline-cpu.Dockerfile", True, "cpu"),
     "sandbox": lambda: Recipe("sandbox", sandbox(), "docker/sandbox.Dockerfile", False),
 }
 
