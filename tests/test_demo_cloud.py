@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 @pytest.mark.docker
 @pytest.mark.cloud
 @pytest.mark.model
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_chain_on_a_simulated_instance_gives_what_a_local_run_gives(tmp_path: Path) -> None:
     folders = [tmp_path / "cloud", tmp_path / "local"]
