@@ -132,9 +132,9 @@ def push(c, image="pipeline,sandbox", to="", host="", json=False):
                            "older": "--no-older: remove our images of earlier sources that no container uses"})  # fmt: skip
 def images(c, json=False, older=True):
     """What is here of our images, with size and hash, and what a build would do and why."""
-    from fractal.images import inventory
+    from fractal.images import image_list
 
-    _do(lambda: inventory.show(as_json=json, older=older or c.config.run.dry))
+    _do(lambda: image_list.show(as_json=json, older=older or c.config.run.dry))
 
 
 @task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all"})

@@ -167,7 +167,7 @@ def _training(
     from fractal.critic import finetune
     from fractal.critic.batching import Example
     from fractal.critic.forward import device
-    from fractal.critic.recipe import Recipe
+    from fractal.critic.training_settings import Recipe
 
     mode: Any = contestant.removesuffix("-unpacked")
     recipe = Recipe(mode)

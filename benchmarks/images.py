@@ -40,8 +40,8 @@ from benchmarks.verify import BenchError, machine, outcome, save, show
 from fractal import console
 from fractal.errors import InputError, OutsideError
 from fractal.images import recipes, scan
-from fractal.images.configuration import reproducible_configuration
-from fractal.images.engine import connect, first_line
+from fractal.images.docker_client import connect, first_line
+from fractal.images.image_config import reproducible_configuration
 from fractal.images.saved_layers import PIECE, ScanError, saved_layers
 from fractal.images.secret_patterns import PATTERNS, Pattern
 from fractal.install import apt, docker_engine

@@ -375,7 +375,7 @@ def train(run: Run, options: TrainOptions) -> None:
 
     Epoch 0 is the model asked "does it pass?" without any training; held-out train problems choose the best epoch.
     """
-    from fractal.critic import train as stage
+    from fractal.critic import train_stage as stage
 
     with RunDir(run) as folder:
         stage.run(folder, **vars(options))
@@ -389,7 +389,7 @@ def score(
     base: Annotated[str | None, Option(help="Where the critic's base model is, for a critic from elsewhere.")] = None,
 ) -> None:
     """Score every sample by the critic, without running it (scores.jsonl)."""
-    from fractal.critic import score as stage
+    from fractal.critic import score_stage as stage
 
     with RunDir(run) as folder:
         stage.run(folder, critic, backend, base)
@@ -458,7 +458,7 @@ def run_stages(
         if stage in (Stage.all, Stage.train):
             has_critic = _train(folder, training, stage)
         if stage is Stage.score or (stage is Stage.all and has_critic):
-            from fractal.critic import score as score_stage
+            from fractal.critic import score_stage
 
             score_stage.run(folder, backend=score_backend)
         if stage in (Stage.all, Stage.select):
@@ -499,11 +499,11 @@ def _verify(
 
 def _train(folder: RunDir, options: TrainOptions, stage: Stage) -> bool:
     """Whether there is a critic. Where all stages run, labels that nothing can be learnt from are a warning."""
-    from fractal.critic import train
-    from fractal.critic.rows import TrainError
+    from fractal.critic import train_stage
+    from fractal.critic.training_data import TrainError
 
     try:
-        train.run(folder, **vars(options))
+        train_stage.run(folder, **vars(options))
     except TrainError as error:
         if stage is Stage.train:
             raise

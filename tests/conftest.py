@@ -144,7 +144,7 @@ def image() -> str:
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     """A Docker client."""
-    from fractal.images.engine import connect
+    from fractal.images.docker_client import connect
 
     client = connect()
     yield client

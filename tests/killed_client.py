@@ -18,7 +18,7 @@ import requests
 
 from fractal.cloud.account import Account
 from fractal.cloud.instance import reap, update
-from fractal.cloud.instance_types import LaunchRequest
+from fractal.cloud.instance_request import LaunchRequest
 from fractal.cloud.lambda_api import Client
 from fractal.cloud.launch import launch
 from fractal.cloud.ledger import Ledger

@@ -13,7 +13,7 @@ import psutil
 
 from fractal.cloud import guard, reconcile
 from fractal.cloud.account import Account, Timing
-from fractal.cloud.instance_types import LaunchRequest
+from fractal.cloud.instance_request import LaunchRequest
 from fractal.cloud.lambda_api import Client
 from fractal.cloud.launch import launch
 from fractal.cloud.ledger import Entry, Ledger

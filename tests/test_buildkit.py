@@ -12,7 +12,7 @@ from typing import Any
 import docker.errors
 import pytest
 
-from fractal.images import build_errors, buildkit, configuration, engine
+from fractal.images import build_errors, buildkit, docker_client, image_config
 from fractal.images.build_errors import BuildError, error_message
 from fractal.images.buildkit import BuildOutput, BuildRequest
 from fractal.images.image import Image
@@ -136,17 +136,17 @@ def history(*lines: tuple[int, str]) -> list[dict[str, Any]]:
 def test_a_reproducible_configuration_keeps_what_counts() -> None:
     lines = [(77, "/bin/sh -c #(nop) ADD file:6 in /"), (0, '/bin/sh -c #(nop)  CMD ["bash"]'), (0, "WORKDIR /tmp"),
              (0, "RUN /bin/sh -c true # buildkit"), (0, "ENV A=1"), (0, 'HEALTHCHECK &{["CMD-SHELL" "true"]}')]  # fmt: skip
-    config = configuration.reproducible_configuration(ATTRS, history(*lines))
+    config = image_config.reproducible_configuration(ATTRS, history(*lines))
     assert config["config"] == {
         key: ATTRS["Config"][key] for key in ("User", "Env", "Healthcheck", "OnBuild", "Labels")
     }
-    assert (config["architecture"], config["variant"], config["created"]) == ("arm64", "v8", configuration.EPOCH)
+    assert (config["architecture"], config["variant"], config["created"]) == ("arm64", "v8", image_config.EPOCH)
     assert [i for i, line in enumerate(config["history"]) if "empty_layer" in line] == [1, 4, 5]
     assert "2026" not in str(config)
 
 
 def test_a_history_that_does_not_fit_the_layers_is_replaced() -> None:
-    config = configuration.reproducible_configuration(ATTRS, history((77, "one"), (5, "two")))
+    config = image_config.reproducible_configuration(ATTRS, history((77, "one"), (5, "two")))
     assert [line["created_by"] for line in config["history"]] == ["a layer"] * 3
 
 
@@ -154,7 +154,7 @@ def test_an_engines_error_without_the_http() -> None:
     error = docker.errors.APIError(
         "500 Server Error for http+docker://x", explanation="Get https://r: dial tcp: no route.\nmore"
     )
-    assert engine.first_line(error) == "Get https://r: dial tcp: no route"
+    assert docker_client.first_line(error) == "Get https://r: dial tcp: no route"
 
 
 def test_the_shell_programs_pass_shellcheck() -> None:
@@ -179,7 +179,7 @@ def test_no_private_name_of_a_library_is_used() -> None:
 
 
 def test_every_docker_client_that_is_opened_is_closed() -> None:
-    """Outside engine.py a client is opened in a `with` statement only."""
+    """Outside docker_client.py a client is opened in a `with` statement only."""
     wrong, opened = [], 0
     for path in sorted((ROOT / "fractal/images").glob("*.py")):
         tree = ast.parse(path.read_text())
@@ -195,7 +195,7 @@ def test_every_docker_client_that_is_opened_is_closed() -> None:
                 r"(engine\.)?connect|docker\.(from_env|DockerClient|APIClient)", ast.unparse(node.func)
             ):
                 opened += 1
-                if id(node) not in managed and path.name != "engine.py":
+                if id(node) not in managed and path.name != "docker_client.py":
                     wrong.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
     assert wrong == []
     assert opened > 4

@@ -18,7 +18,7 @@ from fractal.errors import InputError
 from fractal.generate import models
 from fractal.images import containers, hub_token, recipes
 from fractal.images.containers import Setup, host_options
-from fractal.images.engine import connect
+from fractal.images.docker_client import connect
 from fractal.images.sidecar import ContainerError
 from fractal.jsonl import read_jsonl, write_jsonl
 from fractal.records import Label, Sample

@@ -17,7 +17,7 @@ import pytest
 from fractal.errors import InputError
 from fractal.images import recipes
 from fractal.images.containers import Setup, host_options
-from fractal.images.engine import has_image
+from fractal.images.docker_client import has_image
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.docker, pytest.mark.long, pytest.mark.timeout(1200)]

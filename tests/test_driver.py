@@ -3,12 +3,12 @@
 import pytest
 
 from fractal.cloud import gpu_driver
-from fractal.images import containers, driver, recipes
+from fractal.images import containers, driver_compatibility, recipes
 
 PULLED = "nvidia/cuda:13.0.1-base-ubuntu24.04 pulled"
 MADE = "fractal-base-whole:1 bootstrapped"
 A100, T4, GEFORCE = "NVIDIA A100-SXM4-80GB", "Tesla T4", "NVIDIA GeForce RTX 4090"
-NOTHING, COMPAT = {}, {"LD_LIBRARY_PATH": driver.COMPAT}
+NOTHING, COMPAT = {}, {"LD_LIBRARY_PATH": driver_compatibility.COMPAT}
 
 
 CASES = [
@@ -35,8 +35,8 @@ def test_a_driver_is_compared_with_what_the_image_needs() -> None:
     wrong = []
     for version, gpus, base, expected in CASES:
         try:
-            result: object = driver.environment(version, gpus, base=base, remedy="Upgrade it.")
-        except driver.DriverError as error:
+            result: object = driver_compatibility.environment(version, gpus, base=base, remedy="Upgrade it.")
+        except driver_compatibility.DriverError as error:
             result = str(error)
             begins = f"NVIDIA's driver {version} is too old for the CUDA image, which needs 580.65; "
             if result.startswith(begins) and result.endswith("Upgrade it.") and "\n" not in result:
@@ -48,7 +48,7 @@ def test_a_driver_is_compared_with_what_the_image_needs() -> None:
 
 def test_the_compatibility_libraries_are_of_the_bases_cuda() -> None:
     major_minor = ".".join(recipes.BASE["cuda"].split(":")[1].split(".")[:2])
-    assert f"/usr/local/cuda-{major_minor}/compat" == driver.COMPAT
+    assert f"/usr/local/cuda-{major_minor}/compat" == driver_compatibility.COMPAT
 
 
 def test_a_machine_names_its_driver_and_gpus() -> None:
@@ -61,5 +61,5 @@ def test_a_machine_names_its_driver_and_gpus() -> None:
 def test_a_run_on_this_machines_gpu_is_refused_before_the_image_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers.gpu, "driver_version", lambda: "470.256.02")
     (recipe,) = recipes.choose("pipeline")
-    with pytest.raises(driver.DriverError, match="--image=pipeline-cpu"):
+    with pytest.raises(driver_compatibility.DriverError, match="--image=pipeline-cpu"):
         containers._driver_environment(None, recipe)

@@ -12,7 +12,7 @@ import pytest
 
 from fractal.cloud import guard
 from fractal.cloud.instance import current, update
-from fractal.cloud.instance_types import LaunchRequest
+from fractal.cloud.instance_request import LaunchRequest
 from fractal.cloud.lambda_errors import CloudError
 from fractal.cloud.ledger import Entry
 from fractal.cloud.reconcile import terminate

@@ -19,12 +19,12 @@ import docker
 import pytest
 
 from fractal.errors import InputError
-from fractal.images import build, buildkit, configuration, recipes
+from fractal.images import build, buildkit, image_config, recipes
 from fractal.images.bases import choose_base
 from fractal.images.build import Options
 from fractal.images.build_errors import BuildError
 from fractal.images.buildkit import BuildRequest
-from fractal.images.engine import has_image
+from fractal.images.docker_client import has_image
 from fractal.images.image import Image
 from fractal.images.recipes import Recipe
 from fractal.images.rendering import COMMITTED
@@ -241,12 +241,12 @@ def test_a_pinned_image_is_an_image_like_any_other(
     for labels in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}):
         name = made(image, key=f"test-{secrets.token_hex(4)}").name
         id_, _ = buildkit.build(command, BuildRequest(image, COMMITTED, base, labels), name, tmp_path / "log")
-        configuration.pin(client, id_, name)
+        image_config.pin(client, id_, name)
         ids.append(client.images.get(name).id)
         assert not has_image(client, id_)
     assert ids[0] == ids[1]
     attrs = client.images.get(name).attrs
-    assert attrs["Created"] == configuration.EPOCH
+    assert attrs["Created"] == image_config.EPOCH
     assert attrs["Config"]["Labels"] == {"a": "1", "b": "2"}
     lines = [line["CreatedBy"] for line in reversed(client.api.history(name))]
     instructions = "RUN WORKDIR RUN WORKDIR RUN RUN RUN ENV ENTRYPOINT".split()
@@ -277,13 +277,13 @@ def test_a_name_that_moves_on_leaves_no_nameless_image(
             Image.from_registry(base).run_commands(f"echo {word}").env({"W": word}), COMMITTED, base, {}
         )
         id_, _ = buildkit.build(command, request, name, tmp_path / "log")
-        configuration.pin(client, id_, name)
+        image_config.pin(client, id_, name)
         ids.append(client.images.get(name).id)
         if word == "one":
             client.images.get(name).tag(name.partition(":")[0], "kept")
     assert has_image(client, f"{name.partition(':')[0]}:kept")  # somebody gave it another name
     client.images.remove(f"{name.partition(':')[0]}:kept")
-    configuration.pin(client, client.images.get(name).id, name)  # of itself
+    image_config.pin(client, client.images.get(name).id, name)  # of itself
     assert client.images.get(name).id == ids[1]
 
 
@@ -350,7 +350,7 @@ import sys
 from contextlib import closing
 from fractal import console
 from fractal.images import build, recipes
-from fractal.images.engine import connect
+from fractal.images.docker_client import connect
 from fractal.images.image import Image
 key, base, command = sys.argv[1:]
 recipe = recipes.Recipe(key, Image.from_registry(base).run_commands(command), "", False)

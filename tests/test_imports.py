@@ -13,7 +13,10 @@ HEAVY = {"torch", "vllm", "transformers", "matplotlib", "sklearn", "scipy", "dat
 PACKAGE = ROOT / "fractal"
 STAGES = ["generate", "verify", "critic", "selection", "report"]
 # Modules that run a stage: only __main__, and the stage's own package, may import them.
-STAGE_MODULES = {f"fractal.{name}.stage" for name in STAGES} | {"fractal.critic.train", "fractal.critic.score"}
+STAGE_MODULES = {f"fractal.{name}.stage" for name in STAGES} | {
+    "fractal.critic.train_stage",
+    "fractal.critic.score_stage",
+}
 SHARED = {"records", "errors", "jsonl", "rundir", "console"}
 # What each package may import beside itself and the shared modules.
 MAY_IMPORT = {
@@ -122,7 +125,7 @@ def test_what_runs_in_the_sandbox_and_what_set_up_needs_import_the_standard_libr
     "modules",
     [
         "fractal.__main__, fractal.rundir, fractal.selection.stage, fractal.report.stage",
-        "fractal.generate.stage, fractal.verify.stage, fractal.critic.train, fractal.critic.score",
+        "fractal.generate.stage, fractal.verify.stage, fractal.critic.train_stage, fractal.critic.score_stage",
         "fractal.cloud.run_commands, fractal.cloud.instance_commands, fractal.cloud.guard",
     ],
     ids=["command line", "stages with nothing to do", "the operator's laptop"],

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fractal.cloud import jobs
-from fractal.cloud.remote import RemoteError, failure, transferred
+from fractal.cloud.remote_host import RemoteError, failure, transferred
 from fractal.errors import InputError
 
 

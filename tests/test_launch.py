@@ -15,7 +15,7 @@ import pytest
 from fractal.cloud import guard, instance
 from fractal.cloud.account import Account
 from fractal.cloud.instance import current
-from fractal.cloud.instance_types import Candidate, LaunchRequest, candidates, check_request
+from fractal.cloud.instance_request import Candidate, LaunchRequest, candidates, check_request
 from fractal.cloud.lambda_api import from_env
 from fractal.cloud.lambda_errors import AuthError, CloudError, ConnectionLostError, QuotaError
 from fractal.cloud.lambda_types import InstanceType, Offer, Region, Specs

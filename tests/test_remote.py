@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fractal.cloud import jobs, run_commands, transfer
-from fractal.cloud.remote import Remote, RemoteError, script
+from fractal.cloud.remote_host import Remote, RemoteError, script
 from fractal.errors import InputError, OutsideError
 from fractal.images import ssh
 from tests.conftest import ROOT, until
@@ -149,7 +149,7 @@ FOLLOWER = """
 import sys
 from pathlib import Path
 from fractal.cloud import jobs
-from fractal.cloud.remote import Remote
+from fractal.cloud.remote_host import Remote
 config, host, job, log = sys.argv[1:]
 with Remote(Path(config), lambda: None, print, host=host) as remote:
     jobs.follow(remote, job, Path(log), lambda data: None)

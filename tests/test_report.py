@@ -16,10 +16,10 @@ from fractal.report import make, programs
 from fractal.report.dataset import shorten
 from fractal.report.facts import Facts
 from fractal.report.findings import findings, headline
+from fractal.report.number_text import DASH, number, percent, seconds, span, visible
 from fractal.report.page import page as render
 from fractal.report.strategies import Duel, StrategyResult
 from fractal.report.table import as_text, table
-from fractal.report.text import DASH, number, percent, seconds, span, visible
 from fractal.selection.bootstrap import Interval
 from tests.pages import FACTS, HOSTILE, build, choose, full, judge, run, verdicts, whole_page
 

@@ -22,16 +22,16 @@ import pytest
 from fractal.cloud import guard, readiness, ssh_config
 from fractal.cloud.account import Account
 from fractal.cloud.instance import wait_active
-from fractal.cloud.instance_types import LaunchRequest
+from fractal.cloud.instance_request import LaunchRequest
 from fractal.cloud.lambda_api import Client
 from fractal.cloud.launch import launch
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.reconcile import terminate
-from fractal.cloud.remote import Remote
+from fractal.cloud.remote_host import Remote
 from fractal.cloud.session import update_alias
 from fractal.cloud.ssh_keys import find_key
-from fractal.images import driver, push
+from fractal.images import driver_compatibility, push
 from fractal.images.build import ensure_sandbox_image
 from tests.conftest import ROOT, until
 from tests.fake_lambda.machines import Machines, Running
@@ -419,7 +419,7 @@ def test_an_older_driver_gets_the_images_compatibility_libraries(rented: RentedI
     finally:
         drives(rented, "580.95.05")
     assert code == 0, err
-    assert f"True {driver.COMPAT}" in out
+    assert f"True {driver_compatibility.COMPAT}" in out
     assert "compatibility libraries are used" in err
 
 

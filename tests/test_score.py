@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fractal.critic import checkpoint, score, train
+from fractal.critic import checkpoint, score_stage, train_stage
 from fractal.critic.scorers import TransformersScorer
 from fractal.critic.vllm_export import export
 from fractal.errors import InputError
@@ -35,8 +35,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Path:
     """A run with a probe."""
     path = run_folder(tmp_path_factory.mktemp("runs") / "run", qwen)
     with RunDir(path) as folder:
-        train.run(folder, None, "probe")
-        score.run(folder, backend="transformers")
+        train_stage.run(folder, None, "probe")
+        score_stage.run(folder, backend="transformers")
     return path
 
 
@@ -79,7 +79,7 @@ def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_
         checkpoint.save(copy / "critic/best", head, replace(about, depth=2 if mode == "probe of a layer" else DEPTH))
     else:
         with RunDir(copy) as folder:
-            train.run(folder, None, mode, epochs=1, learning_rate=1e-2 if mode == "lora" else 1e-3)
+            train_stage.run(folder, None, mode, epochs=1, learning_rate=1e-2 if mode == "lora" else 1e-3)
     command = [sys.executable, "-c", BOTH, str(copy / "critic/best"), str(copy), str(tmp_path), str(qwen)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -96,15 +96,15 @@ def test_vllm_and_transformers_rank_alike(mode: str, run: Path, qwen: Path, tmp_
 def test_a_probe_reads_with_transformers_and_others_with_vllm_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(score, "why_no_vllm", lambda: None)
+    monkeypatch.setattr(score_stage, "why_no_vllm", lambda: None)
     monkeypatch.setattr(gpu, "usable", lambda: True)
-    found = {mode: score.choose_backend("auto", mode) for mode in train.MODES}
+    found = {mode: score_stage.choose_backend("auto", mode) for mode in train_stage.MODES}
     assert found == {"probe": "transformers", "lora": "vllm", "full": "vllm"}
-    assert score.choose_backend("vllm", "probe") == "vllm"
+    assert score_stage.choose_backend("vllm", "probe") == "vllm"
     monkeypatch.setattr(gpu, "usable", lambda: False)
-    assert score.choose_backend("auto", "lora") == "transformers"
+    assert score_stage.choose_backend("auto", "lora") == "transformers"
     with pytest.raises(InputError, match="unknown; known: auto"):
-        score.choose_backend("best", "probe")
+        score_stage.choose_backend("best", "probe")
 
 
 def test_weights_are_linked_and_only_those_that_the_index_names(run: Path, qwen: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_combined_is_the_weighted_sum_with_the_log_probability(run: Path) -> Non
 def test_a_second_call_repeats_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "scores.jsonl").stat().st_mtime_ns
     with RunDir(run) as folder:
-        score.run(folder, backend="transformers")
+        score_stage.run(folder, backend="transformers")
     assert (run / "scores.jsonl").stat().st_mtime_ns == before
     assert "nothing to do" in capsys.readouterr().out
 
@@ -161,7 +161,7 @@ def test_scores_that_do_not_cover_the_samples_are_made_again(run: Path, tmp_path
     whole = (copy / "scores.jsonl").read_bytes()
     (copy / "scores.jsonl").write_bytes(b"\n".join(whole.split(b"\n")[:10]) + b"\n")
     with RunDir(copy) as folder:
-        score.run(folder, backend="transformers")
+        score_stage.run(folder, backend="transformers")
     assert (copy / "scores.jsonl").read_bytes() == whole
 
 
@@ -176,9 +176,9 @@ def test_a_critic_of_another_tokenizer_or_model_is_refused(
     with RunDir(run) as folder:
         (folder.file("scores.jsonl")).unlink()
         with pytest.raises(InputError, match="another tokenizer or chat template"):
-            score.run(folder, backend="transformers", base=str(other))
+            score_stage.run(folder, backend="transformers", base=str(other))
         with pytest.raises(InputError, match="another version of tiny: its weights differ"):
-            score.run(folder, backend="transformers", base=str(tiny_qwen(tmp_path / "tiny", small_model, seed=1)))
+            score_stage.run(folder, backend="transformers", base=str(tiny_qwen(tmp_path / "tiny", small_model, seed=1)))
         with pytest.raises(InputError, match="holds no critic"):
-            score.run(folder, tmp_path / "nothing")
-        score.run(folder, backend="transformers")
+            score_stage.run(folder, tmp_path / "nothing")
+        score_stage.run(folder, backend="transformers")

@@ -5,10 +5,10 @@ import contextlib
 import docker.errors
 
 from fractal.cloud import ssh_config
-from fractal.cloud.remote import Remote
+from fractal.cloud.remote_host import Remote
 from fractal.cloud.session import DRIVER_REMEDY, Session
 from fractal.images import build as images
-from fractal.images import driver, engine, recipes
+from fractal.images import docker_client, driver_compatibility, recipes
 from fractal.images import push as image_push
 
 
@@ -25,8 +25,9 @@ def push(session: Session, image: str, registry: str, host: str, *, as_json: boo
     config = None
     if not registry and host == ssh_config.ALIAS and session.ledger.open_entries() and not dry:
         with session.remote() as (remote, _):
-            if any(recipe.key == "pipeline" for recipe in recipes.choose(image)):
-                driver_environment(remote, _base_label(session.image_name("pipeline")))
+            for recipe in recipes.choose(image):
+                if recipe.accelerator == "cuda":
+                    driver_environment(remote, _base_label(session.image_name(recipe.key)))
         config = ssh_config.config_file(session.ledger.folder)
     with contextlib.nullcontext() if dry else session.timed("push"):
         session.pushed.update(image_push.push_all(image, registry, host, as_json=as_json, dry=dry, ssh_config=config))
@@ -39,12 +40,12 @@ def driver_environment(remote: Remote, base: str) -> dict[str, str]:
     large is sent.
     """
     version, gpus = remote.driver
-    return driver.environment(version, gpus, base=base, remedy=DRIVER_REMEDY)
+    return driver_compatibility.environment(version, gpus, base=base, remedy=DRIVER_REMEDY)
 
 
 def _base_label(name: str) -> str:
     """The label of an image that the local engine has; "" where it has none."""
-    client = engine.connect()
+    client = docker_client.connect()
     try:
         return str(client.images.get(name).labels.get(images.BASE_LABEL, ""))
     except docker.errors.ImageNotFound:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from fractal.cloud import guard, reconcile
 from fractal.cloud.account import Account
-from fractal.cloud.instance_types import too_expensive
+from fractal.cloud.instance_request import too_expensive
 from fractal.cloud.lambda_errors import AuthError, CloudError
 from fractal.cloud.lambda_types import Instance
 from fractal.cloud.ledger import NAME, Entry, Ledger

@@ -11,14 +11,14 @@ from fractal.cloud import jobs, transfer
 from fractal.cloud.image_commands import driver_environment
 from fractal.cloud.ledger import Entry
 from fractal.cloud.options import RunRequest, local_path
-from fractal.cloud.remote import ROOT, Remote
+from fractal.cloud.remote_host import ROOT, Remote
 from fractal.cloud.session import Session, log
 from fractal.cloud.ssh_config import ALIAS
 from fractal.cloud.transfer import RemoteUser
 from fractal.errors import OutsideError
 from fractal.images import build as images
 from fractal.images import containers, hub_token, recipes
-from fractal.images.engine import first_line
+from fractal.images.docker_client import first_line
 
 INPUTS = "/inputs"  # files and models from this machine, in the container
 
@@ -27,7 +27,8 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
     """Start the job and return its id. Raises OutsideError."""
     arguments, name = list(request.arguments), request.folder.name
     gpus = bool(remote.driver.gpus)
-    uses_cuda = request.image == "pipeline" and gpus
+    (recipe,) = recipes.choose(request.image)
+    uses_cuda = recipe.accelerator == "cuda" and gpus
     if uses_cuda:
         driver_environment(remote, base="")  # checked before the inputs are sent, which may be large
     for option in ("--problems", "--model"):
@@ -36,7 +37,6 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
     model = hub_token.model_of(arguments, request.folder)
     if "--model" not in arguments and model in (None, hub_token.EMBEDDED_MODEL):
         transfer.send_model(remote, session.pipeline.embedded_model(), log)  # images hold no weights
-    (recipe,) = recipes.choose(request.image)
     pipeline, sandbox = session.image_name(request.image), session.image_name("sandbox")
     pushed = session.options_of("push") or session.options_of("up")
     registry = (pushed["to"] if pushed else "") or os.environ.get("FRACTAL_REGISTRY", "")

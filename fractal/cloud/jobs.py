@@ -16,7 +16,7 @@ from typing import IO, Literal
 
 from filelock import FileLock, Timeout
 
-from fractal.cloud.remote import Remote, RemoteError, script
+from fractal.cloud.remote_host import Remote, RemoteError, script
 from fractal.errors import InputError
 from fractal.images import ssh
 

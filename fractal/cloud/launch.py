@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from fractal.cloud import guard, instance, reconcile
 from fractal.cloud.account import Account
-from fractal.cloud.instance_types import Candidate, LaunchRequest, candidates, check_request, too_expensive
+from fractal.cloud.instance_request import Candidate, LaunchRequest, candidates, check_request, too_expensive
 from fractal.cloud.lambda_errors import CapacityError, CloudError, LaunchUnknownError, NotFoundError
 from fractal.cloud.lambda_types import Offer
 from fractal.cloud.ledger import Entry, Ledger, Process

@@ -19,7 +19,7 @@ from fractal.cloud.account import Log
 from fractal.cloud.gpu_driver import Driver
 from fractal.cloud.lambda_errors import CloudError
 from fractal.cloud.ledger import Entry
-from fractal.cloud.remote import script
+from fractal.cloud.remote_host import script
 from fractal.images import ssh
 from fractal.jsonl import write_whole
 

@@ -14,7 +14,7 @@ from fractal.cloud import image_commands, instance, instance_commands, jobs, tra
 from fractal.cloud.job_start import start_job
 from fractal.cloud.ledger import Entry, Process
 from fractal.cloud.options import Options, RunRequest, run_request
-from fractal.cloud.remote import Remote
+from fractal.cloud.remote_host import Remote
 from fractal.cloud.session import Session, log
 from fractal.cloud.ssh_config import ALIAS
 from fractal.errors import InputError, OutsideError

@@ -24,9 +24,9 @@ from fractal.cloud.cost import bill
 from fractal.cloud.lambda_errors import ConnectionLostError
 from fractal.cloud.ledger import Entry, Ledger, Process, state_dir
 from fractal.cloud.options import Options, Pipeline
-from fractal.cloud.remote import Remote
+from fractal.cloud.remote_host import Remote
 from fractal.errors import InputError, OutsideError
-from fractal.images import driver, push, recipes
+from fractal.images import driver_compatibility, push, recipes
 from fractal.install import docker_engine
 
 DRIVER_REMEDY = (
@@ -144,8 +144,8 @@ class Session:
             )
         log(f"{ssh_config.ALIAS} is ready: {found}")
         try:
-            driver.environment(found.driver.version, found.driver.gpus, base="", remedy=DRIVER_REMEDY)
-        except driver.DriverError as error:  # a push and a run of the CUDA image will stop there
+            driver_compatibility.environment(found.driver.version, found.driver.gpus, base="", remedy=DRIVER_REMEDY)
+        except driver_compatibility.DriverError as error:  # a push and a run of the CUDA image will stop there
             log(str(error))
         return account.ledger.change(active.name, ready_at=time.time())
 

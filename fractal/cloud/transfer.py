@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from fractal.cloud.remote import ROOT, Log, Remote, RemoteError, script, transferred
+from fractal.cloud.remote_host import ROOT, Log, Remote, RemoteError, script, transferred
 from fractal.errors import InputError, OutsideError
 
 FETCH_INTERVAL_S = 20.0

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fractal.critic.arrays import Flags, Groups
 from fractal.critic.prompt import PromptTokenizer
-from fractal.critic.recipe import Recipe
+from fractal.critic.training_settings import Recipe
 
 DEV_SHARE = 0.2  # of the train problems, held out to say when to stop
 WARM_UP = 0.1  # of all steps, in which the learning rate rises from 0; then it falls to 0

@@ -36,7 +36,7 @@ from fractal.critic.forward import device, read
 from fractal.critic.head import Head, zero_shot_head
 from fractal.critic.loss import prior_shift
 from fractal.critic.prompt import PromptTokenizer, TokenizedPrompt
-from fractal.critic.recipe import Recipe
+from fractal.critic.training_settings import Recipe
 from fractal.errors import OutsideError
 from fractal.generate.memory import is_out_of_memory, release
 from fractal.generate.models import ModelFiles, preferred_dtype

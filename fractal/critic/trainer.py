@@ -19,8 +19,8 @@ from fractal.critic.head import zero_shot_head
 from fractal.critic.probe import EPOCHS, HeadFit, compare_splits, cross_validate
 from fractal.critic.prompt import PromptTokenizer, question, tokenizer_digest
 from fractal.critic.ranking import within_problem_auc
-from fractal.critic.recipe import Recipe
-from fractal.critic.rows import Row, TrainError
+from fractal.critic.training_data import Row, TrainError
+from fractal.critic.training_settings import Recipe
 from fractal.generate.models import ModelFiles
 from fractal.jsonl import write_jsonl, write_whole
 from fractal.records import Problem, Sample

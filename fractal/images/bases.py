@@ -8,7 +8,7 @@ import docker
 
 from fractal.images import debian, recipes
 from fractal.images.build_errors import BuildError
-from fractal.images.engine import Say, has_image, pull
+from fractal.images.docker_client import Say, has_image, pull
 from fractal.images.recipes import Recipe
 
 

@@ -22,10 +22,10 @@ import platformdirs
 import requests
 
 from fractal.console import note, report_errors
-from fractal.images import buildkit, configuration, network, recipes
+from fractal.images import buildkit, image_config, network, recipes
 from fractal.images.bases import choose_base, given_base
 from fractal.images.build_errors import DISK_FULL, BuildError, is_disk_full
-from fractal.images.engine import Say, connect, first_line, remove_unused
+from fractal.images.docker_client import Say, connect, first_line, remove_unused
 from fractal.images.recipes import Recipe
 from fractal.images.rendering import Rendering
 from fractal.images.wheels import import_wheels
@@ -116,7 +116,7 @@ def build(
     request = buildkit.BuildRequest(recipe.image, rendering, base.name, labels, settings.secrets, options.no_cache)
     try:
         image_id, steps = buildkit.build(command, request, name, log)
-        configuration.pin(client, image_id, name)
+        image_config.pin(client, image_id, name)
         image = client.images.get(name)
     finally:
         if wheels is not None:

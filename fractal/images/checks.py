@@ -4,7 +4,7 @@ from contextlib import closing
 
 from fractal.errors import OutsideError
 from fractal.images import buildkit
-from fractal.images.engine import connect
+from fractal.images.docker_client import connect
 from fractal.install.doctor import Finding
 
 

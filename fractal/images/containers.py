@@ -23,9 +23,9 @@ import requests
 
 from fractal.console import note
 from fractal.errors import InputError
-from fractal.images import driver, hub_token, recipes, sidecar
+from fractal.images import driver_compatibility, hub_token, recipes, sidecar
 from fractal.images.build import BASE_LABEL, ensure
-from fractal.images.engine import Say, connect, first_line
+from fractal.images.docker_client import Say, connect, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
 from fractal.images.sidecar import ContainerError
 from fractal.install import docker_engine, gpu
@@ -330,9 +330,9 @@ def _driver_environment(client: docker.DockerClient, recipe: Recipe) -> dict[str
     """What the CUDA image needs beside this machine's driver. Raises DriverError."""
     version, names = gpu.driver_version() or "", [device.name for device in gpu.gpus()]
     remedy = "Upgrade the driver, or take --image=pipeline-cpu."
-    if not driver.environment(version, names, base="", remedy=remedy):
+    if not driver_compatibility.environment(version, names, base="", remedy=remedy):
         return {}
-    return driver.environment(version, names, base=ensure(client, recipe, note).base, remedy=remedy)
+    return driver_compatibility.environment(version, names, base=ensure(client, recipe, note).base, remedy=remedy)
 
 
 def run_tests(key: str, arguments: Iterable[str]) -> int:

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from fractal import console
 from fractal.errors import InputError, OutsideError
 from fractal.images import network, recipes
-from fractal.images.engine import Say, connect, first_line, registry_digest
+from fractal.images.docker_client import Say, connect, first_line, registry_digest
 from fractal.images.rendering import UV_LOCK
 from fractal.install import setup
 from fractal.jsonl import write_whole

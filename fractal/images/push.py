@@ -28,7 +28,7 @@ from fractal.console import activity, note, report_errors
 from fractal.errors import InputError
 from fractal.images import recipes, remote_engine, ssh
 from fractal.images.build import ensure
-from fractal.images.engine import Say, connect, first_line, registry_digest, request_timeout
+from fractal.images.docker_client import Say, connect, first_line, registry_digest, request_timeout
 from fractal.images.progress import PushProgress
 from fractal.images.push_errors import HOST, PushConnectionError, PushError, error_from_engine, without_secrets
 from fractal.images.registry_program import RegistryProgramError

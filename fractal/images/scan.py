@@ -26,7 +26,7 @@ import docker
 
 from fractal import console
 from fractal.images import build, network, recipes
-from fractal.images.engine import connect
+from fractal.images.docker_client import connect
 from fractal.images.recipes import ROOT
 from fractal.images.saved_layers import PIECE, ScanError, saved_layers
 from fractal.images.secret_patterns import PATTERNS, SECRET_NAME, Kind, Pattern, search

@@ -9,7 +9,7 @@ import docker
 import docker.errors
 
 from fractal.errors import OutsideError
-from fractal.images.engine import Say, first_line
+from fractal.images.docker_client import Say, first_line
 from fractal.sandbox.host.container import SOCKET, start_sidecar, stop_sidecar
 
 START_TIMEOUT_S = 30

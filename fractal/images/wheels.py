@@ -8,7 +8,7 @@ from pathlib import Path
 import docker
 from packaging.utils import canonicalize_name
 
-from fractal.images.engine import has_image
+from fractal.images.docker_client import has_image
 from fractal.images.image import Image
 from fractal.images.rendering import Step
 from fractal.sandbox.host.source import content_hash

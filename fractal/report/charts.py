@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fractal.report.facts import Epoch, SplitAccuracy
+from fractal.report.number_text import spaced
 from fractal.report.strategies import Curves, DifficultyRow, Duel
-from fractal.report.text import spaced
 from fractal.selection.bootstrap import Interval
 from fractal.selection.curves import RocCurve, SelectiveCurve
 from fractal.selection.metrics import Bin

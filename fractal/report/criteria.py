@@ -16,9 +16,9 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 import msgspec
 
 from fractal.errors import InputError, RecordError
+from fractal.report.number_text import DASH, percent, span
 from fractal.report.strategies import StrategyResult
 from fractal.report.summary import Summary
-from fractal.report.text import DASH, percent, span
 from fractal.rundir import RunDir, now
 from fractal.selection.bootstrap import Interval
 from fractal.selection.strategies import BASELINE, STRATEGIES

@@ -1,8 +1,8 @@
 """The result in sentences that claim no more than the intervals do."""
 
+from fractal.report.number_text import percent, points, span
 from fractal.report.strategies import Duel, StrategyResult
 from fractal.report.summary import Summary
-from fractal.report.text import percent, points, span
 from fractal.selection.bootstrap import Interval
 from fractal.selection.strategies import BASELINE
 

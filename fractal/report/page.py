@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from fractal.report import charts, text
+from fractal.report import charts, number_text
 from fractal.report.criteria import Verdict, measured
 from fractal.report.dataset import FunnelStep
 from fractal.report.findings import findings, headline
@@ -38,15 +38,15 @@ MEANING = {
     "oracle": "a passing sample if there is one: the ceiling",
 }
 FILTERS = {
-    "percent": text.percent,
-    "points": text.points,
-    "span": text.span,
-    "interval": text.plain_span,
-    "number": text.number,
-    "seconds": text.seconds,
-    "when": text.when,
-    "words": text.spaced,
-    "dash": text.dash,
+    "percent": number_text.percent,
+    "points": number_text.points,
+    "span": number_text.span,
+    "interval": number_text.plain_span,
+    "number": number_text.number,
+    "seconds": number_text.seconds,
+    "when": number_text.when,
+    "words": number_text.spaced,
+    "dash": number_text.dash,
     "measured": measured,
 }
 
@@ -64,7 +64,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=lambda value: text.visible(value) if type(value) is str else value,
+        finalize=lambda value: number_text.visible(value) if type(value) is str else value,
     )
     environment.filters.update(FILTERS, hash=_hash, code=CodeFilter())
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))

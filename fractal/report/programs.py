@@ -8,7 +8,7 @@ from pygments.lexers.python import PythonLexer  # type: ignore[import-untyped]
 from pygments.token import Token  # type: ignore[import-untyped]
 
 from fractal.records import Choice, Label, Problem, Sample, Score
-from fractal.report.text import visible
+from fractal.report.number_text import visible
 from fractal.selection.outcomes import outcomes
 
 CODE_CHARS = 4000  # of a program on the page

@@ -11,8 +11,8 @@ from pathlib import Path
 from fractal import console
 from fractal.report.criteria import Verdict
 from fractal.report.dataset import shorten
+from fractal.report.number_text import DASH, number, percent, points, span
 from fractal.report.summary import Summary
-from fractal.report.text import DASH, number, percent, points, span
 from fractal.selection.metrics import WithinProblemAuc
 
 COLUMNS = (

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from fractal.report.criteria import Verdict, measured
 from fractal.report.findings import findings, headline
+from fractal.report.number_text import DASH, number, percent, points, seconds, span, visible
 from fractal.report.summary import Summary
-from fractal.report.text import DASH, number, percent, points, seconds, span, visible
 from fractal.selection.strategies import BASELINE
 
 COLOURS = {"met": "green", "missed": "red", "not judged": "yellow"}

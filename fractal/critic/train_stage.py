@@ -12,8 +12,8 @@ from typing import Any
 
 from fractal import console
 from fractal.critic import checkpoint
-from fractal.critic.recipe import Recipe
-from fractal.critic.rows import TrainError, labelled_rows
+from fractal.critic.training_data import TrainError, labelled_rows
+from fractal.critic.training_settings import Recipe
 from fractal.errors import InputError
 from fractal.generate import models
 from fractal.jsonl import encode

@@ -14,7 +14,7 @@ from fractal import console
 from fractal.images import recipes
 from fractal.images.build import BASE_LABEL, PARTS_LABEL
 from fractal.images.build_errors import BuildError
-from fractal.images.engine import connect, first_line
+from fractal.images.docker_client import connect, first_line
 from fractal.images.recipes import Recipe
 from fractal.install import docker_engine
 

@@ -11,7 +11,7 @@ from typing import Any
 import docker
 import docker.errors
 
-from fractal.images.engine import has_image, remove_unused
+from fractal.images.docker_client import has_image, remove_unused
 
 EPOCH = "1970-01-01T00:00:00Z"
 KEPT = ("User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "Healthcheck", "Volumes", "WorkingDir", "Labels",

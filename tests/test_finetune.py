@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fractal import console
-from fractal.critic import batching, checkpoint, finetune, train
+from fractal.critic import batching, checkpoint, finetune, train_stage
 from fractal.critic.batching import Example
 from fractal.critic.loss import loss as critic_loss
 from fractal.critic.prompt import PromptTokenizer, question
-from fractal.critic.recipe import Recipe
-from fractal.critic.rows import TrainError
+from fractal.critic.training_data import TrainError
+from fractal.critic.training_settings import Recipe
 from fractal.errors import InputError, OutsideError
 from fractal.generate import models
 from fractal.jsonl import read_jsonl, write_jsonl
@@ -206,7 +206,7 @@ def _one_thread() -> Iterator[None]:
 
 def trained(run: Path, mode: str, **recipe: Any) -> list[dict[str, Any]]:
     with RunDir(run) as folder:
-        train.run(folder, None, mode, **({"learning_rate": RATE[mode], "epochs": 2} | recipe))
+        train_stage.run(folder, None, mode, **({"learning_rate": RATE[mode], "epochs": 2} | recipe))
     return [json.loads(line) for line in (run / "critic/metrics.jsonl").read_text().splitlines()]
 
 
@@ -234,7 +234,7 @@ def test_epoch_zero_is_the_zero_shot_critic(qwen: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", qwen)
     lora = trained(run, "lora", epochs=1)[0]
     with RunDir(run) as folder:
-        train.run(folder, None, "probe")
+        train_stage.run(folder, None, "probe")
     probed = json.loads((run / "critic/metrics.jsonl").read_text().splitlines()[0])
     assert lora["val_within_auc"] == pytest.approx(probed["val_within_auc"], abs=0.1)
     assert lora["val_acc"] == pytest.approx(probed["val_acc"], abs=0.1)
@@ -482,7 +482,7 @@ def test_a_critic_stays_until_the_next_one_is_whole(
 ) -> None:
     run = run_folder(tmp_path / "run", qwen)
     with RunDir(run) as folder:
-        train.run(folder, None, "probe")
+        train_stage.run(folder, None, "probe")
     before = checkpoint.load(run / "critic/best")[1].inputs
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "batch_loss", lambda logits, *rest: logits.sum() * float("nan"))
@@ -520,7 +520,7 @@ def test_labels_of_one_class_train_nothing(mode: str, qwen: Path, tmp_path: Path
     run = run_folder(tmp_path / "run", qwen)
     relabel(run, lambda v: False)
     with RunDir(run) as folder, pytest.raises(TrainError, match="all 32 train samples fail") as error:
-        train.run(folder, None, mode)
+        train_stage.run(folder, None, mode)
     assert not error.value.kept
 
 
@@ -536,7 +536,7 @@ def test_few_problems_with_one_sample_each_and_nothing_held_out_still_train(
         run / "labels.jsonl", [v for v in read_jsonl(run / "labels.jsonl", Label) if keep[v.task_id] == "train"]
     )
     with RunDir(run) as folder:
-        train.run(folder, None, mode, **({} if mode == "probe" else {"epochs": 1}))
+        train_stage.run(folder, None, mode, **({} if mode == "probe" else {"epochs": 1}))
     rows = [json.loads(line) for line in (run / "critic/metrics.jsonl").read_text().splitlines()]
     assert all(row["val_acc"] is None for row in rows)
     assert "no labelled sample belongs to a validation problem" in capsys.readouterr().err
@@ -552,13 +552,13 @@ def test_a_run_that_names_no_generator_needs_a_base(tmp_path: Path) -> None:
     with RunDir(run_folder(tmp_path / "run", tmp_path)) as folder:
         del folder.manifest["config"]["generate"]
         with pytest.raises(InputError, match=r"which model drew the samples\. Name the critic's own: --base MODEL"):
-            train.run(folder)
+            train_stage.run(folder)
         assert not folder.file("critic").exists()
 
 
 def test_options_of_lora_with_a_probe_are_refused(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run", create=True) as folder:
         with pytest.raises(InputError, match=r"--batch-tokens, --rank: of no use with --mode probe"):
-            train.run(folder, None, "probe", batch_tokens=100, rank=4, epochs=None)
+            train_stage.run(folder, None, "probe", batch_tokens=100, rank=4, epochs=None)
         with pytest.raises(InputError, match=r"--mode best: unknown; known: probe, lora, full"):
-            train.run(folder, None, "best")
+            train_stage.run(folder, None, "best")

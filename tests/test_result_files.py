@@ -13,7 +13,7 @@ from fractal.errors import InputError
 from fractal.generate.sample_files import read_samples
 from fractal.jsonl import read_jsonl, write_jsonl
 from fractal.records import STATUSES, Label, Problem, Sample, code_sha256
-from fractal.verify import convert, foreign
+from fractal.verify import convert, result_files
 
 TESTS = ["assert f(1) == 1", "assert f(2) == 2"]
 PROBLEMS = {i: Problem(i, "p", "def f(x): return x", TESTS, "", "f", "test") for i in (11, 12, 600)}
@@ -125,7 +125,7 @@ def test_passed_is_what_passed_base_and_plus(place: Path, base: str, plus: str |
     entry = {"task_id": "Mbpp/11", "solution": "x", "base_status": base, "plus_status": plus, "base_fail_tests": [[1, "a"]], "plus_fail_tests": []}  # fmt: skip
     results = {"date": "2026-11-24 10:00", "hash": "0" * 32, "eval": {"Mbpp/11": [entry]}}
     (place / "r").write_text(json.dumps(results))
-    ((_, label),) = foreign.from_evalplus(place / "r", PROBLEMS)
+    ((_, label),) = result_files.from_evalplus(place / "r", PROBLEMS)
     assert (label.status, label.detail) == (status, f"imported from EvalPlus: base {base}, plus {plus}")
 
 
