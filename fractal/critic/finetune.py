@@ -343,7 +343,7 @@ def accumulate(
     for packed in pack(groups, batch_tokens if model.where.packed else 0):
         batch = [example for group in packed for example in group]
         logits = model.logits(batch, pad)
-        entropy, pairs = (model.send(w) for w in loss_weights(packed, share, total, mixed, logits.dtype))
-        value = batch_loss(logits, entropy, pairs)
+        entropy, pairs = loss_weights(packed, share, total, mixed, logits.dtype)
+        value = batch_loss(logits, model.send(entropy), model.send(pairs))
         value.backward()  # type: ignore[no-untyped-call]
         yield batch, value.detach()

@@ -60,8 +60,11 @@ class PromptTokenizer:
 
     def answers(self) -> tuple[int, int]:
         """The tokens with which a reply of "Yes" and one of "No" begin."""
-        yes, no = (int(self._tokenizer(answer, add_special_tokens=False)["input_ids"][0]) for answer in ANSWERS)
-        return yes, no
+        yes, no = ANSWERS
+        return self._first_token(yes), self._first_token(no)
+
+    def _first_token(self, text: str) -> int:
+        return int(self._tokenizer(text, add_special_tokens=False)["input_ids"][0])
 
 
 def tokenizer_digest(model: Path) -> str:

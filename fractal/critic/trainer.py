@@ -168,7 +168,8 @@ class TuningTrainer(Trainer):
                 "without the problems held out, all train samples are of one kind. Draw more samples (--n)."
             )
         held_out = [row for row in self.rows if row[0].task_id in dev]
-        dev_prompts, watched_prompts = (tokenizer.prompts(_pairs(rows)) for rows in (held_out, self.watched))
+        dev_prompts = tokenizer.prompts(_pairs(held_out))
+        watched_prompts = tokenizer.prompts(_pairs(self.watched))
         done = finetune.last_epoch(self.folder, self.info)
         self.history = [row for row in _history(self.folder / "metrics.jsonl") if row["epoch"] <= done]
 

@@ -341,7 +341,8 @@ def _root(call: str, root: object) -> Path:
 
 def _uv_lock(root: Path) -> LocalPath:
     """uv's own lock: the project's, else ours."""
-    own, ours = (folder / rendering.UV_LOCK for folder in (root, Path(__file__).resolve().parents[2]))
+    own = root / rendering.UV_LOCK
+    ours = Path(__file__).resolve().parents[2] / rendering.UV_LOCK
     return LocalPath(own if own.is_file() else ours, rendering.UV_LOCK, "")
 
 

@@ -33,7 +33,8 @@ class PushProgress:
         return sum(total for layer, (_, total) in self._bytes.items() if layer in self.sent)
 
     def __str__(self) -> str:
-        sent, total = (sum(pair[i] for pair in self._bytes.values()) / 1e6 for i in (0, 1))
+        sent = sum(done for done, _ in self._bytes.values()) / 1e6
+        total = sum(size for _, size in self._bytes.values()) / 1e6
         return (
             f"{sum(self._present.values())} of {len(self._present)} layers are there, {sent:.0f} of {total:.0f} MB sent"
         )
