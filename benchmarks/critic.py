@@ -167,20 +167,20 @@ def _training(
     from fractal.critic import finetune
     from fractal.critic.batching import Example
     from fractal.critic.forward import device
-    from fractal.critic.training_settings import Recipe
+    from fractal.critic.training_settings import TrainingSettings
 
     mode: Any = contestant.removesuffix("-unpacked")
-    recipe = Recipe(mode)
+    settings = TrainingSettings(mode)
     where = finetune.placement(device(), models.preferred_dtype())
     if contestant in UNPACKED:
         where = replace(where, packed=False)
-    model = finetune.TrainableCritic(models.resolve(plan.model), recipe, where=where)
+    model = finetune.TrainableCritic(models.resolve(plan.model), settings, where=where)
     examples = [Example(task, ids, i % 2 == 0, 1) for i, (task, ids) in enumerate(texts)]
     size = sum(p.numel() for n, p in model.backbone.named_parameters() if "lora_" not in n and "embed" not in n)
-    finetune.train_epoch(model, examples[:2], 1, recipe.batch_tokens, pad)
+    finetune.train_epoch(model, examples[:2], 1, settings.batch_tokens, pad)
     begin = time.perf_counter()
     finetune.train_epoch(
-        model, examples, 1, recipe.batch_tokens, pad
+        model, examples, 1, settings.batch_tokens, pad
     )  # its last act reads the loss: the GPU has finished
     seconds = time.perf_counter() - begin
     return Turn(0, contestant, len(examples), tokens, seconds, FLOPS[mode] * size * tokens, begin - called)

@@ -23,7 +23,7 @@ from fractal.critic.batching import Example
 from fractal.critic.loss import loss as critic_loss
 from fractal.critic.prompt import PromptTokenizer, question
 from fractal.critic.training_data import TrainError
-from fractal.critic.training_settings import Recipe
+from fractal.critic.training_settings import TrainingSettings, learning_rate
 from fractal.errors import InputError, OutsideError
 from fractal.generate import models
 from fractal.jsonl import read_jsonl, write_jsonl
@@ -54,8 +54,8 @@ def test_a_problem_that_is_split_keeps_both_kinds_in_each_batch() -> None:
 
 def test_an_epoch_has_every_program_once_in_an_order_of_its_own() -> None:
     examples = [Example(task, [task], i == 0, 1) for task in range(20) for i in range(3)]
-    recipe = Recipe("lora", problems=8)
-    first, again, second = (batching.steps_of_epoch(examples, recipe, epoch) for epoch in (1, 1, 2))
+    training = TrainingSettings("lora", problems=8)
+    first, again, second = (batching.steps_of_epoch(examples, training, epoch) for epoch in (1, 1, 2))
     assert first == again != second
     assert [len(step) for step in first] == [24, 24, 12]
     assert sorted(e.task_id for step in first for e in step) == sorted(e.task_id for e in examples)
@@ -70,11 +70,11 @@ def test_dev_problems_are_some_of_the_train_problems(tasks: set[int]) -> None:
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
-    rates = [batching.learning_rate(step, 100, 1e-3) for step in range(100)]
+    rates = [learning_rate(step, 100, 1e-3) for step in range(100)]
     assert max(rates) == pytest.approx(1e-3)
     assert rates.index(max(rates)) == 9
     assert 0 < rates[-1] < 2e-5
-    assert batching.learning_rate(0, 1, 1e-3) > 0
+    assert learning_rate(0, 1, 1e-3) > 0
 
 
 def part_of(logits: torch.Tensor, groups: list[list[Example]], share: float, total: int, mixed: int) -> torch.Tensor:
@@ -174,8 +174,8 @@ def test_inputs_tell_the_old_lora_apart_and_know_the_old_full() -> None:
     """A run made before dropout was a field is trained again in LoRA, which had 0.05, and not in full, which had none."""
     before = {"epochs": 4, "learning_rate": None, "batch_tokens": 4096, "problems": 8, "rank": 16, "patience": 2,
               "seed": 0}  # fmt: skip
-    assert Recipe("full").inputs() == {"mode": "full"} | before
-    assert Recipe("lora").inputs() == {"mode": "lora", "dropout": 0.0} | before
+    assert TrainingSettings("full").inputs() == {"mode": "full"} | before
+    assert TrainingSettings("lora").inputs() == {"mode": "lora", "dropout": 0.0} | before
 
 
 def test_a_recipe_out_of_range_names_the_option() -> None:
@@ -183,7 +183,7 @@ def test_a_recipe_out_of_range_names_the_option() -> None:
     for fields in [*wrong, {"learning_rate": 2.0}]:
         name = next(iter(fields)).replace("_", "-")
         with pytest.raises(InputError, match=f"--{name}"):
-            Recipe("lora", **fields)
+            TrainingSettings("lora", **fields)
 
 
 # --- with a model
@@ -204,9 +204,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def trained(run: Path, mode: str, **recipe: Any) -> list[dict[str, Any]]:
+def trained(run: Path, mode: str, **training: Any) -> list[dict[str, Any]]:
     with RunDir(run) as folder:
-        train_stage.run(folder, None, mode, **({"learning_rate": RATE[mode], "epochs": 2} | recipe))
+        train_stage.run(folder, None, mode, **({"learning_rate": RATE[mode], "epochs": 2} | training))
     return [json.loads(line) for line in (run / "critic/metrics.jsonl").read_text().splitlines()]
 
 
@@ -403,7 +403,7 @@ def test_packed_and_checkpointed_steps_have_the_gradients_of_plain_ones(
         ("checkpointed", plain, True),
     ):
         model = finetune.TrainableCritic(
-            models.resolve(str(qwen)), Recipe(mode), checkpointing=checkpointing, where=where
+            models.resolve(str(qwen)), TrainingSettings(mode), checkpointing=checkpointing, where=where
         )
         with torch.no_grad():
             for parameter in model.parameters:  # LoRA's second matrix starts at zero, which would hide the first
@@ -447,7 +447,7 @@ def test_an_epoch_on_a_gpu_waits_once_and_multiplies_in_bfloat16(mode: Any, qwen
     waits = {}
     for watched in (False, True):
         model = finetune.TrainableCritic(
-            models.resolve(str(qwen)), Recipe(mode, problems=2), where=replace(gpu, watched=watched)
+            models.resolve(str(qwen)), TrainingSettings(mode, problems=2), where=replace(gpu, watched=watched)
         )
         with Calls() as calls:
             loss = finetune.train_epoch(model, examples, 1, 1024, 0)
@@ -471,7 +471,7 @@ def test_a_loss_that_is_no_number_is_found_after_an_unwatched_epoch(
 
     monkeypatch.setattr(finetune, "batch_loss", once)
     where = replace(finetune.placement("cpu", "float32"), watched=False)
-    model = finetune.TrainableCritic(models.resolve(str(qwen)), Recipe("lora", problems=1), where=where)
+    model = finetune.TrainableCritic(models.resolve(str(qwen)), TrainingSettings("lora", problems=1), where=where)
     with pytest.raises(finetune.DivergedError, match=r"epoch 1, step 2 of 5; problems \d+\)"):
         finetune.train_epoch(model, examples_of(qwen, tmp_path), 1, 4096, 0)
 

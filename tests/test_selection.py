@@ -13,8 +13,8 @@ from fractal.report.strategies import by_strategy, evaluate
 from fractal.rundir import RunDir
 from fractal.selection import stage, strategies
 from fractal.selection.bootstrap import Interval
-from fractal.selection.choices import recompute
 from fractal.selection.outcomes import LeftOut, left_out, outcomes
+from fractal.selection.read_run import recompute
 from fractal.selection.splits import parse_splits, recorded_splits
 from fractal.selection.strategies import STRATEGIES
 

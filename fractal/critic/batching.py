@@ -11,10 +11,9 @@ from torch.nn import functional
 
 from fractal.critic.arrays import Flags, Groups
 from fractal.critic.prompt import PromptTokenizer
-from fractal.critic.training_settings import Recipe
+from fractal.critic.training_settings import TrainingSettings
 
 DEV_SHARE = 0.2  # of the train problems, held out to say when to stop
-WARM_UP = 0.1  # of all steps, in which the learning rate rises from 0; then it falls to 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +76,17 @@ def pack(groups: list[list[Example]], batch_tokens: int) -> list[list[list[Examp
     return passes
 
 
-def steps_of_epoch(examples: list[Example], recipe: Recipe, epoch: int) -> list[list[Example]]:
-    """The epoch's steps, each with the programs of `recipe.problems` problems; epoch and seed decide the order."""
+def steps_of_epoch(examples: list[Example], settings: TrainingSettings, epoch: int) -> list[list[Example]]:
+    """The epoch's steps, each with the programs of `settings.problems` problems; epoch and seed decide the order."""
     by_problem: dict[int, list[Example]] = {}
     for example in examples:
         by_problem.setdefault(example.task_id, []).append(example)
     tasks = sorted(by_problem)
-    order = np.random.default_rng([recipe.seed, epoch]).permutation(len(tasks))
+    order = np.random.default_rng([settings.seed, epoch]).permutation(len(tasks))
     return [
-        [example for i in order[start : start + recipe.problems] for example in by_problem[tasks[i]]]
-        for start in range(0, len(tasks), recipe.problems)
+        [example for i in order[start : start + settings.problems] for example in by_problem[tasks[i]]]
+        for start in range(0, len(tasks), settings.problems)
     ]
-
-
-def learning_rate(step: int, steps: int, rate: float) -> float:
-    """Rises linearly over the first WARM_UP of the steps and then falls linearly to 0; step counts from 0."""
-    warm = max(1, round(WARM_UP * steps))
-    return rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm + 1))
 
 
 def loss_weights(

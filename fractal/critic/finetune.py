@@ -25,7 +25,6 @@ from fractal.critic.arrays import Array, Floats
 from fractal.critic.batching import (
     Example,
     batch_loss,
-    learning_rate,
     loss_weights,
     micro_batches,
     pack,
@@ -36,7 +35,7 @@ from fractal.critic.forward import device, read
 from fractal.critic.head import Head, zero_shot_head
 from fractal.critic.loss import prior_shift
 from fractal.critic.prompt import PromptTokenizer, TokenizedPrompt
-from fractal.critic.training_settings import Recipe
+from fractal.critic.training_settings import TrainingSettings, learning_rate
 from fractal.errors import OutsideError
 from fractal.generate.memory import is_out_of_memory, release
 from fractal.generate.models import ModelFiles, preferred_dtype
@@ -83,24 +82,29 @@ class TrainableCritic:
     """A model that is trained as a critic: backbone, head and optimiser."""
 
     def __init__(
-        self, files: ModelFiles, recipe: Recipe, *, checkpointing: bool = False, where: Placement | None = None
+        self,
+        files: ModelFiles,
+        settings: TrainingSettings,
+        *,
+        checkpointing: bool = False,
+        where: Placement | None = None,
     ) -> None:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
 
-        torch.manual_seed(recipe.seed)  # before LoRA's random matrices are made
-        self.files, self.recipe = files, recipe
+        torch.manual_seed(settings.seed)  # before LoRA's random matrices are made
+        self.files, self.settings = files, settings
         dtype = preferred_dtype()
         self.where = where or placement(device(), dtype)
         backbone: Any = AutoModel.from_pretrained(
-            files.path, dtype=torch.float32 if recipe.mode == "full" else getattr(torch, dtype)
+            files.path, dtype=torch.float32 if settings.mode == "full" else getattr(torch, dtype)
         )
         self.depth = int(backbone.config.num_hidden_layers)
         if checkpointing:
             backbone.gradient_checkpointing_enable()
-        if recipe.mode == "lora":
+        if settings.mode == "lora":
             adapter = LoraConfig(
-                r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=recipe.dropout, target_modules=TARGETS
+                r=settings.rank, lora_alpha=2 * settings.rank, lora_dropout=settings.dropout, target_modules=TARGETS
             )
             backbone = get_peft_model(backbone, adapter)  # its matrices are float32
             for layer in backbone.modules():
@@ -113,7 +117,7 @@ class TrainableCritic:
         self.shift = 0.0  # prior_shift, which training with balanced classes leaves out
         self.parameters = [p for p in self.backbone.parameters() if p.requires_grad] + [self.weight, self.bias]
         self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=recipe.rate, weight_decay=0.01, fused=True if self.where.fused else None
+            self.parameters, lr=settings.rate, weight_decay=0.01, fused=True if self.where.fused else None
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -169,7 +173,7 @@ class TrainableCritic:
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint that checkpoint.load has verified."""
-        if self.recipe.mode == "lora":
+        if self.settings.mode == "lora":
             from peft import set_peft_model_state_dict
 
             set_peft_model_state_dict(self.backbone, load_file(folder / "adapter_model.safetensors"))
@@ -202,14 +206,14 @@ def tuned_model(
 def fit(
     examples: list[Example],
     files: ModelFiles,
-    recipe: Recipe,
+    settings: TrainingSettings,
     target: Path,
     info: CriticInfo,
     done: int,
     known: set[int],
     evaluate: Callable[[TrainableCritic, int, float | None, float | None], bool],
 ) -> None:
-    """Train to the end of the recipe, from epoch `done` on, the last whole checkpoint in `target`; 0 is none.
+    """Train up to `settings.epochs`, from epoch `done` on, the last whole checkpoint in `target`; 0 is none.
 
     `evaluate(model, epoch, train_loss, seconds)` is called for each epoch that is not in `known` (0 is the untrained
     model) and returns whether to go on. Raises DivergedError if the loss is no number; the checkpoints before it stay.
@@ -220,7 +224,7 @@ def fit(
     def attempt(batch_tokens: int, checkpointing: bool) -> None:
         nonlocal done, known
         with console.quiet("loading the critic's model"):
-            model = TrainableCritic(files, recipe, checkpointing=checkpointing)
+            model = TrainableCritic(files, settings, checkpointing=checkpointing)
         if done:
             model.restore(target / f"epoch-{done}")
             console.say(f"train: going on after epoch {done}")
@@ -233,7 +237,7 @@ def fit(
             figures = checkpoint.load(target / f"epoch-{done}")[1].figures
             if not evaluate(model, done, figures["train_loss"], figures["seconds"]):
                 return
-        for epoch in range(done + 1, recipe.epochs + 1):
+        for epoch in range(done + 1, settings.epochs + 1):
             begin = time.monotonic()
             loss = train_epoch(model, examples, epoch, batch_tokens, pad)
             seconds = time.monotonic() - begin
@@ -247,11 +251,11 @@ def fit(
                 return
 
     for number, (divisor, checkpointing) in enumerate(FALLBACKS, 1):
-        batch_tokens = recipe.batch_tokens // divisor
-        settings = f"--batch-tokens {batch_tokens}{' and gradient checkpointing' if checkpointing else ''}"
+        batch_tokens = settings.batch_tokens // divisor
+        tried = f"--batch-tokens {batch_tokens}{' and gradient checkpointing' if checkpointing else ''}"
         if number > 1:
             release()  # here, outside of `except`: the error held the tensors
-            console.warn(f"train: out of memory; this epoch again with {settings}")
+            console.warn(f"train: out of memory; this epoch again with {tried}")
         try:
             attempt(batch_tokens, checkpointing)
             return
@@ -260,7 +264,7 @@ def fit(
                 raise
             if number == len(FALLBACKS):
                 raise OutsideError(
-                    f"out of memory while training, also with {settings}. Take a smaller --base, --mode lora or probe, "
+                    f"out of memory while training, also with {tried}. Take a smaller --base, --mode lora or probe, "
                     "or a machine with more memory."
                 ) from error
 
@@ -288,10 +292,10 @@ def train_epoch(model: TrainableCritic, examples: list[Example], epoch: int, bat
 
     Where the placement is not watched, nothing is read from the device before the last step.
     """
-    recipe = model.recipe
-    torch.manual_seed(recipe.seed * 1_000_003 + epoch)  # dropout, where there is any: the same after a resumption
+    settings = model.settings
+    torch.manual_seed(settings.seed * 1_000_003 + epoch)  # dropout, where there is any: the same after a resumption
     model.backbone.train()
-    steps = steps_of_epoch(examples, recipe, epoch)
+    steps = steps_of_epoch(examples, settings, epoch)
     share = sum(e.weight for e in examples if e.passed) / sum(e.weight for e in examples)
     losses = torch.zeros(len(steps), dtype=torch.float64, device=model.where.device)
     norms = torch.zeros(len(steps), device=model.where.device)
@@ -304,7 +308,7 @@ def train_epoch(model: TrainableCritic, examples: list[Example], epoch: int, bat
             raise DivergedError(
                 f"the loss is no number any more (epoch {epoch}, step {number + 1} of {len(steps)}; problems "
                 f"{', '.join(map(str, tasks))}). Checkpoints of earlier epochs are kept. Try a lower --learning-rate "
-                f"than {recipe.rate:g}."
+                f"than {settings.rate:g}."
             )
 
     begin = time.monotonic()
@@ -312,7 +316,9 @@ def train_epoch(model: TrainableCritic, examples: list[Example], epoch: int, bat
     with console.bar(f"epoch {epoch}", len(examples)) as bar:
         for number, step in enumerate(steps):
             for group in model.optimiser.param_groups:
-                group["lr"] = learning_rate((epoch - 1) * len(steps) + number, recipe.epochs * len(steps), recipe.rate)
+                group["lr"] = learning_rate(
+                    (epoch - 1) * len(steps) + number, settings.epochs * len(steps), settings.rate
+                )
             for batch, part in accumulate(model, step, share, batch_tokens, pad):
                 losses[number] += part
                 seen += len(batch)

@@ -13,7 +13,7 @@ from typing import Any
 from fractal import console
 from fractal.critic import checkpoint
 from fractal.critic.training_data import TrainError, labelled_rows
-from fractal.critic.training_settings import Recipe
+from fractal.critic.training_settings import TrainingSettings
 from fractal.errors import InputError
 from fractal.generate import models
 from fractal.jsonl import encode
@@ -22,14 +22,14 @@ from fractal.rundir import RunDir
 MODES = ("probe", "lora", "full")
 
 
-def run(folder: RunDir, base: str | None = None, mode: str = "probe", **recipe: Any) -> None:
+def run(folder: RunDir, base: str | None = None, mode: str = "probe", **settings: Any) -> None:
     """Train the critic, unless it has been trained on the same labels in the same way. Raises TrainError, InputError.
 
-    `recipe`: fields of Recipe for lora and full; None means the default.
+    `settings`: fields of TrainingSettings for lora and full; None means the default.
     """
     if mode not in MODES:
         raise InputError(f"--mode {mode}: unknown; known: {', '.join(MODES)}.")
-    given = {name: value for name, value in recipe.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
     if given and mode == "probe":
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(
@@ -58,7 +58,7 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe", **recipe: 
         "labels_sha256": hashlib.sha256(facts).hexdigest(),
     }
     if mode != "probe":
-        config["recipe"] = Recipe(mode=mode, **given).inputs()  # type: ignore[arg-type]
+        config["recipe"] = TrainingSettings(mode=mode, **given).inputs()  # type: ignore[arg-type]
     if _is_trained(folder, config):
         console.say("train: the critic of these labels is there, nothing to do")
         return

@@ -20,7 +20,7 @@ from fractal.critic.probe import EPOCHS, HeadFit, compare_splits, cross_validate
 from fractal.critic.prompt import PromptTokenizer, question, tokenizer_digest
 from fractal.critic.ranking import within_problem_auc
 from fractal.critic.training_data import Row, TrainError
-from fractal.critic.training_settings import Recipe
+from fractal.critic.training_settings import TrainingSettings
 from fractal.generate.models import ModelFiles
 from fractal.jsonl import write_jsonl, write_whole
 from fractal.records import Problem, Sample
@@ -151,9 +151,9 @@ class TuningTrainer(Trainer):
     """Modes lora and full: epochs of finetune.py, stopped by the dev problems."""
 
     def run(self) -> None:
-        recipe = Recipe(**self.config["recipe"])
+        settings = TrainingSettings(**self.config["recipe"])
         passed, groups = _passed_and_groups(self.rows)
-        dev = dev_problems(groups, recipe.seed)
+        dev = dev_problems(groups, settings.seed)
         in_dev = np.isin(groups, list(dev))
         if not mixed_problems(passed[in_dev], groups[in_dev]):
             console.warn(
@@ -183,12 +183,12 @@ class TuningTrainer(Trainer):
                 dev_auc = within_problem_auc(logits, *_passed_and_groups(held_out))
             watched = model.score(watched_prompts, tokenizer.pad) if self.watched else None
             self.record(epoch, train_loss, watched, dev_auc, seconds)
-            return not self.is_exhausted(recipe.patience)
+            return not self.is_exhausted(settings.patience)
 
         try:
-            if not self.is_exhausted(recipe.patience):
+            if not self.is_exhausted(settings.patience):
                 known = {row["epoch"] for row in self.history}
-                finetune.fit(examples, self.files, recipe, self.folder, self.info, done, known, evaluate)
+                finetune.fit(examples, self.files, settings, self.folder, self.info, done, known, evaluate)
         except finetune.DivergedError as error:
             if best := self.best_epoch():
                 self.conclude(best, held_out)

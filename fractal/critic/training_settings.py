@@ -1,15 +1,19 @@
-"""How a language model is fine-tuned as a critic: the options of `--mode lora` and `--mode full`. Loads no torch."""
+"""How a language model is fine-tuned as a critic: the options of `--mode lora` and `--mode full`; the learning rate.
+
+Loads no torch.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fractal.errors import InputError
 
-LEARNING_RATES = {"lora": 1e-4, "full": 1e-5}
+LEARNING_RATES = {"lora": 1e-4, "full": 1e-5}  # the highest of the schedule
+WARM_UP = 0.1  # of all steps, in which the learning rate rises from 0; then it falls to 0
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TrainingSettings:
     """How the model is trained. Checked when made; raises InputError."""
 
     mode: Literal["lora", "full"]
@@ -40,3 +44,9 @@ class Recipe:
         if self.mode == "full":
             del fields["dropout"]
         return fields
+
+
+def learning_rate(step: int, steps: int, rate: float) -> float:
+    """Rises linearly over the first WARM_UP of the steps and then falls linearly to 0; step counts from 0."""
+    warm = max(1, round(WARM_UP * steps))
+    return rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm + 1))

@@ -20,7 +20,7 @@ from fractal.report import make
 from fractal.report.criteria import element_name
 from fractal.report.inputs import NUMBERS, PAGE, TABLE, inputs
 from fractal.rundir import RunDir
-from fractal.selection.choices import recompute
+from fractal.selection.read_run import recompute
 
 TOLERANCE = 1e-9  # of the larger number
 NEAR_ZERO = 1e-12  # sums over resamples that cancel

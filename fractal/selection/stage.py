@@ -7,8 +7,8 @@ from fractal import console
 from fractal.errors import InputError
 from fractal.jsonl import write_jsonl
 from fractal.rundir import RunDir
-from fractal.selection.choices import read_outcomes
 from fractal.selection.outcomes import count_unscored
+from fractal.selection.read_run import read_outcomes
 from fractal.selection.splits import SEEN, evaluation_splits, join_splits, parse_splits
 from fractal.selection.strategies import choose
 

@@ -1,4 +1,4 @@
-"""A run folder's records -> outcomes and choices: for the stage, and for whoever checks what it wrote."""
+"""Reads a run folder as outcomes and choices: for the stage, and for `report --check`, which compares what it wrote."""
 
 from collections.abc import Sequence
 from typing import TypeVar
