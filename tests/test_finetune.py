@@ -243,11 +243,11 @@ def test_epoch_zero_is_the_zero_shot_critic(qwen: Path, tmp_path: Path) -> None:
 COMMAND = """
 import sys, torch
 from pathlib import Path
-from fractal.critic import train
+from fractal.critic import train_stage
 from fractal.rundir import RunDir
 torch.set_num_threads(1)
 with RunDir(Path(sys.argv[1])) as folder:
-    train.run(folder, None, sys.argv[2], learning_rate=float(sys.argv[3]), epochs=3)
+    train_stage.run(folder, None, sys.argv[2], learning_rate=float(sys.argv[3]), epochs=3)
 """
 
 
