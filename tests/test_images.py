@@ -47,6 +47,13 @@ def base(client: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) 
     return choose_base(client, recipe, None, quiet, log).name
 
 
+@pytest.fixture(scope="module")
+def base_with_apt(client: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The base of images that install packages, pulled or made before a test names mirrors that do not exist."""
+    recipe = Recipe("test-base", Image.debian_slim(), "", True)
+    return choose_base(client, recipe, None, quiet, tmp_path_factory.mktemp("base") / "log").name
+
+
 @pytest.fixture
 def made(client: docker.DockerClient) -> Iterator[Made]:
     """Recipe of an image under a name of the test's own, which is forgotten at the end; nothing else may be left."""
@@ -291,7 +298,7 @@ def test_a_name_that_moves_on_leaves_no_nameless_image(
 
 
 def test_no_secret_is_in_the_image_its_history_or_the_log(
-    client: docker.DockerClient, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: docker.DockerClient, made: Made, base_with_apt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     word = "kaleidoscope" + secrets.token_hex(6)
     certificate = f"# {word}-ca\n-----BEGIN CERTIFICATE-----\n{word}\n-----END CERTIFICATE-----\n"
@@ -331,7 +338,7 @@ def test_no_secret_is_in_the_image_its_history_or_the_log(
 
 
 def test_a_secret_is_in_no_error_either(
-    client: docker.DockerClient, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: docker.DockerClient, made: Made, base_with_apt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     word = "kaleidoscope" + secrets.token_hex(6)
     (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = https://me:{word}@pypi.example/simple\n")
