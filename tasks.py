@@ -292,9 +292,9 @@ def bench(c, what="verify", problems="", generations="", samples_count="", round
 
 
 TEST_SETS = {
-    "fast": "not docker and not sandbox and not model and not long and not slow and not gpu and not cloud",
-    "everyday": "not long and not slow",
-    "long": "long or slow",
+    "fast": "not docker and not sandbox and not model and not long and not gpu and not cloud",
+    "everyday": "not long",
+    "long": "long",
     "all": "",
 }
 
