@@ -110,6 +110,11 @@ def verify(folder: Path) -> CriticInfo:
     return info
 
 
+def digest(folder: Path) -> str:
+    """sha256 of a critic, as hexadecimal: that of its INFO_FILE, which holds the digests of all its other files."""
+    return _sha256(folder / INFO_FILE)
+
+
 def load(folder: Path) -> "tuple[Head, CriticInfo]":
     """Verify and read a critic. Raises BrokenCriticError."""
     from safetensors import SafetensorError

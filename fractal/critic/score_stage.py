@@ -1,6 +1,5 @@
 """Stage 4: samples and a critic -> scores.jsonl. Loads torch only when there is something to score."""
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", b
     if not samples:
         raise InputError(f"{folder.path}: has no samples yet. Run `fractal generate --run {folder.path}` first.")
     problems = folder.problems()
-    digest = hashlib.sha256((critic_dir / checkpoint.INFO_FILE).read_bytes()).hexdigest()  # it holds all other digests
+    digest = checkpoint.digest(critic_dir)
     previous = folder.manifest["config"].get("score", {})
     done = unique(read_jsonl(folder.file("scores.jsonl"), Score), folder.file("scores.jsonl"))
     if previous.get("critic_sha256") == digest and done.keys() == samples.keys():

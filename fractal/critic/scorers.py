@@ -4,7 +4,6 @@ transformers reads each problem's tokens once for all of its samples; vLLM does 
 alike (tests/test_score.py).
 """
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +70,7 @@ class TransformersScorer:
             return Logits(self._head.logits(states[:, base.layers.index(self._info.depth)]), zero_shot)
         tuned = Features(
             self._files.path,
-            hashlib.sha256((self._folder / checkpoint.INFO_FILE).read_bytes()).hexdigest(),
+            checkpoint.digest(self._folder),
             self._cache,
             layers=[self._info.depth],
             load=lambda: tuned_model(self._folder, self._info, self._files, self._dtype),
