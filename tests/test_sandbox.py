@@ -286,3 +286,28 @@ def test_own_processes_only(sandbox: Sandbox) -> None:
     assert attributes["Mounts"] == []
     assert attributes["HostConfig"]["Privileged"] is False
     assert os.getpid() > 0
+
+
+def test_what_a_deadline_leaves_undecided_is_dropped_and_delays_nobody(place: dict[str, Any]) -> None:
+    sleepers = [sample(f"import time\ndef f(x):\n    time.sleep(600)\n    return {n}\n", n) for n in range(30)]
+    with Sandbox(limits=Limits(cpu_s=60.0, wall_s=100.0), slots=2, **place) as sandbox:
+        labels = list(sandbox.verify([sample(CORRECT), *sleepers], {1: problem()}, deadline_s=1.5))
+        assert [label.status for label in labels] == ["passed"] + ["sandbox_error"] * 30
+        assert labels[1].detail == "not decided within 1.5 s"
+        # Without the cancellation both slots would sleep for minutes.
+        labels = list(sandbox.verify([sample(f"{CORRECT}\n#{n}", n) for n in range(9)], {1: problem()}, deadline_s=10))
+        assert [label.status for label in labels] == ["passed"] * 9
+        late = list(
+            sandbox.verify([sample(f"# {n}\n{CORRECT}n = {n}") for n in range(3)], {1: problem()}, deadline_s=0)
+        )
+        assert {label.detail for label in late} == {"not decided within 0 s"}
+
+
+def test_a_call_that_is_left_early_frees_the_sandbox(place: dict[str, Any]) -> None:
+    sleepers = [sample(f"import time\ndef f(x):\n    time.sleep(600)\n    return {n}\n", n) for n in range(30)]
+    with Sandbox(limits=Limits(cpu_s=60.0, wall_s=100.0), slots=2, **place) as sandbox:
+        for label in sandbox.verify([sample(CORRECT), *sleepers], {1: problem()}):
+            assert label.passed
+            break
+        (label,) = sandbox.verify([sample(CORRECT + "n = 1")], {1: problem()}, deadline_s=10)
+        assert label.passed

@@ -13,7 +13,9 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import queue
+import struct
 import threading
 import time
 from collections import OrderedDict, deque
@@ -28,6 +30,7 @@ from fractal.records import Label, Problem, Sample, Status, code_sha256
 from fractal.sandbox.host.limits import DEFAULT_LIMITS, REFERENCE_CPU_S, REFERENCE_FACTOR, Limits
 from fractal.sandbox.host.program_key import program_key
 from fractal.sandbox.inside.protocol import (
+    CANCEL,
     FORGET,
     KEY_BYTES,
     MAX_FRAME,
@@ -283,20 +286,37 @@ class Verifier:
             except OSError:
                 pass  # its reader notices, too, and sends them to the next one
 
+    def _cancel(self, inbox: Inbox) -> None:
+        """Let the sandbox drop the jobs of a call that waits for nothing any more."""
+        with self._lock:
+            ids = [job.id for job in self._pending.values() if job.inbox is inbox]
+            for number in ids:
+                del self._pending[number]
+        with self._sending:
+            if ids and self._connection is not None:
+                try:
+                    self._connection.send(frame(CANCEL + struct.pack(f">{len(ids)}Q", *ids)))
+                except OSError:
+                    pass  # the next connection does not get them
+
     # --- verification -------------------------------------------------------------------------------------------------
 
-    def verify(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> Iterator[Label]:
+    def verify(
+        self, samples: Iterable[Sample], problems: Mapping[int, Problem], deadline_s: float | None = None
+    ) -> Iterator[Label]:
         """One Label for each sample, in their order; `samples` is read as the labels come.
 
         `problems` by task_id; raises KeyError for a sample of none of them, SandboxError when the sandbox is lost for
-        good.
+        good. What is not decided `deadline_s` after the first label was asked for is a sandbox_error and is dropped.
         """
-        for labels in self._batches(samples, problems):
+        for labels in self._batches(samples, problems, deadline_s):
             yield from labels
 
-    async def verify_async(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> AsyncIterator[Label]:
+    async def verify_async(
+        self, samples: Iterable[Sample], problems: Mapping[int, Problem], deadline_s: float | None = None
+    ) -> AsyncIterator[Label]:
         """The same for `async for`: the event loop is free while programs run."""
-        batches = self._batches(samples, problems)
+        batches = self._batches(samples, problems, deadline_s)
         try:
             while (labels := await asyncio.to_thread(next, batches, None)) is not None:
                 for label in labels:
@@ -311,9 +331,9 @@ class Verifier:
                 self._done.popitem(last=False)
 
     def _batches(
-        self, samples: Iterable[Sample], problems: Mapping[int, Problem]
+        self, samples: Iterable[Sample], problems: Mapping[int, Problem], deadline_s: float | None
     ) -> Generator[list[Label], None, None]:
-        return _VerifyCall(self, samples, problems).run()
+        return _VerifyCall(self, samples, problems, deadline_s).run()
 
     def job(self, problem: Problem, code: str, inbox: Inbox, limits: Limits | None = None, alone: bool = False) -> Job:
         key = self._key(problem)
@@ -344,6 +364,8 @@ class _VerifyCall:
     verifier: Verifier
     samples: Iterable[Sample]
     problems: Mapping[int, Problem]
+    deadline_s: float | None = None
+    deadline: float = math.inf  # on time.monotonic()'s clock
     inbox: Inbox = field(default_factory=queue.SimpleQueue)
     pending: deque[PendingLabel] = field(default_factory=deque)  # not yet handed out
     running: dict[int, Job] = field(default_factory=dict)  # by the job's id
@@ -355,6 +377,8 @@ class _VerifyCall:
     def run(self) -> Generator[list[Label], None, None]:
         source = iter(self.samples)
         more = True
+        if self.deadline_s is not None:
+            self.deadline = time.monotonic() + self.deadline_s
         try:
             while more or self.pending:
                 jobs: list[Job] = []
@@ -374,9 +398,8 @@ class _VerifyCall:
                 elif self.pending:
                     self._wait()
         finally:
-            with self.verifier._lock:
-                for number in self.running:
-                    self.verifier._pending.pop(number, None)
+            if self.running or self.unconfirmed:
+                self.verifier._cancel(self.inbox)
 
     def _may_send_more(self) -> bool:
         under_way, most = len(self.running), IN_FLIGHT * self.verifier.slots
@@ -388,6 +411,9 @@ class _VerifyCall:
         digest = code_sha256(sample.code)
         pending_label = PendingLabel(sample, problem, digest)
         self.pending.append(pending_label)
+        if time.monotonic() >= self.deadline:
+            pending_label.verdict = self._undecided()
+            return None
         if len(sample.code) > MAX_FRAME // 8:
             pending_label.verdict = Verdict("memory", detail=f"a program of {len(sample.code)} characters")
             return None
@@ -413,8 +439,26 @@ class _VerifyCall:
             self.running_programs[program] = job
         return job
 
+    def _undecided(self) -> Verdict:
+        return Verdict("sandbox_error", detail=f"not decided within {self.deadline_s:g} s")
+
+    def _give_up(self) -> None:
+        """The deadline is over: what has no verdict gets none."""
+        self.verifier._cancel(self.inbox)
+        self.running.clear()
+        self.running_programs.clear()
+        self.unconfirmed.clear()
+        self.bytes_in_flight = 0
+        for pending_label in self.pending:
+            pending_label.verdict = pending_label.verdict or self._undecided()
+
     def _wait(self) -> None:
-        verdicts = self.inbox.get()
+        left_s = None if self.deadline_s is None else max(0.0, self.deadline - time.monotonic())
+        try:
+            verdicts = self.inbox.get(timeout=left_s)
+        except queue.Empty:
+            self._give_up()
+            return
         if isinstance(verdicts, Exception):
             raise verdicts
         again: list[Job] = []

@@ -46,6 +46,7 @@ SHARED = SHARED_CALLABLES | EXCEPTIONS.keys()
 PROBLEM = b"P"  # key, JSON: a problem that later samples name by its key
 SAMPLE = b"S"  # id, key, wall limit, alone, JSON: a program to judge
 FORGET = b"F"  # all problems sent so far
+CANCEL = b"C"  # ids, 8 bytes each: samples whose verdicts nobody waits for any more
 VERDICT = b"V"  # id, JSON
 READY = b"R"  # JSON: slots, and what the check from inside found
 ALIVE = b"A"  # nothing: the supervisor lives, though no verdict is due

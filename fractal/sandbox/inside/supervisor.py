@@ -16,6 +16,7 @@ import errno
 import select
 import signal
 import socket
+import struct
 import time
 from collections import deque
 from typing import Any
@@ -26,6 +27,7 @@ from fractal.sandbox.inside.connections import Client, Task, Worker
 from fractal.sandbox.inside.judge import sandbox_error
 from fractal.sandbox.inside.protocol import (
     ALIVE,
+    CANCEL,
     FORGET,
     KEY_BYTES,
     PROBLEM,
@@ -232,8 +234,25 @@ class Supervisor:
             client.problems[body[1 : 1 + KEY_BYTES]] = body
         elif kind == FORGET:
             client.problems.clear()
+        elif kind == CANCEL:
+            self._cancel(client, {number for (number,) in struct.iter_unpack(">Q", body[1:])})
         else:
             raise ProtocolError("not a frame of a client's")
+
+    def _cancel(self, client: Client, ids: set[int]) -> None:
+        """Drop these samples of a client's, without a verdict; a judge that has one of them is replaced."""
+
+        def wanted(task: Task) -> bool:
+            return task.client is not client or task.head.id not in ids
+
+        client.waiting = deque(task for task in client.waiting if wanted(task))
+        client.waiting_bytes = sum(len(task.body) for task in client.waiting)
+        self._alone = deque(task for task in self._alone if wanted(task))
+        for worker in [w for w in self._workers if not all(wanted(task) for task in w.tasks)]:
+            tasks = self._replace(worker)
+            kept = deque(task for task in tasks if wanted(task))
+            client.running -= len(tasks) - len(kept)
+            self._requeue(kept)
 
     def _answer(self, task: Task, verdict: dict[str, Any]) -> None:
         task.client.running -= 1
