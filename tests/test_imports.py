@@ -20,7 +20,19 @@ STAGE_MODULES = {f"fractal.{name}.stage" for name in STAGES} | {
 SHARED = {"records", "errors", "jsonl", "rundir", "console"}
 # What each package may import beside itself and the shared modules.
 MAY_IMPORT = {
-    "__main__": {"problems", "generate", "sandbox", "verify", "critic", "selection", "report", "install", "images"},
+    "__main__": {
+        "problems",
+        "generate",
+        "sandbox",
+        "verify",
+        "critic",
+        "selection",
+        "report",
+        "install",
+        "images",
+        "server",
+        "audit",
+    },
     "problems": set(),
     "generate": {"problems", "install"},
     "sandbox": {"install"},
@@ -28,6 +40,9 @@ MAY_IMPORT = {
     "critic": {"generate", "install"},
     "selection": set(),
     "report": {"problems", "generate", "selection"},
+    "rewards": {"problems", "generate", "sandbox"},
+    "server": {"problems", "generate", "sandbox", "rewards"},
+    "audit": set(),
     "images": {"install", "sandbox"},
     "cloud": {"images", "install", "problems"},
     "install": set(),
