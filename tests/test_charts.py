@@ -5,8 +5,8 @@ import re
 
 from fractal.records import STATUSES
 from fractal.report import charts
-from fractal.report.facts import Epoch, SplitAccuracy
-from fractal.report.strategies import Curves, DifficultyRow, Duel
+from fractal.report.facts import Epoch
+from fractal.report.strategies import Curves, StrategyResult
 from fractal.selection.bootstrap import Interval
 from fractal.selection.curves import RocCurve, SelectiveCurve
 from fractal.selection.metrics import Bin
@@ -15,17 +15,14 @@ from fractal.selection.strategies import BASELINE
 ONE = Interval(0.5, 0.5, 0.5)
 DRAWN = {
     "status": lambda: charts.status_bars({name: int(name == "passed") for name in STATUSES}),
-    "strategies": lambda: charts.strategy_intervals([("critic", ONE), ("visible_test", Interval(1, 0, 1))]),
+    "strategies": lambda: charts.strategy_intervals(
+        [StrategyResult("critic", 1, ONE, ONE), StrategyResult("visible_test", 1, Interval(1, 0, 1), ONE)]
+    ),
     "curves": lambda: charts.best_of_k(Curves(1, {BASELINE: [0.0, 0.0], "critic": [0.0, 1.0]}, {"critic": [ONE, ONE]})),
     "roc": lambda: charts.roc(
         [RocCurve("pooled", [0, 1], [0, 1], 0.5), RocCurve("within problem", [0, 0, 1], [0, 1, 1], 1.0)]
     ),
     "selective": lambda: charts.selective([SelectiveCurve("critic", [1.0], [ONE], [0.5], 0.5)]),
-    "difficulty": lambda: charts.difficulty(
-        [DifficultyRow(0.0, 0.0, 1, {"critic": 0.0}), DifficultyRow(0.0, 1.0, 2, {"random": 0.5})]
-    ),
-    "duels": lambda: charts.duels([Duel("first", 0, 0, 9, ONE, None)]),
-    "splits": lambda: charts.splits([SplitAccuracy("problem", 0.7, None, None, 0.7)]),
     "reliability": lambda: charts.reliability([Bin(0, 0.5, 0, None, None), Bin(0.5, 1, 3, 0.7, 1.0)]),
     "training": lambda: charts.training(
         [Epoch(epoch=0, train_loss=None, val_acc=None, dev_within_auc=0.5, chosen=True)]
@@ -54,11 +51,6 @@ def test_the_same_numbers_give_the_same_bytes():
 
 
 def test_text_is_escaped():
-    svg = charts.strategy_intervals([("<script>$a_b$", Interval(0.1, 0.0, 0.2))])
+    svg = charts.strategy_intervals([StrategyResult("<script>$a_b$", 1, Interval(0.1, 0.0, 0.2), ONE)])
     assert "<script" not in svg
     assert html.escape("<script>$a b$") in svg
-
-
-def test_a_duel_shows_its_counts():
-    svg = charts.duels([Duel("mean_logprob", 17, 4, 9, ONE, 0.01)])
-    assert [word for word in ("against mean logprob", ">17<", ">4<") if word not in svg] == []

@@ -55,7 +55,6 @@ details.critic.auc.x >= 0    unknown name
 val_accuracy >= 80           write 80 % or a number from -1 to 1
 details.critic.auc >= 80     write 80 % or a number from -1 to 1
 cost_usd <= 80 %             cost_usd is no share
-samples >= 1e999             too large
 """
 
 

@@ -118,7 +118,9 @@ def test_a_row_opens_by_keyboard_to_three_programs(visit):
     assert programs.nth(1).locator(".mark").inner_text() == "passed"
     assert programs.nth(2).locator(".mark").inner_text() != "passed"
     assert len({programs.nth(i).locator("code").inner_text() for i in range(3)}) == 3
-    colours = programs.nth(0).locator("code i").evaluate_all("all => all.map(one => getComputedStyle(one).color)")
+    colours = (
+        programs.nth(0).locator("code span[class]").evaluate_all("all => all.map(one => getComputedStyle(one).color)")
+    )
     assert len(set(colours)) >= 5
 
 
@@ -141,7 +143,7 @@ def test_text_has_enough_contrast_in_both_schemes(visit):
 
 
 def test_the_dark_scheme_has_its_own_colours(visit):
-    look = "() => ['body', 'svg text', 'code i'].map(q => { const s = getComputedStyle(document.querySelector(q));"
+    look = "() => ['body', 'svg text', 'code span[class]'].map(q => { const s = getComputedStyle(document.querySelector(q));"
     look += " return [s.color, s.fill, s.backgroundColor].join(); })"
     light, dark = visit(scheme="light").evaluate(look), visit(scheme="dark").evaluate(look)
     assert all(one != other for one, other in zip(light, dark, strict=True))

@@ -25,12 +25,8 @@ from fractal.selection.strategies import BASELINE, STRATEGIES
 
 Comparison = Literal[">=", "<=", "==", ">", "<"]
 COMPARE: dict[Comparison, Callable[[float, float], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    ">": operator.gt,
-    "<": operator.lt,
-}
+    ">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
 OTHERS = [name for name in STRATEGIES if name != BASELINE]
 NAMES = {
     "val_accuracy": "details.facts.epochs.chosen.val_acc",
@@ -97,10 +93,6 @@ class Recorded(Criterion):
     recorded: str  # ISO 8601
     samples: int  # that were there when it was recorded
 
-    @property
-    def criterion(self) -> Criterion:
-        return Criterion(self.name, self.comparison, self.value)
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -137,8 +129,6 @@ def parse(text: str, where: str = "--criterion") -> Criterion:
         raise InputError(f"{where} {shown!r}: {name} is no share. Write a number without %.")
     if criterion.is_share and abs(criterion.value) > 1:
         raise InputError(f"{where} {shown!r}: {name} is a share: write {digits} % or a number from -1 to 1.")
-    if criterion.value in (float("inf"), float("-inf")):
-        raise InputError(f"{where} {shown!r}: the number is too large.")
     return criterion
 
 
@@ -157,10 +147,8 @@ def read_plan(path: Path) -> list[Criterion]:
     """One criterion a line; blank lines and what follows a # are left out. Raises InputError with file and line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"--plan {path}: is not UTF-8 text: {error.reason}. Save it as UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"--plan {path}: cannot be read: {error.strerror}. Check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--plan {path}: cannot be read: {error}. Name a file of UTF-8 text.") from error
     texts = [(number, line.split("#")[0]) for number, line in enumerate(lines, 1)]
     criteria = [parse(text, f"{path}: line {number}:") for number, text in texts if text.strip()]
     if not criteria:
@@ -177,13 +165,11 @@ def parse_all(texts: Sequence[str] | None, plan: Path | None) -> list[Criterion]
 def record(folder: RunDir, criteria: Iterable[Criterion]) -> list[Recorded]:
     """Add to the manifest those that it does not hold, at once; return these."""
     before = recorded(folder.manifest)
-    known = {entry.criterion for entry in before}
+    known = {entry.text for entry in before}
     file = folder.file("samples.jsonl")
     samples = file.read_bytes().count(b"\n") if file.exists() else 0
     added = [
-        Recorded(criterion.name, criterion.comparison, criterion.value, now(), samples)
-        for criterion in criteria
-        if criterion not in known
+        Recorded(**asdict(entry), recorded=now(), samples=samples) for entry in criteria if entry.text not in known
     ]
     if added:
         folder.manifest["criteria"] = [asdict(entry) for entry in [*before, *added]]

@@ -97,27 +97,9 @@ def read_facts(folder: RunDir) -> Facts:
         git_dirty=manifest["git_dirty"],
         packages={name: version for name, version in manifest["packages"].items() if version},
         critic=f"{critic['mode']} on {critic['base']}" if critic else None,
-        epochs=_read_epochs(folder),
+        epochs=read_jsonl(folder.file("critic/metrics.jsonl"), Epoch),
         skipped={"prompt and reply do not fit the model's context": skipped} if skipped else {},
     )
-
-
-def _read_epochs(folder: RunDir) -> list[Epoch]:
-    """The learning curve; where no epoch is marked as chosen, the last one was."""
-    rows: list[dict[str, Any]] = read_jsonl(folder.file("critic/metrics.jsonl"), dict)
-    if rows and not any(row.get("chosen") for row in rows):
-        rows[-1]["chosen"] = True
-    return [
-        Epoch(
-            epoch=row["epoch"],
-            train_loss=row["train_loss"],
-            val_acc=row["val_acc"],
-            val_within_auc=row.get("val_within_auc"),
-            dev_within_auc=row.get("dev_within_auc"),
-            chosen=bool(row.get("chosen")),
-        )
-        for row in rows
-    ]
 
 
 def read_split_accuracies(folder: RunDir) -> list[SplitAccuracy]:

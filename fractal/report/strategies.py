@@ -70,29 +70,22 @@ class DifficultyRow:
 
 
 def by_strategy(choices: Iterable[Choice]) -> dict[str, dict[int, Choice]]:
-    """Raises ValueError if a strategy chose twice on a problem."""
     table: dict[str, dict[int, Choice]] = {}
     for choice in choices:
-        if choice.task_id in table.setdefault(choice.strategy, {}):
-            raise ValueError(f"strategy {choice.strategy!r} has two choices for task_id {choice.task_id}")
-        table[choice.strategy][choice.task_id] = choice
+        table.setdefault(choice.strategy, {})[choice.task_id] = choice
     return table
 
 
 def evaluate(choices: ByStrategy) -> list[StrategyResult]:
     """Pass rate and gain over random of each strategy, with bootstrap intervals over problems.
 
-    A strategy without a choice on some problems is measured on the others, and compared with random on those. Raises
-    ValueError if a problem has no "random" choice.
+    A strategy without a choice on some problems is measured on the others, and compared with random on those.
     """
-    baseline = choices.get(BASELINE, {})
     results = []
     for strategy, own in choices.items():
         tasks = sorted(own)
-        if missing := [task for task in tasks if task not in baseline]:
-            raise ValueError(f"strategy {strategy!r} chose for task_id {missing[0]}, {BASELINE!r} did not")
         values = [own[task].passed for task in tasks]
-        gain = bootstrap.bootstrap_difference(values, [baseline[task].passed for task in tasks])
+        gain = bootstrap.bootstrap_difference(values, [choices[BASELINE][task].passed for task in tasks])
         results.append(StrategyResult(strategy, len(tasks), bootstrap.bootstrap_interval(values), gain))
     return results
 
@@ -129,18 +122,16 @@ def selective(evaluated: Mapping[int, Sequence[Outcome]], choices: ByStrategy) -
     """Where a strategy is surest. A critic's confidence is its calibrated probability."""
     rows = []
     for strategy in SELECTIVE:
-        confidences, verdicts = [], []
-        for task, choice in choices.get(strategy, {}).items():
-            for outcome in evaluated[task]:
-                if outcome.sample.sample_id == choice.sample_id:
-                    confidence = RANKINGS[strategy](outcome)
-                    if strategy == "critic" and outcome.score is not None:
-                        confidence = outcome.score.probability
-                    if confidence is not None:
-                        confidences.append(confidence)
-                        verdicts.append(choice.passed)
-        if confidences:
-            rows.append(curves.selective(strategy, confidences, verdicts))
+        own = choices.get(strategy, {})
+        picks = [o for task in own for o in evaluated[task] if o.sample.sample_id == own[task].sample_id]
+        if strategy == "critic":
+            sure = [outcome.score.probability if outcome.score else None for outcome in picks]
+        else:
+            sure = [RANKINGS[strategy](outcome) for outcome in picks]
+        verdicts = [own[outcome.sample.task_id].passed for outcome in picks]
+        known = [pair for pair in zip(sure, verdicts, strict=True) if pair[0] is not None]
+        if known:
+            rows.append(curves.selective(strategy, *zip(*known, strict=True)))
     return rows
 
 
@@ -153,11 +144,8 @@ def difficulty(evaluated: Mapping[int, Sequence[Outcome]], choices: ByStrategy) 
             inside = {task for task, rate in share.items() if rate == low}
         else:
             inside = {task for task, rate in share.items() if low < rate <= high and rate < 1}
-        rates = {}
-        for strategy in AT_DIFFICULTY:
-            verdicts = [choice.passed for task, choice in choices.get(strategy, {}).items() if task in inside]
-            if verdicts:
-                rates[strategy] = math.fsum(verdicts) / len(verdicts)
+        picks = {name: [c.passed for t, c in choices.get(name, {}).items() if t in inside] for name in AT_DIFFICULTY}
+        rates = {name: math.fsum(verdicts) / len(verdicts) for name, verdicts in picks.items() if verdicts}
         rows.append(DifficultyRow(low, high, len(inside), rates))
     return rows
 
@@ -170,11 +158,9 @@ def best_of_k(evaluated: Mapping[int, Sequence[Outcome]]) -> Curves | None:
     whole = [outcomes for outcomes in evaluated.values() if len(outcomes) >= length]
     bands: dict[str, list[Interval]] = {}
     for strategy in CURVES:
-        table = []
-        for outcomes in whole:
-            if ranks := _ranks(strategy, outcomes):
-                table.append(curves.best_of_k_curve(ranks, [outcome.passed for outcome in outcomes])[:length])
-        if len(table) == len(whole):
+        ranked = [(ranks, outcomes) for outcomes in whole if (ranks := _ranks(strategy, outcomes))]
+        if len(ranked) == len(whole):
+            table = [curves.best_of_k_curve(ranks, [o.passed for o in outcomes])[:length] for ranks, outcomes in ranked]
             bands[strategy] = bootstrap.bootstrap_bands(table)
     return Curves(len(whole), {name: [point.mean for point in band] for name, band in bands.items()}, bands)
 

@@ -67,8 +67,7 @@ def build(
 ) -> Summary:
     """Measure a run. `choices` are stage 5's, on the problems of `splits`, which nothing was trained or tuned on.
 
-    Records of problems that are not in `problems`, and labels without their sample, are ignored and counted in a
-    warning.
+    Records of problems that are not in `problems`, and labels without their sample, are ignored.
     """
     split = join_splits(splits)
     split_of = {problem.task_id: problem.split for problem in problems}
@@ -118,16 +117,12 @@ def build(
         split_accuracies=list(split_accuracies),
         rank_auc=critic_figures.rank_auc(evaluated),
     )
-    orphans = sum((label.task_id, label.sample_id) not in keys for label in labels)
-    chosen = {task for own in picked.values() for task in own}
     summary.reasons.update(_reasons(summary, bool(evaluated)))
-    summary.warnings.extend(
-        [
-            *facts.warnings,
-            *_warnings(summary, evaluated),
-            *_stray_warnings(len(samples) - len(known), orphans, len(evaluated.keys() - chosen) if chosen else 0),
-        ]
-    )
+    summary.warnings.extend([*facts.warnings, *_warnings(summary, evaluated)])
+    if unchosen := evaluated.keys() - picked.get(BASELINE, evaluated).keys():
+        summary.warnings.append(
+            f"The selection is older than the labels: {count(len(unchosen), 'problem')} without a choice. Select again."
+        )
     return summary
 
 
@@ -201,18 +196,4 @@ def _warnings(summary: Summary, evaluated: Mapping[int, Sequence[Outcome]]) -> l
     warnings += [f"{count(number, 'problem')} skipped: {reason}." for reason, number in facts.skipped.items()]
     if facts.git_dirty:
         warnings.append("The code had uncommitted changes: the commit alone does not reproduce this run.")
-    return warnings
-
-
-def _stray_warnings(strangers: int, orphans: int, unchosen: int) -> list[str]:
-    """Warnings about records that do not belong together."""
-    warnings = []
-    if strangers:
-        warnings.append(f"{count(strangers, 'sample')} of unknown problems ignored.")
-    if orphans:
-        warnings.append(f"{count(orphans, 'label')} without a sample ignored.")
-    if unchosen:
-        warnings.append(
-            f"The selection is older than the labels: {count(unchosen, 'problem')} without a choice. Select again."
-        )
     return warnings

@@ -1,6 +1,6 @@
 """The results as tables for the terminal."""
 
-import os
+import io
 from collections.abc import Iterable
 
 from rich.console import Console, Group
@@ -59,12 +59,9 @@ def table(summary: Summary, verdicts: Iterable[Verdict] = ()) -> Group:
 
 def as_text(group: Group) -> str:
     """What a terminal of 100 columns without colours shows."""
-    with open(os.devnull, "w") as sink:
-        plain = Console(
-            file=sink, width=100, record=True, color_system=None, force_terminal=False, legacy_windows=False
-        )
-        plain.print(group)
-        return plain.export_text(styles=False)
+    shown = io.StringIO()
+    Console(file=shown, width=100, color_system=None, force_terminal=False, legacy_windows=False).print(group)
+    return shown.getvalue()
 
 
 def _table(title: str, first: str, *columns: str) -> Table:

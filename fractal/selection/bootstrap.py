@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals over problems, on resamples that a seed and the number of problems decide.
+"""Percentile bootstrap intervals of 95 % over problems, on resamples that the number of problems decides.
 
 Give one value for each problem, never one for each sample: samples of one problem are not independent. Ends of
 intervals are rounded to 12 decimals, so that the order in which a matrix product adds does not decide whether an
@@ -13,12 +13,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fractal.selection.arrays import Floats, check_lengths, finite
-
 RESAMPLES = 10_000
+LEVEL = 0.95
 DECIMALS = 12
 CHUNK = 1 << 20  # resampled values held at a time: 8 MiB
 CACHED = 1 << 23  # counts of draws that are kept for the next interval over as many problems: 16 MiB
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,77 +31,46 @@ class Interval:
     high: float
 
 
-def bootstrap_interval(
-    values: ArrayLike,
-    *,
-    weights: ArrayLike | None = None,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
+def bootstrap_interval(values: ArrayLike, *, weights: ArrayLike | None = None, resamples: int = RESAMPLES) -> Interval:
     """The mean of one value per problem, with its interval. Efron and Tibshirani 1993, chapter 13.
 
-    With `weights` (> 0) the mean is weighted and each resample divides by its own weights. The same seed and number of
-    problems give the same resamples, so vectors of the same problems can be compared.
+    With `weights` (> 0) the mean is weighted and each resample divides by its own weights. The same number of problems
+    gives the same resamples, so vectors of the same problems can be compared.
 
     One problem, or the same value for all, gives low == mean == high: the bootstrap has then seen no variation, which
-    does not mean that there is none. Raises ValueError on no values, or values that are not finite.
+    does not mean that there is none.
     """
-    numbers = finite("values", values)
-    weight = np.ones_like(numbers) if weights is None else finite("weights", weights)
-    check_lengths(numbers, weight)
-    if (weight <= 0).any():
-        raise ValueError("a weight is not above 0")
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"level={level}, resamples={resamples}: expected 0 < level < 1 and resamples >= 1")
+    numbers = np.asarray(values, dtype=np.float64)
+    weight = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
     if (numbers == numbers[0]).all():
-        return Interval(float(numbers[0]), float(numbers[0]), float(numbers[0]))
-    sums = resampled_sums(np.column_stack([numbers * weight, weight]), resamples, seed)
-    low, high = quantiles(sums[:, 0] / sums[:, 1], level)
-    return interval(math.fsum(numbers * weight) / math.fsum(weight), float(low), float(high))
+        return _point(numbers[0])
+    return _ratio(numbers * weight, weight, resamples)
 
 
-def bootstrap_difference(
-    values: ArrayLike, baseline: ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
+def bootstrap_difference(values: ArrayLike, baseline: ArrayLike) -> Interval:
     """The mean of values - baseline, problem by problem, with its paired interval.
 
     The two hold the same problems in the same order. Both are resampled together, so what makes a problem easy or
     hard for both cancels out. Degenerate inputs as in `bootstrap_interval`.
     """
-    numbers, other = finite("values", values), finite("baseline", baseline)
-    check_lengths(numbers, other)
-    return bootstrap_interval(numbers - other, level=level, resamples=resamples, seed=seed)
+    return bootstrap_interval(np.subtract(values, baseline))
 
 
-def bootstrap_bands(
-    values: ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> list[Interval]:
-    """`bootstrap_interval` of each column of (problems, K) values in -1..1, all columns on the same resamples.
+def bootstrap_bands(values: ArrayLike, *, resamples: int = RESAMPLES) -> list[Interval]:
+    """`bootstrap_interval` of each column of (problems, K) values, all columns on the same resamples.
 
     One matrix product instead of K bootstraps. Pointwise: 95 % holds for each column, not for all at once.
     """
     table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or not table.size or not (np.abs(table) <= 1).all():
-        raise ValueError(f"bands: expected (problems, K) values in -1..1, got shape {table.shape}")
-    low, high = quantiles(resampled_sums(table, resamples, seed) / len(table), level)
-    bands = []
-    for k, column in enumerate(table.T):
-        if (column == column[0]).all():
-            bands.append(Interval(float(column[0]), float(column[0]), float(column[0])))
-        else:
-            bands.append(interval(math.fsum(column) / len(column), float(low[k]), float(high[k])))
-    return bands
+    ends = quantiles(_resampled_sums(table, resamples) / len(table))
+    return [
+        _point(column[0]) if (column == column[0]).all() else interval(math.fsum(column) / len(column), *ends[:, k])
+        for k, column in enumerate(table.T)
+    ]
 
 
 def gap_closed(
-    critic: ArrayLike,
-    random: ArrayLike,
-    oracle: ArrayLike,
-    *,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    critic: ArrayLike, random: ArrayLike, oracle: ArrayLike, *, resamples: int = RESAMPLES
 ) -> Interval | None:
     """Share of the way from random to the oracle: (critic - random) / (oracle - random), each a mean over problems.
 
@@ -108,48 +78,52 @@ def gap_closed(
     means (Efron and Tibshirani 1993, section 10.6); resamples in which the oracle is no better than random are left
     out. None where that holds for the problems themselves: no choice makes a difference there.
     """
-    picked, baseline, best = finite("critic", critic), finite("random", random), finite("oracle", oracle)
-    check_lengths(picked, baseline, best)
-    possible = math.fsum(best - baseline)
-    if not possible > 0:
-        return None
-    sums = resampled_sums(np.column_stack([picked - baseline, best - baseline]), resamples, seed)
+    possible = np.subtract(oracle, random)
+    return _ratio(np.subtract(critic, random), possible, resamples) if possible.sum() > 10.0**-DECIMALS else None
+
+
+def _ratio(numerators: Floats, denominators: Floats, resamples: int) -> Interval:
+    """The ratio of two means over problems; resamples without a positive denominator are left out."""
+    sums = _resampled_sums(np.column_stack([numerators, denominators]), resamples)
     useful = sums[sums[:, 1] > 10.0**-DECIMALS]
-    low, high = quantiles(useful[:, 0] / useful[:, 1], level)
-    return interval(math.fsum(picked - baseline) / possible, float(low), float(high))
+    return interval(math.fsum(numerators) / math.fsum(denominators), *quantiles(useful[:, 0] / useful[:, 1]))
 
 
-def quantiles(resampled: Floats, level: float) -> Floats:
+def _point(value: float) -> Interval:
+    return Interval(float(value), float(value), float(value))
+
+
+def quantiles(resampled: Floats) -> Floats:
     """(2, ...) the two ends of the percentile interval."""
-    ends: Floats = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    ends: Floats = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return ends
 
 
 def interval(mean: float, low: float, high: float) -> Interval:
     """Rounded ends around the mean: a handful of resamples, or rounding, can leave the mean just outside."""
-    return Interval(mean, min(round(low, DECIMALS), mean), max(round(high, DECIMALS), mean))
+    return Interval(mean, min(round(float(low), DECIMALS), mean), max(round(float(high), DECIMALS), mean))
 
 
-def resampled_rows(problems: int, resamples: int, seed: int) -> Iterator[NDArray[np.int32]]:
-    """Chunks of resamples, (some, problems) row numbers each: the same for the same number of problems and seed."""
-    rng = np.random.default_rng(seed)
+def resampled_rows(problems: int, resamples: int) -> Iterator[NDArray[np.int32]]:
+    """Chunks of resamples, (some, problems) row numbers each: the same for the same number of problems."""
+    rng = np.random.default_rng(0)
     step = max(1, CHUNK // problems)
     for start in range(0, resamples, step):
         yield rng.integers(0, problems, size=(min(step, resamples - start), problems), dtype=np.int32)
 
 
-def resampled_sums(values: Floats, resamples: int, seed: int) -> Floats:
+def _resampled_sums(values: Floats, resamples: int) -> Floats:
     """(resamples, K) sums of each column of (problems, K) values over each resample."""
     problems = len(values)
     if problems * resamples <= CACHED:
-        sums: Floats = _counts(problems, resamples, seed) @ values
+        sums: Floats = _counts(problems, resamples) @ values
         return sums
-    return np.concatenate([_count(rows) @ values for rows in resampled_rows(problems, resamples, seed)])
+    return np.concatenate([_count(rows) @ values for rows in resampled_rows(problems, resamples)])
 
 
 @lru_cache(maxsize=4)
-def _counts(problems: int, resamples: int, seed: int) -> NDArray[np.int16]:
-    return np.concatenate([_count(rows) for rows in resampled_rows(problems, resamples, seed)])
+def _counts(problems: int, resamples: int) -> NDArray[np.int16]:
+    return np.concatenate([_count(rows) for rows in resampled_rows(problems, resamples)])
 
 
 def _count(rows: NDArray[np.int32]) -> NDArray[np.int16]:

@@ -1,15 +1,13 @@
 """Curves: best of k for every k, ROC over all samples and within a problem, pass rate against coverage."""
 
 import math
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from fractal.selection.arrays import Floats, check_lengths, finite, flags, floats, rows_by_group
-from fractal.selection.bootstrap import RESAMPLES, Interval, interval, quantiles, resampled_rows
+from fractal.selection.bootstrap import RESAMPLES, Floats, Interval, interval, quantiles, resampled_rows
 
 ROC_POINTS = 300  # kept of a curve
 
@@ -41,12 +39,8 @@ def best_of_k_curve(scores: ArrayLike, passed: ArrayLike) -> Floats:
     Exact: with a samples scored above a group of m ties, the best of the draw lies in the group with probability
     (C(n-a, k) - C(n-a-m, k)) / C(n, k), and by symmetry each tied sample is then equally likely to be taken. A score
     may be -inf (nothing known: ranks last). k = 1 is the mean of `passed`; `passed` as the score gives pass@k.
-    Raises ValueError if a score is NaN or +inf.
     """
-    score, verdict = floats("scores", scores), flags(passed)
-    check_lengths(score, verdict)
-    if np.isnan(score).any() or np.isposinf(score).any():
-        raise ValueError("best_of_k: a score is NaN or +inf")
+    score, verdict = np.asarray(scores, dtype=np.float64), np.asarray(passed, dtype=np.float64)
     order = np.argsort(-score, kind="stable")
     score, verdict = score[order], verdict[order]
     starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # first row of each group of equal scores
@@ -66,22 +60,20 @@ def _all_below(n: int) -> Floats:
 
 def roc(scores: ArrayLike, passed: ArrayLike) -> RocCurve | None:
     """The ROC curve of all samples pooled, with a point for every threshold; None if they are all of one class."""
-    score, verdict = finite("scores", scores), flags(passed)
-    check_lengths(score, verdict)
+    score, verdict = np.asarray(scores, dtype=np.float64), np.asarray(passed, dtype=np.float64)
     if verdict.all() or not verdict.any():
         return None
     return _curve("pooled", *_steps(score, verdict))
 
 
-def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Hashable]) -> RocCurve | None:
+def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: ArrayLike) -> RocCurve | None:
     """The mean of the problems' own ROC curves at each false positive rate, weighted by their pairs c * (n - c).
 
     Vertical averaging, Fawcett 2006 (An introduction to ROC analysis), section 9.1, at every rate where one of the
     curves has a corner, so nothing is lost: the area is `within_problem_auc(...).auc`. None if no problem has both
     classes.
     """
-    score, verdict = finite("scores", scores), flags(passed)
-    check_lengths(score, verdict, groups)
+    score, verdict = np.asarray(scores, dtype=np.float64), np.asarray(passed, dtype=np.float64)
     curves = []
     for rows in rows_by_group(groups):
         own = verdict[rows]
@@ -103,6 +95,12 @@ def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Ha
         upper += weight / total * rising
         lower += weight / total * np.where(hit, low[at], rising)
     return _curve("within problem", np.repeat(rates, 2), np.ravel(np.column_stack([lower, upper])))
+
+
+def rows_by_group(groups: ArrayLike) -> list[NDArray[np.intp]]:
+    """The row numbers of each group, by rising group."""
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(np.take(groups, order))) + 1)
 
 
 def _steps(scores: Floats, passed: Floats) -> tuple[Floats, Floats]:
@@ -141,13 +139,7 @@ def thin_roc(curve: RocCurve, points: int = ROC_POINTS) -> RocCurve:
 
 
 def selective(
-    strategy: str,
-    confidences: ArrayLike,
-    passed: ArrayLike,
-    *,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    strategy: str, confidences: ArrayLike, passed: ArrayLike, *, resamples: int = RESAMPLES
 ) -> SelectiveCurve:
     """Pass rate against coverage when only the surest problems are answered.
 
@@ -156,8 +148,7 @@ def selective(
     equal confidences, the mean over all orders of them is taken, so the order of the problems changes nothing.
     Intervals resample problems and rank each resample anew, equal confidences in random order.
     """
-    sure, verdict = finite("confidences", confidences), finite("passed", passed)
-    check_lengths(sure, verdict)
+    sure, verdict = np.asarray(confidences, dtype=np.float64), np.asarray(passed, dtype=np.float64)
     order = np.lexsort((verdict, -sure))  # a function of the pairs, not of their order
     sure, verdict = sure[order], verdict[order]
     count = np.arange(1, len(sure) + 1)
@@ -168,12 +159,12 @@ def selective(
     before = np.r_[0.0, np.cumsum(verdict)][starts][group]
     means = (before + (count - starts[group]) * expected) / count
     rates = np.empty((resamples, len(sure)))
-    rng, done = np.random.default_rng((seed, 1)), 0
-    for rows in resampled_rows(len(sure), resamples, seed):
+    rng, done = np.random.default_rng((0, 1)), 0
+    for rows in resampled_rows(len(sure), resamples):
         rank = group[rows] + rng.random(rows.shape)
         ranked = np.take_along_axis(rows, np.argsort(rank, axis=1), axis=1)
         rates[done : done + len(rows)] = np.cumsum(verdict[ranked], axis=1) / count
         done += len(rows)
-    low, high = quantiles(rates, level).tolist()
+    low, high = quantiles(rates).tolist()
     bands = [interval(*ends) for ends in zip(means.tolist(), low, high, strict=True)]
     return SelectiveCurve(strategy, (count / len(sure)).tolist(), bands, sure.tolist(), math.fsum(means) / len(sure))

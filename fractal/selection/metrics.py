@@ -1,21 +1,20 @@
 """Single figures: pass@k, AUC, accuracy, calibration, tests of significance.
 
-Pure functions of plain sequences. A value that does not exist (an AUC of one class) is None; an input that makes no
-sense is a ValueError. Intervals are in bootstrap.py, curves in curves.py.
+Pure functions of sequences of equal length, not empty. A value that does not exist (an AUC of one class) is None.
+Intervals are in bootstrap.py, curves in curves.py.
 """
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fractal.selection.arrays import check_lengths, finite, flags, probabilities, rows_by_group
 from fractal.selection.bootstrap import Interval, bootstrap_interval
-from fractal.selection.curves import roc
+from fractal.selection.curves import roc, rows_by_group
 
 BINS = 15  # Guo et al. 2017, section 4.1
 
@@ -46,10 +45,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that at least one of k samples passes, estimated from n samples of which c passed.
 
     Unbiased: 1 - C(n-c, k) / C(n, k), Chen et al. 2021, arXiv:2107.03374, section 2.1; exact integers, then one
-    division. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    division. 0 <= c <= n and 1 <= k <= n.
     """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k: n={n}, c={c}, k={k}: expected 0 <= c <= n and 1 <= k <= n")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -62,18 +59,16 @@ def auc(scores: ArrayLike, passed: ArrayLike) -> float | None:
     return None if curve is None else curve.area
 
 
-def within_problem_auc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Hashable]) -> WithinProblemAuc:
+def within_problem_auc(scores: ArrayLike, passed: ArrayLike, groups: ArrayLike) -> WithinProblemAuc:
     """Share of the pairs of a passing and a failing sample of the same problem that the scores order rightly.
 
     `groups` names each sample's problem. All pairs count the same, so a problem counts by its number of pairs
     (c * (n - c)); ties count one half. The interval resamples problems (`bootstrap_interval`).
     """
-    score, verdict = finite("scores", scores), flags(passed)
-    check_lengths(score, verdict, groups)
+    score, verdict = np.asarray(scores, dtype=np.float64), np.asarray(passed, dtype=bool)
     pairs, right, shares = [], 0, []
     for rows in rows_by_group(groups):
-        above = score[rows][verdict[rows] == 1][:, None]
-        below = score[rows][verdict[rows] == 0]
+        above, below = score[rows][verdict[rows]][:, None], score[rows][~verdict[rows]]
         if count := above.size * below.size:
             higher, tied = int((above > below).sum()), int((above == below).sum())
             pairs.append(count)
@@ -87,39 +82,33 @@ def within_problem_auc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Ha
 
 def accuracy(predicted: ArrayLike, passed: ArrayLike) -> float:
     """Share of samples whose prediction (probability >= 0.5 means "passes") is right. Read it beside the two below."""
-    chance, verdict = probabilities(predicted), flags(passed)
-    check_lengths(chance, verdict)
-    return float(np.mean((chance >= 0.5) == (verdict == 1)))
+    return float(np.mean(np.greater_equal(predicted, 0.5) == np.asarray(passed, dtype=bool)))
 
 
 def majority_accuracy(passed: ArrayLike) -> float:
     """Accuracy of always predicting the more frequent label."""
-    share = float(flags(passed).mean())
+    share = float(np.asarray(passed, dtype=np.float64).mean())
     return max(share, 1 - share)
 
 
-def problem_mean_accuracy(passed: ArrayLike, groups: Sequence[Hashable]) -> float:
+def problem_mean_accuracy(passed: ArrayLike, groups: ArrayLike) -> float:
     """Accuracy of predicting each problem's own majority label for all of its samples.
 
     What an oracle reaches that knows how hard each problem is and never looks at a program.
     """
-    verdict = flags(passed)
-    check_lengths(verdict, groups)
+    verdict = np.asarray(passed, dtype=np.float64)
     counts = [(verdict[rows].sum(), len(rows)) for rows in rows_by_group(groups)]
     return float(sum(max(c, n - c) for c, n in counts) / len(verdict))
 
 
 def brier(predicted: ArrayLike, passed: ArrayLike) -> float:
     """Mean squared difference of predicted probability and label: Brier 1950. 0 is perfect, 0.25 is always 0.5."""
-    chance, verdict = probabilities(predicted), flags(passed)
-    check_lengths(chance, verdict)
-    return float(np.mean((chance - verdict) ** 2))
+    return float(np.mean(np.subtract(predicted, passed, dtype=np.float64) ** 2))
 
 
 def reliability(predicted: ArrayLike, passed: ArrayLike) -> list[Bin]:
     """Mean prediction and pass rate of the samples in each of BINS equal-width bins of predicted probability."""
-    chance, verdict = probabilities(predicted), flags(passed)
-    check_lengths(chance, verdict)
+    chance, verdict = np.asarray(predicted, dtype=np.float64), np.asarray(passed, dtype=np.float64)
     edges = np.linspace(0, 1, BINS + 1)
     number = np.clip(np.searchsorted(edges, chance, side="left") - 1, 0, BINS - 1)
     bins = []
@@ -135,12 +124,9 @@ def expected_calibration_error(predicted: ArrayLike, passed: ArrayLike) -> float
 
     Guo et al. 2017, arXiv:1706.04599, equation 3, on the probability of passing (not of the predicted class).
     """
-    gap, samples = 0.0, 0
-    for part in reliability(predicted, passed):
-        if part.probability is not None and part.pass_rate is not None:
-            gap += part.samples * abs(part.probability - part.pass_rate)
-            samples += part.samples
-    return gap / samples
+    bins = reliability(predicted, passed)
+    gap = sum(part.samples * abs((part.probability or 0.0) - (part.pass_rate or 0.0)) for part in bins)
+    return gap / sum(part.samples for part in bins)
 
 
 def sign_test(wins: int, losses: int) -> float | None:
@@ -162,10 +148,9 @@ def picks_test(passes: int, chances: Sequence[float]) -> float | None:
     tail doubled. The sign test does not fit here: against an expectation a win is not as likely as a loss. None if
     every chance is 0 or 1, as nothing is left to choice.
     """
-    chance = probabilities(chances)
-    if not ((chance > 0) & (chance < 1)).any():
+    if not any(0 < p < 1 for p in chances):
         return None
     distribution = np.ones(1)  # [j]: chance of j passes so far
-    for p in chance:
+    for p in chances:
         distribution = np.r_[distribution * (1 - p), 0.0] + np.r_[0.0, distribution * p]
     return min(1.0, 2 * min(math.fsum(distribution[: passes + 1]), math.fsum(distribution[passes:])))

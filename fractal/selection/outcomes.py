@@ -1,11 +1,16 @@
-"""Usable samples with their verdict, score and output: what selection and report both start from."""
+"""Usable samples with their label, score and output: what selection and report both start from."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from fractal.jsonl import Keyed, read_jsonl, unique
 from fractal.records import Label, Output, Sample, Score
+from fractal.rundir import RunDir
 
 IMPORTED = "imported from"  # how the detail of a label begins that another tool gave: its tests are not known
+
+K = TypeVar("K", bound=Keyed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +18,25 @@ class Outcome:
     """A usable sample: one that the verifier gave a verdict on."""
 
     sample: Sample
-    passed: bool
+    label: Label
     score: Score | None  # None if the critic has not scored it
-    visible: bool | None = None  # passes the test that its prompt shows; None if that is not known apart from the rest
-    output: Output | None = None  # None if its output was not recorded
+    output: Output | None  # None if its output was not recorded
+
+    @property
+    def passed(self) -> bool:
+        return self.label.passed
+
+    @property
+    def visible(self) -> bool | None:
+        """Whether the program passes the first test, which its prompt shows; None if the label does not tell.
+
+        Tests that the judge did not come to are `not_run`: the program or the setup ended before the first one. A label
+        from another tool knows the verdict on all tests only, and taking that for the first would be looking at the
+        rest.
+        """
+        if not self.label.tests or self.label.detail.startswith(IMPORTED):
+            return None
+        return self.label.tests[0] == "passed"
 
     @property
     def logit(self) -> float | None:
@@ -32,11 +52,20 @@ class LeftOut:
     problems: tuple[int, ...]  # task_id of those without a usable sample
 
 
+def read_outcomes(folder: RunDir, splits: Sequence[str]) -> dict[int, list[Outcome]]:
+    """The usable samples of a run's splits. Raises InputError where two records have the same key."""
+
+    def records(name: str, kind: type[K]) -> Iterable[K]:
+        return unique(read_jsonl(folder.file(name), kind), folder.file(name)).values()
+
+    inside = {task_id for task_id, problem in folder.problems().items() if problem.split in splits}
+    samples = (sample for sample in records("samples.jsonl", Sample) if sample.task_id in inside)
+    labels, scores = records("labels.jsonl", Label), records("scores.jsonl", Score)
+    return outcomes(samples, labels, scores, records("outputs.jsonl", Output))
+
+
 def outcomes(
-    samples: Iterable[Sample],
-    labels: Iterable[Label],
-    scores: Iterable[Score] = (),
-    outputs: Iterable[Output] = (),
+    samples: Iterable[Sample], labels: Iterable[Label], scores: Iterable[Score] = (), outputs: Iterable[Output] = ()
 ) -> dict[int, list[Outcome]]:
     """The usable samples of each problem, by task_id and then by sample_id.
 
@@ -49,21 +78,9 @@ def outcomes(
     for sample in sorted(samples, key=lambda sample: (sample.task_id, sample.sample_id)):
         key = (sample.task_id, sample.sample_id)
         if key in label_of:
-            label = label_of[key]
-            outcome = Outcome(sample, label.passed, score_of.get(key), _passes_visible(label), output_of.get(key))
+            outcome = Outcome(sample, label_of[key], score_of.get(key), output_of.get(key))
             by_problem.setdefault(sample.task_id, []).append(outcome)
     return by_problem
-
-
-def _passes_visible(label: Label) -> bool | None:
-    """Whether the program passes the first test, which its prompt shows; None if the label does not tell.
-
-    Tests that the judge did not come to are `not_run`: the program or the setup ended before the first one. A label
-    from another tool knows the verdict on all tests only, and taking that for the first would be looking at the rest.
-    """
-    if not label.tests or label.detail.startswith(IMPORTED):
-        return None
-    return label.tests[0] == "passed"
 
 
 def count_unscored(evaluated: Mapping[int, Sequence[Outcome]]) -> int:
@@ -75,11 +92,10 @@ def count_unscored(evaluated: Mapping[int, Sequence[Outcome]]) -> int:
 def left_out(samples: Iterable[Sample], labels: Iterable[Label]) -> LeftOut:
     """Count what `outcomes` leaves out of the same samples and labels."""
     status_of = {(label.task_id, label.sample_id): label.status for label in labels}
-    unlabelled = sandbox_error = 0
-    usable: dict[int, bool] = {}
-    for sample in samples:
-        status = status_of.get((sample.task_id, sample.sample_id))
-        unlabelled += status is None
-        sandbox_error += status == "sandbox_error"
-        usable[sample.task_id] = usable.get(sample.task_id, False) or status not in (None, "sandbox_error")
-    return LeftOut(unlabelled, sandbox_error, tuple(sorted(task_id for task_id in usable if not usable[task_id])))
+    found = [(sample.task_id, status_of.get((sample.task_id, sample.sample_id))) for sample in samples]
+    usable = {task_id for task_id, status in found if status not in (None, "sandbox_error")}
+    return LeftOut(
+        unlabelled=sum(status is None for _, status in found),
+        sandbox_error=sum(status == "sandbox_error" for _, status in found),
+        problems=tuple(sorted({task_id for task_id, _ in found} - usable)),
+    )

@@ -14,13 +14,10 @@ def parse_splits(text: str) -> list[str]:
 
     Raises InputError: unknown, or train beside others.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    known = f"Known: {', '.join(SPLITS)}."
-    if unknown := [name for name in names if name not in SPLITS]:
-        raise InputError(f"--on {text}: {unknown[0]!r} is no split. {known}")
-    if not names:
-        raise InputError(f"--on {text!r}: names no split. {known}")
-    if "train" in names and len(set(names)) > 1:
+    names = {name.strip() for name in text.split(",")}
+    if unknown := sorted(names - set(SPLITS)):
+        raise InputError(f"--on {text!r}: {unknown[0]!r} is no split. Known: {', '.join(SPLITS)}.")
+    if "train" in names and len(names) > 1:
         raise InputError(
             f"--on {text}: the critic has seen the train problems, so they are never measured together with others. "
             "Leave train out, or name it alone."
@@ -48,8 +45,7 @@ def recorded_splits(
     config: Mapping[str, Any], problems: Collection[Problem], labels: Iterable[Label]
 ) -> tuple[Split, ...]:
     """The splits that a run's selection was made on, from its manifest's `config`: the report measures the same."""
-    section = config.get("select")
-    return evaluation_splits(problems, labels, section.get("on") if isinstance(section, dict) else None)
+    return evaluation_splits(problems, labels, config.get("select", {}).get("on"))
 
 
 def join_splits(splits: Sequence[str]) -> str:

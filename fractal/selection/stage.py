@@ -1,14 +1,10 @@
-"""Stage 5: labels, scores, outputs -> selection.jsonl: which of a problem's samples each strategy picks.
-
-`strategies.choose` decides. The choices are made on the problems of the measured splits only.
-"""
+"""Stage 5: labels, scores, outputs -> selection.jsonl: which sample each strategy picks, on the measured splits."""
 
 from fractal import console
 from fractal.errors import InputError
 from fractal.jsonl import write_jsonl
 from fractal.rundir import RunDir
-from fractal.selection.outcomes import count_unscored
-from fractal.selection.read_run import read_outcomes
+from fractal.selection.outcomes import count_unscored, read_outcomes
 from fractal.selection.splits import SEEN, evaluation_splits, join_splits, parse_splits
 from fractal.selection.strategies import choose
 
@@ -20,8 +16,8 @@ def run(folder: RunDir, on: str | None = None) -> None:
 
     Raises InputError where no sample has been labelled, or none of a split that `on` names.
     """
-    before = folder.manifest["config"].get("select")
-    names = parse_splits(on) if on is not None else before["on"] if isinstance(before, dict) else None
+    before = folder.manifest["config"].get("select", {})
+    names = before.get("on") if on is None else parse_splits(on)
     config = {"on": names, "inputs": folder.digest(*FILES)}
     if before == config and folder.file("selection.jsonl").exists():
         console.say("select: the choices are there, nothing to do")

@@ -50,8 +50,7 @@ def choose(evaluated: Mapping[int, Sequence[Outcome]]) -> list[Choice]:
 
     `evaluated` holds the usable samples of the measured problems (`outcomes`). "random" and "visible_test" are exact
     expectations and name no sample. A strategy that knows nothing of any sample of a problem (no scores,
-    log-probabilities or outputs; a visible test whose verdict is not known of each) makes no choice there. Raises
-    ValueError if a score or log-probability is NaN.
+    log-probabilities or outputs; a visible test whose verdict is not known of each) makes no choice there.
     """
     choices = []
     for task_id, candidates in evaluated.items():
@@ -92,27 +91,18 @@ def _consensus(candidates: Sequence[Outcome]) -> Outcome | None:
     """
     if all(outcome.output is None for outcome in candidates):
         return None
-    votes = Counter(outcome.output.output for outcome in candidates if outcome.output)
+    texts = {outcome.sample.sample_id: outcome.output.output if outcome.output else None for outcome in candidates}
+    votes = Counter(texts.values())
     votes[None] = 0
 
     def rank(outcome: Outcome) -> tuple[int, float]:
         logprob = outcome.sample.mean_logprob
-        text = outcome.output.output if outcome.output else None
-        return votes[text], -math.inf if logprob is None else logprob
+        return votes[texts[outcome.sample.sample_id]], -math.inf if logprob is None else logprob
 
     return max(candidates, key=rank)
 
 
 def _best(strategy: str, candidates: Sequence[Outcome]) -> Outcome | None:
     """The first of the highest-ranking candidates (they come by sample_id); None if nothing is known of any."""
-    best, best_rank = None, 0.0
-    for outcome in candidates:
-        rank = RANKINGS[strategy](outcome)
-        if rank is None:
-            continue
-        if math.isnan(rank):
-            sample = outcome.sample
-            raise ValueError(f"{strategy}: NaN for task_id {sample.task_id}, sample_id {sample.sample_id}")
-        if best is None or rank > best_rank:
-            best, best_rank = outcome, rank
-    return best
+    known = [(rank, outcome) for outcome in candidates if (rank := RANKINGS[strategy](outcome)) is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
