@@ -15,9 +15,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from fractal.generate.extraction import definition_pattern, extract_code, is_python
+from fractal.generate.extraction import definition_pattern, extract_code
 from fractal.generate.sample_files import read_samples
 from fractal.problems.formats import read_problems
+from fractal.problems.syntax import is_python
 from fractal.records import Sample
 
 

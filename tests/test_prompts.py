@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 
 from benchmarks import extraction
 from fractal.generate import prompts
-from fractal.generate.extraction import (
-    FENCE_LINE,
-    _longest_program,
-    extract_code,
-    fenced_blocks,
-    is_python,
-    without_self_tests,
-)
+from fractal.generate.answer import INVISIBLE
+from fractal.generate.extraction import _longest_program, extract_code
+from fractal.generate.fences import FENCE_MARKS, fenced_blocks
+from fractal.generate.self_tests import without_self_tests
+from fractal.problems.syntax import is_python
 from fractal.records import Problem
 
 F = "def f(a):\n    return a\n"
@@ -145,9 +142,9 @@ TRAPS = [
     (f"~~~python\n{F}~~~", F),
     (f"~~~python\n{F}", F),
     (f"Sure! Here it is:\n\n```python\n{F}```\nIt returns its argument, don't you think?", F),
-    (f"````python\n{F}```\nnot the end\n````", F + "```\nnot the end\n"),
+    (f"````python\n{F}```\nnot the end\n````", F),
     (f"```python\n{F}", F),
-    (f"```python\n{F}``", F + "``"),
+    (f"```python\n{F}``", F),
     (f"```python\n{F}```".replace("\n", "\r\n"), F),
     # several blocks
     (f"```python\n{G}```\nand\n```python\n{F}```", F),
@@ -233,13 +230,18 @@ PROGRAMS = st.lists(LINES, min_size=1, max_size=12).map(lambda lines: "\n".join(
 @example("def f(): 0\n", "", "", "```")
 def test_a_fenced_program_comes_back_without_its_tests(program, before, after, fence):
     code = program.replace("\r", "\n").rstrip("\n") + "\n"
-    if FENCE_LINE.search(code) or not code.strip():
+    if FENCE_MARKS.search(code) or not code.strip() or code.lstrip("\n")[0] in INVISIBLE + " \t":
         return
     for opening in (f"{fence}python", fence):
         reply = f"{before}\n{opening}\n{code}{fence}\n{after}"
-        assert fenced_blocks(reply) == [(opening.strip("`~"), code)]
+        assert fenced_blocks(reply) == [(opening.strip("`~"), code, True)]
         if fence != "~~~" or not is_python(reply):
-            assert extract_code(reply, "f") == without_self_tests(code, "f")
+            found = extract_code(reply, "f")
+            if is_python(code):
+                assert found == without_self_tests(code, "f")
+            else:
+                lines = iter(code.split("\n"))
+                assert all(line in lines for line in found.split("\n")), "not repaired, at most cut"
 
 
 @given(st.lists(LINES | FENCES, max_size=15).map("\n".join) | st.text() | st.text(alphabet="`~ \npydef():x=1"))
@@ -278,7 +280,7 @@ def longest_by_trying_all(text):
 @given(st.lists(LINES, min_size=1, max_size=12).map("\n".join))
 @settings(max_examples=300, deadline=None)
 def test_the_longest_program_is_the_longest(text):
-    assert _longest_program(text).strip() == longest_by_trying_all(text).strip()
+    assert _longest_program(text)[0].strip() == longest_by_trying_all(text).strip()
 
 
 def test_long_replies_are_no_burden():

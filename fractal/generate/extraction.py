@@ -1,64 +1,180 @@
-"""A chat reply to the program in it, and a program to the same without the model's own tests. Pure text.
+"""A chat reply to the program in it. Pure text: no model and no sandbox, nothing is run.
 
-No model and no sandbox: nothing is run.
+What is answer and what reasoning: answer.py; code blocks: fences.py; the model's own tests: self_tests.py.
 """
 
 import ast
 import re
-from collections.abc import Iterator
-from itertools import chain, islice
+import textwrap
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import NamedTuple
 
+from fractal.generate import names
+from fractal.generate.answer import INVISIBLE, answer
+from fractal.generate.fences import Block, fenced_blocks, indented_blocks
+from fractal.generate.self_tests import comment_start, root_name, without_self_tests
 from fractal.problems.syntax import syntax_tree
 
-# Lines before which a program with a syntax error further down may be cut: self-tests, their comments, definitions.
-CUT_LINE = re.compile(r"assert\b|print\(|if __name__|# (?:Test|Example|Check)|(?:async )?def |class |@")
-FENCE_LINE = re.compile(
-    r"^(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)(?P<rest>[^\n`]*)$", re.MULTILINE
+# Lines before which a program with a syntax error further down may be cut: self-tests, their comments, definitions,
+# prose.
+CUT_LINE = re.compile(
+    r"assert\b|print\(|if __name__|# (?:Test|Example|Check)|(?:async )?def |class |@|[A-Z][a-z]*[:,]? [A-Za-z]"
 )
 TILDES = re.compile(r"^~~~", re.MULTILINE)
+FENCE = re.compile(r"^[ \t>]*(?:`{3,}|~{3,})[^`\n]*$|(?:`{3,}|~{3,})[ \t]*[\w+#.-]*[ \t]*$", re.MULTILINE)
 FIRST_LINE = re.compile(r"^(?:def |class |import |from \w|@|async def |[A-Za-z_]\w* *=[^=])", re.MULTILINE)
 MAX_TRIES = 50  # starting lines, or cuts, that are tried
 
+MISSING, STUB, BROKEN, WHOLE = range(4)  # what a program has of the entry point's definition
 
-def extract_code(text: str, entry_point: str) -> str:
-    """The program in a chat reply: itself if it is Python, else the first fenced block that defines the entry point.
 
-    Where no block does: a program between the lines that does (a fence opened in mid-line), the first Python block, the
-    longest block. Without a fence: what stands between a line that looks like code and the last line with which that
-    parses. An unclosed last fence (a reply cut at max_tokens) counts. The model's own tests of the program are left out
-    (`without_self_tests`).
+class Program(NamedTuple):
+    """A candidate for the program that is looked for."""
+
+    code: str
+    tree: ast.Module | None  # None: it does not parse
+    definition: int  # MISSING ... WHOLE
+
+
+def extract_code(text: str, entry_point: str, prefix: str = "") -> str:
+    """The program in a chat reply, without the model's own tests of it; the reply itself if there is none.
+
+    `prefix` is code that the reply may rely on (HumanEval's prompt): it is put before a program that needs its imports
+    or helpers, or that is the body of its function. `entry_point`: a function, `Solution().method`, or "" for a program
+    that reads its standard input.
+
+    Reasoning is no answer (`answer.answer`). The last fenced block with a whole definition of the entry point is the
+    program; where no block has one, the last run of lines that is Python and has one. A function that only says `pass`
+    is not whole. Where other blocks bind names that the program lacks, they are put before it. Where nothing is whole:
+    a definition that does not parse, a stub, the first Python block, the longest block.
+
+        >>> extract_code("So:\\n```python\\ndef f(a):\\n    return a\\n```\\nTry `f(1)`.", "f")
+        'def f(a):\\n    return a\\n'
     """
-    return without_self_tests(_find_program(text.replace("\r\n", "\n").replace("\r", "\n"), entry_point), entry_point)
+    text = answer(text, definition_pattern(entry_point).search)
+    program, others = _find_program(text, entry_point)
+    if prefix and program.definition != WHOLE:
+        program = _continued(prefix, [program.code, text], entry_point) or program
+    if program.tree and (others or prefix):
+        program = _with_what_it_needs(program, [_read(prefix, ""), *others] if prefix else others)
+    if not entry_point or program.tree is None:
+        return program.code
+    return without_self_tests(program.code, entry_point, program.tree)
 
 
-def without_self_tests(code: str, entry_point: str) -> str:
-    """The program without what a model adds to test it; EvalPlus's sanitize drops that, too (arXiv:2305.01210).
+@lru_cache(maxsize=1024)
+def definition_pattern(entry_point: str) -> re.Pattern[str]:
+    """Where a text defines the entry point, whether it parses or not; any text, where the entry point is ""."""
+    if not entry_point:
+        return re.compile(r"\S")
+    name = re.escape(root_name(entry_point))
+    return re.compile(
+        rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^[ \t]*{name}[ \t]*(?::[^=\n]+)?=(?!=)", re.M
+    )
 
-    Top-level asserts, prints, main blocks and calls of its own functions go where they stand after the entry point
-    (after the first definition, if that is missing), with the comment lines right above them. Of a program that does
-    not parse, the last test or definition before the break goes with all behind it, until the rest parses; nothing
-    goes if the break is not behind the entry point.
-    """
+
+def _find_program(text: str, entry_point: str) -> tuple[Program, list[Program]]:
+    """The program, and others that it may need, in the order in which they stand."""
+    if not text.lstrip().startswith("```") and not TILDES.search(text):  # ~~~python is an expression, too
+        whole = _parsed(text, entry_point)
+        if whole:
+            return whole, []
+    blocks = [block for block in fenced_blocks(text) if block.code.strip()]
+    programs = [_read(block.code, entry_point) for block in blocks]
+    others: list[Program] = []
+    chosen = _last_whole(programs)
+    if chosen is None:
+        others = list(_unfenced_programs(text, blocks, entry_point))
+        chosen = _last_whole(others)
+    if chosen is None:
+        return _least_bad(text, blocks, programs, others), []
+    return chosen, [p for p in programs if p.tree and p is not chosen] if len(programs) + len(others) > 1 else []
+
+
+def _last_whole(programs: list[Program]) -> Program | None:
+    return next((program for program in reversed(programs) if program.definition == WHOLE), None)
+
+
+def _least_bad(text: str, blocks: list[Block], programs: list[Program], others: list[Program]) -> Program:
+    """What to take where no definition is whole."""
+    found = max([*programs, *others], key=lambda p: p.definition, default=None)
+    if found and found.definition != MISSING:
+        return found
+    for block, program in zip(blocks, programs, strict=True):
+        if block.is_python:
+            return program
+    if programs:
+        return max(programs, key=lambda p: len(p.code))
+    if others:
+        return others[0]
+    return Program(next((block.code for block in fenced_blocks(text)), text), None, MISSING)
+
+
+def _read(code: str, entry_point: str) -> Program:
+    """A block's content as a program: from its first column, and without a test in which it breaks."""
+    code = code.lstrip(INVISIBLE)
+    if program := _parsed(code, entry_point):
+        return program
+    if code[:1] in " \t" or code.lstrip("\n")[:1] in " \t":
+        for shifted in (textwrap.dedent(code), code.lstrip()):
+            if program := _parsed(shifted, entry_point):
+                return program
+    if head := _before_the_break(code, entry_point):
+        return _parsed(head, entry_point) or Program(head, None, BROKEN)
+    return Program(code, None, BROKEN if entry_point and definition_pattern(entry_point).search(code) else MISSING)
+
+
+def _parsed(code: str, entry_point: str) -> Program | None:
     try:
-        program = syntax_tree(code)
+        tree = syntax_tree(code)
     except ValueError:
-        head = _before_the_break(code, entry_point)
-        return without_self_tests(head, entry_point) if head else code
-    own = {n.name for n in program.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)} | {entry_point}
-    places = [i for i, n in enumerate(program.body) if entry_point in _bound_names(n)]
-    places = places or [i for i, n in enumerate(program.body) if getattr(n, "name", None)]
-    drop = [n for n in program.body[places[0] + 1 :] if _is_self_test(n, own)] if places else []
-    lines = code.split("\n")
-    for node in reversed(drop):
-        del lines[_comment_start(lines, node.lineno - 1) : node.end_lineno]
-    rest = "\n".join(lines)
-    return rest if is_python(rest) else code  # statements joined by semicolons share a line
+        return None
+    return Program(code, tree, _definition(tree, entry_point))
+
+
+def _definition(tree: ast.Module, entry_point: str) -> int:
+    """What a program has of the definition: WHOLE, STUB or MISSING. Of "": WHOLE if it reads its standard input."""
+    if not entry_point:
+        read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        return WHOLE if read & {"input", "stdin", "open"} else STUB if "print" in read else MISSING
+    root, method = root_name(entry_point), entry_point.rpartition(".")[2] if "." in entry_point else ""
+    definition = MISSING
+    for statement in tree.body:
+        for node in names.executed(statement):
+            if isinstance(node, names.DEFINITIONS) and node.name == root:
+                definition = _of_definition(node, method)
+            elif isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) and node.value:
+                if root in names.bound_names(node):
+                    definition = STUB if _says_nothing(node.value) else WHOLE
+            elif isinstance(node, ast.ImportFrom) and root in names.bound_names(node):
+                definition = max(definition, STUB)
+    return definition
+
+
+def _of_definition(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, method: str) -> int:
+    if method and isinstance(node, ast.ClassDef):
+        methods = [n for n in node.body if isinstance(n, names.DEFINITIONS) and n.name == method]
+        return _of_definition(methods[-1], "") if methods else WHOLE if node.bases else STUB
+    empty = all(
+        isinstance(n, ast.Pass)
+        or (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+        or (isinstance(n, ast.Raise) and "NotImplementedError" in ast.dump(n))
+        for n in node.body
+    )
+    return STUB if empty else WHOLE
+
+
+def _says_nothing(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value in (None, ...)
 
 
 def _before_the_break(code: str, entry_point: str) -> str:
-    """What stands before the test or definition in which a program breaks; "" if the entry point is not whole in it."""
+    """What stands before the test, definition or prose in which a program breaks; "" if that lacks the entry point."""
     begun = definition_pattern(entry_point).search(code)
-    if begun is None:
+    if begun is None or not entry_point:
         return ""
     lines = code.split("\n")
     first, end = code.count("\n", 0, begun.start()), len(lines)
@@ -73,103 +189,47 @@ def _before_the_break(code: str, entry_point: str) -> str:
             if not end:
                 return ""
         else:
-            return "\n".join(lines[: _comment_start(lines, end)]) + "\n"
+            return "\n".join(lines[: comment_start(lines, end)]) + "\n"
     return ""
 
 
-def _comment_start(lines: list[str], start: int) -> int:
-    """Where the comment that stands right above a line begins; the line itself if there is none."""
-    while start and lines[start - 1].startswith("#"):
-        start -= 1
-    return start
+def _unfenced_programs(text: str, blocks: Iterable[Block], entry_point: str) -> Iterator[Program]:
+    """The first program between any two fences, where there is one that has the definition.
 
-
-def definition_pattern(name: str) -> re.Pattern[str]:
-    """Where a program defines a name at its top level, whether it parses or not."""
-    name = re.escape(name)
-    return re.compile(rf"^(?:(?:async )?def|class) +{name}\b|^{name} *=(?!=)", re.MULTILINE)
-
-
-def _bound_names(node: ast.stmt) -> set[str]:
-    """The names that a definition or a plain assignment binds."""
-    if isinstance(node, ast.Assign):
-        return {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return {str(getattr(node, "name", ""))}
-
-
-def _is_self_test(node: ast.stmt, own: set[str]) -> bool:
-    if isinstance(node, ast.Assert):
-        return True
-    if isinstance(node, ast.If):
-        return any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test))
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
-        return node.value.func.id in own | {"print"}
-    return False
-
-
-def _find_program(text: str, entry_point: str) -> str:
-    if is_python(text) and not TILDES.search(text):  # ~~~python is an expression, too
-        return text
-    defines = definition_pattern(entry_point)
-    fenced = fenced_blocks(text)
-    blocks = [block for block in fenced if block[1].strip()]
-    for code in chain((code for _, code in blocks), _unfenced_programs(text)):
-        if defines.search(code):
-            return code
-    for language, code in blocks:
-        if language.lower() in ("python", "py", "python3"):
-            return code
-    if blocks:
-        return max((code for _, code in blocks), key=len)
-    return next(_unfenced_programs(text), fenced[0][1] if fenced else text)
-
-
-def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of each fenced block, nearly as CommonMark has it.
-
-    A fence is closed by the same character, at least as long, bare, and indented by less than four more: not by one in
-    a docstring. A content that is indented like its fence (in a list) loses that. A fence opened twice counts once.
+    A fence here is any line that begins or ends like one, since a model may open a block in mid-line, glue its end to
+    the last line of code, or begin its reply within a block. A block that is closed is left out: what does not parse
+    there is the model's error.
     """
-    blocks: list[tuple[str, str]] = []
-    opening: re.Match[str] | None = None
-    for fence in FENCE_LINE.finditer(text):
-        if opening is None:
-            opening = fence
-        elif _closes(opening, fence):
-            blocks.append((opening["language"], _dedented(opening, text[opening.end() + 1 : fence.start()])))
-            opening = None
-        elif fence["language"] and not text[opening.end() : fence.start()].strip():
-            opening = fence
-    if opening is not None:
-        blocks.append((opening["language"], _dedented(opening, text[opening.end() + 1 :])))
-    return blocks
+    kept = [block.code for block in blocks if block.closed and not FENCE.search(block.code)]
+    parts = [
+        part for part in FENCE.split(text) if part.strip() and not any(code.strip() == part.strip() for code in kept)
+    ]
+    if not any(definition_pattern(entry_point).search(part) for part in parts):
+        return
+    for part in parts:
+        yield from _first_program(part.lstrip("\n"), entry_point)
 
 
-def _closes(opening: re.Match[str], fence: re.Match[str]) -> bool:
-    bare = not fence["language"] and not fence["rest"].strip()
-    return bare and fence["marks"].startswith(opening["marks"]) and _indent_width(fence) < _indent_width(opening) + 4
-
-
-def _indent_width(fence: re.Match[str]) -> int:
-    return len(fence["indent"].expandtabs(4))
-
-
-def _dedented(opening: re.Match[str], text: str) -> str:
-    indent, lines = opening["indent"], text.split("\n")
-    if not all(line.startswith(indent) for line in lines if line.strip()):
-        return text
-    return "\n".join(line.removeprefix(indent) for line in lines)
-
-
-def _unfenced_programs(text: str) -> Iterator[str]:
+def _first_program(text: str, entry_point: str) -> Iterator[Program]:
     """For each line that looks like the start of a program: the longest run of lines from there that is Python."""
-    for start in islice(FIRST_LINE.finditer(text), MAX_TRIES):
-        if program := _longest_program(text[start.start() :]):
-            yield program
+    other: Program | None = None
+    shifted = [text.lstrip(), *indented_blocks(text)] if re.search(r"^[ \t]", text, re.MULTILINE) else [text]
+    for version in shifted:
+        for start in islice(FIRST_LINE.finditer(version), MAX_TRIES):
+            program, rest = _longest_program(version[start.start() :])
+            found = _parsed(program, entry_point) if program else None
+            if found and rest.lstrip("\n").startswith((" ", "\t")):  # it breaks within a definition
+                found = found._replace(definition=MISSING)
+            if found and found.definition == WHOLE:
+                yield found
+                return
+            other = other or found
+    if other:
+        yield other
 
 
-def _longest_program(text: str) -> str:
-    """The longest run of lines from the start that is Python, "" if none is."""
+def _longest_program(text: str) -> tuple[str, str]:
+    """The longest run of lines from the start that is Python, "" if none is; and the lines behind it."""
     lines = text.split("\n")
     end = len(lines)
     while end > 0:
@@ -178,16 +238,40 @@ def _longest_program(text: str) -> str:
             syntax_tree(candidate)
         except ValueError as error:
             if not isinstance(error.__cause__, SyntaxError):
-                return ""
+                return "", text
             end = min(end, error.__cause__.lineno or end) - 1  # what breaks in a line breaks with any lines behind it
         else:
-            return candidate.rstrip() + "\n"
-    return ""
+            return candidate.rstrip() + "\n", "\n".join(lines[end:])
+    return "", text
 
 
-def is_python(text: str) -> bool:
-    try:
-        syntax_tree(text)
-    except ValueError:
-        return False
-    return True
+def _continued(prefix: str, bodies: list[str], entry_point: str) -> Program | None:
+    """The prefix with a body of its function, where the two make a whole definition."""
+    for body in bodies:
+        for shifted in (body, textwrap.indent(textwrap.dedent(body), "    ")):
+            program = _parsed(f"{prefix.rstrip()}\n{shifted}", entry_point)
+            if program and program.definition == WHOLE:
+                return program
+    return None
+
+
+def _with_what_it_needs(program: Program, others: list[Program]) -> Program:
+    """The program behind the other programs that bind names which it, or one of these, lacks."""
+    assert program.tree
+    trees = [(other, other.tree) for other in others if other.tree]
+    bound = names.bound_in(program.tree)
+    needed: list[Program] = []
+    missing = names.unbound_names(program.tree) if trees else set()
+    while missing:
+        name = missing.pop()
+        for other, tree in reversed(trees):
+            if name in names.bound_in(tree) and other not in needed:
+                needed.append(other)
+                bound |= names.bound_in(tree)
+                missing = (missing | names.unbound_names(tree)) - bound
+                break
+    if not needed:
+        return program
+    parts = [other.code.rstrip() for other in others if other in needed]
+    code = "\n\n\n".join([*parts, program.code])
+    return _parsed(code, "") or program

@@ -15,3 +15,11 @@ def syntax_tree(text: str) -> ast.Module:
             return ast.parse(text)
         except (SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(str(error)) from error
+
+
+def is_python(text: str) -> bool:
+    try:
+        syntax_tree(text)
+    except ValueError:
+        return False
+    return True
