@@ -88,6 +88,7 @@ HELP = {
     "times. Noted before anything is drawn, judged in the report. Names: fractal report --help.",
     "allow": "Run although these protections are missing, as memory_limit,pids_limit; they are noted.",
     "socket": "Use the sandbox that listens on this Unix socket (fractal serve); no Docker needed.",
+    "http": "Serve HTTP on this port, as 8080, or address, as 0.0.0.0:8080 (then with an access token).",
     "mode": "probe: a linear head on frozen features, minutes; lora, full: train the model itself, on a GPU.",
     "batch_tokens": "lora, full: padded tokens in one forward pass; out of memory halved, then with gradient "
     "checkpointing. Default: 4096.",
@@ -526,11 +527,38 @@ def serve(
     slots: Slots = None,
     image: Image = None,
     runtime: Runtime = None,
+    http: Annotated[str | None, Option(help=HELP["http"], show_default=False)] = None,
+    token_file: Annotated[Path | None, Option(help="--http: a file with the access token; else FRACTAL_TOKEN.")] = None,
+    problems: Annotated[str | None, Option(help="--http: a problem set, for requests that name a task_id.")] = None,
+    socket: Annotated[Path | None, Option(help="--http: use the sidecar that listens here.")] = None,
+    requests: Annotated[int, Option(help="--http: requests at once; more are answered 429.", min=1, max=1024)] = 16,
+    deadline: Annotated[float, Option(help="--http: seconds for a request; the rest is undecided.", min=0.1)] = 60.0,
 ) -> None:
-    """Start a sandbox as a sidecar: it serves other containers over a Unix socket in a volume, until it is stopped."""
+    """Start a sandbox as a sidecar: it serves other containers over a Unix socket in a volume, until it is stopped.
+
+    With --http it serves requests in the foreground instead, beside a sandbox of its own, until it is interrupted.
+    """
     from fractal.sandbox.host.container import SOCKET, start_sidecar, stop_sidecar
 
     _check_slots(slots)
+    if http is not None:
+        from fractal.server import run as server
+
+        if socket is not None and (slots, image, runtime) != (None, None, None):
+            raise InputError("--slots, --image and --runtime are the sidecar's own: give them where it is started.")
+        address = server.parse_address(http)
+        server.serve(
+            address,
+            token=server.access_token(address, token_file),
+            problems=problems,
+            limits=_limits(DEFAULT_LIMITS.cpu_s, DEFAULT_LIMITS.wall_s, memory),
+            max_requests=requests,
+            deadline_s=deadline,
+            sandbox={"slots": slots, "image": image, "runtime": runtime, "socket": socket},
+        )
+        return
+    if any(option is not None for option in (token_file, problems, socket)):
+        raise InputError("--token-file, --problems and --socket go with --http.")
     if stop:
         console.say(f"serve: {name} {'is stopped' if stop_sidecar(name) else 'was not running'}")
         return

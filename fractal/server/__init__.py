@@ -1,0 +1,1 @@
+"""The sandbox over HTTP: `fractal serve --http` (docs/rewards.md)."""
