@@ -46,9 +46,9 @@ def test_names_that_setup_or_test_bind_are_not_looked_up_in_the_program() -> Non
     assert found.names == ["f"]
 
 
-def test_imports_of_the_setup_reach_the_program() -> None:
+def test_imports_and_names_of_the_setup_reach_the_program() -> None:
     found = prepare(problem("def f(x): return x", "assert f(1) == 1", setup="import math\nimport subprocess\nx = 1"))
-    assert found.imports == ["import math"]
+    assert found.given.lines == ["import math", "x = 1"]
 
 
 def test_tests_that_are_not_python_are_a_syntax_error() -> None:

@@ -15,6 +15,7 @@ from collections import deque
 from typing import Any
 
 from fractal.sandbox.inside import sharing
+from fractal.sandbox.inside.objects import ObjectTable
 from fractal.sandbox.inside.protocol import (
     EXCEPTIONS,
     MAX_FRAME,
@@ -69,6 +70,7 @@ class CandidateEndpoint:
         for callback in self._callbacks.values():
             callback.retire()
         self._space.clear()
+        self._objects = ObjectTable(False, self.encode)
         self.table = Table()
         self._callbacks = {}
         self._names: dict[str, Any] = {}
@@ -98,7 +100,7 @@ class CandidateEndpoint:
 
     def _send(self, message: Any) -> None:
         try:
-            frame = pack(message)
+            frame = pack(self._objects.envelope(message))
         except Unencodable:
             frame = pack(["e", "ValueError", f"a result of more than {MAX_FRAME >> 20} MiB", [], "ResultTooLarge"])
         sent = os.write(self._fd, frame)  # write(2), since sendto(2) is forbidden here
@@ -108,6 +110,12 @@ class CandidateEndpoint:
     def _refer(self, value: Any) -> dict[str, Any]:
         if type(value) is Callback:
             return {"o": value._number}
+        if (given := self._objects.refer(value)) is not None:
+            return given
+        return self._refer_to(value)
+
+    def _refer_to(self, value: Any) -> dict[str, Any]:
+        """A reference to an object that stays here."""
         self._waited = True
         if isinstance(value, type) and issubclass(value, Exception):
             own = [c for c in value.__mro__ if issubclass(c, Exception) and EXCEPTIONS.get(c.__name__) is not c]
@@ -126,6 +134,10 @@ class CandidateEndpoint:
     def _resolve(self, reference: Reference) -> Any:
         if "own" in reference.data:
             return self.table.get(reference.data["own"])
+        if "object" in reference.data:
+            return self._objects.resolve(reference)
+        if "states" in reference.data:
+            return self._objects.set_states(reference.data["states"])
         number = reference.data["id"]
         return self._callbacks.setdefault(number, Callback(self, number))
 
@@ -135,12 +147,12 @@ class CandidateEndpoint:
         try:
             return self._encoder.encode(value)
         except (Unencodable, RecursionError, RuntimeError, ValueError):  # RuntimeError: changed while we walked it
-            return self._refer(value)
+            return self._refer_to(value)
 
     # --- a program ----------------------------------------------------------------------------------------------------
 
     def _start(
-        self, serial: int, source: str, compiled: str, imports: list[str], names: list[str], isolate: bool
+        self, serial: int, source: str, compiled: str, given: list[Any], names: list[str], isolate: bool
     ) -> None:
         """Run the program's text (or what another process compiled) and say which of the names it defines.
 
@@ -158,16 +170,17 @@ class CandidateEndpoint:
                 sure = isinstance(error, SyntaxError | ValueError)
                 return self._send(["syntax", serial, f"{type(error).__name__}: {error}"[:DETAIL], sure])
             if self._shared:
-                why = sharing.reason_against(code) or _imports(imports)
+                why = sharing.reason_against(code) or _reason_against(given[0])
                 if why or isolate:
                     return self._send(["unfit", serial, why, base64.b64encode(marshal.dumps(code)).decode("ascii")])
         space = self._space = {}  # no __name__: as under exec(code, {}), it is that of builtins
+        lines, classes, first = given
         try:
-            exec(code, space)
-            for line in imports:
-                exec(line, space)
+            for part in (*lines, code) if first else (code, *lines):
+                exec(part, space)
             self._names = {n: space[n] for n in names if n in space}
             message: list[Any] = ["ready", serial, [[n, self.encode(v)] for n, v in self._names.items()]]
+            self._objects.give(classes, space.get)  # not before: the judge defines them only now
         except BaseException as error:
             message = ["stopped", serial, failure(error, self.encode)]
         self._waited = False
@@ -181,7 +194,8 @@ class CandidateEndpoint:
         """
         while True:
             body = self._receive()
-            message = self._decode(body)
+            message = self._objects.open(self._decode(body))
+            received = self._objects.received
             if message[0] != "q":
                 return message
             op, target, *rest = message[1:]
@@ -200,12 +214,15 @@ class CandidateEndpoint:
                 reply = failure(error, self.encode)
             if op == "call" and rest[2]:
                 reply += self._changed(body, args, kwargs)
+            for value in received:
+                self._objects.refer(value)  # as the call left it
             self._flush()
             self._send(reply)
 
     def _changed(self, body: bytes, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
         """How a call left its arguments, if it changed them."""
-        before = unpack(body)[3:5]
+        message = unpack(body)
+        before = (message[1] if message[0] == "v" else message)[3:5]
         after = [[self.encode(v) for v in args], [[name, self.encode(kwargs[name])] for name, _ in before[1]]]
         return [after] if after != before else []
 
@@ -256,8 +273,8 @@ class CandidateEndpoint:
         return reply[1]
 
 
-def _imports(lines: list[str]) -> str:
-    """Why the setup's import statements would not do in a shared process."""
+def _reason_against(lines: list[str]) -> str:
+    """Why what the setup gives would not do in a shared process."""
     return next(filter(None, (sharing.reason_against(compile(line, "<setup>", "exec")) for line in lines)), "")
 
 

@@ -139,7 +139,7 @@ def _judge(suite: Suite, run: ProgramRun, serial: int, code: str, compiled: str,
     results: list[str] = []
     ahead = b"" if isolate else suite.ahead_frames
     try:
-        run.endpoint.send_frames(pack(["program", serial, code, compiled, suite.imports, suite.names, isolate]) + ahead)
+        run.endpoint.send_frames(pack(["program", serial, code, compiled, suite.given, suite.names, isolate]) + ahead)
         outcome, names = _start_program(suite, run, serial)
         if outcome is not None:
             return outcome
@@ -196,6 +196,7 @@ def _run_tests(run: ProgramRun, suite: Suite, names: dict[str, Any], results: li
     if stale := [name for name in suite.fresh if name in names and not isinstance(names[name], Proxy | type)]:
         run.endpoint.after_call = partial(_refresh, run, stale, names)
     verdict = Outcome("passed", "", results)
+    run.endpoint.objects.give(suite.given.classes, names.get)
     if suite.setup is not None:
         status, detail = _run_code(run, partial(exec, suite.setup, names))
         if status != "passed":
@@ -334,7 +335,7 @@ def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:
     try:
         run = ProgramRun(candidate, 10.0, 20.0, time.monotonic() + 20)
         run.endpoint.send_frames(
-            pack(["program", 0, protections.INSPECT_CANDIDATE, "", suite.imports, suite.names, False])
+            pack(["program", 0, protections.INSPECT_CANDIDATE, "", suite.given, suite.names, False])
         )
         outcome, names = _start_program(suite, run, 0)
         if outcome is None:

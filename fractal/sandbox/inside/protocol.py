@@ -410,6 +410,10 @@ class Decoder:
                 return self._resolve(Reference({"own": data}))
             if tag == "xc" and type(data) is list and len(data) == 2:
                 return self._resolve(Reference({"classes": data[0], "near": data[1]}))
+            if tag == "v" and type(data) is list and len(data) == 2:
+                return self._resolve(Reference({"object": data}))
+            if tag == "vs" and type(data) is list and all(type(state) is list and len(state) == 3 for state in data):
+                return self._resolve(Reference({"states": data}))
         raise ValueError("unknown tag")
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fractal.sandbox.inside.objects import ObjectTable
 from fractal.sandbox.inside.protocol import (
     EXCEPTIONS,
     Decoder,
@@ -125,6 +126,7 @@ class JudgeEndpoint:
         self._wait, self._stuck = wait, stuck
         self._table = Table()
         self._encoder = Encoder(self._refer)
+        self.objects = ObjectTable(True, self._encode)
         self._decode = Decoder(self._resolve).decode
         self._proxies: dict[int, Proxy] = {}
         self._classes: dict[int, type[BaseException]] = {}  # exception classes of the program's, by its numbers
@@ -140,6 +142,8 @@ class JudgeEndpoint:
             return {"o": value._number}
         if isinstance(value, type) and value in self._classes.values():
             return {"o": next(number for number, kind in self._classes.items() if kind is value)}
+        if (given := self.objects.refer(value)) is not None:
+            return given
         if isinstance(value, types.FunctionType):
             return {"x": [self._table.put(value), "function", True]}
         if hasattr(value, "__next__"):
@@ -150,6 +154,10 @@ class JudgeEndpoint:
         data = reference.data
         if "own" in data:
             return self._table.get(data["own"])
+        if "object" in data:
+            return self.objects.resolve(reference)
+        if "states" in data:
+            return self.objects.set_states(data["states"])
         if "near" in data:
             return self._exception_class(data["classes"], data["near"])
         number, kind, truth = data["id"], data["kind"], data["truth"]
@@ -176,7 +184,7 @@ class JudgeEndpoint:
         return kind
 
     def send(self, message: Any) -> None:
-        self.send_frames(pack(message))
+        self.send_frames(pack(self.objects.envelope(message)))
 
     def send_frames(self, frames: bytes) -> None:
         try:
@@ -198,7 +206,7 @@ class JudgeEndpoint:
             if not data:
                 self._wait(True)
             channel.bodies.extend(channel.buffer.feed(data))
-        message = self._decode(channel.bodies.popleft())
+        message = self.objects.open(self._decode(channel.bodies.popleft()))
         if type(message) is not list or not message or type(message[0]) is not str:
             raise ProtocolError("not a message")
         return message
@@ -216,10 +224,14 @@ class JudgeEndpoint:
         if len(message) != 5 or message[1] != "call" or type(message[4]) is not list:
             raise ProtocolError("not a call")
         _, _, function, args, kwargs = message
+        received = self.objects.received
         if type(function) is not types.FunctionType or type(args) is not list:
             raise ProtocolError("only a test's functions can be called from the program")
         try:
-            return ["r", self._encode(function(*args, **dict(pairs(kwargs))))]
+            result = self._encode(function(*args, **dict(pairs(kwargs))))
+            for value in received:
+                self.objects.refer(value)  # as the function left it
+            return ["r", result]
         except Exception as error:
             near = next(c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS)
             values = [value for value in error.args if type(value) in (str, int, float, bool, type(None))]
@@ -238,6 +250,7 @@ class JudgeEndpoint:
 
     def ask(self, op: str, target: Proxy, *rest: Any) -> object:
         self._cancel_ahead()
+        self.objects.drop()
         self.send(["q", op, self._refer(target), *map(self._encode, rest)])
         return self._value(self.reply())
 
@@ -286,6 +299,7 @@ class JudgeEndpoint:
                 return self._value(reply)
         self._cancel_ahead()
         mutable = any(map(_mutable, args)) or any(map(_mutable, kwargs.values()))
+        self.objects.drop()
         packed = [self._encode(value) for value in args]
         named = [[key, self._encode(value)] for key, value in kwargs.items()]
         self.send(["q", "call", self._refer(target), packed, named, mutable])

@@ -8,6 +8,7 @@ import types
 from dataclasses import dataclass, field
 from typing import Any
 
+from fractal.sandbox.inside.given import Given, find_given
 from fractal.sandbox.inside.protocol import Encoder, Unencodable, pack
 
 # Modules that a test may name through the program's own import (MBPP 596 does): the judge uses its own copy.
@@ -34,7 +35,7 @@ class Suite:
     setup: types.CodeType | None
     tests: list[types.CodeType]
     entry_point: str
-    imports: list[str]  # the setup's import lines: the program sees those names, too, as under exec in one namespace
+    given: Given  # what the program sees of the setup, as under exec in one namespace
     names: list[str]  # names to look up in the program
     fresh: list[str]  # those that a call may change for the test: not the entry point, and not bound by the tests
     ahead: list[Ahead]  # the calls of the first so many tests, in their order, one each
@@ -66,9 +67,6 @@ def prepare(problem: dict[str, Any]) -> Suite:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             imported |= _own_imports(node)
     names = {n for n in used if n in defined or (n not in bound and not hasattr(builtins, n))}
-    imports = [
-        ast.unparse(node) for node in setup.body if isinstance(node, ast.Import | ast.ImportFrom) and _own_imports(node)
-    ]
     own = {name: value for name, value in imported.items() if name in names}
     programs = names - own.keys() | {entry_point}
     quiet = not any(isinstance(node, ast.Name) and node.id in programs for node in ast.walk(setup))
@@ -78,7 +76,7 @@ def prepare(problem: dict[str, Any]) -> Suite:
         setup=compile(setup, "<setup>", "exec") if setup.body else None,
         tests=[compile(test, "<test>", "exec") for test in tests],
         entry_point=entry_point,
-        imports=imports,
+        given=find_given(setup, tests, reference, entry_point, _own_imports),
         names=sorted({*names, entry_point}),
         fresh=fresh,
         ahead=ahead,

@@ -122,7 +122,7 @@ def _warm_up() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         code = base64.b64encode(marshal.dumps(compile("def f(x):\n    return [x]\n", "<program>", "exec"))).decode()
-        ours.sendall(pack(["program", 1, "", code, [], ["f"], False]))
+        ours.sendall(pack(["program", 1, "", code, [[], [], False], ["f"], False]))
         ours.sendall(pack(["q", "ahead", "f", [1], []]) + pack(["q", "call", {"o": 0}, [[1, "a"]], [], True]))
         ours.shutdown(socket.SHUT_WR)
         try:
