@@ -1,6 +1,7 @@
 """The command line, and the order of the stages. `fractal --help`, `fractal STAGE --help`.
 
 Exit codes: 0 done; 1 the work failed; 2 bad input or usage; 3 something outside is missing; 130 interrupted.
+Whatever takes long to import is imported by the commands (tests/test_imports.py).
 """
 
 import errno
@@ -11,24 +12,27 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
-import msgspec
 import typer
-from rich.text import Text
 from typer import Option
 
 from fractal import console
 from fractal.errors import InputError, OutsideError
-from fractal.jsonl import NO_SPACE
-from fractal.problems.sets import ProblemSet, load
-from fractal.rundir import RunDir
+from fractal.options import Command, Group
 from fractal.sandbox.host.limits import DEFAULT_LIMITS, Limits
 
+if TYPE_CHECKING:
+    from fractal.problems.sets import ProblemSet
+    from fractal.rundir import RunDir
+    from fractal.sandbox.host.launch import ContainerAhead
+
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -195,7 +199,7 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., No
 
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(**settings)(call)
+        app.command(cls=Command, **settings)(call)
         return function
 
     return register
@@ -226,8 +230,16 @@ def _check_slots(slots: int | None) -> None:
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
-def _problem_set(folder: RunDir, options: ProblemOptions) -> ProblemSet:
+def _run_dir(path: Path, *, create: bool = False) -> "RunDir":
+    from fractal.rundir import RunDir
+
+    return RunDir(path, create=create)
+
+
+def _problem_set(folder: "RunDir", options: ProblemOptions) -> "ProblemSet":
     """The problems that the options name; without any, those that the run has, else the starter set."""
+    from fractal.problems.sets import ProblemSet, load
+
     known = folder.manifest["config"].get("problems")
     if options.problems is None and known is not None:
         if options.split is not None or options.limit is not None:
@@ -236,7 +248,7 @@ def _problem_set(folder: RunDir, options: ProblemOptions) -> ProblemSet:
     return load(options.problems or "starter", options.split, options.limit)
 
 
-def _record_criteria(folder: RunDir, options: CriteriaOptions) -> None:
+def _record_criteria(folder: "RunDir", options: CriteriaOptions) -> None:
     """Record what the run is to reach. Raises InputError for what is no criterion."""
     if options.criterion or options.plan is not None:
         from fractal.report import criteria
@@ -246,7 +258,7 @@ def _record_criteria(folder: RunDir, options: CriteriaOptions) -> None:
             console.say(f"criterion: {entry.text}, noted {entry.recorded}{late}")
 
 
-def _generate(folder: RunDir, problem_set: ProblemSet, options: GenerateOptions, follow: Any = None) -> None:
+def _generate(folder: "RunDir", problem_set: "ProblemSet", options: GenerateOptions, follow: Any = None) -> None:
     """Options that are not given are the run's own, else DEFAULTS. `follow` labels samples while others are drawn."""
     from fractal.generate import models, stage
     from fractal.generate.engine import Sampling, Server
@@ -281,7 +293,7 @@ def _report_failed_labels(count: int) -> None:
 @command()
 def generate(run: Run, source: ProblemOptions, options: GenerateOptions, criteria: CriteriaOptions) -> None:
     """Draw n programs for each problem (samples.jsonl)."""
-    with RunDir(run, create=True) as folder:
+    with _run_dir(run, create=True) as folder:
         problem_set = _problem_set(folder, source)
         _record_criteria(folder, criteria)
         _generate(folder, problem_set, options)
@@ -300,7 +312,7 @@ def adopt(
     """Begin a run with samples that were drawn elsewhere (samples.jsonl)."""
     from fractal.generate import adopt as stage
 
-    with RunDir(run, create=True) as folder:
+    with _run_dir(run, create=True) as folder:
         stage.run(folder, _problem_set(folder, source), samples, model)
 
 
@@ -323,19 +335,38 @@ def verify(
 
     Either --run RUN, or --problems P --samples S --out L.
     """
-    from fractal.verify import counts, stage
-
     limits, keywords = options.limits, options.keywords
     if run is not None and problems is samples is out is None:
-        with RunDir(run) as folder:
-            tally = stage.run(folder, limits, **keywords)
+        files = run / "samples.jsonl", run / "labels.jsonl"
     elif run is None and problems and samples and out:
-        tally = stage.run_files(problems, samples, out, limits, **keywords)
+        files = samples, out
     else:
         raise InputError("give either --run RUN, or all of --problems P --samples S --out L.")
-    console.say(counts.problem_table(tally, complete=by_problem))
-    console.say(counts.status_table(tally))
+    with _container_ahead(*files, limits, keywords) as ahead:
+        from fractal.verify import counts, stage
+
+        if run is not None:
+            with _run_dir(run) as folder:
+                tally = stage.run(folder, limits, ahead=ahead, **keywords)
+        else:
+            assert problems is not None
+            assert samples is not None
+            assert out is not None
+            tally = stage.run_files(problems, samples, out, limits, ahead=ahead, **keywords)
+        console.say(counts.problem_table(tally, complete=by_problem))
+        console.say(counts.status_table(tally))
     _report_failed_labels(tally.errors)
+
+
+def _container_ahead(
+    samples: Path, labels: Path, limits: Limits, keywords: dict[str, Any]
+) -> "ContainerAhead | nullcontext[None]":
+    """The sandbox's container, asked for before anything is imported or read; not where there may be nothing to do."""
+    if keywords["socket"] is not None or labels.exists() or not samples.exists():
+        return nullcontext()
+    from fractal.sandbox.host.launch import ContainerAhead
+
+    return ContainerAhead(limits=limits, **{name: keywords[name] for name in ("slots", "image", "runtime")})
 
 
 @command(
@@ -378,7 +409,7 @@ def train(run: Run, options: TrainOptions) -> None:
     """
     from fractal.critic import train_stage as stage
 
-    with RunDir(run) as folder:
+    with _run_dir(run) as folder:
         stage.run(folder, **vars(options))
 
 
@@ -392,7 +423,7 @@ def score(
     """Score every sample by the critic, without running it (scores.jsonl)."""
     from fractal.critic import score_stage as stage
 
-    with RunDir(run) as folder:
+    with _run_dir(run) as folder:
         stage.run(folder, critic, backend, base)
 
 
@@ -401,7 +432,7 @@ def select(run: Run, on: On = None) -> None:
     """Let each strategy choose one sample for each problem of the measured splits (selection.jsonl)."""
     from fractal.selection import stage
 
-    with RunDir(run) as folder:
+    with _run_dir(run) as folder:
         stage.run(folder, on)
 
 
@@ -424,10 +455,10 @@ def report(
     if check:
         from fractal.report import check as checks
 
-        raise typer.Exit(checks.run(RunDir(run)))
+        raise typer.Exit(checks.run(_run_dir(run)))
     from fractal.report import stage
 
-    with RunDir(run) as folder:
+    with _run_dir(run) as folder:
         stage.run(folder)
 
 
@@ -446,7 +477,7 @@ def run_stages(
 ) -> None:
     """Run all stages, or one; what is done is not repeated. With all, samples are verified while others are drawn."""
     limits, keywords = sandbox.limits, sandbox.keywords  # checked before anything is done
-    with RunDir(run, create=stage in (Stage.all, Stage.generate)) as folder:
+    with _run_dir(run, create=stage in (Stage.all, Stage.generate)) as folder:
         problem_set = _problem_set(folder, source) if stage in (Stage.all, Stage.generate) else None
         if stage is Stage.all:
             _check_sandbox(sandbox)
@@ -480,10 +511,10 @@ def _check_sandbox(options: SandboxOptions) -> None:
 
 
 def _verify(
-    folder: RunDir,
+    folder: "RunDir",
     limits: Limits,
     keywords: dict[str, Any],
-    problem_set: ProblemSet | None,
+    problem_set: "ProblemSet | None",
     generating: GenerateOptions,
 ) -> None:
     """With a problem set, samples are drawn, and verified as they come."""
@@ -498,7 +529,7 @@ def _verify(
     _report_failed_labels(tally.errors)
 
 
-def _train(folder: RunDir, options: TrainOptions, stage: Stage) -> bool:
+def _train(folder: "RunDir", options: TrainOptions, stage: Stage) -> bool:
     """Whether there is a critic. Where all stages run, labels that nothing can be learnt from are a warning."""
     from fractal.critic import train_stage
     from fractal.critic.training_data import TrainError
@@ -647,6 +678,10 @@ def _unexpected(error: Exception) -> int:
         return int(error.exit_code)
     if type(error).__name__ == "TrainError":
         return _fail(1, str(error))
+    import msgspec
+
+    from fractal.jsonl import NO_SPACE
+
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return _fail(3, f"no space left on the disk ({error.filename or 'temporary files'}). Make room and go on.")
     if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
@@ -658,7 +693,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _fail(code: int, text: str) -> int:
-    console.err.print(Text(f"fractal: {text}"), style="red", highlight=False, soft_wrap=True)
+    console.colored(f"fractal: {text}", "red")
     return code
 
 

@@ -1,6 +1,7 @@
 """Imports point one way (docs/architecture.md), and the heavy packages are loaded only where they are used."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ STAGE_MODULES = {f"fractal.{name}.stage" for name in STAGES} | {
     "fractal.critic.train_stage",
     "fractal.critic.score_stage",
 }
-SHARED = {"records", "errors", "jsonl", "rundir", "console"}
+SHARED = {"records", "errors", "jsonl", "rundir", "console", "options"}
 # What each package may import beside itself and the shared modules.
 MAY_IMPORT = {
     "__main__": {
@@ -156,3 +157,30 @@ def test_the_folder_docker_hides_no_package() -> None:
     import docker
 
     assert docker.from_env is not None
+
+
+def test_verify_asks_for_its_container_before_it_imports_what_takes_long(tmp_path: Path) -> None:
+    """Whatever is imported before is waited for before the container begins to start."""
+    samples = tmp_path / "samples.jsonl"
+    samples.touch()
+    words = ["verify", "--problems", "P", "--samples", str(samples), "--out", str(tmp_path / "labels.jsonl")]
+    code = (
+        "import os, sys\n"
+        "from fractal.__main__ import run_command\n"
+        "from fractal.sandbox.host import launch\n"
+        "def asked(self, **options):\n"
+        "    known = {name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names\n"
+        "    print(sorted(name for name in known if not name.startswith('_')), len(sys.modules), flush=True)\n"
+        "    os._exit(0)\n"
+        "launch.ContainerAhead.__init__ = asked\n"
+        f"run_command({words!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment())
+    found, count = done.stdout.rsplit(" ", 1)
+    assert set(ast.literal_eval(found)) <= {"annotated_doc", "fractal", "shellingham", "typer", "typing_extensions"}
+    assert int(count) < 220
+
+
+def environment() -> dict[str, str]:
+    """This environment's packages without the modules that their .pth files import."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

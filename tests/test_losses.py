@@ -9,6 +9,7 @@ import docker
 import pytest
 
 from fractal.records import Problem, Sample
+from fractal.sandbox.host import engine
 from fractal.sandbox.host.container import Sandbox
 from tests.engines import Engine
 
@@ -61,6 +62,6 @@ def test_a_container_killed_again_and_again_loses_nothing(image: str) -> None:
         for label in sandbox.verify(samples, PROBLEMS):
             found.append(label)
             if len(found) in (20, 100):
-                sandbox._connection.container.kill()
+                engine.request("POST", f"/containers/{sandbox._connection.container}/kill")
     expected = ["passed" if i % 2 or i == 0 else "failed" for i in range(150)]
     assert [(label.sample_id, label.status) for label in found] == list(enumerate(expected))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import docker
 import pytest
 
 from fractal.problems.formats import read_problems
@@ -87,7 +88,7 @@ def test_thousands_of_samples_leave_nothing_behind(image: str) -> None:
         code = harm[i // 10 % len(harm)] if i % 10 == 0 else f"def f(x):\n    return x if {i} else None\n"
         work.append(Sample(TASK, i, "", code, "stop", 0, None, None, "t"))
     with Sandbox(limits=Limits(cpu_s=1.0, wall_s=3.0), image=image, cache=False) as sandbox:
-        container = sandbox._connection.container
+        container = docker.from_env().containers.get(sandbox._connection.container)
         list(sandbox.verify(work[:2000], PROBLEMS))
         before = container.stats(stream=False)["memory_stats"]["usage"]
         processes = len(container.top()["Processes"])

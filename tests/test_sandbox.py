@@ -16,6 +16,7 @@ import pytest
 from fractal.errors import InputError
 from fractal.problems.formats import read_problems
 from fractal.records import Label, Problem, Sample
+from fractal.sandbox.host import engine
 from fractal.sandbox.host.conformance import run_conformance
 from fractal.sandbox.host.container import Sandbox, SandboxError
 from fractal.sandbox.host.limits import Limits
@@ -126,7 +127,7 @@ def test_a_container_killed_in_the_middle_loses_nothing(image: str) -> None:
         for label in sandbox.verify(samples, {1: problem()}):
             labels.append(label)
             if len(labels) == 10:
-                sandbox._connection.container.kill()
+                engine.request("POST", f"/containers/{sandbox._connection.container}/kill")
     assert [(label.sample_id, label.status) for label in labels] == [(i, "passed") for i in range(60)]
 
 
@@ -134,7 +135,7 @@ def test_no_container_is_left_when_the_client_is_killed(image: str, tmp_path: Pa
     script = tmp_path / "client.py"
     script.write_text(
         "import sys, time\nfrom fractal.sandbox.host.container import Sandbox\n"
-        f"with Sandbox(image={image!r}) as s:\n    print(s._connection.container.id, flush=True)\n    time.sleep(60)\n"
+        f"with Sandbox(image={image!r}) as s:\n    print(s._connection.container, flush=True)\n    time.sleep(60)\n"
     )
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -157,12 +158,12 @@ def test_nothing_is_left_after_many_samples(image: str) -> None:
         WRONG,
     ]
     with Sandbox(image=image) as sandbox:
-        container = sandbox._connection.container
+        processes = f"/containers/{sandbox._connection.container}/top"
         samples = [sample(codes[i % 4] + f"#{i}", i) for i in range(400)]
         first = list(sandbox.verify(samples[:100], {1: problem()}))
-        before = container.top()["Processes"]
+        before = engine.request("GET", processes)["Processes"]
         list(sandbox.verify(samples[100:], {1: problem()}))
-        after = container.top()["Processes"]
+        after = engine.request("GET", processes)["Processes"]
     assert len(after) == len(before), after
     assert not [row for row in after if "defunct" in " ".join(row)]
     assert Counter(label.status for label in first) == {"passed": 25, "crashed": 50, "failed": 25}
@@ -175,23 +176,23 @@ def test_an_unknown_image_says_how_to_build_it() -> None:
 
 
 @pytest.mark.docker
-@pytest.mark.parametrize("dropped", [{"network_mode": "bridge"}, {"read_only": False}, {"cap_add": ["SETUID", "SETGID", "KILL", "SYS_CHROOT"]}, {"security_opt": ["seccomp=unconfined"]}])  # fmt: skip
+@pytest.mark.parametrize("dropped", [{"NetworkMode": "bridge"}, {"ReadonlyRootfs": False}, {"CapAdd": ["SETUID", "SETGID", "KILL", "SYS_CHROOT"]}, {"SecurityOpt": ["seccomp=unconfined"]}])  # fmt: skip
 def test_a_dropped_protection_is_found_out(
     image: str, dropped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fractal.sandbox.host import container
+    from fractal.sandbox.host import launch
 
-    full = container.hardening
-    monkeypatch.setattr(container, "hardening", lambda *a: {**full(*a), **dropped})
+    full = launch.hardening
+    monkeypatch.setattr(launch, "hardening", lambda *a: {**full(*a), **dropped})
     with pytest.raises(SandboxError, match="not safe"), Sandbox(image=image):
         pass
 
 
 def test_a_named_protection_may_be_missing_and_that_is_noted(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fractal.sandbox.host import container
+    from fractal.sandbox.host import launch
 
-    full = container.hardening
-    monkeypatch.setattr(container, "hardening", lambda *a: {**full(*a), "read_only": False})
+    full = launch.hardening
+    monkeypatch.setattr(launch, "hardening", lambda *a: {**full(*a), "ReadonlyRootfs": False})
     with Sandbox(image=image, allow=["read_only_root", "writable"]) as sandbox:
         assert judge(sandbox, CORRECT).passed
         assert sandbox.checks["read_only_root"] == {**sandbox.checks["read_only_root"], "ok": False, "allowed": True}
@@ -282,7 +283,7 @@ def test_the_reward_example_runs(image: str) -> None:
 @pytest.mark.docker
 def test_own_processes_only(sandbox: Sandbox) -> None:
     """The sandbox's container runs as one container, with no mount of the host's."""
-    attributes = docker.from_env().api.inspect_container(sandbox._connection.container.id)
+    attributes = docker.from_env().api.inspect_container(sandbox._connection.container)
     assert attributes["Mounts"] == []
     assert attributes["HostConfig"]["Privileged"] is False
     assert os.getpid() > 0

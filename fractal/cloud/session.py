@@ -40,7 +40,7 @@ def log(text: str) -> None:
 
 
 def ask(question: str) -> bool:
-    return Confirm.ask(question, console=console.err, default=False)
+    return Confirm.ask(question, console=console.err(), default=False)
 
 
 class Session:

@@ -4,6 +4,8 @@ All that it writes follows from the records and the manifest, and from nothing e
 compares.
 """
 
+import sys
+
 from fractal import console
 from fractal.report.inputs import NUMBERS, PAGE, TABLE, inputs
 from fractal.rundir import RunDir
@@ -16,7 +18,7 @@ def run(folder: RunDir) -> None:
     complete = all(folder.file(name).exists() for name in (PAGE, TABLE, NUMBERS))
     if complete and isinstance(last, dict) and {**last, "bill": None} == {**now, "bill": None}:
         console.say("report: is there, nothing to do")
-        console.out.file.write(folder.file(TABLE).read_text(encoding="utf-8"))
+        sys.stdout.write(folder.file(TABLE).read_text(encoding="utf-8"))
     else:
         from fractal.report import make  # late: numpy and matplotlib take seconds to load
 

@@ -87,7 +87,7 @@ def label_samples(
 def append_records(records: Iterable[object], path: Path, advance: Callable[[int, str], None]) -> None:
     """Append labels or outputs as they come, in few writes; `advance` is called with their number and rate."""
     begin = time.monotonic()
-    done, due = 0, begin + WRITE_INTERVAL_S
+    done, due = 0, begin  # the first at once: whoever follows the file sees that it works
     unwritten: list[object] = []
     with Appender(path) as file:
         try:

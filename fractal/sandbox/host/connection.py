@@ -3,11 +3,8 @@
 import socket
 import struct
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import docker.errors
-import requests
 
 SILENCE_S = 60.0  # the sandbox sends something every 5 s
 
@@ -15,12 +12,11 @@ SILENCE_S = 60.0  # the sandbox sends something every 5 s
 class AttachedConnection:
     """The attached streams of one container. Undoes Docker's multiplexing (8-byte header: stream, 0, 0, 0, length)."""
 
-    def __init__(self, container: Any, stream: Any) -> None:
-        self.container = container
+    def __init__(self, container: str, sock: socket.socket, remove: Callable[[str], None]) -> None:
+        self.container = container  # its id
         self.known_problems: set[bytes] = set()
-        self._stream = stream  # closing it closes the socket
-        # The SDK opens the stream for reading only and has no public way to its socket, which may speak TLS.
-        self._sock: socket.socket = getattr(stream, "_sock", stream)
+        self._remove = remove
+        self._sock = sock
         self._sock.settimeout(SILENCE_S)
         self._raw = bytearray()
         self._errors: deque[bytes] = deque(maxlen=50)
@@ -52,11 +48,8 @@ class AttachedConnection:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        try:
-            self.container.remove(force=True)
-        except (docker.errors.DockerException, requests.exceptions.RequestException):
-            pass  # it removes itself
-        self._stream.close()
+        self._sock.close()
+        self._remove(self.container)
 
     def last_output(self) -> str:
         text = b"".join(self._errors).decode("utf-8", "replace").strip()
