@@ -140,7 +140,7 @@ OUTPUT_OPTIONS = ("--generate-hashes", "--no-header", "--no-annotate", "--quiet"
 
 
 def _compile(accelerator: str) -> list[str]:
-    extras = [word for extra in ("operator", "test", accelerator) for word in ("--extra", extra)]
+    extras = [word for extra in ("operator", "http", "test", accelerator) for word in ("--extra", extra)]
     options = [
         "--override",
         f"docker/{accelerator}.overrides.txt",
