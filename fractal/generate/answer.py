@@ -42,7 +42,8 @@ END_MARK = re.compile(
     r"\[(?:DONE|END|/?TESTS?|/(?:PYTHON|ANSWER|CODE|SOLUTION))\]|\[(?:BEGIN|PYTHON|ANSWER|CODE|SOLUTION)\]"
 )
 TAG = re.compile(
-    r"<(?P<name>answer|final_answer|solution|code|python|pre)(?: [^<>\n]*)?>(?P<content>.*?)(?:</(?P=name)>|\Z)",
+    r"<(?P<name>answer|final_answer|solution|code|python|pre(?![^<>]*>\s*<code))(?: [^<>\n]*)?>"
+    r"(?P<content>.*?)(?:</(?P=name)>|\Z)",
     re.DOTALL | re.IGNORECASE,
 )
 
@@ -92,7 +93,12 @@ def _outside_programs(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[
     for match in pattern.finditer(text):
         if spans is None:
             spans = _program_spans(text)
-        if not any(start <= match.start() < end for start, end in spans) and not _quoted(text, match):
+        list_of_a_name = match[0][0] == "[" and text[match.start() - 1 : match.start()] in (
+            "",
+            "\n",
+        )  # Python, too: a list
+        inside = any(start <= match.start() < end for start, end in spans) and not list_of_a_name
+        if not inside and not _quoted(text, match):
             yield match
 
 

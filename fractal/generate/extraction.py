@@ -4,6 +4,7 @@ What is answer and what reasoning: answer.py; code blocks: fences.py; the model'
 """
 
 import ast
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from fractal.generate import names
 from fractal.generate.answer import INVISIBLE, answer
-from fractal.generate.fences import Block, fenced_blocks, indented_blocks
+from fractal.generate.fences import LINE_WITH_FENCE, Block, fenced_blocks, indented_blocks
 from fractal.generate.self_tests import comment_start, root_name, without_self_tests
 from fractal.problems.syntax import syntax_tree
 
@@ -25,6 +26,7 @@ CUT_LINE = re.compile(
 TILDES = re.compile(r"^~~~", re.MULTILINE)
 FENCE = re.compile(r"^[ \t>]*(?:`{3,}|~{3,})[^`\n]*$|(?:`{3,}|~{3,})[ \t]*[\w+#.-]*[ \t]*$", re.MULTILINE)
 FIRST_LINE = re.compile(r"^(?:def |class |import |from \w|@|async def |[A-Za-z_]\w* *=[^=])", re.MULTILINE)
+CODE_SPAN = re.compile(r"(`+)(?:python[ \t])?([^`\n]+)\1")
 MAX_TRIES = 50  # starting lines, or cuts, that are tried
 
 MISSING, STUB, BROKEN, WHOLE = range(4)  # what a program has of the entry point's definition
@@ -77,9 +79,10 @@ def definition_pattern(entry_point: str) -> re.Pattern[str]:
 
 def _find_program(text: str, entry_point: str) -> tuple[Program, list[Program]]:
     """The program, and others that it may need, in the order in which they stand."""
+    whole = None
     if not text.lstrip().startswith("```") and not TILDES.search(text):  # ~~~python is an expression, too
         whole = _parsed(text, entry_point)
-        if whole:
+        if whole and whole.definition != MISSING:
             return whole, []
     blocks = [block for block in fenced_blocks(text) if block.code.strip()]
     programs = [_read(block.code, entry_point) for block in blocks]
@@ -88,6 +91,8 @@ def _find_program(text: str, entry_point: str) -> tuple[Program, list[Program]]:
     if chosen is None:
         others = list(_unfenced_programs(text, blocks, entry_point))
         chosen = _last_whole(others)
+    if chosen is None:
+        chosen = next((p for p in _in_rare_forms(text, blocks, entry_point) if p.definition == WHOLE), whole)
     if chosen is None:
         return _least_bad(text, blocks, programs, others), []
     return chosen, [p for p in programs if p.tree and p is not chosen] if len(programs) + len(others) > 1 else []
@@ -243,6 +248,40 @@ def _longest_program(text: str) -> tuple[str, str]:
         else:
             return candidate.rstrip() + "\n", "\n".join(lines[end:])
     return "", text
+
+
+def _in_rare_forms(text: str, blocks: list[Block], entry_point: str) -> Iterator[Program]:
+    """Programs that stand neither in one block nor between fences."""
+    if not definition_pattern(entry_point).search(text) and root_name(entry_point) not in text:
+        return
+    openings = list(LINE_WITH_FENCE.finditer(text))
+    for opening in openings[:1]:  # a docstring with fences of its own ends the block too early
+        for closing in openings[1:MAX_TRIES]:
+            yield _read(text[opening.end() + 1 : closing.start()], entry_point)
+    for code in [*(block.code for block in blocks), text]:
+        if ">>> " in code:
+            lines = [line[4:] for line in code.split("\n") if line.startswith((">>> ", "... "))]
+            yield _read("\n".join(lines) + "\n", entry_point)
+        if code.lstrip().startswith(("{", "[")):
+            for value in _json_texts(code):
+                yield from (_read(block.code, entry_point) for block in fenced_blocks(value))
+                yield _read(value, entry_point)
+    for span in islice(CODE_SPAN.finditer(text), MAX_TRIES):
+        yield _read(span[2].strip() + "\n", entry_point)
+
+
+def _json_texts(text: str) -> Iterator[str]:
+    """The strings in a JSON value; none if it is not JSON."""
+    try:
+        pending = [json.loads(text, strict=False)]
+    except (ValueError, RecursionError):
+        return
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            pending += value.values() if isinstance(value, dict) else value
 
 
 def _continued(prefix: str, bodies: list[str], entry_point: str) -> Program | None:

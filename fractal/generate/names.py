@@ -49,7 +49,9 @@ def _binds(node: ast.AST) -> set[str]:
 def read_names(node: ast.AST) -> set[str]:
     """The names that a statement and the functions in it read and do not bind themselves."""
     if isinstance(node, SCOPES):
-        outside = [node.args, *(() if isinstance(node, ast.Lambda) else node.decorator_list)]
+        outside: list[ast.AST] = [node.args]
+        if not isinstance(node, ast.Lambda):
+            outside += [*node.decorator_list, *([node.returns] if node.returns else [])]
         body = node.body if isinstance(node.body, list) else [node.body]
         return (_read_by(body) - _locals(node)) | _read_by(outside)
     if isinstance(node, ast.ClassDef):

@@ -91,6 +91,7 @@ class _SelfTests:
         self.functions: dict[str, ast.AST] = {}
         self.methods = {entry_point.rpartition(".")[2]} if "." in entry_point else set()
         self.modules: set[str] = set()
+        self.foreign: set[str] = set()  # of modules: those that Python does not bring along
         for node in self.body:
             match node:
                 case ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -101,6 +102,8 @@ class _SelfTests:
                     self.methods |= {n.name for n in node.body if isinstance(n, names.DEFINITIONS)}
                 case ast.Import() | ast.ImportFrom():
                     self.modules |= names.bound_names(node)
+                    if not _packages(node) <= sys.stdlib_module_names:
+                        self.foreign |= names.bound_names(node)
         self.binds = [names.bound_names(node) for node in self.body]
         self.reads = [names.read_names(node) for node in self.body]
         self.unbound = names.unbound_names(tree)
@@ -139,7 +142,9 @@ class _SelfTests:
         parts = list(names.executed(node))
         tries = self._tries(parts) or bool(self.reads[i] & lost)
         if after:
-            tries = tries or isinstance(node, ast.Raise) or any(_is_check(part) for part in parts)
+            tries = (
+                tries or isinstance(node, ast.Raise) or any(map(_is_check, parts)) or bool(self.reads[i] & self.foreign)
+            )
         return tries and not self._gives(i, node, parts)
 
     def _uses_test_module(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
@@ -209,13 +214,15 @@ class _SelfTests:
 
 def _is_import_for_tests(node: ast.stmt, *, after: bool) -> bool:
     """Whether a statement imports a test framework or, behind the program, what may be missing."""
-    if isinstance(node, ast.Import):
-        packages = {alias.name.partition(".")[0] for alias in node.names}
-    elif isinstance(node, ast.ImportFrom):
-        packages = {(node.module or "").partition(".")[0]}
-    else:
+    if not isinstance(node, ast.Import | ast.ImportFrom):
         return False
+    packages = _packages(node)
     return bool(packages & TEST_MODULES) or (after and not packages <= sys.stdlib_module_names)
+
+
+def _packages(node: ast.Import | ast.ImportFrom) -> set[str]:
+    modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return {module.partition(".")[0] for module in modules}
 
 
 def _is_check(node: ast.AST) -> bool:
