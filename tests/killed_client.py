@@ -60,8 +60,8 @@ def work(job: dict[str, Any], report: int) -> None:
     steps.wrap(requests.Session, "send", lambda session, request, **_: f"{request.method} {request.path_url}")
     steps.wrap(os, "replace", lambda source, target: f"replace {Path(target).name}")
     steps.wrap(subprocess.Popen, "__init__", lambda process, command, *_: f"start {command[2]}")
-    limiter = RateLimiter(request_s=0, launch_s=0)
-    client = Client("secret-key", job["url"], rate_limiter=limiter, patience_s=2.0, backoff_s=0.02)
+    limiter = RateLimiter(Path(job["folder"]), request_s=0, launch_s=0)
+    client = Client("secret-key", job["url"], limiter, patience_s=2.0, backoff_s=0.02)
     account = Account(client, Ledger(Path(job["folder"])), lambda text: None, QUICK)
     if job["command"] == "launch":
         request = LaunchRequest(types=(TYPE,), max_hours=job.get("max_hours", 4.0))

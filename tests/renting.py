@@ -60,10 +60,8 @@ class Renting:
         self.cloud.add_ssh_key("mine", Path(f"{key_file}.pub").read_text().strip())
 
     def client(self, key: str = "secret-key", patience_s: float = 0.5, timeout_s: float = 2.0) -> Client:
-        limiter = RateLimiter(request_s=0.0, launch_s=0.0)
-        return Client(
-            key, self.cloud.url, rate_limiter=limiter, patience_s=patience_s, timeout_s=timeout_s, backoff_s=0.02
-        )
+        limiter = RateLimiter(self.ledger.folder, request_s=0.0, launch_s=0.0)
+        return Client(key, self.cloud.url, limiter, patience_s=patience_s, timeout_s=timeout_s, backoff_s=0.02)
 
     def account(self, client: Client | None = None, timing: Timing = QUICK, **options: Any) -> Account:
         """`options` are those of `client`."""

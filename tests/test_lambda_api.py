@@ -22,18 +22,14 @@ from hypothesis import strategies as st
 from fractal.cloud import lambda_api, lambda_errors
 from fractal.cloud.lambda_api import Client
 from fractal.cloud.lambda_errors import (
+    URL,
     ApiError,
     AuthError,
-    BusyError,
     CapacityError,
     CloudError,
     ConnectionLostError,
     LaunchUnknownError,
     NotFoundError,
-    QuotaError,
-    RequestError,
-    Response,
-    ServerError,
 )
 from fractal.cloud.lambda_types import Region
 from fractal.cloud.rate_limit import RateLimiter
@@ -63,7 +59,7 @@ def client(cloud: FakeLambda) -> Client:
 
 
 def connect(url: str, **options: Any) -> Client:
-    limiter = RateLimiter(request_s=0, launch_s=0)
+    limiter = RateLimiter(Path(), request_s=0, launch_s=0)
     return Client(options.pop("key", KEY), url, **{"rate_limiter": limiter, **QUICK, **options})
 
 
@@ -108,7 +104,7 @@ def test_an_image_can_be_named_by_its_id(cloud: FakeLambda, client: Client) -> N
 
 
 def test_keys_and_file_systems_are_listed(cloud: FakeLambda, client: Client) -> None:
-    assert client.add_ssh_key("other", f"{PUBLIC_KEY}\n").public_key == PUBLIC_KEY
+    assert client.add_ssh_key("other", PUBLIC_KEY).public_key == PUBLIC_KEY
     assert {key.name for key in client.ssh_keys()} == {"mine", "other"}
     cloud.add_file_system("models", "us-east-1")
     assert [(system.name, system.region.name) for system in client.file_systems()] == [("models", "us-east-1")]
@@ -146,20 +142,20 @@ def another_key_of_that_name(cloud: FakeLambda, client: Client) -> None:
 ERRORS: list[tuple[Callable[[FakeLambda, Client], object], type, str, str]] = [
     (wrong_key, AuthError, "global/invalid-api-key", "make a new key at https://cloud.lambda.ai/api-keys"),
     (inactive, AuthError, "global/account-inactive", "payment method"),
-    (over_quota, QuotaError, "global/quota-exceeded", "higher quota"),
-    (wrong_region, RequestError, "instance-operations/launch/file-system-in-wrong-region", "us-west-1, not in us-east"),
+    (over_quota, ApiError, "global/quota-exceeded", "higher quota"),
+    (wrong_region, ApiError, "instance-operations/launch/file-system-in-wrong-region", "us-west-1, not in us-east"),
     (
         lambda cloud, client: launch(client, region="us-south-1"),
         CapacityError,
         "instance-operations/launch/insufficient-capacity",
         "another region",
     ),
-    (lambda cloud, client: launch(client, region="us-nowhere"), RequestError, "global/invalid-parameters", "nowhere"),
+    (lambda cloud, client: launch(client, region="us-nowhere"), ApiError, "global/invalid-parameters", "nowhere"),
     (lambda cloud, client: launch(client, type_name="gpu_9x"), NotFoundError, "global/object-does-not-exist", "gpu_9x"),
     (lambda cloud, client: launch(client, ssh_key="other"), NotFoundError, "global/object-does-not-exist", "other"),
     (lambda cloud, client: client.instance("0" * 32), NotFoundError, "global/object-does-not-exist", "instance"),
     (lambda cloud, client: client.terminate("0" * 32), NotFoundError, "global/object-does-not-exist", "terminate 0000"),
-    (another_key_of_that_name, RequestError, "global/invalid-parameters", "exists already"),
+    (another_key_of_that_name, ApiError, "global/invalid-parameters", "exists already"),
 ]
 
 
@@ -193,8 +189,6 @@ RETRIED = [
     lose_answer(),
     tear(),
     hang(),
-    garbage(),
-    garbage(b'{"data": ['),
     status(503),
     status(500, "global/unknown"),
     status(408),
@@ -221,10 +215,9 @@ def test_retries_end(cloud: FakeLambda) -> None:
     for fault, kind, text in (
         (cut(), ConnectionLostError, "broke"),
         (hang(), ConnectionLostError, "does not answer in time"),
-        (garbage(), ConnectionLostError, "no whole JSON"),
-        (status(503), ServerError, "HTTP 503"),
-        (status(400, "provider/internal-unavailable"), ServerError, "provider/internal-unavailable"),
-        (status(429), BusyError, "wait a minute"),
+        (status(503), ApiError, "HTTP 503"),
+        (status(400, "provider/internal-unavailable"), ApiError, "provider/internal-unavailable"),
+        (status(429), ApiError, "wait a minute"),
     ):
         cloud.unscript()
         cloud.requests.clear()
@@ -280,7 +273,7 @@ def test_a_launch_that_certainly_did_not_happen_is_repeated(cloud: FakeLambda, c
     assert (cloud.count(LAUNCH), cloud.launches) == (3, 1)
     cloud.script(LAUNCH, *[status(429)] * 1000)
     client._patience_s = 0.2
-    with pytest.raises(BusyError):
+    with pytest.raises(ApiError):
         launch(client)
     assert cloud.launches == 1
 
@@ -314,11 +307,11 @@ def test_a_key_that_was_registered_although_the_response_was_lost_is_no_error(cl
     assert client.add_ssh_key("other", PUBLIC_KEY) in client.ssh_keys()
 
 
-def test_what_is_no_api_at_all_is_asked_three_times(cloud: FakeLambda, client: Client) -> None:
-    cloud.script("GET /instances", *[garbage()] * 1000)
-    with pytest.raises(ConnectionLostError, match="Check FRACTAL_LAMBDA_URL"):
+def test_what_is_no_api_at_all_is_asked_once(cloud: FakeLambda, client: Client) -> None:
+    cloud.script("GET /instances", *[garbage()] * 9)
+    with pytest.raises(ApiError, match=r"no response of Lambda.s API\. Check FRACTAL_LAMBDA_URL"):
         client.instances()
-    assert len(cloud.requests) == 3
+    assert len(cloud.requests) == 1
 
 
 def test_threads_share_a_client_and_each_request_has_a_connection_of_its_own(cloud: FakeLambda, client: Client) -> None:
@@ -350,17 +343,17 @@ def test_retry_after_is_obeyed_but_not_blindly(cloud: FakeLambda, client: Client
     for text in ("100000", "-1", "soon", "1e9", "Fri, 99 Foo 2026", "\u00b2"):
         cloud.script("GET /instances", status(429, retry_after=text))
         begin = time.monotonic()
-        with contextlib.suppress(BusyError):
+        with contextlib.suppress(ApiError):
             client.instances()
         assert time.monotonic() - begin < 1, text
 
 
-def test_a_long_wait_is_logged(cloud: FakeLambda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_wait_is_logged(cloud: FakeLambda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lambda_api, "LOG_AFTER_S", 0.0)
     monkeypatch.setattr("fractal.cloud.rate_limit.LOG_AFTER_S", 0.0)
     logged: list[str] = []
     cloud.script("GET /instances", status(503))
-    connect(cloud.url, log=logged.append, rate_limiter=RateLimiter(request_s=0.1, launch_s=0)).instances()
+    connect(cloud.url, log=logged.append, rate_limiter=RateLimiter(tmp_path, request_s=0.1, launch_s=0)).instances()
     assert logged[0].startswith("Lambda, GET /instances: HTTP 503 without a reason (http/503); trying again in")
     assert logged[1].startswith("Lambda allows one request in 0 s")
 
@@ -392,7 +385,7 @@ def test_the_key_is_in_no_error_and_no_log(cloud: FakeLambda, caplog: pytest.Log
             assert no_secret(repr(vars(caught.value)) + repr(caught.value.args))
             assert caught.value.__cause__ is None  # an error of requests holds the request, and that holds the header
             assert caught.value.__context__ is None
-    assert no_secret(f"{client!r} {client}")
+    assert no_secret(repr(client))
     assert no_secret(caplog.text)
 
 
@@ -405,9 +398,9 @@ def test_a_jupyter_token_is_not_decoded(cloud: FakeLambda, client: Client) -> No
 
 
 def test_the_account_is_identified_without_the_key() -> None:
-    account, other = Client(KEY).account, Client(f"{KEY}x").account
+    account, other = connect(URL).account, connect(URL, key=f"{KEY}x").account
     assert len(account) == 12
-    assert account == Client(KEY).account != other
+    assert account == connect(URL).account != other
 
 
 def test_netrc_does_not_replace_the_key(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,7 +462,7 @@ def test_a_key_that_cannot_be_right(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             with pytest.raises(InputError, match=remedy):
                 lambda_api.from_env(tmp_path)
         with pytest.raises(InputError) as caught:
-            Client(key)
+            connect(URL, key=key)
         assert not key.strip() or key not in str(caught.value)
 
 
@@ -487,34 +480,23 @@ def test_the_environment_names_the_cloud(cloud: FakeLambda, tmp_path: Path, monk
 
 
 def test_an_address_that_cannot_be_right() -> None:
-    for url, text in (
-        ("cloud.lambda.ai", "no address"),
-        ("ftp://x.example", "no address"),
-        ("http://", "no address"),
-        ("https://x.example:port", "no address"),
-        ("https://[::1", "no address"),
-        ("https://x.example/a b", "no address"),
-        ("https://me:hunter2@x.example", "a user, a password"),
-        ("https://x.example/?a=hunter2", "a query"),
-        ("http://x.example/api/v1", "unencrypted"),
+    for url in (
+        "cloud.lambda.ai",
+        "ftp://x.example",
+        "http://",
+        "https://x.example:port",
+        "https://[::1",
+        "https://x.example/a b",
+        "https://me:hunter2@x.example",
+        "https://x.example/?a=hunter2",
+        "http://x.example/api/v1",
+        "http://127.0.0.1.x.example",
     ):
-        with pytest.raises(InputError, match=f"FRACTAL_LAMBDA_URL.*{text}") as caught:
-            Client(KEY, url)
+        with pytest.raises(InputError, match=r"FRACTAL_LAMBDA_URL.*encrypted.*without user") as caught:
+            connect(url)
         assert "hunter2" not in str(caught.value)
-
-
-def test_input_that_cannot_be_right_is_not_sent(cloud: FakeLambda, client: Client) -> None:
-    for id in ("", "..", "a/b", "a?b", "a b", "ü"):
-        for act in (client.instance, client.terminate):
-            with pytest.raises(InputError, match="no id"):
-                act(id)
-    for name in ("", "x" * 65, "a\nb"):
-        with pytest.raises(InputError, match="1 to 64"):
-            launch(client, name=name)
-    for line in ("", "-----BEGIN OPENSSH PRIVATE KEY-----", "ssh-ed25519", f"{PUBLIC_KEY}\n{PUBLIC_KEY}"):
-        with pytest.raises(InputError, match="no public ssh key"):
-            client.add_ssh_key("other", line)
-    assert cloud.requests == []
+    for url in ("https://x.example:8443/api/v1/", "http://localhost:1", "http://[::1]:1/api"):
+        assert connect(url).url == url.rstrip("/")
 
 
 # --- responses
@@ -639,7 +621,7 @@ def test_a_field_that_is_missing_or_wrong_is_named(cloud: FakeLambda, client: Cl
             answering(cloud, client, name, change)
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
-        assert type(caught.value) is CloudError
+        assert type(caught.value) is ApiError
 
 
 def test_other_fields_and_statuses_are_accepted(cloud: FakeLambda, client: Client) -> None:
@@ -668,13 +650,12 @@ ERROR = st.fixed_dictionaries(
 )
 @settings(max_examples=300, deadline=None)
 def test_any_response_is_classified(code: int, body: bytes) -> None:
-    outcome = lambda_errors.classify(Response(code, {}, body), "GET /x", KEY)
-    if outcome.error is not None:
-        assert "\n" not in str(outcome.error)
-        assert outcome.reason
-    if outcome.had_no_effect:  # a launch would be repeated, or given up
-        assert outcome.error is not None
-        assert 400 <= code < 500
+    try:
+        lambda_errors.response_data(code, {}, body, "GET /x", KEY)
+    except ApiError as error:
+        assert "\n" not in str(error)
+        assert error.reason
+        assert not error.had_no_effect or 400 <= code < 500  # a launch would be repeated, or given up
 
 
 class RawServer:
@@ -727,7 +708,7 @@ def test_a_broken_http_response_is_a_cloud_error() -> None:
     ):
         with RawServer(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\nhello") as server:
             client = connect(server.url, patience_s=0)
-            with pytest.raises(ConnectionLostError):
+            with pytest.raises(ApiError):
                 client.instances()
             with pytest.raises(LaunchUnknownError):
                 launch(client)

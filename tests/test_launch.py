@@ -17,7 +17,7 @@ from fractal.cloud.account import Account
 from fractal.cloud.instance import current
 from fractal.cloud.instance_request import Candidate, LaunchRequest, candidates, check_request
 from fractal.cloud.lambda_api import from_env
-from fractal.cloud.lambda_errors import AuthError, CloudError, ConnectionLostError, QuotaError
+from fractal.cloud.lambda_errors import AuthError, CloudError, ConnectionLostError
 from fractal.cloud.lambda_types import InstanceType, Offer, Region, Specs
 from fractal.cloud.launch import launch
 from fractal.cloud.reconcile import terminate
@@ -113,7 +113,7 @@ def test_any_other_refusal_stops_with_nothing_open(rented: Renting) -> None:
     for fault, kind in (
         (status(401, "global/invalid-api-key"), AuthError),
         (status(403, "global/account-inactive"), AuthError),
-        (status(400, "global/quota-exceeded"), QuotaError),
+        (status(400, "global/quota-exceeded"), CloudError),
         (status(400, "global/invalid-parameters"), CloudError),
         (status(429, "global/too-many-requests", retry_after=9), CloudError),
     ):

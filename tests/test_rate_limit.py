@@ -40,14 +40,14 @@ def test_processes_share_the_limit(tmp_path: Path) -> None:
 
 
 def test_threads_share_the_limit(tmp_path: Path) -> None:
-    for limiter in (RateLimiter(request_s=0.05), RateLimiter(tmp_path, request_s=0.05)):
-        begin = time.monotonic()
-        threads = [threading.Thread(target=limiter.wait, args=("request",)) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert time.monotonic() - begin > 0.24
+    limiter = RateLimiter(tmp_path, request_s=0.05)
+    begin = time.monotonic()
+    threads = [threading.Thread(target=limiter.wait, args=("request",)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begin > 0.24
 
 
 def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
@@ -99,15 +99,15 @@ def test_no_file_and_no_clock_makes_it_wait_longer_than_one_interval(tmp_path: P
         assert 0.2 < time.monotonic() - begin - first < 0.8, name
 
 
-def test_the_limits_of_the_cloud_are_kept() -> None:
+def test_the_limits_of_the_cloud_are_kept(tmp_path: Path) -> None:
     with FakeLambda(request_interval_s=0.1, launch_interval_s=0.4) as cloud:
         cloud.add_ssh_key("mine", PUBLIC_KEY)
-        client = Client("secret-key", cloud.url, rate_limiter=RateLimiter(request_s=0.12, launch_s=0.45))
+        client = Client("secret-key", cloud.url, RateLimiter(tmp_path, request_s=0.12, launch_s=0.45))
         for number in range(3):
             client.launch(region="us-east-1", type_name="gpu_1x_a10", ssh_key="mine", name=f"n{number}")
             client.instances()
         assert cloud.launches == 3
         assert len(cloud.requests) == 6  # none was refused and repeated
-        hasty = Client("secret-key", cloud.url, rate_limiter=RateLimiter(request_s=0, launch_s=0), patience_s=10)
+        hasty = Client("secret-key", cloud.url, RateLimiter(tmp_path, request_s=0, launch_s=0), patience_s=10)
         hasty.instances()
         assert len(cloud.requests) > 6  # without the limiter some are refused, and the client waits

@@ -56,8 +56,8 @@ class RentedInstance:
         }  # fmt: skip
 
     def account(self) -> Account:
-        limiter = RateLimiter(request_s=0, launch_s=0)
-        return Account(Client(KEY, self.fake.url, rate_limiter=limiter, patience_s=5), self.ledger, print)
+        limiter = RateLimiter(self.folder, request_s=0, launch_s=0)
+        return Account(Client(KEY, self.fake.url, limiter, patience_s=5), self.ledger, print)
 
     def rent(self) -> Entry:
         """Launch, wait until it is ready, send the images."""

@@ -298,7 +298,7 @@ def main(arguments: list[str]) -> int:
             raise InputError(f"{ledger.file}: has no instance {name}.")
         key = os.environ.get("LAMBDA_API_KEY", "").strip()
         rate_limiter = RateLimiter(ledger.folder, request_s=timing.request_interval_s)
-        account = Account(Client(key, entry.url, rate_limiter=rate_limiter, patience_s=30.0), ledger, log, timing)
+        account = Account(Client(key, entry.url, rate_limiter, patience_s=30.0), ledger, log, timing)
         if not account.sees(entry):
             raise InputError(f"{name} was launched with another LAMBDA_API_KEY. Set that one.")
     except (InputError, OutsideError) as error:

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec.structs import force_setattr
 
+InstanceId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,100}\Z")]
 STATUSES = ("booting", "active", "unhealthy", "terminating", "terminated", "preempted")
 
 
@@ -64,6 +65,12 @@ class Instance(msgspec.Struct, frozen=True):
             ipaddress.ip_address(self.ip if "%" not in self.ip else "")  # ip_address ignores what follows a %
         except ValueError:
             raise ValueError("Expected an address in `ip`") from None
+
+
+class Launched(msgspec.Struct, frozen=True):
+    """The response to a launch of one instance."""
+
+    instance_ids: Annotated[tuple[InstanceId, ...], msgspec.Meta(min_length=1, max_length=1)]
 
 
 class SshKey(msgspec.Struct, frozen=True):
