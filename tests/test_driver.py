@@ -2,7 +2,7 @@
 
 import pytest
 
-from fractal.cloud import gpu_driver
+from fractal.cloud.remote_host import parse_driver
 from fractal.images import containers, driver_compatibility, recipes
 
 PULLED = "nvidia/cuda:13.0.1-base-ubuntu24.04 pulled"
@@ -53,9 +53,9 @@ def test_the_compatibility_libraries_are_of_the_bases_cuda() -> None:
 
 def test_a_machine_names_its_driver_and_gpus() -> None:
     text = "570.195.03, NVIDIA A100-SXM4-80GB\n570.195.03, NVIDIA A100-SXM4-80GB\n"
-    assert gpu_driver.parse(text) == ("570.195.03", (A100, A100))
-    assert gpu_driver.parse("NVIDIA-SMI has failed because it couldn't communicate, reboot.\n") == ("", ())
-    assert gpu_driver.parse("") == ("", ())
+    assert parse_driver(text) == ("570.195.03", (A100, A100))
+    assert parse_driver("NVIDIA-SMI has failed because it couldn't communicate, reboot.\n") == ("", ())
+    assert parse_driver("") == ("", ())
 
 
 def test_a_run_on_this_machines_gpu_is_refused_before_the_image_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

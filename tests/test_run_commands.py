@@ -68,7 +68,7 @@ class RentedInstance:
         entry = launch(account, LaunchRequest(types=("gpu_1x_a10",)), find_key(account))
         entry = wait_active(account, entry)
         update_alias(self.ledger, entry)
-        readiness.wait_ready(self.ledger.folder, entry, print)
+        readiness.wait_ready(self.ledger.folder, entry, print, lambda: str(entry.ip))
         entry = self.ledger.change(entry.name, ready_at=time.time(), owner=None)
         config = ssh_config.config_file(self.ledger.folder)
         here = docker.from_env()

@@ -8,6 +8,7 @@ Knows nothing of the cloud's API: `refresh` updates the alias to the instance's 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,13 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import docker
 import docker.errors
 import requests
 
-from fractal.cloud import gpu_driver
 from fractal.cloud.ssh_config import ALIAS
 from fractal.errors import InputError, OutsideError
 from fractal.images import ssh
@@ -40,8 +40,16 @@ for docker in docker 'sudo -n docker'; do
   $docker version > /dev/null 2>&1 < /dev/null && { echo "$docker"; exit; }
 done
 """
+QUERY_DRIVER = "nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2> /dev/null"
 RSYNC = ("rsync", "--archive", "--no-owner", "--no-group", "--partial-dir=.rsync-partial", "--timeout=60")
 SYNC_EXCLUDES = (".git", ".venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", "/runs")
+
+
+class Driver(NamedTuple):
+    """The NVIDIA driver of a machine, and the GPUs that it drives."""
+
+    version: str = ""  # "580.95.05"; empty without a driver
+    gpus: tuple[str, ...] = ()  # names, such as "NVIDIA A100-SXM4-80GB"
 
 
 class RemoteError(OutsideError):
@@ -73,7 +81,7 @@ class Remote:
         self._lock = threading.RLock()
         self._link: ssh.SshConnection | None = None
         self._docker = ""
-        self._driver: gpu_driver.Driver | None = None
+        self._driver: Driver | None = None
 
     def __enter__(self) -> Self:
         _ = self.link
@@ -151,10 +159,10 @@ class Remote:
         return self._docker
 
     @property
-    def driver(self) -> gpu_driver.Driver:
+    def driver(self) -> Driver:
         """The NVIDIA driver and the GPUs, asked once for each connection; empty where there are none."""
         if self._driver is None:
-            self._driver = gpu_driver.parse(self.run(f"{gpu_driver.QUERY} 2> /dev/null").stdout)
+            self._driver = parse_driver(self.run(QUERY_DRIVER).stdout)
         return self._driver
 
     @contextmanager
@@ -249,6 +257,12 @@ def failure(host: str, what: str, output: str) -> RemoteError:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     last = lines[-1][-200:].rstrip(". ") if lines else "no reason given"
     return RemoteError(f"{host} cannot {what}: {last}. Look there: invoke ssh")
+
+
+def parse_driver(text: str) -> Driver:
+    """nvidia-smi's line "580.95.05, NVIDIA H100 80GB HBM3" for each GPU. Other lines are ignored."""
+    pairs = [line.strip().split(", ", 1) for line in text.splitlines() if re.match(r"\d+\.\d+[\d.]*, ", line)]
+    return Driver(pairs[0][0] if pairs else "", tuple(name for _, name in pairs))
 
 
 def transferred(stats: str) -> str:

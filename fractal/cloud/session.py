@@ -134,14 +134,7 @@ class Session:
         active = instance.wait_active(account, entry)
         update_alias(account.ledger, active)
         with self.timed("ready", active):
-            offer = account.client.instance_types().get(active.type_name)
-            found = readiness.wait_ready(
-                account.ledger.folder,
-                active,
-                log,
-                gpus=offer is None or offer.gpus > 0,
-                refresh=lambda: present_address(account, active),
-            )
+            found = readiness.wait_ready(account.ledger.folder, active, log, lambda: present_address(account, active))
         log(f"{ssh_config.ALIAS} is ready: {found}")
         try:
             driver_compatibility.environment(found.driver.version, found.driver.gpus, base="", remedy=DRIVER_REMEDY)
