@@ -9,6 +9,7 @@ ended. The key is in LAMBDA_API_KEY.
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -77,15 +78,13 @@ def alive(ledger: Ledger, name: str) -> bool:
     file = lock_file(ledger, name)
     if not file.exists():
         return False
-    lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
-        lock.acquire()
+        with FileLock(file, timeout=0, fallback_to_soft=False):
+            return False
     except Timeout:
         return True
     except OSError:
         return False
-    lock.release()
-    return False
 
 
 def log_file(ledger: Ledger, name: str) -> Path:
@@ -99,23 +98,6 @@ def lock_file(ledger: Ledger, name: str) -> Path:
 # --- in the guard's process
 
 
-class Clock:
-    """The age of an instance in seconds. Suspended time counts; setting the clock back makes nothing younger."""
-
-    def __init__(self) -> None:
-        self._first_seen: dict[float, tuple[float, float]] = {}  # asked_at: age when first seen, and when that was
-
-    def age(self, asked_at: float) -> float:
-        wall = time.time() - asked_at
-        first, since = self._first_seen.setdefault(asked_at, (max(0.0, wall), _boot_time()))
-        return max(wall, first + _boot_time() - since)
-
-
-def _boot_time() -> float:
-    """Seconds of a clock that cannot be set; where there is such a clock, it counts while suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
-
-
 class Guard:
     """Watches one entry until its instance has ended."""
 
@@ -126,9 +108,8 @@ class Guard:
         self._timing = account.timing
         self._lock = lock
         self._refused = 0  # consecutive requests that the API refused for the key
-        self._clock = Clock()
+        self._clock_offset_s = -math.inf  # the largest that was seen between wall clock and steady clock
         self._entry: Entry | None = None  # as last read: a ledger that breaks later stops no guard
-        self._entry_lost = False  # it is not in the ledger any more
         self._polled_at = time.monotonic()
         self._retry_s = self._timing.guard_retry_s
         self._end_reason: str | None = None  # once the end is decided
@@ -163,7 +144,8 @@ class Guard:
             self._end_reason = "limit reached: " + _limits(entry)
         if self._end_reason is not None:
             return not self._terminate(entry, self._end_reason)
-        return not self._poll()
+        self._poll()
+        return True
 
     def _read(self) -> Entry | None:
         try:
@@ -172,8 +154,7 @@ class Guard:
             log(f"{error} Using what was last known.")
             time.sleep(self._timing.guard_retry_s)
             return self._entry
-        self._entry_lost = entry is None and self._entry is not None and self._entry.state == "launched"
-        if self._entry_lost:
+        if entry is None and self._entry is not None and self._entry.state == "launched":
             return self._entry  # the ledger was moved away: the instance was not
         self._entry = entry
         return entry
@@ -181,7 +162,13 @@ class Guard:
     def _seconds_left(self, entry: Entry) -> float | None:
         """Seconds until the first limit; None without one."""
         until = entry.ends_at()
-        return None if until is None else until - entry.asked_at - self._clock.age(entry.asked_at)
+        return None if until is None else until - self._now()
+
+    def _now(self) -> float:
+        """Unix seconds. Suspended time counts; setting the clock back makes no instance younger."""
+        steady = time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+        self._clock_offset_s = max(self._clock_offset_s, time.time() - steady)
+        return steady + self._clock_offset_s
 
     def _is_due(self, entry: Entry, left_s: float) -> bool:
         """Whether to terminate it now.
@@ -235,22 +222,12 @@ class Guard:
         if resolved is not None and resolved.state == "launched" and resolved.terminate_after:
             self._end_reason = "its client died before it knew of it"
 
-    def _poll(self) -> bool:
-        """Update the ledger at intervals; whether the instance has ended where no ledger can say so.
-
-        No failure may delay the limits: this does not wait.
-        """
+    def _poll(self) -> None:
+        """Update the ledger at intervals. No failure may delay the limits: this does not wait."""
         if time.monotonic() - self._polled_at < self._timing.guard_poll_s:
-            return False
+            return
         try:
-            if self._entry_lost and self._entry is not None:
-                instance = reconcile.get_instance(self._account.client, self._entry)
-                hidden = time.time() < reconcile.visible_from(self._account, self._entry)
-                if instance.status in reconcile.ENDED if instance else not hidden:
-                    log("the instance has ended, and its entry is not in the ledger")
-                    return True
-            else:
-                reconcile.refresh(self._account)
+            reconcile.refresh(self._account)
             self._refused = 0
         except AuthError as error:
             self._refused += 1
@@ -261,7 +238,6 @@ class Guard:
         except (InputError, OutsideError) as error:
             log(str(error))
         self._polled_at = time.monotonic()
-        return False
 
     def _try(self, action: Callable[[], object]) -> bool:
         """Whether it succeeds; a failure is logged and followed by a wait that doubles each time."""

@@ -6,21 +6,16 @@ names what is billed, and the next command, or the guard, finds out whether the 
 
 import contextlib
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from fractal.cloud import guard, instance, reconcile
 from fractal.cloud.account import Account
 from fractal.cloud.instance_request import Candidate, LaunchRequest, candidates, check_request, too_expensive
-from fractal.cloud.lambda_errors import CapacityError, CloudError, LaunchUnknownError, NotFoundError
+from fractal.cloud.lambda_errors import CapacityError, CloudError, LaunchUnknownError
 from fractal.cloud.lambda_types import Offer
-from fractal.cloud.ledger import Entry, Ledger, Process
+from fractal.cloud.ledger import Entry, Process
 from fractal.cloud.ssh_keys import Key
 from fractal.errors import InputError, OutsideError
 
@@ -34,7 +29,7 @@ def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_afte
     """
     offers = check_request(account.client, request)
     ledger = account.ledger
-    with launch_lock(ledger):
+    with ledger.lock("launch", "launching an instance", timeout_s=0):
         for entry in ledger.open_entries():
             if entry.state == "intended" and account.sees(entry):  # its client is dead: this process holds the lock
                 reconcile.resolve_launch(account, entry)
@@ -46,30 +41,6 @@ def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_afte
             elif reconcile.record_status(account, entry, found).state == "launched":
                 return _reuse(account, entry, request, terminate_after)
         return _launch_first_available(account, request, offers, key, terminate_after)
-
-
-@contextmanager
-def launch_lock(ledger: Ledger) -> Iterator[None]:
-    """One launch at a time for one ledger. Raises InputError that names the process that launches."""
-    file = ledger.folder / "launch.lock"
-    lock = FileLock(file, timeout=0, fallback_to_soft=False)
-    try:
-        ledger.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock.acquire()
-        file.write_text(f"{os.getpid()}\n")
-    except Timeout:
-        pid = file.read_text().strip() or "unknown"
-        raise InputError(
-            f"{ledger.folder}: process {pid} is launching an instance right now. Wait for it, or end it (kill {pid})."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        lock.release()
-        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise OutsideError(f"{file}: cannot be written: {why}. Check owner and disk.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_after: bool) -> Entry:
@@ -118,7 +89,10 @@ def _launch_first_available(
                 entry = account.ledger.change(entry.name, asked_at=time.time(), **candidate._asdict())
             entry = _request_launch(account, entry, request)
             if entry.state == "launched":
-                return _read_price(account, entry)
+                with contextlib.suppress(CloudError):  # not listed yet, or no network: `wait_active` checks it again
+                    entry = reconcile.record_status(account, entry, account.client.instance(str(entry.id)))
+                instance.check_price(account, entry)
+                return entry
             if entry.state == "ended":  # no response, and no instance
                 lost, entry = lost + 1, None
                 if lost >= LOST_MAX:
@@ -224,23 +198,6 @@ def _record_launch(account: Account, entry: Entry, id: str, begin: float) -> Ent
         f"{entry.name} is launched as {id}. It is billed from now on, until `invoke terminate`; {_limits(entry)}."
     )
     return account.ledger.find(entry.name) or entry
-
-
-def _read_price(account: Account, entry: Entry) -> Entry:
-    """Check what it really costs, as soon as the API lists it; `wait_active` checks again."""
-    assert entry.id is not None
-    for _ in range(3):
-        try:
-            entry = reconcile.record_status(account, entry, account.client.instance(entry.id))
-        except NotFoundError:
-            time.sleep(account.timing.poll_s)
-        except CloudError as error:
-            account.log(f"{entry.name}: {error}")
-            break
-        else:
-            instance.check_price(account, entry)
-            break
-    return entry
 
 
 def _limits(entry: Entry) -> str:

@@ -2,11 +2,6 @@
 
 Each change is written whole, under a lock, before the next step is taken: a kill at any instruction leaves the last
 state, and the intent to launch is on disk before the request is sent. A file that cannot be read is never overwritten.
-This module makes no request to the API.
-
-    ledger = Ledger(state_dir())
-    for entry in ledger.open_entries():
-        print(entry.name, entry.state, entry.id)
 """
 
 import contextlib
@@ -27,9 +22,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from fractal.errors import InputError, OutsideError
-from fractal.jsonl import MALFORMED, NO_SPACE, parse, write_whole
+from fractal.jsonl import MALFORMED, parse, write_whole
 
-VERSION = 1
 LOCK_TIMEOUT_S = 30.0  # a change takes milliseconds
 PREFIX = "fractal"
 NAME = re.compile(rf"{PREFIX}-([0-9a-f]{{6}})-[0-9a-f]{{8}}")  # the operator is the group
@@ -115,13 +109,8 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Version:
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
 class _File:
-    version: int
+    version: Literal[1]
     entries: list[Entry]
 
 
@@ -148,7 +137,7 @@ class Ledger:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise self._outside("read", error) from error
+            raise self._outside(error) from error
         return self._parse(data)
 
     def open_entries(self) -> list[Entry]:
@@ -160,8 +149,6 @@ class Ledger:
 
     def add(self, entry: Entry) -> None:
         with self._editing() as entries:
-            if any(known.name == entry.name for known in entries):
-                raise ValueError(f"{entry.name} is in the ledger already")
             entries.append(entry)
 
     def drop(self, name: str) -> None:
@@ -204,14 +191,13 @@ class Ledger:
     def operator(self) -> str:
         """Six hex digits that identify this state folder, made once. They outlive a broken ledger."""
         file = self.folder / "operator"
-        with self._locked():
+        with self.lock("ledger", "writing the ledger"):
             try:
+                if not file.exists():
+                    write_whole(file, secrets.token_hex(3).encode() + b"\n")
                 known = file.read_text("ascii", "replace").strip()
-            except FileNotFoundError:
-                known = secrets.token_hex(3)
-                self._write(file, known.encode() + b"\n")
             except OSError as error:
-                raise self._outside("read", error) from error
+                raise self._outside(error) from error
         if not re.fullmatch("[0-9a-f]{6}", known):
             raise InputError(
                 f"{file}: expected six hex digits, our part of the names of instances. Take them from the last name in "
@@ -230,73 +216,65 @@ class Ledger:
 
     def _parse(self, data: bytes) -> list[Entry]:
         try:
-            version = parse(data, _Version).version
-            if version > VERSION:
-                raise InputError(
-                    f"{self.file}: was written by a newer fractal (version {version}, this one knows {VERSION}). "
-                    "Update this fractal."
-                )
-            entries = list(parse(data, _File).entries)
-            if len({entry.name for entry in entries}) < len(entries):
-                raise ValueError("a name occurs twice")
+            return list(parse(data, _File).entries)
         except (*MALFORMED, ValueError) as error:
             raise InputError(
-                f"{self.file}: is broken: {error}. It may name machines that are billed, so it stays as it is. Restore "
-                f"it; or move it away (mv {self.file} {self.file}.broken) and find what is alive with `invoke reap`."
+                f"{self.file}: is broken, or of a newer fractal: {error}. It may name machines that are billed, so it "
+                f"stays as it is. Restore it, or update this fractal; or move it away (mv {self.file} "
+                f"{self.file}.broken) and find what is alive with `invoke reap`."
             ) from error
-        return entries
 
     @contextmanager
     def _editing(self) -> Iterator[list[Entry]]:
         """The entries, to be changed in place; written when the block ends without an exception."""
-        with self._locked():
+        with self.lock("ledger", "writing the ledger"):
             entries = self.entries()
             before = list(entries)
             yield entries
             if entries == before:
                 return
-            data = msgspec.json.format(msgspec.json.encode(_File(VERSION, entries)), indent=1) + b"\n"
+            data = msgspec.json.format(msgspec.json.encode(_File(1, entries)), indent=1) + b"\n"
             if self._parse(data) != entries:  # a nan, for example
                 raise ValueError(f"not a ledger: {entries}")
-            self._write(self.file, data)
+            try:
+                write_whole(self.file, data)
+                folder = os.open(self.folder, os.O_RDONLY)  # the rename itself has to survive a power cut
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+            except OSError as error:
+                raise self._outside(error) from error
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = FileLock(self.folder / "ledger.lock", timeout=LOCK_TIMEOUT_S, poll_interval=0.01, fallback_to_soft=False)
+    def lock(self, name: str, doing: str, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+        """A lock of this folder, which the kernel releases if this process dies.
+
+        Raises InputError that names the process which holds it, and what that one is `doing`.
+        """
+        file = self.folder / f"{name}.lock"
+        lock = FileLock(file, timeout=timeout_s, poll_interval=0.01, fallback_to_soft=False)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
-            raise OutsideError(
-                f"{self.folder}: another process has locked the ledger for {LOCK_TIMEOUT_S:.0f} s. End that process."
+            pid = file.read_text().strip() or "unknown"
+            raise InputError(
+                f"{self.folder}: process {pid} is {doing} right now. Wait for it, or end it (kill {pid})."
             ) from None
         except (OSError, NotImplementedError) as error:
-            raise self._outside("written", error) from error
+            raise self._outside(error) from error
         try:
+            with contextlib.suppress(OSError):  # a full disk
+                file.write_text(f"{os.getpid()}\n")
             yield
         finally:
             lock.release()
 
-    def _write(self, file: Path, data: bytes) -> None:
-        for draft in self.folder.glob(f".{file.name}.*"):  # left by a killed writer: this process holds the lock
-            with contextlib.suppress(OSError):
-                draft.unlink()
-        try:
-            write_whole(file, data)
-            folder = os.open(self.folder, os.O_RDONLY)  # the rename itself has to survive a power cut
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise self._outside("written", error) from error
-
-    def _outside(self, what: str, error: Exception) -> OutsideError:
-        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        remedy = "Make room" if isinstance(error, OSError) and error.errno in NO_SPACE else "Check owner and disk"
+    def _outside(self, error: Exception) -> OutsideError:
         return OutsideError(
-            f"{self.folder}: the ledger cannot be {what}: {why}. {remedy}, or name another folder in FRACTAL_STATE "
-            "(it would not know these instances)."
+            f"{self.folder}: the ledger cannot be read or written: {getattr(error, 'strerror', None) or error}. Check "
+            "owner and disk, or name another folder in FRACTAL_STATE (it would not know these instances)."
         )
 
 

@@ -30,6 +30,7 @@ def refresh(account: Account) -> list[Instance]:
     listed = account.client.instances()
     by_name = _by_name(listed)
     by_id = {instance.id: instance for instance in listed}
+    overdue_s = account.timing.launch_request_s + account.timing.unknown_launch_s
     for entry in before:
         if entry.url != account.client.url:
             continue
@@ -41,7 +42,7 @@ def refresh(account: Account) -> list[Instance]:
         if entry.state == "intended":
             if instance is not None and not has_client(entry):
                 record_found(account, entry, instance)
-            elif instance is None and not has_client(entry) and _overdue(account, entry):
+            elif instance is None and not has_client(entry) and time.time() - entry.asked_at > overdue_s:
                 account.ledger.end(entry.name, NEVER_LAUNCHED, expected=entry)
         elif entry.state == "launched":
             record_status(account, entry, instance or get_instance(account.client, entry))  # a listing may lag
@@ -223,7 +224,3 @@ def _by_name(listed: list[Instance]) -> dict[str, Instance]:
     return {
         instance.name or "": instance for instance in sorted(listed, key=lambda instance: instance.status not in ENDED)
     }
-
-
-def _overdue(account: Account, entry: Entry) -> bool:
-    return time.time() - entry.asked_at > account.timing.launch_request_s + account.timing.unknown_launch_s
