@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -292,18 +293,23 @@ class Appender:
         self.close()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file by one rename, so that a reader or a kill never sees half of it. Raises OutsideError."""
-    write_parts(path, [data])
+def write_whole(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Replace a file by one rename, so that a reader or a kill never sees half of it. Raises OutsideError.
+
+    `mode`: the file's permissions; without it the umask decides.
+    """
+    write_parts(path, [data], mode=mode)
 
 
-def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+def write_parts(path: Path, parts: Iterable[bytes], *, mode: int | None = None) -> None:
     """`write_whole` for what need not be in memory at once; if `parts` raises, the file stays as it was."""
     target = path.resolve()  # what a link points to, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    draft = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with draft.open("wb", BLOCK) as out:
+            if mode is not None:
+                os.fchmod(out.fileno(), mode)
             out.writelines(parts)
             out.flush()
             os.fsync(out.fileno())

@@ -72,7 +72,7 @@ def begin(remote: Remote, script: str, *options: str, run: str = "demo") -> str:
         "-c",
         script,
     ]
-    done = remote.run('docker=$1; shift; $docker "$@"', remote.docker_command, *words)
+    done = remote.run('docker "$@"', *words)
     assert done.returncode == 0, done.stderr
     return job
 
@@ -83,7 +83,6 @@ def cut(remote: Remote) -> None:
 
 
 def test_the_sdk_works_with_the_instances_engine(remote: Remote, machine: Machine) -> None:
-    assert remote.docker_command == "docker"
     with remote.engine() as client:
         assert client.info()["Name"] == machine.sh("hostname").strip()
         done = client.containers.run("tiny", ["seq", "3"], remove=True, network_mode="none")
@@ -219,13 +218,13 @@ def test_a_container_that_goes_while_it_is_listed_is_no_trouble(remote: Remote) 
     job = begin(remote, "sleep 60")
     listing = script("list_jobs").replace("label=fractal.job)", "label=fractal.job; echo gone)")
     assert listing != script("list_jobs")
-    assert job in [found.id for found in jobs.parse(remote.check("list", listing, remote.docker_command))]
+    assert job in [found.id for found in jobs.parse(remote.check("list", listing))]
     jobs.remove(remote, job)
 
 
 def test_a_job_killed_from_outside_says_so(remote: Remote, tmp_path: Path) -> None:
     job = begin(remote, "echo begun; sleep 60")
-    remote.check("kill", '$1 kill "fractal-job-$2"', remote.docker_command, job)
+    remote.check("kill", 'docker kill "fractal-job-$1"', job)
     ended = jobs.follow(remote, job, tmp_path / "log", lambda _: None)
     assert ended.exit_code == 137
     assert "died (killed)" in (jobs.diagnose(ended, "") or "")
@@ -278,11 +277,14 @@ def test_another_run_of_the_same_name_is_refused_and_both_stay(
     assert transfer.remote_state(remote, name).files["samples.jsonl"].size == 9
 
 
-def test_results_come_home_while_the_job_writes(remote: Remote, tmp_path: Path) -> None:
+def test_results_come_home_while_the_job_writes(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = f"run{time.time_ns()}"
     transfer.prepare(remote, name)
     folder = tmp_path / name
-    with transfer.periodic_fetch(remote, folder, interval_s=0.2):
+    monkeypatch.setattr(transfer, "FETCH_INTERVAL_S", 0.2)
+    with transfer.periodic_fetch(remote, folder):
         for i in range(10):
             remote.check(
                 "write",

@@ -258,7 +258,7 @@ def test_up_terminates_the_instance_on_every_way_out(
 
 
 def test_a_launch_that_comes_to_nothing_meanwhile_changes_no_result_of_a_build(
-    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another terminal's launch finds no capacity while this one builds; or the ledger breaks, or its disk is full."""
     ledger = Ledger(tmp_path / "state")
@@ -274,7 +274,6 @@ def test_a_launch_that_comes_to_nothing_meanwhile_changes_no_result_of_a_build(
         ledger.add(entry())
         monkeypatch.setattr(images, "build_all", lambda *_, meanwhile=meanwhile, **__: meanwhile())
         image_commands.build(Session(pipeline()), "sandbox", images.Options(), as_json=False, dry=False)
-        assert "`build` is not on the bill" in capfd.readouterr().err
     image_commands.build(Session(pipeline()), "sandbox", images.Options(), as_json=False, dry=False)  # broken before
 
 

@@ -46,12 +46,12 @@ def test_ssh_understands_the_alias(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     before = os.umask(0)
     try:
-        path = write(folder, port=2222)
+        path = write(folder)
     finally:
         os.umask(before)
     assert (mode(path), mode(path.parent)) == (0o600, 0o700)  # for its owner alone, whatever the umask
     found = understood(path)
-    assert (found["hostname"], found["port"], found["user"]) == ("10.1.2.3", "2222", "ubuntu")
+    assert (found["hostname"], found["port"], found["user"]) == ("10.1.2.3", "22", "ubuntu")
     assert found["hostkeyalias"] == ID
     assert found["stricthostkeychecking"] == "true"
     assert found["identitiesonly"] == "yes"
@@ -146,7 +146,7 @@ def test_what_cannot_be_written_is_one_line_and_the_include_line_is_given(tmp_pa
     path = users_config(tiny_disk, b"# " + b"x" * 30_000 + b"\n")
     before = path.read_bytes()
     (tiny_disk / "filler").write_bytes(b"y" * 24_000)
-    with pytest.raises(OutsideError, match=r"No space left.*by hand: Include"):
+    with pytest.raises(OutsideError, match="no space left"):
         ssh_config.include(tiny_disk, tiny_disk / "state")
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["config"]
@@ -158,18 +158,3 @@ def test_what_cannot_be_written_is_one_line_and_the_include_line_is_given(tmp_pa
     assert "\n" not in str(caught.value)
     with pytest.raises(OutsideError, match="cannot be written"):
         write(tmp_path)
-
-
-def test_a_host_of_the_users_own_is_noticed(tmp_path: Path) -> None:
-    assert not ssh_config.user_has_host(tmp_path)
-    for text, expected in (
-        ("Host lambda\n", True),
-        ("\tHost work lambda other\n", True),
-        ("Host *\n  User joe\n", False),
-        ("Host lambda2 my-lambda\n", False),
-        ("# Host lambda\n", False),
-        ("HostName lambda\n", False),
-        ("", False),
-    ):
-        users_config(tmp_path, text.encode())
-        assert ssh_config.user_has_host(tmp_path) is expected, text

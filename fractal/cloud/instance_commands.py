@@ -60,11 +60,8 @@ def setup_ssh(session: Session) -> None:
     account = session.account()
     entry = instance.current(account)
     update_alias(account.ledger, entry)
-    alias = ssh_config.ALIAS
-    if ssh_config.user_has_host(Path.home()):
-        log(f"~/.ssh/config has a host {alias} of your own; Fractal's comes first and is used")
     added = ssh_config.include(Path.home(), account.ledger.folder)
-    log(f"`ssh {alias}` connects to {entry.ip}" + ("; ~/.ssh/config has one line more" if added else ""))
+    log(f"`ssh {ssh_config.ALIAS}` connects to {entry.ip}" + ("; ~/.ssh/config has one line more" if added else ""))
 
 
 def terminate(session: Session, name: str = "") -> None:

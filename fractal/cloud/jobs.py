@@ -77,7 +77,7 @@ def check_name(run: Path) -> str:
 
 def list_jobs(remote: Remote) -> list[Job]:
     """All jobs on the instance, oldest first."""
-    return parse(remote.check("list its containers", script("list_jobs"), remote.docker_command))
+    return parse(remote.check("list its containers", script("list_jobs")))
 
 
 def parse(lines: str) -> list[Job]:
@@ -159,8 +159,7 @@ def follow(
 
         def copy_output(option: str) -> None:
             nonlocal offset
-            arguments = (remote.docker_command, container_name(job), str(offset + 1), option)
-            stream = link.stream(script("job_output"), *arguments)
+            stream = link.stream(script("job_output"), container_name(job), str(offset + 1), option)
             assert stream.stdout is not None
             try:
                 while data := stream.stdout.read(65536):
@@ -198,12 +197,12 @@ def follow(
 
 def remove(remote: Remote, job: str) -> None:
     """Remove a job with its sandbox, running or not."""
-    remote.check(f"remove the job {job}", script("remove_job"), remote.docker_command, job)
+    remote.check(f"remove the job {job}", script("remove_job"), job)
 
 
 def remove_orphaned_sandboxes(remote: Remote) -> None:
     """Remove sandboxes without a job. No other client may be starting a job now."""
-    remote.check("remove old sandboxes", script("remove_orphaned_sandboxes"), remote.docker_command)
+    remote.check("remove old sandboxes", script("remove_orphaned_sandboxes"))
 
 
 def diagnose(job: Job, tail: str) -> str | None:

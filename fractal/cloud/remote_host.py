@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -35,11 +35,6 @@ PATIENCE_S = 600.0  # without a connection, before a command gives up; the job g
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # the last one is repeated
 ENGINE = "/var/run/docker.sock"
 ENGINE_TIMEOUT_S = 120
-FIND_DOCKER = """\
-for docker in docker 'sudo -n docker'; do
-  $docker version > /dev/null 2>&1 < /dev/null && { echo "$docker"; exit; }
-done
-"""
 QUERY_DRIVER = "nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2> /dev/null"
 RSYNC = ("rsync", "--archive", "--no-owner", "--no-group", "--partial-dir=.rsync-partial", "--timeout=60")
 SYNC_EXCLUDES = (".git", ".venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", "/runs")
@@ -80,7 +75,6 @@ class Remote:
         self._refresh, self._log = refresh, log
         self._lock = threading.RLock()
         self._link: ssh.SshConnection | None = None
-        self._docker = ""
         self._driver: Driver | None = None
 
     def __enter__(self) -> Self:
@@ -150,15 +144,6 @@ class Remote:
         return done.stdout
 
     @property
-    def docker_command(self) -> str:
-        """How its user calls Docker: docker, or sudo -n docker."""
-        if not self._docker:
-            self._docker = self.run(FIND_DOCKER).stdout.strip()
-        if not self._docker:
-            raise RemoteError(f"Docker on {self.host} does not answer. Run: invoke wait, which repairs what it can.")
-        return self._docker
-
-    @property
     def driver(self) -> Driver:
         """The NVIDIA driver and the GPUs, asked once for each connection; empty where there are none."""
         if self._driver is None:
@@ -169,22 +154,17 @@ class Remote:
     def engine(self) -> Iterator[docker.DockerClient]:
         """The Docker SDK with the instance's engine, by its forwarded socket.
 
-        Each connection of `docker system dial-stdio` would be a session, of which sshd allows ten. The user has to be
-        in the group docker, which readiness.py ensures.
+        Each connection of `docker system dial-stdio` would be a session, of which sshd allows ten.
         """
         folder = Path(tempfile.mkdtemp(prefix="fractal-engine-", dir="/tmp"))  # a socket's path has 104 bytes at most
         try:
-            link = self.link
-            if self.docker_command != "docker" or not link.forward_socket(folder / "docker.sock", ENGINE):
+            if not self.link.forward_socket(folder / "docker.sock", ENGINE):
                 raise RemoteError(
-                    f"The Docker engine of {self.host} is not open to its user. Run: invoke wait, which repairs that; "
-                    "sshd there has to allow forwarding (AllowStreamLocalForwarding)."
+                    f"The Docker engine of {self.host} cannot be reached: sshd there has to allow forwarding "
+                    "(AllowStreamLocalForwarding)."
                 )
-            client = docker.DockerClient(base_url=f"unix://{folder}/docker.sock", timeout=ENGINE_TIMEOUT_S)
-            try:
+            with closing(docker.DockerClient(f"unix://{folder}/docker.sock", timeout=ENGINE_TIMEOUT_S)) as client:
                 yield client
-            finally:
-                client.close()
         except (docker.errors.DockerException, requests.RequestException) as error:
             raise RemoteError(f"The Docker engine of {self.host} broke off: {error}. Run the command again.") from error
         finally:
@@ -209,15 +189,7 @@ class Remote:
                 except ssh.SshConnectionError as error:
                     self.reconnect(error, link)
                     continue
-            raise self._rsync_failure(done.stderr)
-
-    def _rsync_failure(self, output: str) -> RemoteError:
-        if "No space left on device" in output or "Disk quota exceeded" in output:
-            where = "the receiving side" if "receiver" in output else self.host
-            return RemoteError(f"rsync: the disk of {where} is full. Make room and run the command again, it goes on.")
-        if "command not found" in output or "rsync: not found" in output:
-            return RemoteError(f"There is no rsync on {self.host}. Run: invoke wait, which installs it.")
-        return failure("rsync", "copy", output)
+            raise failure("rsync", "copy", done.stderr)
 
     def sync(self, folder: Path) -> str:
         """Copy a folder to ~/fractal/src/NAME there, without what git ignores; returns a line of what was sent."""
@@ -237,26 +209,30 @@ class Remote:
 
 
 def _rsync(argv: list[str]) -> subprocess.CompletedProcess[str]:
-    process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
         start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate()
-    except BaseException:  # Ctrl-C: a partial file stays and is gone on with
-        process.terminate()
-        process.wait()
-        raise
+    ) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:  # Ctrl-C: a partial file stays and is gone on with
+            process.terminate()
+            raise
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def failure(host: str, what: str, output: str) -> RemoteError:
     """The error of a command that failed on the instance; a full disk is named."""
-    if "No space left on device" in output or "no space left on device" in output:
-        return RemoteError(f"The disk of {host} is full: it cannot {what}. Make room there (invoke ssh), then go on.")
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    last = lines[-1][-200:].rstrip(". ") if lines else "no reason given"
-    return RemoteError(f"{host} cannot {what}: {last}. Look there: invoke ssh")
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no reason given"]
+    full = [line for line in lines if re.search("no space left on device|disk quota exceeded", line, re.IGNORECASE)]
+    if full:
+        return RemoteError(f"{host} cannot {what}, a disk is full: {full[0][-200:]}. Make room, then go on.")
+    return RemoteError(f"{host} cannot {what}: {lines[-1][-200:].rstrip('. ')}. Look there: invoke ssh")
 
 
 def parse_driver(text: str) -> Driver:
@@ -267,11 +243,9 @@ def parse_driver(text: str) -> Driver:
 
 def transferred(stats: str) -> str:
     """A summary of the output of rsync --stats."""
-    numbers = {}
-    for line in stats.splitlines():
-        name, _, value = line.partition(":")
-        digits = value.strip().split(" ")[0].replace(",", "").replace(".", "")
-        if digits.isdigit():
-            numbers[name.strip()] = int(digits)
-    files = numbers.get("Number of regular files transferred", numbers.get("Number of files transferred", 0))
-    return f"{files} files, {numbers.get('Total transferred file size', 0) / 1e6:.1f} MB"
+
+    def number(name: str) -> int:
+        match = re.search(rf"{name}: ([\d,.]+)", stats)
+        return int(re.sub("[,.]", "", match[1])) if match else 0
+
+    return f"{number('files transferred')} files, {number('Total transferred file size') / 1e6:.1f} MB"

@@ -190,7 +190,7 @@ def stop(session: Session) -> None:
     with session.remote() as (remote, _):
         running = [job for job in jobs.list_jobs(remote) if not job.ended]
         for job in running:
-            remote.check("stop the job", '$1 stop -t 30 "$2" > /dev/null', remote.docker_command, job.container)
+            remote.check("stop the job", 'docker stop -t 30 "$1" > /dev/null', job.container)
             log(f"{job.id} is stopped")
             _fetch_all(remote, Path("runs") / job.run)
         collect_ended_jobs(remote, Path("runs"))

@@ -144,23 +144,17 @@ class Session:
 
     @contextmanager
     def timed(self, what: str, entry: Entry | None = None) -> Iterator[None]:
-        """Add the time to the bill of this instance, or of the one that waits meanwhile; also the time of a failure.
+        """Add the time, also of a failure, to the bill of this instance, or of the one that waits meanwhile.
 
-        That the ledger cannot note it, or that the instance's launch came to nothing meanwhile, changes no result.
+        That the ledger cannot note it changes no result.
         """
         began = time.time()
-        name = entry.name if entry else ""
-        if not name:
-            with contextlib.suppress(InputError, OutsideError):
-                name = next((entry.name for entry in reversed(self.ledger.open_entries())), "")
         try:
             yield
         finally:
-            if name:
-                try:
-                    self.ledger.add_event(name, what, began, time.time() - began)
-                except (InputError, OutsideError) as error:
-                    log(f"the time of `{what}` is not on the bill: {error}")
+            with contextlib.suppress(InputError, OutsideError):
+                for billed in [entry] if entry else self.ledger.open_entries()[-1:]:
+                    self.ledger.add_event(billed.name, what, began, time.time() - began)
 
     def show_bill(self, name: str, stages: Sequence[tuple[str, float]] = ()) -> None:
         entry = self.ledger.find(name)

@@ -4,17 +4,27 @@ The host key is pinned under the instance's id: another address of the same inst
 same address is not.
 """
 
-import contextlib
-import os
 import re
 import stat
-import tempfile
 from pathlib import Path
 
 from fractal.errors import InputError, OutsideError
+from fractal.jsonl import write_whole
 
 ALIAS = "lambda"
-USER = "ubuntu"
+TEMPLATE = f"""\
+# Written by fractal; changes are lost.
+Host {ALIAS}
+  HostName {{ip}}
+  User ubuntu
+  IdentityFile {{key_file}}
+  IdentitiesOnly yes
+  HostKeyAlias {{instance_id}}
+  UserKnownHostsFile {{known_hosts}}
+  StrictHostKeyChecking yes
+  ServerAliveInterval 15
+  ServerAliveCountMax 4
+"""
 
 
 def config_file(folder: Path) -> Path:
@@ -25,40 +35,20 @@ def known_hosts(folder: Path) -> Path:
     return folder / "ssh" / "known_hosts"
 
 
-def write(
-    folder: Path, *, ip: str, key_file: Path, instance_id: str, alias: str = ALIAS, port: int = 22, user: str = USER
-) -> Path:
+def write(folder: Path, *, ip: str, key_file: Path, instance_id: str) -> Path:
     """Let the alias refer to this address; returns the configuration file. Raises InputError, OutsideError."""
     path = config_file(folder)
-    text = render(folder, ip=ip, key_file=key_file, instance_id=instance_id, alias=alias, port=port, user=user)
+    text = TEMPLATE.format(
+        ip=ip, key_file=quoted(key_file), instance_id=instance_id, known_hosts=quoted(known_hosts(folder))
+    )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.parent.chmod(0o700)
-        if not path.exists() or path.read_bytes() != text.encode():
-            replace(path, text.encode(), 0o600)
+        if not path.exists() or path.read_text() != text:
+            write_whole(path, text.encode(), mode=0o600)
     except OSError as error:
-        raise OutsideError(
-            f"{path}: cannot be written: {error.strerror or error}. Correct that and try again."
-        ) from error
+        raise OutsideError(f"{path}: cannot be written: {error.strerror}. Correct that and try again.") from error
     return path
-
-
-def render(folder: Path, *, ip: str, key_file: Path, instance_id: str, alias: str, port: int, user: str) -> str:
-    """The text of ssh_config(5)."""
-    settings = {
-        "HostName": ip,
-        "Port": port,
-        "User": user,
-        "IdentityFile": quoted(key_file),
-        "IdentitiesOnly": "yes",
-        "HostKeyAlias": instance_id,
-        "UserKnownHostsFile": quoted(known_hosts(folder)),
-        "StrictHostKeyChecking": "yes",
-        "ServerAliveInterval": "15",
-        "ServerAliveCountMax": "4",
-    }
-    lines = [f"  {name} {value}" for name, value in settings.items()]
-    return "\n".join(["# Written by fractal; changes are lost.", f"Host {alias}", *lines, ""])
 
 
 def quoted(path: Path) -> str:
@@ -80,44 +70,18 @@ def include(home: Path, folder: Path) -> bool:
     """
     line = f"Include {quoted(config_file(folder))}"
     by_hand = f"Put this line first by hand: {line}"
-    path = Path(os.path.realpath(home / ".ssh" / "config"))  # what a link points to, not the link
+    path = home / ".ssh" / "config"
     try:
-        (home / ".ssh").mkdir(mode=0o700, parents=True, exist_ok=True)
-        before, mode = b"", 0o600
-        if path.exists():
-            before, mode = path.read_bytes(), stat.S_IMODE(path.stat().st_mode)
-            if not mode & stat.S_IWUSR or not os.access(path, os.W_OK):
-                raise OutsideError(f"{path} is read-only, and stays as it is. {by_hand}")
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        before = path.read_bytes() if path.exists() else b""
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o600
+        if not mode & stat.S_IWUSR:
+            raise OutsideError(f"{path} is read-only, and stays as it is. {by_hand}")
         lines = before.splitlines(keepends=True)
         if next((text.strip() for text in lines if text.strip() and not text.startswith(b"#")), b"") == line.encode():
             return False
         others = b"".join(text for text in lines if text.strip() != line.encode())  # one further down
-        replace(path, line.encode() + b"\n" + others, mode)
+        write_whole(path, line.encode() + b"\n" + others, mode=mode)
     except OSError as error:
-        raise OutsideError(f"{path}: cannot be changed: {error.strerror or error}. {by_hand}") from error
+        raise OutsideError(f"{path}: cannot be changed: {error.strerror}. {by_hand}") from error
     return True
-
-
-def user_has_host(home: Path, alias: str = ALIAS) -> bool:
-    """Whether the user's own configuration has a Host line with that name; included files are not read."""
-    try:
-        text = (home / ".ssh" / "config").read_text(errors="replace")
-    except OSError:
-        return False
-    return any(alias in line.split()[1:] for line in text.splitlines() if line.strip().lower().startswith("host "))
-
-
-def replace(path: Path, data: bytes, mode: int) -> None:
-    """Write a file by one rename, never with another mode, which ssh would refuse. Raises OSError."""
-    number, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(number, "wb") as out:
-            os.fchmod(out.fileno(), mode)
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
-        raise

@@ -1,6 +1,5 @@
 """The ssh key for a new instance: its private half is on this machine, its public half is registered at Lambda."""
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fractal.cloud.account import Account
-from fractal.cloud.lambda_types import SshKey
 from fractal.cloud.ledger import Ledger
 from fractal.errors import InputError, OutsideError
 
@@ -50,7 +48,9 @@ def find_key(account: Account, *, register: bool = False, ask: Callable[[str], b
             "yours at https://cloud.lambda.ai/ssh-keys, or name its private half in FRACTAL_SSH_KEY."
         )
     file = Path(given).expanduser().absolute() if given else _make(ledger)
-    return _register(account, registered, file)
+    taken, base = {key.name for key in registered}, f"fractal-{ledger.operator()}"
+    name = next(name for name in (base, *(f"{base}-{n}" for n in range(2, 1000))) if name not in taken)
+    return Key(account.client.add_ssh_key(name, _blob(_public(file) or "")).name, file)
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
@@ -62,23 +62,17 @@ def _candidates(folder: Path) -> Iterator[Path]:
             raise InputError(f"FRACTAL_SSH_KEY: {file}: no private ssh key, or one with a passphrase and no .pub file.")
         yield file
         return
-    own = folder / "ssh" / "id_ed25519"
-    if own.is_file():
-        yield own
-    with contextlib.suppress(OSError):
-        yield from sorted(
-            file for file in (Path.home() / ".ssh").glob("id_*") if file.is_file() and not file.name.endswith(NOT_KEYS)
-        )
+    files = [folder / "ssh" / "id_ed25519", *sorted((Path.home() / ".ssh").glob("id_*"))]
+    yield from (file for file in files if file.is_file() and not file.name.endswith(NOT_KEYS))
 
 
 def _public(file: Path) -> str | None:
     """The public half, from the private one where it opens without a passphrase."""
     if (public := _keygen("-y", "-P", "", "-f", str(file))) is not None:
         return public
-    try:
-        return Path(f"{file}.pub").read_text("utf-8", "replace")
-    except OSError:
-        return None
+    file = Path(f"{file}.pub")
+    text = file.read_text("utf-8", "replace") if file.is_file() else ""
+    return text if len(text.split()) > 1 else None
 
 
 def _usable(file: Path, public: str) -> bool:
@@ -87,7 +81,7 @@ def _usable(file: Path, public: str) -> bool:
         return True
     try:
         agent = subprocess.run(["ssh-add", "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired:
         return False
     return _blob(public) in {_blob(line) for line in agent.stdout.splitlines()}
 
@@ -100,39 +94,18 @@ def _blob(public: str) -> str:
 def _keygen(*arguments: str) -> str | None:
     """The output of ssh-keygen; None if it fails."""
     command = ["ssh-keygen", *arguments]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        return None
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _make(ledger: Ledger) -> Path:
-    """Fractal's own key, created if missing; a killed process leaves none, or a whole one."""
+    """Fractal's own key, made if missing."""
     file = ledger.folder / "ssh" / "id_ed25519"
-    if file.exists() and _public(file) is not None:
-        return file
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    comment = f"fractal-{ledger.operator()}"
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in file.parent.glob(f".{file.name}.*"):
-            old.unlink()
-        if _keygen("-q", "-t", "ed25519", "-N", "", "-C", f"fractal-{ledger.operator()}", "-f", str(draft)) is None:
-            raise OutsideError(f"{file}: ssh-keygen makes no key there. Check owner and disk.")
-        Path(f"{draft}.pub").replace(f"{file}.pub")
-        draft.replace(file)
     except OSError as error:
         raise OutsideError(f"{file}: cannot be made: {error.strerror}. Check owner and disk.") from error
+    if not file.exists() and _keygen("-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(file)) is None:
+        raise OutsideError(f"{file}: ssh-keygen makes no key there. Check owner and disk.")
     return file
-
-
-def _register(account: Account, registered: list[SshKey], file: Path) -> Key:
-    public = _public(file)
-    assert public is not None
-    for key in registered:
-        if _blob(key.public_key) == _blob(public):
-            return Key(key.name, file)
-    taken = {key.name for key in registered}
-    base = f"fractal-{account.ledger.operator()}"
-    name = next(name for name in (base, *(f"{base}-{n}" for n in range(2, 1000))) if name not in taken)
-    return Key(account.client.add_ssh_key(name, " ".join(public.split()[:2])).name, file)

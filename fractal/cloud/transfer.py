@@ -152,27 +152,21 @@ def fetch(remote: Remote, folder: Path, *options: str) -> str:
 
     `options`: further options of rsync.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _run_lock(folder):
-        stats = remote.rsync("--stats", *options, *EXCLUDES, _remote_folder(remote, folder), f"{folder}/")
-        return transferred(stats)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=LOCK_TIMEOUT_S):  # no stage works in the folder meanwhile
+            return transferred(
+                remote.rsync("--stats", *options, *EXCLUDES, _remote_folder(remote, folder), f"{folder}/")
+            )
+    except Timeout:
+        raise InputError(f"{folder}: another process works in this run here. Wait for it, then fetch again.") from None
+    except OSError as error:
+        raise OutsideError(f"{folder}: cannot be written: {error.strerror}. Check owner and disk.") from error
 
 
 def _remote_folder(remote: Remote, folder: Path) -> str:
     """The run's folder on the instance, as rsync names it."""
     return f"{remote.host}:{ROOT}/runs/{folder.name}/"
-
-
-@contextmanager
-def _run_lock(folder: Path) -> Iterator[None]:
-    """No stage works in the folder meanwhile. Raises InputError."""
-    try:
-        with FileLock(folder / ".lock", timeout=LOCK_TIMEOUT_S):
-            yield
-    except Timeout:
-        raise InputError(f"{folder}: another process works in this run here. Wait for it, then fetch again.") from None
-    except OSError as error:
-        raise OutsideError(f"{folder}: cannot be written: {error.strerror}. Check owner and disk.") from error
 
 
 def fetch_verified(remote: Remote, folder: Path) -> str:
@@ -213,12 +207,12 @@ def run_names(remote: Remote) -> list[str]:
 
 
 @contextmanager
-def periodic_fetch(remote: Remote, folder: Path, interval_s: float | None = None) -> Iterator[None]:
+def periodic_fetch(remote: Remote, folder: Path) -> Iterator[None]:
     """Fetch results and checkpoints at intervals meanwhile; after a failure the next time, or the end, tries again."""
     done = threading.Event()
 
     def work() -> None:
-        while not done.wait(interval_s or FETCH_INTERVAL_S):
+        while not done.wait(FETCH_INTERVAL_S):
             with contextlib.suppress(OutsideError, InputError):
                 fetch(remote, folder)
 
