@@ -1,11 +1,8 @@
 """The guard: one detached process for each instance that terminates it at its limits.
 
-    python -m fractal.cloud.guard fractal-1a2b3c-4d5e6f70
-
-`start` runs this before the launch request is sent, so no instance is ever without one: if the client dies before it
-gets the response, the guard looks for the instance by name. It follows the ledger (limits and the rescue command may
-change at any time), uses the wall clock, keeps trying while the API cannot be reached, and exits when the entry has
-ended. The key is in LAMBDA_API_KEY.
+`start` runs `python -m fractal.cloud.guard NAME` before the launch request is sent, so no instance is ever without one:
+if the client dies before it gets the response, the guard looks for the instance by name. It follows the ledger, keeps
+trying while the API cannot be reached, and exits when the entry has ended. The key is in LAMBDA_API_KEY.
 """
 
 import contextlib
@@ -53,7 +50,7 @@ def start(account: Account, name: str) -> None:
     try:
         with log.open("ab") as out:
             offset = out.tell()
-            code = subprocess.run(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -61,13 +58,15 @@ def start(account: Account, name: str) -> None:
                 cwd=ledger.folder,
                 env=env,
                 start_new_session=True,  # neither Ctrl-C nor a closed terminal reaches it
-                timeout=START_TIMEOUT_S,
-            ).returncode
-        if code == 0:
-            return
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if alive(ledger, name):
+                return
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
         reason = log.read_bytes()[offset:].decode(errors="replace").strip().rpartition("\n")[2] or "no reason given"
-    except subprocess.TimeoutExpired:
-        reason = f"no response after {START_TIMEOUT_S:.0f} s"
     except OSError as error:
         reason = error.strerror or str(error)
     raise CloudError(f"The guard of {name} does not start: {reason.rstrip('.')}. Its log is {log}.")
@@ -113,8 +112,7 @@ class Guard:
         self._polled_at = time.monotonic()
         self._retry_s = self._timing.guard_retry_s
         self._end_reason: str | None = None  # once the end is decided
-        self._rescue: subprocess.Popen[bytes] | None = None
-        self._rescue_until = 0.0
+        self._rescue_code: int | None = None  # the rescue command's exit code, once it has run
 
     def watch(self) -> None:
         """Return when there is nothing left to guard."""
@@ -128,7 +126,6 @@ class Guard:
             log("the intent was dropped: nothing was launched")
             return False
         if entry.state == "ended":
-            self._stop_rescue()
             ended_s = time.time() - (entry.ended_at or 0.0)
             if reconcile.presumed_ended(entry) and ended_s < self._timing.guard_linger_s:
                 self._poll()
@@ -175,34 +172,20 @@ class Guard:
 
         The rescue command gets its time before the limit, or after a limit that passed while the machine slept.
         """
-        if self._rescue is not None:
-            if (code := self._rescue.poll()) is None:
-                return time.monotonic() >= self._rescue_until
-            return code == 0 or left_s <= 0
+        if not entry.rescue:
+            return left_s <= 0
         lead_s = min(entry.rescue_s, ((entry.ends_at() or 0.0) - entry.asked_at) / 4)
-        if not entry.rescue or left_s > lead_s:
-            return left_s <= 0
-        self._rescue_until = time.monotonic() + (lead_s if left_s <= 0 else left_s)
-        log(f"the limit is near: {_limits(entry)}. Running {entry.rescue[0]} for at most {lead_s:.0f} s")
-        try:
-            self._rescue = subprocess.Popen(entry.rescue, stdin=subprocess.DEVNULL, start_new_session=True)
-        except (OSError, ValueError) as error:
-            log(f"{entry.rescue[0]} does not start: {error}")
-            return left_s <= 0
+        if left_s > lead_s:
+            self._rescue_code = None
+        elif self._rescue_code is None:
+            log(f"the limit is near: {_limits(entry)}. Running {entry.rescue[0]} for at most {lead_s:.0f} s")
+            self._rescue_code = _run_rescue(entry.rescue, left_s if left_s > 0 else lead_s)
+        else:
+            return self._rescue_code == 0 or left_s <= 0
         return False
-
-    def _stop_rescue(self) -> None:
-        if self._rescue is None:
-            return
-        if self._rescue.poll() is None:
-            log("the rescue command did not end in time")
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._rescue.pid, signal.SIGKILL)
-        self._rescue.wait()
 
     def _terminate(self, entry: Entry, reason: str) -> bool:
         """Whether it is terminated. The ledger need not be readable for that."""
-        self._stop_rescue()
         what = reconcile.describe(entry)
         log(f"terminating {what}: {reason}")
         visible_from = reconcile.visible_from(self._account, entry)
@@ -252,6 +235,20 @@ class Guard:
         return True
 
 
+def _run_rescue(command: tuple[str, ...], timeout_s: float) -> int:
+    """Its exit code; 1 if it does not start. After the timeout it is killed with its children."""
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    except (OSError, ValueError) as error:
+        log(f"{command[0]} does not start: {error}")
+        return 1
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout_s)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
 def _limits(entry: Entry) -> str:
     hours = f"{entry.max_hours:g} h" if entry.max_hours is not None else ""
     dollars = f"{entry.max_dollars:.2f} USD" if entry.max_dollars is not None else ""
@@ -264,7 +261,7 @@ def log(text: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Check everything, then continue in a forked child; 0 when that watches."""
+    """Check everything, then watch."""
     ledger = Ledger(state_dir())
     try:
         name = arguments[0] if arguments else ""
@@ -280,26 +277,18 @@ def main(arguments: list[str]) -> int:
     except (InputError, OutsideError) as error:
         log(str(error))
         return 2
-    reader, writer = os.pipe()
-    if os.fork() > 0:
-        os.close(writer)
-        return 0 if os.read(reader, 1) == b"+" else 1
-    os.close(reader)
     for number in (signal.SIGHUP, signal.SIGINT):  # a handler, not SIG_IGN: the rescue command must not inherit it
         signal.signal(number, lambda *_: None)
     lock = FileLock(lock_file(ledger, name), timeout=2.0, poll_interval=0.05, fallback_to_soft=False)
     try:
         lock.acquire()
         lock_file(ledger, name).write_text(f"{os.getpid()}\n")
-    except Timeout:
-        os.write(writer, b"+")  # another guard watches
+    except Timeout:  # another guard watches
         return 0
     except (OSError, NotImplementedError) as error:
         log(f"{lock_file(ledger, name)}: cannot be locked: {error}")
         return 1
     log(f"watching (process {os.getpid()}): {entry.type_name}, limits: {_limits(entry) or 'none'}")
-    os.write(writer, b"+")
-    os.close(writer)
     while True:
         try:
             Guard(account, name, lock).watch()
