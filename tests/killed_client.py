@@ -18,9 +18,8 @@ import requests
 
 from fractal.cloud.account import Account
 from fractal.cloud.instance import reap, update
-from fractal.cloud.instance_request import LaunchRequest
 from fractal.cloud.lambda_api import Client
-from fractal.cloud.launch import launch
+from fractal.cloud.launch import LaunchRequest, launch
 from fractal.cloud.ledger import Ledger
 from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.reconcile import terminate

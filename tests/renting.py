@@ -13,9 +13,8 @@ import psutil
 
 from fractal.cloud import guard, reconcile
 from fractal.cloud.account import Account, Timing
-from fractal.cloud.instance_request import LaunchRequest
 from fractal.cloud.lambda_api import Client
-from fractal.cloud.launch import launch
+from fractal.cloud.launch import LaunchRequest, launch
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.ssh_keys import Key

@@ -15,16 +15,15 @@ import pytest
 from fractal.cloud import guard, instance
 from fractal.cloud.account import Account
 from fractal.cloud.instance import current
-from fractal.cloud.instance_request import Candidate, LaunchRequest, candidates, check_request
 from fractal.cloud.lambda_api import from_env
 from fractal.cloud.lambda_errors import AuthError, CloudError, ConnectionLostError
-from fractal.cloud.lambda_types import InstanceType, Offer, Region, Specs
-from fractal.cloud.launch import launch
+from fractal.cloud.lambda_types import InstanceType, Offer, Region
+from fractal.cloud.launch import Candidate, LaunchRequest, candidates, check_request, launch
 from fractal.cloud.reconcile import terminate
 from fractal.errors import InputError, OutsideError
 from tests.conftest import ROOT, until
 from tests.fake_lambda.server import cut, delay, garbage, lose_answer, ok, status, tear
-from tests.renting import QUICK, REQUEST, TYPE, Renting, renting
+from tests.renting import QUICK, REQUEST, TYPE, Renting, guards, renting
 
 pytestmark = pytest.mark.usefixtures("openssh")
 LAUNCH = "POST /instance-operations/launch"
@@ -60,7 +59,7 @@ def test_a_wrong_request_is_refused_before_money_with_what_is_valid(rented: Rent
 
 
 def offer(name: str, cents: int, *regions: str) -> Offer:
-    return Offer(InstanceType(name, cents, "GPU", Specs(1)), tuple(Region(region) for region in regions))
+    return Offer(InstanceType(name, cents, "GPU"), tuple(Region(region) for region in regions))
 
 
 def test_the_order_of_types_decides_then_that_of_regions() -> None:
@@ -91,7 +90,7 @@ def test_no_capacity_leaves_nothing_behind(rented: Renting) -> None:
     with pytest.raises(CloudError, match=r"No capacity for gpu_1x_a10 in us-west-1\. .*--wait-for-capacity"):
         rented.launch(LaunchRequest((TYPE,), ("us-west-1",)))
     assert rented.ledger.entries() == []
-    until(lambda: not list(rented.ledger.folder.glob("guard-*.lock")))  # its guard has ended as well
+    until(lambda: not guards(rented.ledger.folder))  # its guard has ended as well
 
 
 @pytest.mark.usefixtures("no_guard")

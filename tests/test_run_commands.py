@@ -22,9 +22,8 @@ import pytest
 from fractal.cloud import guard, readiness, ssh_config
 from fractal.cloud.account import Account
 from fractal.cloud.instance import wait_active
-from fractal.cloud.instance_request import LaunchRequest
 from fractal.cloud.lambda_api import Client
-from fractal.cloud.launch import launch
+from fractal.cloud.launch import LaunchRequest, launch
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.reconcile import terminate

@@ -296,8 +296,6 @@ def main(arguments: list[str]) -> int:
             log(f"{type(error).__name__}: {error}. Starting again")
             time.sleep(timing.guard_retry_s)
         else:
-            if lock.is_locked:
-                lock_file(ledger, name).unlink(missing_ok=True)
             return 0
 
 

@@ -1,11 +1,6 @@
 """The rented instance: which one is current, wait until it is active, and find those that nobody uses.
 
 Every function updates the ledger from the API first. Knows no ssh and no Docker.
-
-    account = Account(lambda_api.from_env(state_dir()), Ledger(state_dir()), print)
-    entry = launch(account, LaunchRequest(types=("gpu_1x_a10",), max_hours=2.0), find_key(account))
-    entry = wait_active(account, entry)
-    terminate(account, entry)
 """
 
 import math
@@ -14,7 +9,6 @@ from collections.abc import Callable
 
 from fractal.cloud import guard, reconcile
 from fractal.cloud.account import Account
-from fractal.cloud.instance_request import too_expensive
 from fractal.cloud.lambda_errors import AuthError, CloudError
 from fractal.cloud.lambda_types import Instance
 from fractal.cloud.ledger import NAME, Entry, Ledger
@@ -81,7 +75,7 @@ def wait_active(account: Account, entry: Entry, *, timeout_s: float = BOOT_TIMEO
         state = instance.status if instance else trouble or "not listed yet"
         if instance is not None:
             check_price(account, entry)
-        if instance is not None and instance.status == "active" and instance.ip is not None:
+        if instance is not None and instance.status == "active" and instance.ip:
             if not any(event.what == "boot" for event in entry.timeline):
                 account.ledger.add_event(entry.name, "boot", begin_at, time.monotonic() - begin)
             return account.ledger.find(entry.name) or entry
@@ -100,7 +94,7 @@ def wait_active(account: Account, entry: Entry, *, timeout_s: float = BOOT_TIMEO
 
 def check_price(account: Account, entry: Entry) -> None:
     """Raises CloudError, with the instance terminated, if it costs more than allowed."""
-    if not too_expensive(entry.price_cents_per_hour, entry.max_price_usd):
+    if not entry.too_expensive:
         return
     problem = (
         f"{entry.name} ({entry.type_name}) costs {entry.usd_per_hour:.2f} USD/h, more than the "

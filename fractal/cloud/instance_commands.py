@@ -10,7 +10,7 @@ from fractal import console
 from fractal.cloud import guard, instance, jobs, options, reconcile, ssh_config
 from fractal.cloud.account import Account
 from fractal.cloud.cost import cost_table
-from fractal.cloud.instance_request import LaunchRequest, check_request
+from fractal.cloud.launch import LaunchRequest, check_request
 from fractal.cloud.launch import launch as launch_instance
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.options import PREFERRED_TYPES, Options

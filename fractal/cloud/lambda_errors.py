@@ -8,7 +8,6 @@ import msgspec
 import requests
 import urllib3.exceptions
 
-from fractal.cloud.lambda_types import printable
 from fractal.errors import OutsideError
 from fractal.jsonl import parse
 
@@ -132,7 +131,7 @@ def _one_line(text: str, key: str) -> str:
     """A server's text as one printable line without the key."""
     if len(key) >= 8:  # a shorter one is no secret, and may be part of ordinary words
         text = text.replace(key, "***")
-    return printable(" ".join(text.split()))[:300]
+    return "".join(char for char in " ".join(text.split()) if char.isprintable())[:300]
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:

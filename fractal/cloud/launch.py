@@ -7,12 +7,13 @@ names what is billed, and the next command, or the guard, finds out whether the 
 import contextlib
 import math
 import time
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from fractal.cloud import guard, instance, reconcile
 from fractal.cloud.account import Account
-from fractal.cloud.instance_request import Candidate, LaunchRequest, candidates, check_request, too_expensive
+from fractal.cloud.lambda_api import Client
 from fractal.cloud.lambda_errors import CapacityError, CloudError, LaunchUnknownError
 from fractal.cloud.lambda_types import Offer
 from fractal.cloud.ledger import Entry, Process
@@ -20,6 +21,95 @@ from fractal.cloud.ssh_keys import Key
 from fractal.errors import InputError, OutsideError
 
 LOST_MAX = 2  # launches without a response before giving up
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """What to rent. `types` and `regions` are in the user's order of preference."""
+
+    types: tuple[str, ...]
+    regions: tuple[str, ...] = ()  # empty: any
+    max_price_usd: float | None = None  # per hour
+    wait_s: float = 0.0  # for capacity
+    max_hours: float | None = 4.0  # the guard terminates it then, counted from the launch request
+    max_dollars: float | None = None
+    image: str | None = None  # a family, or an id
+    file_systems: tuple[str, ...] = ()
+
+
+class Candidate(NamedTuple):
+    """A type and region that has capacity now. The fields are named as in a ledger entry."""
+
+    type_name: str
+    region: str
+    price_cents_per_hour: int
+
+
+def check_request(client: Client, request: LaunchRequest) -> dict[str, Offer]:
+    """What Lambda offers now, by name. Raises InputError with the list of valid values if the request is not valid.
+
+    A lack of capacity is no error here.
+    """
+    offers = client.instance_types()
+    table = "\n" + "\n".join(describe(offers.values()))
+
+    def check(what: str, names: Iterable[str], known: Collection[str]) -> None:
+        if unknown := [name for name in names if name not in known]:
+            valid = ", ".join(sorted(known)) or "none"
+            raise InputError(f"Lambda has no {what} {', '.join(unknown)}. There is: {valid}. With capacity now:{table}")
+
+    if not request.types:
+        raise InputError(f"No instance type is named. Name one or more with --type:{table}")
+    check("instance type", request.types, offers)
+    if not affordable(request, offers):
+        cheapest = min(offers[name].price_cents_per_hour for name in request.types)
+        raise InputError(
+            f"{', '.join(request.types)}: none costs {request.max_price_usd:.2f} USD/h or less; the cheapest costs "
+            f"{cheapest / 100:.2f}. Raise --max-price, or name another type:{table}"
+        )
+    regions = {region.name for offer in offers.values() for region in offer.regions}
+    images = [] if request.image is None and regions.issuperset(request.regions) else client.images()
+    # Only the list of images names regions without capacity.
+    check("region", request.regions, regions | {image.region.name for image in images})
+    if request.image is not None and all(request.image != image.id for image in images):
+        check("image", [request.image], {image.family for image in images})
+    if request.file_systems:
+        systems = {system.name: system.region.name for system in client.file_systems()}
+        check("file system", request.file_systems, systems)
+        where = ",".join(sorted({systems[name] for name in request.file_systems}))
+        if ",".join(request.regions) != where:  # the launch must not end up in another
+            raise InputError(
+                f"{', '.join(request.file_systems)}: the file system is in {where}: give --region={where}."
+            )
+    return offers
+
+
+def affordable(request: LaunchRequest, offers: Mapping[str, Offer]) -> list[Offer]:
+    """The requested types that cost no more than the highest price, in the user's order."""
+    cents = math.inf if request.max_price_usd is None else request.max_price_usd * 100 + 1e-6
+    named = [offers[name] for name in dict.fromkeys(request.types) if name in offers]
+    return [offer for offer in named if offer.price_cents_per_hour <= cents]
+
+
+def candidates(request: LaunchRequest, offers: Mapping[str, Offer]) -> list[Candidate]:
+    """What fits the request and has capacity now, best first: the order of types decides, then that of regions."""
+    return [
+        Candidate(offer.instance_type.name, region, offer.price_cents_per_hour)
+        for offer in affordable(request, offers)
+        for region in request.regions or [region.name for region in offer.regions]
+        if any(region == available.name for available in offer.regions)
+    ]
+
+
+def describe(offers: Iterable[Offer]) -> list[str]:
+    """A plain table, the cheapest first: type, price, GPU, regions with capacity now."""
+    rows = [("TYPE", "USD/H", "GPU", "CAPACITY NOW")]
+    for offer in sorted(offers, key=lambda offer: (offer.price_cents_per_hour, offer.instance_type.name)):
+        regions = ", ".join(region.name for region in offer.regions) or "-"
+        price = f"{offer.price_cents_per_hour / 100:.2f}"
+        rows.append((offer.instance_type.name, price, offer.instance_type.gpu_description, regions))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}" for a, b, c, d in rows]
 
 
 def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_after: bool = False) -> Entry:
@@ -46,27 +136,24 @@ def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_afte
 def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_after: bool) -> Entry:
     """The living instance, under this request's limits. Raises InputError if it does not fit the request."""
     what = f"{entry.name} ({entry.type_name} in {entry.region}, {entry.usd_per_hour:.2f} USD/h)"
-    remedy = "Ask for what it is, or end it first: invoke terminate."
-    if entry.type_name not in request.types:
-        raise InputError(f"{what} is alive, and you ask for {', '.join(request.types)}. {remedy}")
-    if request.regions and entry.region not in request.regions:
-        raise InputError(f"{what} is alive, and you ask for {', '.join(request.regions)}. {remedy}")
-    if too_expensive(entry.price_cents_per_hour, request.max_price_usd):
-        raise InputError(f"{what} is alive, and costs more than the {request.max_price_usd:.2f} USD/h. {remedy}")
     limits: dict[str, Any] = {
         "max_hours": request.max_hours,
         "max_dollars": request.max_dollars,
         "max_price_usd": request.max_price_usd,
     }
-    now, until = time.time(), replace(entry, **limits).ends_at()
-    if until is not None and until <= now:
-        raise InputError(
-            f"{what} is alive, and its {entry.hours(now):.2f} h ({entry.dollars(now):.2f} USD) are past the limits you "
-            "give. Give larger ones (--max-hours, --max-dollars), or end it: invoke terminate."
-        )
-    entry = account.ledger.change(
-        entry.name, **limits, terminate_after=terminate_after, owner=Process.current()
-    )  # fmt: skip
+    limited, now, misfit = replace(entry, **limits), time.time(), ""
+    if entry.type_name not in request.types:
+        misfit = f"you ask for {', '.join(request.types)}"
+    elif request.regions and entry.region not in request.regions:
+        misfit = f"you ask for {', '.join(request.regions)}"
+    elif limited.too_expensive:
+        misfit = f"costs more than the {request.max_price_usd:.2f} USD/h"
+    elif (limited.ends_at() or math.inf) <= now:
+        misfit = f"its {entry.hours(now):.2f} h ({entry.dollars(now):.2f} USD) are past the limits you give"
+    if misfit:
+        raise InputError(f"{what} is alive, and {misfit}. Ask for what it is, or end it first: invoke terminate.")
+    change: dict[str, Any] = limits | {"terminate_after": terminate_after, "owner": Process.current()}
+    entry = account.ledger.change(entry.name, **change)
     if not guard.alive(account.ledger, entry.name):  # `update` could not start one, and logged why
         guard.start(account, entry.name)
     account.log(

@@ -90,6 +90,10 @@ class Entry:
     def usd_per_hour(self) -> float:
         return self.price_cents_per_hour / 100
 
+    @property
+    def too_expensive(self) -> bool:
+        return self.max_price_usd is not None and self.price_cents_per_hour > self.max_price_usd * 100 + 1e-6
+
     def ends_at(self) -> float | None:
         """When its limits are reached, in unix seconds."""
         ends = []

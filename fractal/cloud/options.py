@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal.cloud import jobs
-from fractal.cloud.instance_request import LaunchRequest
+from fractal.cloud.launch import LaunchRequest
 from fractal.errors import InputError
 from fractal.images import containers
 from fractal.problems import sets

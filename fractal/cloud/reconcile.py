@@ -91,7 +91,7 @@ def record_found(account: Account, entry: Entry, instance: Instance) -> Entry:
         expected=before,
         state="launched",
         id=instance.id,
-        ip=instance.ip,
+        ip=instance.ip or None,
         type_name=instance.instance_type.name,
         region=instance.region.name,
         price_cents_per_hour=instance.instance_type.price_cents_per_hour,
