@@ -104,11 +104,11 @@ def build(c, image="", json=False, base="", ca="", wheels="", cache=True):
     Examples: invoke build; invoke build --image=pipeline-cpu; invoke build --image=all --json
     Settings of pip and apt, SSL_CERT_FILE, FRACTAL_BASE_IMAGE, FRACTAL_WHEELS and FRACTAL_DEBIAN_MIRROR are heard.
     """
-    from fractal.cloud import image_commands
+    from fractal.cloud import run_commands
     from fractal.images.build import Options
 
     options = Options(base or None, Path(ca) if ca else None, Path(wheels) if wheels else None, not cache)
-    _do(lambda: image_commands.build(_session(), image, options, as_json=json, dry=c.config.run.dry))
+    _do(lambda: run_commands.build(_session(), image, options, as_json=json, dry=c.config.run.dry))
 
 
 @task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all",
@@ -121,11 +121,11 @@ def push(c, image="pipeline,sandbox", to="", host="", json=False):
     Examples: invoke push --to=registry.example/team; invoke push --image=pipeline-cpu,sandbox --host=lambda
     Credentials are Docker's (docker login) or ssh's. Interrupted and repeated, it goes on where it stopped.
     """
-    from fractal.cloud import image_commands
+    from fractal.cloud import run_commands
 
     to = to or ("" if host else os.environ.get("FRACTAL_REGISTRY", ""))
     dry = c.config.run.dry
-    _do(lambda: image_commands.push(_session(), image, to, host or "lambda", as_json=json, dry=dry), "push")
+    _do(lambda: run_commands.push(_session(), image, to, host or "lambda", as_json=json, dry=dry), "push")
 
 
 @task(positional=[], help={"json": "a JSON object for each image",

@@ -168,7 +168,7 @@ def test_a_killed_follower_is_followed_by_another(remote: Remote, machine: Machi
         process.send_signal(signal.SIGKILL)
         process.wait()
     shown = bytearray()
-    jobs.follow(remote, job, log, shown.extend, replay=True)
+    jobs.follow(remote, job, log, shown.extend)
     expected = "".join(f"line {i}\n" for i in range(300))
     assert (log.read_text(), shown.decode()) == (expected, expected)
     jobs.remove(remote, job)
@@ -182,7 +182,7 @@ def test_a_second_follower_sees_all_and_writes_nothing(remote: Remote, machine: 
     thread.start()
     with Remote(machine.ssh_config, lambda: None, print, host=machine.alias) as other:
         time.sleep(0.5)
-        jobs.follow(other, job, log, second.extend, replay=True)
+        jobs.follow(other, job, log, second.extend)
     thread.join()
     assert first == second == log.read_bytes() == "".join(f"line {i}\n" for i in range(1, 21)).encode()
     jobs.remove(remote, job)

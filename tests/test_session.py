@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fractal.cloud import image_commands, readiness
+from fractal.cloud import readiness, run_commands
 from fractal.cloud.ledger import Ledger
 from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.session import Session
@@ -273,8 +273,8 @@ def test_a_launch_that_comes_to_nothing_meanwhile_changes_no_result_of_a_build(
         ledger.file.unlink(missing_ok=True)
         ledger.add(entry())
         monkeypatch.setattr(images, "build_all", lambda *_, meanwhile=meanwhile, **__: meanwhile())
-        image_commands.build(Session(pipeline()), "sandbox", images.Options(), as_json=False, dry=False)
-    image_commands.build(Session(pipeline()), "sandbox", images.Options(), as_json=False, dry=False)  # broken before
+        run_commands.build(Session(pipeline()), "sandbox", images.Options(), as_json=False, dry=False)
+    run_commands.build(Session(pipeline()), "sandbox", images.Options(), as_json=False, dry=False)  # broken before
 
 
 def test_a_build_beside_a_waiting_instance_is_on_its_bill(
@@ -283,5 +283,5 @@ def test_a_build_beside_a_waiting_instance_is_on_its_bill(
     ledger = Ledger(tmp_path / "state")
     ledger.add(entry())
     monkeypatch.setattr(images, "build_all", lambda *_, **__: None)
-    image_commands.build(Session(pipeline()), "sandbox", images.Options(), as_json=False, dry=False)
+    run_commands.build(Session(pipeline()), "sandbox", images.Options(), as_json=False, dry=False)
     assert [event.what for event in ledger.entries()[0].timeline] == ["build"]

@@ -8,16 +8,15 @@ import docker
 import docker.errors
 
 from fractal.cloud import jobs, transfer
-from fractal.cloud.image_commands import driver_environment
 from fractal.cloud.ledger import Entry
 from fractal.cloud.options import RunRequest, local_path
 from fractal.cloud.remote_host import ROOT, Remote
-from fractal.cloud.session import Session, log
+from fractal.cloud.session import DRIVER_REMEDY, Session, log
 from fractal.cloud.ssh_config import ALIAS
 from fractal.cloud.transfer import RemoteUser
 from fractal.errors import OutsideError
 from fractal.images import build as images
-from fractal.images import containers, hub_token, recipes
+from fractal.images import containers, driver_compatibility, hub_token, recipes
 from fractal.images.docker_client import first_line
 
 INPUTS = "/inputs"  # files and models from this machine, in the container
@@ -81,6 +80,16 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
             size=containers.terminal(),
         )
     return job
+
+
+def driver_environment(remote: Remote, base: str) -> dict[str, str]:
+    """The environment variables that the CUDA image needs for the instance's driver.
+
+    `base`: the image's label that says where its base came from, "" if unknown. Raises DriverError, before anything
+    large is sent.
+    """
+    version, gpus = remote.driver
+    return driver_compatibility.environment(version, gpus, base=base, remedy=DRIVER_REMEDY)
 
 
 def need_images(engine: docker.DockerClient, names: Iterable[str], key: str, registry: str) -> None:

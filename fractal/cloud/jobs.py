@@ -138,23 +138,15 @@ def _locked(log: Path) -> Iterator[IO[bytes] | None]:
         lock.release()
 
 
-def follow(
-    remote: Remote,
-    job: str,
-    log: Path,
-    write: Callable[[bytes], None],
-    *,
-    replay: bool = False,
-    once: bool = False,
-) -> Job:
+def follow(remote: Remote, job: str, log: Path, write: Callable[[bytes], None], *, once: bool = False) -> Job:
     """Copy the job's output to its log and to `write` until the job ends; returns the ended job.
 
-    Lost connections are made again. `replay`: `write` first gets what the log has already. `once`: copy what there is
-    now, without waiting for more.
+    `write` first gets what the log has already. Lost connections are made again. `once`: copy what there is now,
+    without waiting for more.
     """
     with _locked(log) as file:
         offset = file.tell() if file else 0
-        if replay and file and offset:
+        if offset:
             write(log.read_bytes())
 
         def copy_output(option: str) -> None:
@@ -171,26 +163,19 @@ def follow(
                 stream.kill()
                 stream.wait()
                 stream.stdout.close()
+            link.check_alive()
 
         while True:
             link = remote.link
             try:
-                if once:
-                    state = find(remote, job)
-                    copy_output("")
-                    link.check_alive()
-                    return state
-                copy_output("-f")
-                link.check_alive()
-                state = find(remote, job)
-                if state.ended:
-                    before = offset
-                    copy_output("")  # what the engine had not written when it closed the stream
-                    link.check_alive()
-                    if offset == before:
-                        return state
-                else:
+                copy_output("" if once else "-f")
+                state, copied = find(remote, job), offset
+                if not once and not state.ended:
                     time.sleep(0.5)  # the stream ended, the job did not: the engine was restarted
+                    continue
+                copy_output("")  # what the engine had not written when it closed the stream
+                if once or offset == copied:
+                    return state
             except ssh.SshConnectionError as error:
                 remote.reconnect(error, link)
 

@@ -3,10 +3,6 @@
 Reference: https://docs-api.lambda.ai/api/cloud. A request that is safe to repeat is repeated with backoff until
 `patience_s` is over. `launch` costs money each time: it is repeated only where it certainly did not happen; where that
 is unknown it raises LaunchUnknownError, and the caller looks for the instance's name.
-
-    client = lambda_api.from_env(folder)
-    for name, offer in client.instance_types().items():
-        print(name, offer.price_cents_per_hour, [region.name for region in offer.regions])
 """
 
 import hashlib

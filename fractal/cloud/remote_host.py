@@ -1,9 +1,5 @@
 """The instance as a remote host: one ssh connection, made again when it is lost; its Docker engine; rsync; a shell.
 
-    with Remote(folder / "ssh/config", refresh, log) as remote:
-        remote.run("nvidia-smi")
-        with remote.engine() as client: ...     # the Docker SDK with the instance's engine
-
 Knows nothing of the cloud's API: `refresh` updates the alias to the instance's present address, or raises.
 """
 
@@ -32,7 +28,7 @@ Log = Callable[[str], None]
 ROOT = "fractal"  # Fractal's folder in the home of the instance's user
 SCRIPTS = Path(__file__).parent / "scripts"
 PATIENCE_S = 600.0  # without a connection, before a command gives up; the job goes on
-BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # the last one is repeated
+BACKOFF_MAX_S = 15.0
 ENGINE = "/var/run/docker.sock"
 ENGINE_TIMEOUT_S = 120
 QUERY_DRIVER = "nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2> /dev/null"
@@ -103,9 +99,8 @@ class Remote:
             return self._connect(lost)
 
     def _connect(self, lost: ssh.SshConnectionError | None) -> ssh.SshConnection:
-        began = time.time()  # wall clock: a laptop may have slept
-        deadline = began + self.patience_s
-        for attempt in range(10_000):
+        began, pause_s = time.time(), 0.5  # wall clock: a laptop may have slept
+        while True:
             if lost is not None:  # at first the alias refers to where the instance was seen a moment ago
                 self._refresh()
             try:
@@ -113,14 +108,13 @@ class Remote:
                 self._link.send_lines()
                 break
             except ssh.SshConnectionError as error:
-                lost = error
-                pause_s = BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]
-                if time.time() + pause_s > deadline:
+                if time.time() + pause_s > began + self.patience_s:
                     raise
-                if attempt == 0:
+                if pause_s == 0.5:
                     self._log(f"{error} Trying for {self.patience_s / 60:.0f} minutes.")
+                lost = error
                 time.sleep(pause_s)
-        assert self._link is not None
+                pause_s = min(BACKOFF_MAX_S, 2 * pause_s)
         if lost is not None:
             self._log(f"{self.host} is connected again after {time.time() - began:.0f} s")
         return self._link

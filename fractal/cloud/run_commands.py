@@ -1,4 +1,4 @@
-"""The tasks about runs on the instance: up, run, logs, stop, fetch.
+"""The tasks about images and runs: up, build, push, run, logs, stop, fetch.
 
 The job is detached: the process that follows it may be killed, lose the connection, or run in another terminal.
 """
@@ -9,17 +9,19 @@ import sys
 import time
 from pathlib import Path
 
+import docker.errors
+
 from fractal import console
-from fractal.cloud import image_commands, instance, instance_commands, jobs, transfer
-from fractal.cloud.job_start import start_job
+from fractal.cloud import instance, instance_commands, jobs, ssh_config, transfer
+from fractal.cloud.job_start import driver_environment, start_job
 from fractal.cloud.ledger import Entry, Process
 from fractal.cloud.options import Options, RunRequest, run_request
 from fractal.cloud.remote_host import Remote
 from fractal.cloud.session import Session, log
-from fractal.cloud.ssh_config import ALIAS
 from fractal.errors import InputError, OutsideError
 from fractal.images import build as images
-from fractal.images import recipes
+from fractal.images import docker_client, recipes
+from fractal.images import push as image_push
 
 FETCH_RETRIES_S = (20.0, 60.0, 180.0)  # before an instance is terminated although its results are not all here
 
@@ -30,9 +32,30 @@ def up(session: Session, options: Options) -> int:
     keys = f"{request.image},sandbox"
     options = {**options, "terminate": True}
     instance_commands.launch(session, options, wait=False)
-    image_commands.build(session, keys, images.Options(), as_json=False, dry=False)
-    image_commands.push(session, keys, options["to"], ALIAS, as_json=False, dry=False)
+    build(session, keys, images.Options(), as_json=False, dry=False)
+    push(session, keys, options["to"], ssh_config.ALIAS, as_json=False, dry=False)
     return run(session, options)
+
+
+def build(session: Session, image: str, build_options: images.Options, *, as_json: bool, dry: bool) -> None:
+    """Build images; before a push, what it sends by default."""
+    pushed = session.options_of("push") if session.has_later("build", "push") else None
+    keys = image or (pushed["image"] if pushed else "sandbox")
+    with contextlib.nullcontext() if dry else session.timed("build"):
+        images.build_all(keys, build_options, as_json=as_json, dry=dry)
+
+
+def push(session: Session, image: str, registry: str, host: str, *, as_json: bool, dry: bool) -> None:
+    """Push to the registry, or to the host; the host `lambda` is the rented instance, if there is one."""
+    config = None
+    if not registry and host == ssh_config.ALIAS and session.ledger.open_entries() and not dry:
+        with session.remote() as (remote, _):
+            for recipe in recipes.choose(image):
+                if recipe.accelerator == "cuda":
+                    driver_environment(remote, _base_label(session.image_name(recipe.key)))
+        config = ssh_config.config_file(session.ledger.folder)
+    with contextlib.nullcontext() if dry else session.timed("push"):
+        session.pushed.update(image_push.push_all(image, registry, host, as_json=as_json, dry=dry, ssh_config=config))
 
 
 def run(session: Session, options: Options) -> int:
@@ -175,7 +198,7 @@ def logs(session: Session, run: str, job: str, follow: bool) -> int:
         log_file = jobs.log_file(folder, last.id)
         try:
             with transfer.periodic_fetch(remote, folder) if follow else contextlib.nullcontext():
-                state = jobs.follow(remote, last.id, log_file, _to_screen, replay=True, once=not follow)
+                state = jobs.follow(remote, last.id, log_file, _to_screen, once=not follow)
         except BaseException:
             _stop_following(session, remote, entry, folder)
             raise
@@ -216,3 +239,14 @@ def _stage_seconds(folder: Path) -> list[tuple[str, float]]:
         return [(name, float(stage["seconds"])) for name, stage in stages.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _base_label(name: str) -> str:
+    """The label of an image that the local engine has; "" where it has none."""
+    client = docker_client.connect()
+    try:
+        return str(client.images.get(name).labels.get(images.BASE_LABEL, ""))
+    except docker.errors.ImageNotFound:
+        return ""
+    finally:
+        client.close()

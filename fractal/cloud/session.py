@@ -1,9 +1,6 @@
 """A session: what the tasks of one command line share, from the check of all options to the end of the instance.
 
 All other state is in the ledger, on the instance and in the run's folder: any command may continue one that was killed.
-
-    session = Session(pipeline)
-    session.run_tasks([("launch", options), ("run", options)], execute)
 """
 
 import contextlib
