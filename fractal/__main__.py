@@ -601,6 +601,30 @@ def serve(
     console.say(f"serve: {name} runs; its socket: {where}. End it: fractal serve --stop --name {name}")
 
 
+@command(
+    epilog="Examples: fractal audit -- python {file}; fractal audit --json out.json -- ./grade.sh {program} {tests}. "
+    "Exit code 1 if a wrong program was accepted."
+)
+def audit(
+    command: Annotated[list[str], typer.Argument(help="The grader: exits with 0 for a program that passes.")],
+    json: Annotated[Path | None, Option("--json", help="Write the outcome of each program to this file.")] = None,
+    timeout: Annotated[float, Option(help="Seconds for each program.", min=0.1)] = 20.0,
+    jobs: Annotated[int | None, Option(help="Programs at once. Default: one for each processor.", min=1)] = None,
+    family: Annotated[str | None, Option(help="Only this family: basic, leave, lie, patch, read or write.")] = None,
+    no_container: Annotated[bool, Option("--no-container", help="Run although this is no container.")] = False,
+) -> None:
+    """Run our attack programs against another grader, and report which wrong programs it accepts.
+
+    They are hostile and run with your rights: use a container without network. COMMAND names its input: {program} and
+    {tests}, or {file}, which holds both.
+    """
+    from fractal.audit import command as audit_command
+
+    code = audit_command.run(command, json=json, timeout_s=timeout, jobs=jobs, family=family, anywhere=no_container)
+    if code:
+        raise typer.Exit(code)
+
+
 @command()
 def doctor() -> None:
     """Say what this machine can do, each line with its remedy. Exit code 3 if the main job cannot run here."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fractal.audit import audit
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
@@ -18,10 +19,10 @@ from tests.programs import DATA, Program, read_programs
 
 pytestmark = pytest.mark.sandbox
 FOLDER = DATA / "attacks"
-FAMILIES = ("basic", "leave", "lie", "patch", "read", "forge", "harm")
+FAMILIES = (*audit.FAMILIES, "forge", "harm")
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0)
 LONGEST_S = LIMITS.wall_s + 2.0  # a judge is replaced 0.8 s after the wall limit; the rest is for a busy machine
-SUITES = read_programs(FOLDER / "suites.txt")
+SUITES = read_programs(audit.ATTACKS / "suites.txt")
 TASKS = {name: number for number, name in enumerate(SUITES)}
 PROBLEMS = {
     TASKS[name]: Problem(TASKS[name], name, suite.code, list(suite.tests), suite.setup, "f", "test")
@@ -36,7 +37,8 @@ RAW_PRELUDE = (FOLDER / "prelude.txt").read_text()
 
 
 def family(name: str) -> dict[str, Program]:
-    return read_programs(FOLDER / f"{name}.txt")
+    """Those that forge a verdict stand in the package: `fractal audit` runs them against other graders."""
+    return read_programs((audit.ATTACKS if name in audit.FAMILIES else FOLDER) / f"{name}.txt")
 
 
 def sample(program: Program) -> Sample:

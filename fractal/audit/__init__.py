@@ -1,0 +1,1 @@
+"""Our attack programs against another grader: `fractal audit`."""
