@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fractal.generate import names
 from fractal.generate.answer import INVISIBLE, answer
 from fractal.generate.fences import LINE_WITH_FENCE, Block, fenced_blocks, indented_blocks
-from fractal.generate.self_tests import comment_start, root_name, without_self_tests
+from fractal.generate.self_tests import comment_start, first_line, root_name, without_self_tests
 from fractal.problems.syntax import syntax_tree
 
 # Lines before which a program with a syntax error further down may be cut: self-tests, their comments, definitions,
@@ -55,9 +55,10 @@ def extract_code(text: str, entry_point: str, prefix: str = "") -> str:
         >>> extract_code("So:\\n```python\\ndef f(a):\\n    return a\\n```\\nTry `f(1)`.", "f")
         'def f(a):\\n    return a\\n'
     """
-    text = answer(text, definition_pattern(entry_point).search)
+    defines = definition_pattern(entry_point).search
+    text = answer(text, defines)
     program, others = _find_program(text, entry_point)
-    if prefix and program.definition != WHOLE:
+    if prefix and not defines(text):
         program = _continued(prefix, [program.code, text], entry_point) or program
     if program.tree and (others or prefix):
         program = _with_what_it_needs(program, [_read(prefix, ""), *others] if prefix else others)
@@ -223,14 +224,26 @@ def _first_program(text: str, entry_point: str) -> Iterator[Program]:
         for start in islice(FIRST_LINE.finditer(version), MAX_TRIES):
             program, rest = _longest_program(version[start.start() :])
             found = _parsed(program, entry_point) if program else None
-            if found and rest.lstrip("\n").startswith((" ", "\t")):  # it breaks within a definition
-                found = found._replace(definition=MISSING)
+            if found and rest.lstrip("\n").startswith((" ", "\t")):
+                found = _without_what_is_cut(found, entry_point)
             if found and found.definition == WHOLE:
                 yield found
                 return
             other = other or found
     if other:
         yield other
+
+
+def _without_what_is_cut(program: Program, entry_point: str) -> Program:
+    """A program that breaks within its last statement, without that if the definition is in what stands before it."""
+    assert program.tree
+    if len(program.tree.body) > 1:
+        lines = program.code.split("\n")
+        end = comment_start(lines, first_line(program.tree.body[-1]) - 1)
+        head = _parsed("\n".join(lines[:end]) + "\n", entry_point)
+        if head and head.definition == WHOLE:
+            return head
+    return program._replace(definition=MISSING)
 
 
 def _longest_program(text: str) -> tuple[str, str]:

@@ -24,8 +24,8 @@ def without_self_tests(code: str, entry_point: str, tree: ast.Module | None = No
     A statement stays if it gives or changes what the entry point needs (`fill(TABLE)`, `f = cache(f)`), sets how a
     module works (`sys.setrecursionlimit(5000)`), or does nothing that could fail the program or wait for input
     (`n = 5`). Before the entry point only what calls the program's own functions or waits for input is a test.
-    Definitions stay, but for unittest's classes. Comment lines right above what goes, go. Without the entry point:
-    what stands behind the first definition. A program that does not parse stays as it is.
+    Definitions stay, but for those that use a test framework. Comment lines right above what goes, go. Where the entry
+    point is missing, the first definition takes its place. A program that does not parse stays as it is.
 
         >>> without_self_tests("def f(a):\\n    return a\\n\\n# Try it\\nassert f(1) == 2\\n", "f")
         'def f(a):\\n    return a\\n\\n'
@@ -40,7 +40,7 @@ def without_self_tests(code: str, entry_point: str, tree: ast.Module | None = No
     drop = _SelfTests(tree, entry_point).statements()
     lines = code.split("\n")
     for node in reversed(_on_lines_of_their_own(drop, tree)):
-        del lines[comment_start(lines, _first_line(node) - 1) : node.end_lineno]
+        del lines[comment_start(lines, first_line(node) - 1) : node.end_lineno]
     rest = "\n".join(lines)
     return rest if (";" not in code and "\\\n" not in code) or is_python(rest) else code
 
@@ -65,12 +65,12 @@ def _is_plain(node: ast.stmt) -> bool:
         return not node.decorator_list and not node.bases
     if isinstance(node, ast.Assign):
         return not any(isinstance(n, ast.Call | ast.Attribute) for n in ast.walk(node.value))
-    if isinstance(node, ast.Import):
-        return not any(alias.name in TEST_MODULES for alias in node.names)
-    return isinstance(node, ast.ImportFrom) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return not _packages(node) & TEST_MODULES
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _first_line(node: ast.stmt) -> int:
+def first_line(node: ast.stmt) -> int:
     decorators = node.decorator_list if isinstance(node, names.DEFINITIONS) else []
     return min([node.lineno, *(decorator.lineno for decorator in decorators)])
 
@@ -78,8 +78,8 @@ def _first_line(node: ast.stmt) -> int:
 def _on_lines_of_their_own(drop: list[ast.stmt], tree: ast.Module) -> list[ast.stmt]:
     """Those that share no line with a statement that stays."""
     dropped = set(map(id, drop))
-    taken = {line for n in tree.body if id(n) not in dropped for line in (_first_line(n), n.end_lineno)}
-    return [n for n in drop if not taken & {_first_line(n), n.end_lineno}]
+    taken = {line for n in tree.body if id(n) not in dropped for line in (first_line(n), n.end_lineno)}
+    return [n for n in drop if not taken & {first_line(n), n.end_lineno}]
 
 
 class _SelfTests:
@@ -126,7 +126,7 @@ class _SelfTests:
         kept = set().union(*(read for i, read in enumerate(self.reads) if i not in drop))
         for i, node in enumerate(self.body):
             unneeded = i not in drop and not self.binds[i] & (kept | {self.entry})
-            if drop and unneeded and _is_import_for_tests(node, after=i > start):
+            if unneeded and _is_import_for_tests(node, after=bool(drop) and i > start):
                 drop[i] = node
         return [drop[i] for i in sorted(drop)]
 
@@ -134,7 +134,7 @@ class _SelfTests:
         if isinstance(node, ast.Import | ast.ImportFrom) or self.entry in self.binds[i]:
             return False
         if isinstance(node, names.DEFINITIONS):
-            return after and self._uses_test_module(node) and node.name not in self.needed
+            return after and bool(self.reads[i] & (TEST_MODULES | {"TestCase"})) and node.name not in self.needed
         if _is_prose(node) and names.read_names(node) & self.unbound:
             return True
         if isinstance(node, ast.If) and "__name__" in names.read_names(node.test):
@@ -146,10 +146,6 @@ class _SelfTests:
                 tries or isinstance(node, ast.Raise) or any(map(_is_check, parts)) or bool(self.reads[i] & self.foreign)
             )
         return tries and not self._gives(i, node, parts)
-
-    def _uses_test_module(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
-        outer = [*node.decorator_list, *(node.bases if isinstance(node, ast.ClassDef) else ())]
-        return any(n.id in TEST_MODULES | {"TestCase"} for o in outer for n in ast.walk(o) if isinstance(n, ast.Name))
 
     def _tries(self, parts: list[ast.AST]) -> bool:
         """Whether a statement calls what the program defines, runs tests, ends the program, or waits for input."""
