@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fractal.images import buildkit, recipes
 from fractal.images.image import Image, ImageError
-from fractal.images.rendering import COMMITTED, Rendering, instructions
+from fractal.images.rendering import COMMITTED, Rendering
 from fractal.sandbox.host import source
 from tests.conftest import ROOT
 
@@ -150,7 +150,7 @@ def test_a_wrong_argument_is_refused_when_it_is_written(image: Image) -> None:
             if not names_call or remedy not in str(error) or "\n" in str(error) or "hunter2" in str(error):
                 wrong.append(f"{name}: {error}")
     assert wrong == []
-    assert len(refused_calls()) == 134
+    assert len(refused_calls()) == 109
 
 
 TOKEN = "hf_" + "x1" * 17
@@ -416,7 +416,8 @@ def reordered(name: str, args: list[Any]) -> list[Any]:
 
 def check_lines(image: Image, text: str, steps: list[Any], last: list[Any]) -> None:
     """Read the Dockerfile back: the instructions are those that were asked for, and the files those it copies."""
-    found = [line for _, line in instructions(text.split("\n"))]
+    lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
+    found = re.sub(r"\\\n\s*", "", "\n".join(lines)).split("\n")
     counts = {
         word: sum(line.split()[0] == word for line in found)
         for word in ("ENV", "USER", "WORKDIR", "ENTRYPOINT", "RUN", "COPY")
@@ -497,7 +498,8 @@ LAST_STAGES = {
     "FROM a:1 AS base": "FROM a:1 AS base",
     "FROM \\\n  a:1\nRUN x": "FROM \\\n  a:1 AS base\nRUN x",
     "FROM a:1\nRUN echo \\\n  FROM b": "FROM a:1 AS base\nRUN echo \\\n  FROM b",
-    "FROM a:1\nRUN <<EOF\nFROM b\nEOF\nUSER x": "FROM a:1 AS base\nRUN <<EOF\nFROM b\nEOF\nUSER x",
+    "FROM a:1\nRUN python3 <<EOF\nfrom os import path\nEOF": "FROM a:1 AS base\nRUN python3 <<EOF\nfrom os import path\nEOF",
+    "FROM --platform=$BUILDPLATFORM a:1 AS x\n\nFROM b:1\nCOPY --from=x /a /b": "FROM --platform=$BUILDPLATFORM a:1 AS x\n\nFROM b:1 AS base\nCOPY --from=x /a /b",
     "# escape=\\\nFROM a:1": "# escape=\\\nFROM a:1 AS base",
 }
 
@@ -514,13 +516,12 @@ def test_the_last_stage_of_a_dockerfile_is_the_base(tmp_path: Path) -> None:
 
 def test_a_dockerfile_that_does_not_go_with_ours(tmp_path: Path) -> None:
     for text in (
-        "# escape=`\nFROM a:1",
         "FROM a:1 AS uv\nFROM b:1",
         "FROM a:1 AS base\nFROM b:1",
         "FROM a:1 AS local1\n",
     ):
         (tmp_path / "Dockerfile").write_text(text)
-        with pytest.raises(ImageError, match=r"from_dockerfile\('Dockerfile'.*(Rename it|Write it with)"):
+        with pytest.raises(ImageError, match=r"from_dockerfile\('Dockerfile'.*Rename it"):
             Image.from_dockerfile("Dockerfile", root=tmp_path)
 
 

@@ -20,8 +20,7 @@ import pytest
 
 from fractal.errors import InputError
 from fractal.images import build, buildkit, image_config, recipes
-from fractal.images.bases import choose_base
-from fractal.images.build import Options
+from fractal.images.build import Options, choose_base
 from fractal.images.build_errors import BuildError
 from fractal.images.buildkit import BuildRequest
 from fractal.images.docker_client import has_image
@@ -168,7 +167,7 @@ def test_a_layer_of_local_files_depends_on_their_contents_alone(
         path.chmod(path.stat().st_mode & 0o700)
         os.utime(path, (1e9, 1e9))
     request = BuildRequest(service(other, base), COMMITTED, base, {}, no_cache=True)
-    command = buildkit.find_command(client)
+    command = buildkit.find_command()
     id_, steps = buildkit.build(command, request, "test", tmp_path / "log")
     try:
         assert steps > 5
@@ -243,7 +242,7 @@ def test_a_pinned_image_is_an_image_like_any_other(
         Image.from_registry(base).workdir("/tmp").workdir("/new/place").run_commands("true", ":", "echo x > /x")
         .env({"A": "1"}).entrypoint(["cat", "/x"])
     )  # fmt: skip
-    command = buildkit.find_command(client)
+    command = buildkit.find_command()
     ids = []
     for labels in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}):
         name = made(image, key=f"test-{secrets.token_hex(4)}").name
@@ -276,7 +275,7 @@ def test_a_pinned_image_is_an_image_like_any_other(
 def test_a_name_that_moves_on_leaves_no_nameless_image(
     client: docker.DockerClient, made: Made, base: str, tmp_path: Path
 ) -> None:
-    command = buildkit.find_command(client)
+    command = buildkit.find_command()
     name = made(Image.from_registry(base)).name
     ids = []
     for word in ("one", "two"):
@@ -433,9 +432,13 @@ FAILURES: dict[str, tuple[Callable[[Image], Image], bool, str]] = {
     "a Debian package": (
         lambda i: i.apt_install("no-such-package-here"),
         True,
-        r"Debian has no package no-such-package-here .* Check its name\.",
+        r"Debian has no such package .*no-such-package-here\)\. Check its name",
     ),
-    "its version": (lambda i: i.apt_install("less=9.9-9"), True, r"Debian has no version 9\.9-9 of less"),
+    "its version": (
+        lambda i: i.apt_install("less=9.9-9"),
+        True,
+        r"Debian has no such package .*Version '9\.9-9' for 'less' was not found",
+    ),
     "a Python package": (
         lambda i: i.apt_install("python3").pip_install("fractal-no-such-package==1.0"),
         True,
@@ -567,7 +570,7 @@ def test_a_full_disk_in_mid_build(small_engine: docker.DockerClient, tmp_path: P
 
 def test_a_plain_docker_build_of_the_committed_dockerfile_gives_the_same_layers(client: docker.DockerClient) -> None:
     """For who has docker and nothing of ours: the Dockerfile says all."""
-    command = buildkit.find_command(client)
+    command = buildkit.find_command()
     ours = build.ensure_sandbox_image(client, quiet)
     base = ours.base.partition(" ")[0]
     tag = f"test-plain:{secrets.token_hex(4)}"

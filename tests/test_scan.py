@@ -7,7 +7,9 @@ import itertools
 import secrets
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import certifi
 import docker
 import pytest
 from hypothesis import given
@@ -116,13 +118,14 @@ def test_what_is_known_is_of_one_kind_and_path() -> None:
     assert not scan.known_reason("token", "usr/bin/su")
 
 
-def test_a_certificate_is_known_as_pem_and_as_der() -> None:
-    data = secrets.token_bytes(900)
-    body = base64.b64encode(data).decode()
-    patterns = scan.certificate_patterns(body)
-    pem = "-----BEGIN CERTIFICATE-----\n" + "\n".join(body[i : i + 64] for i in range(0, len(body), 64))
-    assert kinds(pem.encode(), *patterns) == kinds(b"keystore" + data, *patterns) == {"machine"}
-    assert kinds(base64.b64encode(secrets.token_bytes(900)), *patterns) == set()
+def test_an_own_certificate_is_a_trace_and_a_public_one_is_not(tmp_path: Path) -> None:
+    body = base64.encodebytes(secrets.token_bytes(900)).decode()
+    public = Path(certifi.where()).read_text()
+    (tmp_path / "ca.pem").write_text(f"{public}-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n")
+    patterns = scan.machine_patterns({"FRACTAL_CA": str(tmp_path / "ca.pem")})
+    assert [pattern.what for pattern in patterns if "certificate" in pattern.what] == [patterns[0].what]
+    assert "machine" in kinds(body.encode(), *patterns)
+    assert kinds(public.encode(), *patterns) == set()
 
 
 def test_only_addresses_that_not_everybody_uses_betray_a_machine() -> None:

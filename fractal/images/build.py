@@ -1,8 +1,7 @@
 """Builds images: chooses a base, hands over context and secrets, names the result by its content.
 
-`python -m fractal.images.build [IMAGE]` prints one line. An image whose name the engine has is not built again. The
-base is the recipe's, pulled, where a registry answers; else one made here from Debian's packages; the image's label
-fractal.base tells which. Closed networks: network.py.
+`python -m fractal.images.build [IMAGE]` prints one line. The base is the recipe's, pulled, where a registry answers;
+else one made here from Debian's packages; the image's label fractal.base tells which. Closed networks: network.py.
 """
 
 import argparse
@@ -10,10 +9,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import docker
 import docker.errors
@@ -22,16 +21,17 @@ import platformdirs
 import requests
 
 from fractal.console import note, report_errors
-from fractal.images import buildkit, image_config, network, recipes
-from fractal.images.bases import choose_base, given_base
+from fractal.images import buildkit, debian, image_config, network, recipes
 from fractal.images.build_errors import DISK_FULL, BuildError, is_disk_full
-from fractal.images.docker_client import Say, connect, first_line, remove_unused
+from fractal.images.docker_client import Say, connect, first_line, has_image, pull, remove_unused
 from fractal.images.recipes import Recipe
 from fractal.images.rendering import Rendering
 from fractal.images.wheels import import_wheels
 from fractal.install import apt, docker_engine
 
 BASE_LABEL, PARTS_LABEL = "fractal.base", "fractal.parts"
+BOOTSTRAPPED = "bootstrapped"  # how a base's origin ends that was made here from Debian's packages
+OTHER_BASE = "Load it, or name another one with --base."
 LOCK_TIMEOUT_S = 3600  # for another process that builds the same image
 
 
@@ -101,14 +101,13 @@ def build(
     client: docker.DockerClient, recipe: Recipe, name: str, say: Say, options: Options, log: Path, start: float
 ) -> Built:
     """Build, pin the configuration, and only then give the image its name. `start`: a time of time.monotonic()."""
-    buildkit.check_architecture(client)
-    command = buildkit.find_command(client)
+    command = buildkit.find_command()
     base = choose_base(client, recipe, options.base, say, log)
     settings = network.Network()
-    if not base.bootstrapped or recipe.with_apt:  # the small base has all that the sandbox needs
-        own_sources = base.bootstrapped or (
-            recipe.image.base.startswith("debian:") and "FRACTAL_DEBIAN_MIRROR" in os.environ
-        )
+    bootstrapped = base.origin.endswith(BOOTSTRAPPED)
+    if not bootstrapped or recipe.with_apt:  # the small base has all that the sandbox needs
+        by_mirror = recipe.image.base.startswith("debian:") and "FRACTAL_DEBIAN_MIRROR" in os.environ
+        own_sources = bootstrapped or by_mirror
         settings = network.of_this_machine(sources=own_sources, ca=options.ca, wheels=options.wheels)
     wheels = import_wheels(client, settings.wheels, recipe.image) if settings.wheels else None
     rendering = Rendering(settings=bool(settings.secrets), wheels=wheels)
@@ -139,24 +138,60 @@ def existing(client: docker.DockerClient, recipe: Recipe, name: str, options: Op
     return Built(name, image.id, origin, image.attrs["Size"], False, 0, time.monotonic() - start)
 
 
-@contextmanager
-def build_lock(path: Path, name: str, say: Say) -> Iterator[None]:
+def build_lock(path: Path, name: str, say: Say) -> AbstractContextManager[object]:
     """Of two builds of one image at once, the second waits and takes what the first has made."""
     lock = filelock.FileLock(path)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            say(f"another process builds {name.partition(':')[0]}, waiting for it")
-            lock.acquire(timeout=LOCK_TIMEOUT_S)
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"another process builds {name.partition(':')[0]}, waiting for it")
+    try:
+        return lock.acquire(timeout=LOCK_TIMEOUT_S)
     except filelock.Timeout as error:
         raise BuildError(
             f"Another process has been building {name} for {LOCK_TIMEOUT_S} s. End it, then run again."
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+
+
+class Base(NamedTuple):
+    name: str  # "" for an image that brings its own
+    origin: str  # as in the image's label fractal.base
+
+
+def given_base(recipe: Recipe, option: str | None) -> str | None:
+    """The base that --base or the environment names."""
+    if not recipe.image.base:
+        return None
+    variable = "FRACTAL_CUDA_BASE_IMAGE" if recipe.image.base.startswith("nvidia/") else "FRACTAL_BASE_IMAGE"
+    return option or os.environ.get(variable)
+
+
+def choose_base(client: docker.DockerClient, recipe: Recipe, option: str | None, say: Say, log: Path) -> Base:
+    """The base to build on, pulled or made if need be; reports which and why. Raises BuildError, BootstrapError."""
+    public = recipe.image.base
+    if not public:
+        return Base("", "of its own")
+
+    def chosen(name: str, how: str, why: str) -> Base:
+        say(f"{recipe.key}: building on {name}, {why}")
+        return Base(name, f"{name} {how}")
+
+    if given := given_base(recipe, option):
+        if not has_image(client, given) and (failure := pull(client, given)):
+            raise BuildError(f"The base {given} cannot be pulled: {failure}. {OTHER_BASE}")
+        return chosen(given, "given", "as asked for")
+    if has_image(client, public):
+        return chosen(public, "pulled", "which the engine has")
+    replaceable = public.partition("@")[0] in recipes.BASE.values()  # by one made here: our own bases alone
+    kind = debian.KINDS["whole" if recipe.with_apt else "small"]
+    if replaceable and has_image(client, kind.name):
+        return chosen(kind.name, BOOTSTRAPPED, "made here earlier from Debian's packages")
+    if not (failure := pull(client, public)):
+        return chosen(public, "pulled", "pulled from a registry")
+    if not replaceable:
+        raise BuildError(f"The base {public} cannot be pulled: {failure}. {OTHER_BASE}")
+    say(f"{recipe.key}: no registry gives us {public} ({failure}): making a base from Debian's packages, half a minute")
+    return Base(debian.bootstrap(client, kind, log), f"{kind.name} {BOOTSTRAPPED}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,8 +25,8 @@ BASE_PATTERN = (
     r"pull access denied for [^\s,]+|manifest for \S+ not found|failed to resolve source metadata for [^\s:]+:\S+"
     r"|https?://\S+/v2/\S+/manifests/[^\s\"]+|\S+: not found: manifest unknown"
 )
-# Pattern -> message. {0} is the match, {1} its first group that took part, {2} the second; {step} the step that failed,
-# {last} its last line. The first pattern that is found decides.
+# Pattern -> message. {0} is the match, {1} its first group that took part; {step} the step that failed, {last} its last
+# line. The first pattern that is found decides.
 MESSAGES = (
     (DISK_FULL_PATTERN, DISK_FULL),
     (r"(?i)certificate verify failed|UnknownIssuer|invalid peer certificate|self.signed certificate",
@@ -35,18 +35,15 @@ MESSAGES = (
      "a Dockerfile."),
     (NETWORK_PATTERN, "the network is not to be reached from inside the build ({0}; {last}). Behind a proxy set "
      "http_proxy and https_proxy; with mirrors FRACTAL_DEBIAN_MIRROR and pip's index-url."),
-    (r"E: Version '(\S+)' for '(\S+)' was not found",
-     "Debian has no version {1} of {2} in the base's release. Leave the version out."),
-    (r"E: Unable to locate package (\S+)|E: Package '(\S+)' has no installation candidate",
-     "Debian has no package {1} in the base's release. Check its name."),
+    (r"E: Unable to locate package \S+|E: (?:Package|Version) '.* (?:has no installation candidate|was not found)",
+     "Debian has no such package in the base's release ({0}). Check its name, or leave the version out."),
     (r"Hash mismatch for `([^`]+)`|DO NOT MATCH THE HASHES[\s\S]*?\n\s*(\S+==\S+)",
      "{1}: the file that was downloaded is not the one that was locked. If that is right: invoke lock."),
-    (r"no version of (\S+?==\S+?)[, ]|not found in the package registry and you require (\S+?),",
+    (r"no version of (\S+?==\S+?)[, ]|not found in the package registry and you require (\S+?),"
+     r"|Could not find a version that satisfies the requirement (\S+)",
      "No index has the Python package {1} for this Python and processor. Check name, version and index."),
     (r"No solution found when resolving[^\n]*\n(?:\s*\n)*\s*\S+ (Because .*(?:\n {4,}\S.*)*)",
      "the Python packages do not fit together. {1} Change a version."),
-    (r"Could not find a version that satisfies the requirement (\S+)",
-     "No index has the Python package {1}. Check name, version and index."),
     (r'"/([^"]*)" not found', "{step}: the build context has no {1}. It is not there, or one of what never gets into "
      "an image: secrets, caches, weights, what .dockerignore names."),
 )  # fmt: skip

@@ -14,33 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import docker
-
 from fractal import console
 from fractal.images.build_errors import BuildError, error_message, without_passwords
 from fractal.images.image import Image
 from fractal.images.rendering import Rendering
-from fractal.install import docker_engine
 
 CANCEL_TIMEOUT_S = 3  # a tenth of it as a rule
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-ARCHITECTURES = ("amd64", "x86_64", "arm64", "aarch64")
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # prctl.h
 DOCKERFILE = "Dockerfile.rendered"
 
 
-def check_architecture(client: docker.DockerClient) -> None:
-    """Raise BuildError for a processor that our packages are not made for."""
-    architecture = str(client.version().get("Arch", "unknown"))
-    if architecture not in ARCHITECTURES:
-        raise BuildError(
-            f"The Docker engine at {docker_engine.address()} runs on {architecture}; vLLM and torch are made for amd64 "
-            "and arm64. Build on such a machine: DOCKER_HOST=ssh://USER@HOST invoke build."
-        )
-
-
-def find_command(client: docker.DockerClient) -> str:
+def find_command() -> str:
     """A docker command that can use BuildKit: clients since 23 need the plugin buildx, older ones have it built in.
 
     Raises BuildError with the remedy if there is none.
@@ -49,9 +35,6 @@ def find_command(client: docker.DockerClient) -> str:
     commands = dict.fromkeys(filter(None, (shutil.which("docker", path=folder) for folder in folders)))
     if not commands:
         raise BuildError("There is no docker command. Install docker-ce-cli with docker-buildx-plugin, or docker.io.")
-    version = str(client.version().get("ApiVersion", "0.0"))
-    if tuple(map(int, version.split("."))) < (1, 39):
-        raise BuildError(f"The engine (API {version}) is too old for BuildKit. Install Docker 18.09 or newer.")
     for command in commands:
         if _has_buildx(command) or _major_version(command) < 23:
             return command

@@ -70,10 +70,8 @@ class LocalPath:
         return dict(sorted(files.items()))
 
 
-def resolve(call: str, root: Path, path: object) -> Path:
+def resolve(call: str, root: Path, path: str | Path) -> Path:
     """A local file or folder, links resolved. Raises ImageError unless it exists."""
-    if not isinstance(path, str | Path) or not str(path).strip():
-        raise ImageError(f"{call}: {path!r} is no path. Write one, relative to {root}.")
     try:
         resolved = (root / Path(path).expanduser()).resolve()
         exists = resolved.exists()
@@ -100,11 +98,9 @@ def read_text(call: str, file: Path) -> str:
         raise ImageError(f"{call}: cannot be read as text: {error}. Name a text file.") from error
 
 
-def ignore_patterns(call: str, ignore: object) -> tuple[str, ...]:
+def ignore_patterns(call: str, ignore: Iterable[str]) -> tuple[str, ...]:
     """The argument `ignore`: gitignore's patterns, or one of them."""
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore) if isinstance(ignore, Iterable) else (ignore,)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ImageError(f'{call}: ignore={ignore!r}: write a list of patterns, such as ["*.csv", "data/"].')
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     try:
         pathspec.GitIgnoreSpec.from_lines(patterns)
     except ValueError as error:

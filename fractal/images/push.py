@@ -1,34 +1,30 @@
 """Pushes a local image to a registry, or over SSH to a host's own Docker engine. Only missing layers travel.
 
-    python -m fractal.images.push NAME (--registry=HOST[:PORT][/PATH] | --host=ALIAS)
-
-Credentials are Docker's (`docker login`), or ssh's. The same command again continues where the last one stopped.
-Exit codes: 0, 2 usage, 3 something outside is missing, 130 interrupted.
+Credentials are Docker's (`docker login`), or ssh's. The same push again continues where the last one stopped.
 """
 
-import argparse
 import json
 import re
-import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import docker
 import docker.errors
 import requests
 import urllib3
+from docker.models.images import Image
 
-from fractal.console import activity, note, report_errors
+from fractal.console import activity, note
 from fractal.errors import InputError
 from fractal.images import recipes, remote_engine, ssh
 from fractal.images.build import ensure
-from fractal.images.docker_client import Say, connect, first_line, registry_digest, request_timeout
+from fractal.images.docker_client import Say, connect, first_line, request_timeout
 from fractal.images.progress import PushProgress
 from fractal.images.push_errors import HOST, PushConnectionError, PushError, error_from_engine, without_secrets
 from fractal.images.registry_program import RegistryProgramError
@@ -41,9 +37,6 @@ CONTINUES = "The same command goes on from there."
 REMOTE_REPOSITORY = "fractal"  # one for all images: the engine looks for a layer under 10 MB in this repository only
 PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 REGISTRY = re.compile(rf"{HOST}(?:/{PART})*|{PART}(?:/{PART})*")
-NAME = re.compile(rf"(?:{HOST}/)?(?P<path>{PART}(?:/{PART})*)(?::(?P<tag>\w[\w.-]{{0,127}}))?", re.A)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +44,12 @@ class Pushed:
     """An image that is now at its destination."""
 
     name: str  # at the destination
-    digest: str  # "sha256:..." of the manifest, as read back
+    digest: str  # "sha256:..." of the manifest
     image_id: str
     layers: int  # distinct ones
     layers_sent: int
     bytes_sent: int  # of the layers sent, before compression
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class LocalImage:
-    """An image of this machine's engine."""
-
-    name: str  # repository:tag
-    id: str
-    platform: str  # "linux/amd64"
-    diff_ids: tuple[str, ...]  # of its layers, bottom first
 
 
 @contextmanager
@@ -95,73 +78,61 @@ def to_registry(client: docker.DockerClient, name: str, registry: str, *, say: S
     """Push `name` as REGISTRY/NAME, where the registry is HOST[:PORT][/PATH]. Raises InputError, PushError."""
     start = time.monotonic()
     repository, tag = target(name, registry)
-    image = find_image(client, name)
+    image = client.images.get(name)
     progress = PushProgress()
-    say(f"{image.name} goes to {repository}:{tag}")
+    say(f"{name} goes to {repository}:{tag}")
 
-    @as_push_error()
     def attempt() -> Pushed:
         digest = send(client, repository, tag, progress)
-        read_back(client, repository, tag, digest)
         return result(f"{repository}:{tag}", digest, image, progress, start)
 
-    with temporary_tag(client, image, repository, tag):
+    with temporary_tag(client, image.id, repository, tag):
         return retry(attempt, progress, say)
 
 
 @as_push_error()
-def to_host(
-    client: docker.DockerClient,
-    name: str,
-    host: str,
-    *,
-    say: Say,
-    program: remote_engine.Program = "auto",
-    ssh_config: Path | None = None,
-) -> Pushed:
+def to_host(client: docker.DockerClient, name: str, host: str, *, say: Say, ssh_config: Path | None = None) -> Pushed:
     """Push `name` to the Docker engine of `host`, an OpenSSH destination; it gets the same name there.
 
-    `program` says where the registry's image comes from; `ssh_config` is used instead of ~/.ssh/config.
-    Raises InputError, PushError.
+    `ssh_config` is used instead of ~/.ssh/config. Raises InputError, PushError.
     """
     start = time.monotonic()
-    image = find_image(client, name)
+    image = client.images.get(name)
+    platform = f"{image.attrs['Os']}/{image.attrs['Architecture']}"
     progress = PushProgress()
 
-    @as_push_error()
     def attempt() -> Pushed:
         with remote_engine.connect(host, ssh_config) as connection:
             engine = remote_engine.find_engine(connection)
-            if engine.platform != image.platform:
+            if engine.platform != platform:
                 raise PushError(
-                    f"{image.name} is made for {image.platform}, and {host} is {engine.platform}: nothing was sent. "
+                    f"{name} is made for {platform}, and {host} is {engine.platform}: nothing was sent. "
                     f"Build it over there: DOCKER_HOST=ssh://{host} invoke build."
                 )
-            registry_image = remote_engine.ensure_registry_image(connection, engine, program, say)
+            registry_image = remote_engine.ensure_registry_image(connection, engine, say)
             registry = remote_engine.start_registry(connection, engine, registry_image)
-            repository, tag = f"127.0.0.1:{registry.local_port}/{REMOTE_REPOSITORY}", image.id[7:19]
-            say(f"{image.name} goes to {host}")
-            with temporary_tag(client, image, repository, tag, ours=True):
-                digest = send_through_tunnel(client, image, connection, engine, registry, tag, progress)
-                read_back(client, repository, tag, digest)
+            tag = image.id[7:19]
+            say(f"{name} goes to {host}")
+            with temporary_tag(client, image.id, f"127.0.0.1:{registry.local_port}/{REMOTE_REPOSITORY}", tag):
+                digest = send_through_tunnel(client, name, connection, engine, registry, tag, progress)
             say(f"{host} takes it from its own loopback")
             reference = f"127.0.0.1:{registry.remote_port}/{REMOTE_REPOSITORY}@{digest}"
-            remote_engine.pull_by_digest(connection, engine, reference, image.name)
-            return result(image.name, digest, image, progress, start)
+            remote_engine.pull_by_digest(connection, engine, reference, name)
+            return result(name, digest, image, progress, start)
 
     return retry(attempt, progress, say)
 
 
-def result(name: str, digest: str, image: LocalImage, progress: PushProgress, start: float) -> Pushed:
+def result(name: str, digest: str, image: Image, progress: PushProgress, start: float) -> Pushed:
     """What a finished push did; `start` is a time of time.monotonic()."""
-    layers = len(set(image.diff_ids))
+    layers = len(set(image.attrs["RootFS"].get("Layers") or ()))
     sent = min(layers, len(progress.sent))
     return Pushed(name, digest, image.id, layers, sent, progress.bytes_sent, time.monotonic() - start)
 
 
 def send_through_tunnel(
     client: docker.DockerClient,
-    image: LocalImage,
+    name: str,
     connection: ssh.SshConnection,
     engine: remote_engine.Engine,
     registry: remote_engine.Registry,
@@ -187,83 +158,51 @@ def send_through_tunnel(
             raise PushError(
                 f"The Docker engine does not reach port {registry.local_port} of this machine: it has another "
                 "loopback, as Docker Desktop, colima and a remote DOCKER_HOST have. Push to a registry (--registry), "
-                f"or send the whole image: docker save {image.name} | ssh {connection.host} {engine.command} load"
+                f"or send the whole image: docker save {name} | ssh {connection.host} {engine.command} load"
             ) from error
         remote_engine.check_disk(connection, engine, registry.container)
         raise
 
 
 def target(name: str, registry: str) -> tuple[str, str]:
-    """Repository and tag at the registry: a registry in the local name is left out. Raises InputError."""
+    """Repository and tag at the registry of an image that is called repository:tag here. Raises InputError."""
     if not REGISTRY.fullmatch(registry):
         raise InputError(f"{registry!r} is no registry. Give HOST[:PORT][/PATH] in small letters, without https://.")
-    path, tag = parse_name(name)
-    return f"{registry}/{path}", tag
-
-
-def parse_name(name: str) -> tuple[str, str]:
-    """Path and tag of a local image's name. Raises InputError."""
-    match = NAME.fullmatch(name)
-    if not match:
-        raise InputError(f"{name!r} is no image's name. Give repository:tag, as `docker images` shows it.")
-    return match["path"], match["tag"] or "latest"
-
-
-def find_image(client: docker.DockerClient, name: str) -> LocalImage:
-    """The local image. Raises InputError; PushError if there is none."""
-    _, tag = parse_name(name)
-    full_name = name if name.endswith(f":{tag}") else f"{name}:{tag}"
-    try:
-        attrs = client.images.get(full_name).attrs
-    except docker.errors.ImageNotFound as error:
-        raise PushError(
-            f"There is no image {full_name} here. Run: invoke build; `docker images` lists what there is."
-        ) from error
-    platform = f"{attrs['Os']}/{attrs['Architecture']}"
-    return LocalImage(full_name, attrs["Id"], platform, tuple(attrs.get("RootFS", {}).get("Layers") or ()))
+    repository, _, tag = name.partition(":")
+    return f"{registry}/{repository}", tag
 
 
 @contextmanager
-def temporary_tag(
-    client: docker.DockerClient, image: LocalImage, repository: str, tag: str, ours: bool = False
-) -> Iterator[None]:
-    """Tag the image meanwhile. What had that tag before gets it back, unless the repository is `ours` alone."""
+def temporary_tag(client: docker.DockerClient, image_id: str, repository: str, tag: str) -> Iterator[None]:
+    """Tag an image meanwhile; what the tag and the push add to its names is removed again."""
 
-    def digests() -> set[str]:  # references that a push adds
-        references = client.images.get(image.id).attrs["RepoDigests"] or ()
-        return {reference for reference in references if reference.startswith(f"{repository}@")}
+    def names() -> set[str]:
+        attrs = client.images.get(image_id).attrs
+        return {*(attrs["RepoTags"] or ()), *(attrs["RepoDigests"] or ())}
 
-    reference, before = f"{repository}:{tag}", None
-    with suppress(docker.errors.ImageNotFound):
-        before = None if ours else client.images.get(reference).id
-    known = digests()
+    before = names()
     try:
-        client.api.tag(image.id, repository, tag)
+        client.api.tag(image_id, repository, tag)
         yield
     finally:
         with suppress(docker.errors.DockerException, requests.RequestException):  # of a dead engine: reported elsewhere
-            for digest in digests() - known:
-                client.api.remove_image(digest, noprune=True)
-            if before is None:
-                client.api.remove_image(reference, noprune=True)
-            elif before != image.id:
-                client.api.tag(before, repository, tag)
+            for name in names() - before:
+                if re.match(rf"{re.escape(repository)}[:@]", name):
+                    client.api.remove_image(name, noprune=True)
 
 
-def retry(attempt: Callable[[], T], progress: PushProgress, say: Say) -> T:
+def retry(attempt: Callable[[], Pushed], progress: PushProgress, say: Say) -> Pushed:
     """Repeat a push whose connection broke, a bounded number of times; one that never began is not repeated."""
     for pause_s in PAUSES_S:
         try:
-            return attempt()
+            with as_push_error():
+                return attempt()
         except PushConnectionError as error:
             if not progress.began:
                 raise
             say(f"{error} Trying again in {pause_s:.0f} s.")
             time.sleep(pause_s)
-    try:
-        return attempt()
-    except PushConnectionError as error:
-        raise PushConnectionError(f"{error} {CONTINUES}") from error
+    return attempt()
 
 
 def send(
@@ -316,91 +255,31 @@ def reported_digest(event: dict[str, Any]) -> str | None:
     return match[1] if match else None
 
 
-def read_back(client: docker.DockerClient, repository: str, tag: str, digest: str) -> None:
-    """Check through the engine, with the credentials of the push, that the registry has what was pushed."""
-    try:
-        stored = registry_digest(client, f"{repository}:{tag}")
-    except docker.errors.APIError as error:
-        raise error_from_engine(first_line(error), repository) from error
-    if stored != digest:
-        raise PushError(
-            f"{repository}:{tag} was pushed as {digest}, and the registry shows {stored}: something else pushes "
-            "the same name. Push again when it is done."
-        )
-
-
 def push_all(
     keys: str, registry: str, host: str, *, as_json: bool = False, dry: bool = False, ssh_config: Path | None = None
 ) -> dict[str, str]:
     """Push our own images, built where they are missing: to the registry, or, without one, to the host.
 
-    Returns the names of what was pushed, by the recipes' keys.
+    Prints a line for each; returns their names, by the recipes' keys.
     """
+    say = partial(note, what="push")
+    names = {}
     chosen = recipes.choose(keys)
     if dry:
         for recipe in chosen:
             print(f"push: would send {recipe.name} to {registry or host}, as far as it is not there")
         return {}
-    names = {}
     with closing(connect()) as client:
         for recipe in chosen:
-            names[recipe.key] = ensure(client, recipe, note).name
-            push(client, names[recipe.key], registry, host, as_json=as_json, ssh_config=ssh_config)
+            names[recipe.key] = name = ensure(client, recipe, note).name
+            if registry:
+                pushed = to_registry(client, name, registry, say=say)
+            else:
+                pushed = to_host(client, name, host, say=say, ssh_config=ssh_config)
+            if as_json:
+                print(json.dumps(asdict(pushed)), flush=True)
+                continue
+            where = "there" if registry else f"on {host}"
+            layers = f"{pushed.layers_sent} of {pushed.layers} layers sent, {pushed.bytes_sent / 1e6:.1f} MB"
+            print(f"push: {pushed.name} is {where}, {pushed.digest}, {layers}, {pushed.seconds:.1f} s", flush=True)
     return names
-
-
-def push(
-    client: docker.DockerClient,
-    name: str,
-    registry: str | None,
-    host: str | None,
-    *,
-    program: remote_engine.Program = "auto",
-    ssh_config: Path | None = None,
-    as_json: bool = False,
-) -> None:
-    """Push to the registry, or without one to the host, and print a line. Raises InputError, OutsideError."""
-
-    def say(text: str) -> None:
-        note(text, "push")
-
-    if registry:
-        pushed, where = to_registry(client, name, registry, say=say), "there"
-    elif host:
-        pushed = to_host(client, name, host, say=say, program=program, ssh_config=ssh_config)
-        where = f"on {host}"
-    else:
-        raise InputError("There is no place to push to. Give a registry or a host.")
-    if as_json:
-        print(json.dumps(asdict(pushed)), flush=True)
-        return
-    layers = f"{pushed.layers_sent} of {pushed.layers} layers sent, {pushed.bytes_sent / 1e6:.1f} MB"
-    print(f"push: {pushed.name} is {where}, {pushed.digest}, {layers}, {pushed.seconds:.1f} s", flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fractal.images.push", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("name", help="repository:tag of an image here")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--registry", metavar="HOST[:PORT][/PATH]", help="push there; log in with docker login")
-    where.add_argument("--host", metavar="ALIAS", help="push to this machine's engine, over ssh; or USER@HOST")
-    parser.add_argument(
-        "--program",
-        choices=get_args(remote_engine.Program),
-        default="auto",
-        help="where the remote registry comes from",
-    )
-    parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="instead of ~/.ssh/config")
-    given = parser.parse_args(argv)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup's
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # not at once: what was begun is undone
-
-    def work() -> None:
-        with closing(connect()) as client:
-            push(client, given.name, given.registry, given.host, program=given.program, ssh_config=given.ssh_config)
-
-    return report_errors(work, "push")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -31,14 +31,11 @@ ERRORS: tuple[tuple[str, type[PushError], str], ...] = (
      "/etc/docker/certs.d/{host}/ca.crt."),
     ("no space left on device", PushError,
      "A disk is full, here or at {registry}: {reason}. Make room and push again."),
-    ("no such host|name resolution|server misbehaving", PushConnectionError,
-     "The engine knows no machine of the name in {registry}: {reason}. Check the name and the network."),
-    ("connection refused", PushConnectionError,
-     "Nothing listens at {registry}: {reason}. Start the registry, or check host and port."),
-    ("timeout|timed out|deadline exceeded|no route to host|network is unreachable", PushConnectionError,
-     "{registry} does not answer: {reason}. Check the network and the registry."),
-    ("eof|reset by peer|broken pipe|http status: 5|closed network connection|closed idle connection|blob upload",
-     PushConnectionError, "{registry} broke off: {reason}. Look at its log."),
+    ("no such host|name resolution|server misbehaving|connection refused|timeout|timed out|deadline exceeded"
+     "|no route to host|network is unreachable|eof|reset by peer|broken pipe|http status: 5|closed network connection"
+     "|closed idle connection|blob upload", PushConnectionError,
+     "{registry} does not answer, or broke off: {reason}. Check its name and port, the network and the registry's log; "
+     "the same command goes on from there."),
     ("", PushError, "Pushing to {repository} failed: {reason}. Mend that and push again."),
 )  # fmt: skip
 

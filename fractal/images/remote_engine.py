@@ -7,13 +7,11 @@ however that ends. The shell programs that run on the remote host are in scripts
 
 import contextlib
 import secrets
-import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import requests
 
@@ -28,11 +26,6 @@ SEND_TIMEOUT_S = 600.0  # 8 MB
 PULL_TIMEOUT_S = 3600.0  # from the remote loopback: tens of GB
 PORTS = range(20_000, 30_000)  # below Linux's ephemeral ports
 DISK_FULL = "no space left on device"
-Program = Literal[
-    "auto",  # what the engine has, else pulled, else debian
-    "pull",  # registry:2
-    "debian",  # made from Debian's package docker-registry
-]
 
 
 class RemoteEngineError(OutsideError):
@@ -100,27 +93,18 @@ def last_line(text: str) -> str:
     return lines[-1][-200:].rstrip(". ") if lines else ""
 
 
-def ensure_registry_image(
-    connection: ssh.SshConnection, engine: Engine, choice: Program, say: Callable[[str], None]
-) -> str:
+def ensure_registry_image(connection: ssh.SshConnection, engine: Engine, say: Callable[[str], None]) -> str:
     """The name of a registry's image on the host; pulled or sent if need be. Raises RemoteEngineError, SshError."""
     architecture = engine.platform.split("/")[1]
     own = registry_program.image_name(architecture)
-    accepted = {"auto": (PUBLIC_IMAGE, own), "pull": (PUBLIC_IMAGE,), "debian": (own,)}[choice]
-    if present := connection.run(script("first_image.sh"), engine.command, *accepted).stdout.strip():
+    if present := connection.run(script("first_image.sh"), engine.command, PUBLIC_IMAGE, own).stdout.strip():
         return present
-    failure = "not tried"
-    if choice != "debian":
-        say(f"{connection.host} pulls a registry's image, {PUBLIC_IMAGE}")
-        done = connection.run(
-            'timeout "$3" $1 pull -q "$2"', engine.command, PUBLIC_IMAGE, str(PULL_REGISTRY_TIMEOUT_S)
-        )
-        if done.returncode == 0:
-            return PUBLIC_IMAGE
-        failure = last_line(done.stderr) or f"no end after {PULL_REGISTRY_TIMEOUT_S} s"
+    say(f"{connection.host} pulls a registry's image, {PUBLIC_IMAGE}")
+    done = connection.run('timeout "$3" $1 pull -q "$2"', engine.command, PUBLIC_IMAGE, str(PULL_REGISTRY_TIMEOUT_S))
+    if done.returncode == 0:
+        return PUBLIC_IMAGE
+    failure = last_line(done.stderr) or f"no end after {PULL_REGISTRY_TIMEOUT_S} s"
     try:
-        if choice == "pull":
-            raise registry_program.RegistryProgramError("no other was asked for")
         archive = registry_program.archive(architecture)
     except registry_program.RegistryProgramError as error:
         raise RemoteEngineError(
@@ -163,7 +147,7 @@ def start_registry(connection: ssh.SshConnection, engine: Engine, image: str) ->
     if kind != "port":
         raise command_failed(connection, "does not start a registry", value)
     remote_port = int(value)
-    candidates = (port for port in local_ports(connection.host) if is_free(port))
+    candidates = local_ports(connection.host)
     local_port = next((port for port in candidates if connection.forward_port(port, remote_port)), None)
     if local_port is None:
         raise RemoteEngineError(
@@ -190,17 +174,6 @@ def local_ports(host: str) -> Iterator[int]:
     """
     first = zlib.crc32(host.encode())
     return (PORTS[(first + 977 * step) % len(PORTS)] for step in range(20))
-
-
-def is_free(port: int) -> bool:
-    """Whether nothing listens at this port of the loopback."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def answers(port: int) -> bool:

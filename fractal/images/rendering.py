@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import PurePosixPath
@@ -205,36 +205,22 @@ def copy_arguments(source: str, target: str) -> str:
 # --- a Dockerfile of the user's own -----------------------------------------------------------------------------------
 
 
-def instructions(lines: list[str]) -> Iterator[tuple[int, str]]:
-    """The instructions of a Dockerfile: the number of the last line, and the whole without line breaks."""
-    text = ""
-    numbered = iter(enumerate(lines))
-    for number, line in numbered:
-        if line.lstrip().startswith("#") or not line.strip():
-            continue
-        text += line.strip().removesuffix("\\") + " "
-        if line.rstrip().endswith("\\"):
-            continue
-        yield number, text.strip()
-        for word in re.findall(r"\s\d*<<-?[\"']?(\w+)", text) if re.match("RUN|COPY|ADD", text, re.I) else ():
-            next((other for _, other in numbered if other.strip("\t") == word), None)  # skip the here-document
-        text = ""
+SPACE = r"(?:[ \t]|\\\n)+"  # a line may be continued
+FROM = re.compile(rf"^FROM{SPACE}(?:--\S+{SPACE})?[^\s\\]+(?:{SPACE}AS{SPACE}(?P<name>\S+))?[ \t]*$", re.I | re.M)
 
 
 def with_base_stage(call: str, text: str) -> tuple[str, ...]:
     """The lines of a Dockerfile, with `base` as the name of its last stage."""
-    lines = text.rstrip().split("\n")
-    if any(re.match(r"#\s*escape\s*=\s*[^\\\s]", line, re.I) for line in takewhile(DIRECTIVE.match, lines)):
-        raise ImageError(f"{call}: sets another escape character. Write it with \\\\.")
-    stages = [(number, line) for number, line in instructions(lines) if re.match(r"FROM\s", line, re.I)]
+    stages = list(FROM.finditer(text := text.rstrip()))
     if not stages:
         raise ImageError(f"{call}: has no FROM line. Write FROM and a base first.")
-    names = [match[1] if (match := re.search(r"\sAS\s+(\S+)$", line, re.I)) else "" for _, line in stages]
-    if taken := [name for name in names if OUR_STAGES.fullmatch(name)] + [n for n in names[:-1] if n.lower() == "base"]:
+    *earlier, last = [(stage["name"] or "").lower() for stage in stages]
+    taken = [name for name in (*earlier, last) if OUR_STAGES.fullmatch(name)]
+    if taken := [*taken, *(name for name in earlier if name == "base")]:
         raise ImageError(f"{call}: its stage {taken[0]!r} has a name that ours has. Rename it.")
-    if names[-1].lower() == "base":
-        return tuple(lines)
-    if names[-1]:
-        return (*lines, f"FROM {names[-1]} AS base")
-    at = stages[-1][0]
-    return (*lines[:at], f"{lines[at].rstrip()} AS base", *lines[at + 1 :])
+    if not last:
+        end = stages[-1].end()
+        text = f"{text[:end].rstrip()} AS base{text[end:]}"
+    elif last != "base":
+        text += f"\nFROM {stages[-1]['name']} AS base"
+    return tuple(text.split("\n"))

@@ -3,20 +3,17 @@
 import gzip
 import hashlib
 import io
-import itertools
-import shutil
-import socket
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import IO, Any, cast
 
 import docker
+import docker.errors
 
 from fractal import console
 from fractal.errors import OutsideError
+from fractal.images.docker_client import first_line
 
-SPARE_BYTES = 2_000_000_000  # others use the engine's disk too
 PIECE = 1 << 20  # bytes read at once
 TAR_BUFFER = 1 << 17  # tarfile copies its buffer at each header: larger is slower
 
@@ -95,20 +92,15 @@ def read_layers(pieces: Iterable[bytes], advance: Callable[[int], None] = lambda
 
 
 def saved_layers(client: docker.DockerClient, name: str) -> Iterator[Layer]:
-    """The layers of an image that the engine has, with a progress bar. Raises ScanError if its disk is too full."""
+    """The layers of an image that the engine has, with a progress bar. Raises ScanError."""
     size = client.images.get(name).attrs["Size"]
-    info = client.info()
-    disk = Path(info.get("DockerRootDir") or "/nowhere")
-    is_local = info.get("Name") == socket.gethostname() and disk.is_dir()
-    if is_local and (free := shutil.disk_usage(disk).free) < size + SPARE_BYTES:
+    try:
+        pieces = client.api.get_image(name)
+    except docker.errors.APIError as error:
         raise ScanError(
-            f"The engine copies an image before it hands it out: {name} needs {(size + SPARE_BYTES) / 1e9:.1f} GB on "
-            f"its disk, {free / 1e9:.1f} are free. `docker system df` shows what takes it."
-        )
-    pieces = iter(client.api.get_image(name))
-    with console.activity(name) as show:
-        show("the engine packs it")
-        first = next(pieces, b"")
+            f"The engine does not hand out {name}: {first_line(error)}. It needs {size / 1e9:.1f} GB on its disk for "
+            "that: `docker system df` shows what takes it."
+        ) from error
     with console.bar(f"reading {name}, MB", size // 1_000_000) as bar:
         done = 0
 
@@ -117,4 +109,4 @@ def saved_layers(client: docker.DockerClient, name: str) -> Iterator[Layer]:
             bar.advance((done + count) // 1_000_000 - done // 1_000_000)
             done += count
 
-        yield from read_layers(itertools.chain([first], pieces), advance)
+        yield from read_layers(pieces, advance)

@@ -6,7 +6,6 @@ A layer is read as the engine saves it, one piece at a time: what a later layer 
 harmless is listed with its reason, not left out. A secret that was found is told by its place, never by its text.
 """
 
-import base64
 import fnmatch
 import hashlib
 import json
@@ -172,17 +171,17 @@ def machine_patterns(environ: Mapping[str, str] = os.environ) -> list[Pattern]:
     public = [Path(certifi.where()), *Path("/usr/share/ca-certificates").rglob("*.crt")]
     own = [Path(environ[name]) for name in ("FRACTAL_CA", "SSL_CERT_FILE") if environ.get(name)]
     patterns = []
-    for certificate in sorted(set().union(*map(_certificates, own)) - set().union(*map(_certificates, public))):
-        patterns += certificate_patterns(certificate)
+    for lines in sorted(set().union(*map(_certificates, own)) - set().union(*map(_certificates, public))):
+        name = f"a certificate of the build machine ({hashlib.sha256(''.join(lines).encode()).hexdigest()[:8]})"
+        patterns.append(Pattern("machine", name, lines[len(lines) // 2].encode()))
     settings = network.of_this_machine(sources=True)
     text = b"\n".join(content for name, content in settings.secrets.items() if name != "ca").decode()
     for host in sorted(private_hosts(text)):
         patterns.append(Pattern("machine", "an address of an index, mirror or proxy", host.encode()))
-    patterns.append(Pattern("machine", "the path of the checkout", f"{ROOT}/".encode()))
-    if settings.wheels is not None:
-        patterns.append(
-            Pattern("machine", "the path of the folder of wheels", f"{settings.wheels.resolve()}/".encode())
-        )
+    folders = {"checkout": ROOT, "folder of wheels": settings.wheels}
+    for what, folder in folders.items():
+        if folder is not None:
+            patterns.append(Pattern("machine", f"the path of the {what}", f"{folder.resolve()}/".encode()))
     return patterns
 
 
@@ -196,23 +195,14 @@ def private_hosts(text: str) -> set[str]:
     return hosts - {"", *PUBLIC_HOSTS}
 
 
-def certificate_patterns(body: str) -> list[Pattern]:
-    """A certificate (base64 without its line ends) as PEM and as DER: pieces of its middle."""
-    data = base64.b64decode(body)
-    name = f"a certificate of the build machine ({hashlib.sha256(data).hexdigest()[:8]})"
-    line = len(body) // 64 // 2 * 64  # PEM has 64 characters a line
-    middle = len(data) // 2
-    return [Pattern("machine", name, body[line : line + 64].encode()),
-            Pattern("machine", name, data[middle : middle + 48])]  # fmt: skip
-
-
-def _certificates(bundle: Path) -> set[str]:
+def _certificates(bundle: Path) -> set[tuple[str, ...]]:
+    """The lines of base64 of each certificate."""
     try:
         text = bundle.read_text(errors="replace")
     except OSError:
         return set()
     bodies = re.findall(r"-----BEGIN CERTIFICATE-----(.*?)-----END", text, re.DOTALL)
-    return {"".join(body.split()) for body in bodies}
+    return {tuple(body.split()) for body in bodies}
 
 
 # --- the command
