@@ -30,7 +30,7 @@ class Keyed(Protocol):
     """A record of one sample."""
 
     @property
-    def task_id(self) -> int: ...
+    def task_id(self) -> str: ...
     @property
     def sample_id(self) -> int: ...
 
@@ -102,7 +102,10 @@ def read_lines(path: Path) -> list[Line]:
 def decode(line: Line, kind: type[T]) -> T:
     """One record from its line. Raises RecordError with the field and what was expected."""
     try:
-        return cast(T, parse(line.data, kind))
+        try:
+            return cast(T, parse(line.data, kind))
+        except msgspec.ValidationError:
+            return cast(T, _parse_integer_id(line.data, kind))
     except MALFORMED as error:
         # msgspec: "Expected `int`, got `str` - at `$.task_id`", or where the JSON itself is malformed
         raise line.error(f"not a {kind.__name__}: {error}") from error
@@ -154,6 +157,14 @@ def parse(data: bytes, kind: Any) -> Any:
     return msgspec.convert(value, kind)
 
 
+def _parse_integer_id(data: bytes, kind: Any) -> Any:
+    """A record whose task_id is an integer, as files had it once and as MBPP has it: its digits are the name."""
+    value = parse(data, Any)
+    if isinstance(value, dict) and type(value.get("task_id")) is int:
+        return msgspec.convert(value | {"task_id": str(value["task_id"])}, kind)
+    return parse(data, kind)
+
+
 @lru_cache(maxsize=64)
 def _decoder(kind: Any) -> "msgspec.json.Decoder[Any]":
     return msgspec.json.Decoder(kind)
@@ -181,9 +192,9 @@ def encode_all(records: Iterable[object]) -> bytes:
         return b"".join(map(encode, records))
 
 
-def unique(records: Iterable[K], path: Path) -> dict[tuple[int, int], K]:
+def unique(records: Iterable[K], path: Path) -> dict[tuple[str, int], K]:
     """Records by (task_id, sample_id). Raises RecordError on a duplicate."""
-    by_key: dict[tuple[int, int], K] = {}
+    by_key: dict[tuple[str, int], K] = {}
     for record in records:
         key = (record.task_id, record.sample_id)
         if key in by_key:
@@ -198,16 +209,16 @@ class KeySet:
     A million samples that are numbered from 0 within each problem take no more memory than the problems.
 
     >>> keys = KeySet()
-    >>> keys.add(11, 0), keys.add(11, 0), (11, 0) in keys
+    >>> keys.add("11", 0), keys.add("11", 0), ("11", 0) in keys
     (True, False, True)
     """
 
     def __init__(self) -> None:
-        self._count: dict[int, int] = {}  # sample_id 0..count-1 are in
-        self._others: dict[int, set[int]] = {}
+        self._count: dict[str, int] = {}  # sample_id 0..count-1 are in
+        self._others: dict[str, set[int]] = {}
         self._size = 0
 
-    def add(self, task_id: int, sample_id: int) -> bool:
+    def add(self, task_id: str, sample_id: int) -> bool:
         """Whether the key is new."""
         count = self._count.get(task_id, 0)
         others = self._others.get(task_id)
@@ -226,7 +237,7 @@ class KeySet:
         self._size += 1
         return True
 
-    def __contains__(self, key: tuple[int, int]) -> bool:
+    def __contains__(self, key: tuple[str, int]) -> bool:
         task_id, sample_id = key
         return 0 <= sample_id < self._count.get(task_id, 0) or sample_id in self._others.get(task_id, ())
 

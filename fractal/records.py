@@ -4,7 +4,8 @@ One frozen dataclass each, one JSON object a line in a run folder's files (jsonl
 """
 
 import hashlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Split = Literal["train", "validation", "test", "prompt"]
@@ -23,26 +24,46 @@ Status = Literal[
 TestStatus = Literal["passed", "failed", "error", "missing", "timeout", "memory", "crashed", "forbidden", "not_run"]
 SPLITS: tuple[str, ...] = get_args(Split)
 STATUSES: tuple[str, ...] = get_args(Status)
+TestKind = Literal[
+    "asserts",  # Python statements that the judge runs: asserts, a check script, a unittest class
+    "calls",  # arguments of the entry point, and the value expected
+    "stdin",  # what a script reads from standard input, and what it is to print
+]
+Compare = Literal[
+    "equal",  # ==, and with `atol` floats as EvalPlus compares them
+    "set",  # both results as sets
+    "truth",  # whether the result is a value at all, or, where it is a bool, which
+    "root",  # the result is a root of the polynomial that was the argument
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One programming problem with the tests that decide."""
 
-    task_id: int  # unique in its problem set; MBPP: 1..974
+    task_id: str  # unique in its problem set: "11", "Mbpp/2"; a file may have it as an integer
     prompt: str  # what the program has to do, in words
-    reference: str  # a program that passes
-    tests: list[str]  # Python statements; the first one is shown in the prompt
+    reference: str  # a program that passes; "" where the set has none
+    # The first one is shown in the prompt. asserts: Python statements. calls: each call's arguments, as a list in the
+    # tagged JSON of sandbox/inside/protocol.py, where {"t": [1, 2]} is a tuple. stdin: the input texts.
+    tests: list[str]
     setup: str  # runs after the program and before the tests, in one namespace with both; often empty
-    entry_point: str  # the name the tests call
+    entry_point: str  # what the tests call: a name, or "Solution().name"; "" for stdin
     split: Split
+    kind: TestKind = "asserts"
+    expected: list[str] = field(default_factory=list)  # one for each test: tagged JSON, or text; empty: as reference
+    base_tests: int | None = None  # the first so many are the base tests, the others plus tests; None: no such groups
+    compare: Compare = "equal"  # of a call's result with the expected value
+    atol: float = 0.0  # of floats in a call's result
+    test_limit_s: float | None = None  # CPU seconds for each test, where the problem has them
+    prefix: str = ""  # code that a `completion` continues: HumanEval's prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One completion that a model drew for a Problem."""
 
-    task_id: int
+    task_id: str
     sample_id: int  # 0..n-1 within the problem
     completion: str  # the assistant's whole reply, with the fence that it was given and that ended it
     code: str  # the program found in it
@@ -66,7 +87,7 @@ class Sample:
 class Label:
     """The hard verifier's verdict on one Sample, run against its Problem's tests."""
 
-    task_id: int
+    task_id: str
     sample_id: int
     status: Status
     passed: bool  # status == "passed"
@@ -81,7 +102,7 @@ class Label:
 class Score:
     """The critic's score of one Sample."""
 
-    task_id: int
+    task_id: str
     sample_id: int
     score: float  # logit of "passes"
     probability: float  # calibrated, 0..1
@@ -93,7 +114,7 @@ class Score:
 class Output:
     """What one Sample's program returns on the inputs of the test that its prompt shows; no expected value is used."""
 
-    task_id: int
+    task_id: str
     sample_id: int
     output: str | None  # equal texts are equal outputs; None if there is none: it raised, timed out, does not compile
 
@@ -102,10 +123,19 @@ class Output:
 class Choice:
     """What one selection strategy picked for one Problem."""
 
-    task_id: int
+    task_id: str
     strategy: str
     sample_id: int | None  # None where the strategy is an expectation over all samples
     passed: float  # 1 or 0; a share between them for an expectation
+
+
+def task_order(task_id: str) -> tuple[str | int, ...]:
+    """The key of the natural order of problems: numbers in their names count as numbers.
+
+    >>> sorted(["Mbpp/10", "Mbpp/2", "11", "2"], key=task_order)
+    ['2', '11', 'Mbpp/2', 'Mbpp/10']
+    """
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", task_id))
 
 
 def code_sha256(code: str) -> str:

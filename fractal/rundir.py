@@ -144,7 +144,7 @@ class RunDir:
         """Where the model of that name is; the name itself if that was not recorded."""
         return str(self.manifest.get("model_paths", {}).get(name, name))
 
-    def problems(self) -> dict[int, Problem]:
+    def problems(self) -> dict[str, Problem]:
         """The run's own problems by task_id. Raises InputError if generation has not been set up yet."""
         problems = read_jsonl(self.file("problems.jsonl"), Problem)
         if not problems:

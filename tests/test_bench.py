@@ -120,7 +120,7 @@ def test_repeated_samples_are_told_apart() -> None:
     ],
 )
 def test_literal_tests(test: str, literal: object) -> None:
-    assert sampling.literal_tests(Problem(1, "", "", [test], "", "f", "test")) == literal
+    assert sampling.literal_tests(Problem("1", "", "", [test], "", "f", "test")) == literal
 
 
 def test_a_script_needs_its_end_to_pass() -> None:

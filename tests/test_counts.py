@@ -77,6 +77,6 @@ def test_the_first_twenty_losses_are_told_one_by_one() -> None:
 def test_a_file_is_counted_and_a_torn_line_is_not(tmp_path: Path) -> None:
     path = tmp_path / "l"
     assert verify_counts.count(path).total == 0
-    write_jsonl(path, [Label(1, i, "passed", True, [], 0.0, 0.0, "", "") for i in range(3)])
+    write_jsonl(path, [Label("1", i, "passed", True, [], 0.0, 0.0, "", "") for i in range(3)])
     path.write_bytes(path.read_bytes()[:-2])
     assert verify_counts.count(path).statuses == {"passed": 2}

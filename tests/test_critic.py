@@ -102,7 +102,9 @@ def test_the_combination_leaves_out_samples_without_a_log_probability() -> None:
 
 
 def test_the_problem_comes_before_the_program_and_hidden_tests_are_not_shown() -> None:
-    problem = Problem(7, "Add two numbers.", "", ["assert add(1, 2) == 3", "assert add(5, 5) == 10"], "", "add", "test")
+    problem = Problem(
+        "7", "Add two numbers.", "", ["assert add(1, 2) == 3", "assert add(5, 5) == 10"], "", "add", "test"
+    )
     text = question(problem, "def add(a, b):\n    return a + b")
     assert text.index("Add two numbers.") < text.index("assert add(1, 2) == 3") < text.index("return a + b")
     assert "add(5, 5)" not in text

@@ -182,7 +182,7 @@ def engine(server: FakeServer, *, tokenizer: str | None = "t", concurrency: int 
 
 
 def requests(count: int) -> list[Request]:
-    return [Request(11, i, [1], sample_seed(0, 11, i), "the prompt") for i in range(count)]
+    return [Request("11", i, [1], sample_seed(0, 11, i), "the prompt") for i in range(count)]
 
 
 def drawn(one: OpenAiEngine, count: int) -> dict[int, Completion]:

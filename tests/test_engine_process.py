@@ -136,7 +136,7 @@ def test_a_lost_engine_gives_its_requests_to_the_others(small_model: Path, capfd
     """Each sample comes once, whoever dies when; the last engine's end is told; nobody is left."""
     pytest.importorskip("vllm")
     pool = engines(small_model, 2)
-    requests = [Request(1, i, [1, 2, 3], i) for i in range(400)]
+    requests = [Request("1", i, [1, 2, 3], i) for i in range(400)]
     while not all(process.batch for process in pool._processes):  # the second one loads while the first draws
         assert len(list(pool.generate(requests[:1]))) == 1
     came: list[int] = []
@@ -168,7 +168,7 @@ def test_a_lost_engine_gives_its_requests_to_the_others(small_model: Path, capfd
 def test_stopped_it_hands_out_what_is_finished_and_closes(small_model: Path) -> None:
     pytest.importorskip("vllm")
     pool = engines(small_model, 1)
-    requests = [Request(1, i, [1, 2, 3], i) for i in range(10_000)]
+    requests = [Request("1", i, [1, 2, 3], i) for i in range(10_000)]
     came: list[int] = []
     stopped = lambda: len(came) > 20  # noqa: E731
     for done in pool.generate(requests, stopped):
@@ -192,7 +192,7 @@ from pathlib import Path
 from fractal.generate.engine import Request
 from tests.test_engine_process import children, engines
 pool = engines(Path(sys.argv[1]), 1)
-for done in pool.generate([Request(1, i, [1, 2, 3], i) for i in range(10_000)]):
+for done in pool.generate([Request("1", i, [1, 2, 3], i) for i in range(10_000)]):
     print(*[p.pid for p in children()], flush=True)
 """
 

@@ -14,7 +14,7 @@ from fractal.sandbox.host.container import Sandbox
 from tests.engines import Engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.long]
-PROBLEMS = {1: Problem(1, "", "def f(x):\n    return x\n", ["assert f(1) == 1"], "", "f", "test")}
+PROBLEMS = {1: Problem("1", "", "def f(x):\n    return x\n", ["assert f(1) == 1"], "", "f", "test")}
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def own_engine(image: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
 
 def sleepy(count: int) -> list[Sample]:
     text = "import time\ndef f(x):\n    time.sleep(0.05)\n    return x + {}\n"
-    return [Sample(1, i, "", text.format(0 if i % 2 else i), "stop", 0, None, None, "t") for i in range(count)]
+    return [Sample("1", i, "", text.format(0 if i % 2 else i), "stop", 0, None, None, "t") for i in range(count)]
 
 
 def test_a_restarted_engine_costs_no_label(own_engine: Engine, image: str) -> None:

@@ -13,13 +13,13 @@ from fractal.verify import outputs as verify_outputs
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0)
 
 
-def problem(test, task_id=1, setup="", entry_point="f"):
+def problem(test, task_id="1", setup="", entry_point="f"):
     return Problem(
         task_id, "p", f"def {entry_point}(*a): return 1", [test, "assert f(9) == 9"], setup, entry_point, "test"
     )
 
 
-def program(body, sample_id=0, task_id=1):
+def program(body, sample_id=0, task_id="1"):
     return Sample(task_id, sample_id, "", body, "stop", 1, None, None, "m")
 
 
@@ -64,9 +64,9 @@ def test_a_test_without_a_call_that_can_be_taken_out_has_none(test):
 
 def test_a_verdict_that_is_no_report_is_no_output():
     words = f"{verify_outputs.MARK}3 (1,"
-    label = Label(1, 0, "error", False, ["error"], 0, 0, f"test 1: AssertionError: {words}", "")
+    label = Label("1", 0, "error", False, ["error"], 0, 0, f"test 1: AssertionError: {words}", "")
     assert verify_outputs.output_of(label) is None
-    assert verify_outputs.output_of(Label(1, 0, "passed", True, ["passed"], 0, 0, "", "")) is None
+    assert verify_outputs.output_of(Label("1", 0, "passed", True, ["passed"], 0, 0, "", "")) is None
 
 
 # ---- what they return ------------------------------------------------------------------------------------------------
@@ -146,9 +146,9 @@ def test_names_of_program_and_test_do_not_meet_the_probe_s(sandbox):
 
 @pytest.mark.sandbox
 def test_the_stage_fills_what_is_missing_and_skips_the_silent(tmp_path, place):
-    problems = [problem("assert f(2) == 4"), problem("assert all(f(i) for i in [1])", task_id=2)]
+    problems = [problem("assert f(2) == 4"), problem("assert all(f(i) for i in [1])", task_id="2")]
     bodies = ["def f(x): return x * 2", "def f(x): return x + 2", "def f(x): return 5", "def f(x): 1 / 0", "def f("]
-    samples = [program(body, i) for i, body in enumerate(bodies)] + [program(bodies[0], 0, task_id=2)]
+    samples = [program(body, i) for i, body in enumerate(bodies)] + [program(bodies[0], 0, task_id="2")]
     firsts = ["passed", "passed", "failed", "error", "not_run", "passed"]
     labels = [
         Label(s.task_id, s.sample_id, "failed", False, [first, "not_run"], 0, 0, "", "")
@@ -163,7 +163,7 @@ def test_the_stage_fills_what_is_missing_and_skips_the_silent(tmp_path, place):
         path = folder.file("outputs.jsonl")
         assert len(read_jsonl(path, Output)) == 2
         with path.open("ab") as file:
-            file.write(encode(Output(1, 2, "torn"))[:-4])
+            file.write(encode(Output("1", 2, "torn"))[:-4])
         write_jsonl(folder.file("labels.jsonl"), labels)
         verify_outputs.run(folder, LIMITS, **place)
         found = read_jsonl(path, Output)

@@ -186,7 +186,7 @@ def test_what_an_earlier_call_left_is_made_good(tmp_path: Path) -> None:
     """A torn sample, a sandbox error, samples without labels, and more samples asked for."""
     run(tmp_path / "r", Engine(), n=3)
     labels = read_jsonl(tmp_path / "r/labels.jsonl", Label)
-    bad = Label(11, 0, "sandbox_error", False, [], 0, 0, "lost", labels[0].code_sha256)
+    bad = Label("11", 0, "sandbox_error", False, [], 0, 0, "lost", labels[0].code_sha256)
     (tmp_path / "r/labels.jsonl").write_bytes(b"".join(map(encode, [bad, *labels[1:4]])))
     with (tmp_path / "r/samples.jsonl").open("ab") as file:
         file.write(b'{"task_id": 11, "sam')
@@ -204,7 +204,7 @@ def test_a_growing_file_is_read_whole_line_by_whole_line(tmp_path_factory: pytes
     growing, found, written = GrowingFile(path, skip), [], []
     assert growing.read(0, 9) == []
     for _ in range(data.draw(st.integers(1, 5))):
-        more = [Sample(11, len(written) + i, "c\n", "é\ud800", "stop", 1, None, 1, "m") for i in range(data.draw(st.integers(0, 4)))]  # fmt: skip
+        more = [Sample("11", len(written) + i, "c\n", "é\ud800", "stop", 1, None, 1, "m") for i in range(data.draw(st.integers(0, 4)))]  # fmt: skip
         with Appender(path) as out:
             out.write(more)
         written += more

@@ -34,7 +34,7 @@ def written(tmp_path: Path, *rows: Any) -> Path:
 
 
 def test_both_schemas_of_mbpp_and_our_own(tmp_path: Path) -> None:
-    own = Problem(3, "p", "def g(): return 1\n", ["assert g() == 1"], "", "g", "prompt")
+    own = Problem("3", "p", "def g(): return 1\n", ["assert g() == 1"], "", "g", "prompt")
     found = read_problems(written(tmp_path, FULL, SANITIZED, json.loads(encode(own))))
     full, sanitized, ours = found
     assert full == Problem(
@@ -132,7 +132,7 @@ def test_the_real_files(name: str, splits: dict[str, int]) -> None:
     assert not [p.task_id for p in problems if "\r" in p.reference + p.setup + "".join(p.tests)]
 
 
-OURS = json.loads(encode(Problem(7, "Add.", "def f(a):\n    return a\n", ["assert f(1) == 1"], "", "f", "train")))
+OURS = json.loads(encode(Problem("7", "Add.", "def f(a):\n    return a\n", ["assert f(1) == 1"], "", "f", "train")))
 
 
 def write(path: Path, *values: Any) -> Path:
@@ -219,6 +219,6 @@ def test_splits_and_limits_choose(tmp_path):
     assert ids("test", 2) == [11, 12]
     with pytest.raises(InputError, match="--limit 0"):
         ids(None, 0)
-    write(path, changed(FULL, task_id=601))
+    write(path, changed(FULL, task_id="601"))
     with pytest.raises(InputError, match="no problem is in split test; it has train"):
         ids("test")

@@ -118,7 +118,7 @@ def test_a_prompt_shows_the_first_test_only_and_opens_the_fence() -> None:
         assert options == {"add_generation_prompt": True, "tokenize": False}
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
-    problem = Problem(1, "Double it.", F, ["assert f(1) == 2", "assert f(7) == 14"], "", "f", "test")
+    problem = Problem("1", "Double it.", F, ["assert f(1) == 2", "assert f(7) == 14"], "", "f", "test")
     text = prompts.render(problem, template)
     assert text.startswith("<user>Double it.")
     assert text.endswith("<assistant>```python\n")

@@ -69,7 +69,7 @@ def test_records_come_back_as_they_were(
 def test_awkward_text_comes_back(tmp_path):
     path = tmp_path / "f.jsonl"
     for awkward in ("\ud800", "a\udc80b", "\udc00\ud800", '\ud800"\\', "\\ud800", "\0\x85\u2028\r\n"):
-        choice = Choice(1, awkward, None, 1.0)
+        choice = Choice("1", awkward, None, 1.0)
         write_jsonl(path, [choice])
         assert read_jsonl(path, Choice) == [choice]
         path.write_bytes(b"[" + encode(choice) + b"," + encode(choice) + b"]")
@@ -128,7 +128,7 @@ def test_a_broken_line_is_named_with_its_field(tmp_path):
         if not message.startswith(f"{path}: line 3: not a Score: ") or part not in message or "\n" in message:
             wrong.append((line[:60], message))
     assert wrong == []
-    label = Label(1, 0, "passed", True, [], 0, 0, "", "")
+    label = Label("1", 0, "passed", True, [], 0, 0, "", "")
     path.write_bytes(encode(label).replace(b'"status":"passed"', b'"status":"fine"'))
     with pytest.raises(RecordError, match=r"line 1: .*status"):
         read_jsonl(path, Label)
@@ -276,7 +276,7 @@ def test_a_write_that_fails_leaves_whole_lines_and_is_resumed(tmp_path: Path) ->
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "out = Appender(Path(sys.argv[1]))\n"
-        "try:\n    for i in range(100):\n        out.write([Score(1, 2 * i, 0.5, 0.5), Score(1, 2 * i + 1, 0.5, 0.5)])\n"
+        "try:\n    for i in range(100):\n        out.write([Score("1", 2 * i, 0.5, 0.5), Score("1", 2 * i + 1, 0.5, 0.5)])\n"
         "except OutsideError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
@@ -356,7 +356,7 @@ def test_a_key_set_of_numbers_from_0_keeps_no_numbers(numbers):
 
 def test_many_lines_are_read_in_little_memory(tmp_path):
     """60 MB, gzipped and not, in less than 15 MB more than the interpreter has."""
-    row = encode(Sample(1, 0, "x" * 300, "y" * 300, "stop", 1, None, None, "m"))
+    row = encode(Sample("1", 0, "x" * 300, "y" * 300, "stop", 1, None, None, "m"))
     (tmp_path / "plain").write_bytes(row * 100_000)
     (tmp_path / "packed").write_bytes(gzip.compress(row * 100_000, 1))
     script = IMPORTS + (

@@ -87,7 +87,7 @@ def test_sample_files_are_what_the_tools_evaluate(place: Path, form: str, pairs:
 def pair(sample_id: int, status: Any, detail: str = "") -> tuple[Sample, Label]:
     code = f"x = {sample_id}"
     tests: list[Any] = ["passed", "passed" if status == "passed" else "failed"]
-    return Sample(11, sample_id, "", code, "stop", 0, None, None, "m"), Label(11, sample_id, status, status == "passed", tests, 0, 0, detail, code_sha256(code))  # fmt: skip
+    return Sample("11", sample_id, "", code, "stop", 0, None, None, "m"), Label("11", sample_id, status, status == "passed", tests, 0, 0, detail, code_sha256(code))  # fmt: skip
 
 
 def test_evalplus_results_have_its_fields_and_no_others(place: Path) -> None:
@@ -184,7 +184,7 @@ def test_labels_out_of_order_or_of_other_programs_are_no_results(place: Path) ->
     write_jsonl(place / "l", [two[1], one[1]])
     with pytest.raises(InputError, match="not in their order"):
         convert.export("humaneval", place / "p", place / "s", place / "l", place / "out", "Mbpp/")
-    write_jsonl(place / "s", [two[0], Sample(11, 0, "", "other", "stop", 0, None, None, "m")])
+    write_jsonl(place / "s", [two[0], Sample("11", 0, "", "other", "stop", 0, None, None, "m")])
     with pytest.raises(InputError, match="another program"):
         convert.export("humaneval", place / "p", place / "s", place / "l", place / "out", "Mbpp/")
     assert not (place / "out").exists()

@@ -14,7 +14,7 @@ from fractal.errors import InputError, OutsideError, RecordError
 from fractal.records import Problem
 from fractal.rundir import RunDir
 
-PROBLEM = Problem(1, "Add.", "def f(a, b):\n    return a + b\n", ["assert f(1, 2) == 3"], "", "f", "train")
+PROBLEM = Problem("1", "Add.", "def f(a, b):\n    return a + b\n", ["assert f(1, 2) == 3"], "", "f", "train")
 CONFIG = {"model": "m", "n": 4, "top_p": 1.0, "stop": ("a", "b")}
 
 

@@ -113,9 +113,9 @@ def test_a_slow_reference_raises_the_limit(image: str) -> None:
     busy = "import time\ndef f(x):\n    while time.process_time() < %s:\n        pass\n    return x * 2\n"
     with Sandbox(limits=Limits(cpu_s=0.3, wall_s=5), image=image) as sandbox:
         patient = problem(reference=busy % 0.6)
-        hasty = problem(task_id=2)
+        hasty = problem(task_id="2")
         (first,) = sandbox.verify([sample(busy % 0.8)], {1: patient})
-        (second,) = sandbox.verify([sample(busy % 0.8, task_id=2)], {2: hasty})
+        (second,) = sandbox.verify([sample(busy % 0.8, task_id="2")], {2: hasty})
     assert (first.status, second.status) == ("passed", "timeout")
 
 

@@ -43,7 +43,7 @@ def score(task_id, sample_id, logit, zero_shot=None, combined=None):
     return Score(task_id, sample_id, logit, 1 / (1 + math.exp(-logit)), zero_shot, combined)
 
 
-def picks(choices, task_id=1):
+def picks(choices, task_id="1"):
     return {choice.strategy: (choice.sample_id, choice.passed) for choice in choices if choice.task_id == task_id}
 
 
@@ -113,7 +113,7 @@ def test_each_strategy_picks_what_its_name_says():
         samples,
         [label(1, i, *both) for i, both in enumerate(verdicts)],
         [score(1, i, *three) for i, three in enumerate(logits)],
-        [Output(1, i, text) for i, text in enumerate(["(1,)", None, "(1,)", "(2,)"])],
+        [Output("1", i, text) for i, text in enumerate(["(1,)", None, "(1,)", "(2,)"])],
     )
     assert [choice.strategy for choice in choices] == list(STRATEGIES)
     assert picks(choices) == {
@@ -154,8 +154,10 @@ def test_the_filters_look_at_nothing_but_the_visible_verdict(run):
 
 def test_labels_of_another_tool_know_no_visible_test():
     """Such a label has one verdict for all tests: a filter by it would be the oracle."""
-    passed = Label(1, 0, "passed", True, ["passed", "passed"], 0, 0, "imported from EvalPlus: base pass, plus pass", "")
-    failed = Label(1, 1, "failed", False, ["not_run", "not_run"], 0, 0, "imported from EvalPlus: base fail", "")
+    passed = Label(
+        "1", 0, "passed", True, ["passed", "passed"], 0, 0, "imported from EvalPlus: base pass, plus pass", ""
+    )
+    failed = Label("1", 1, "failed", False, ["not_run", "not_run"], 0, 0, "imported from EvalPlus: base fail", "")
     picked = picks(choose([sample(1, 0), sample(1, 1)], [passed, failed], [score(1, 0, 1.0)]))
     assert picked.keys() == {"critic", "random", "first", "mean_logprob", "sum_logprob", "shortest", "oracle"}
 
@@ -173,7 +175,7 @@ def test_consensus_is_the_most_shared_output():
     samples = [sample(1, i, sum_logprob=-float(10 - i)) for i in range(4)]
     labels = [label(1, i, "failed") for i in range(4)]
     for texts, expected in cases:
-        outputs = [Output(1, i, text) for i, text in enumerate(texts)]
+        outputs = [Output("1", i, text) for i, text in enumerate(texts)]
         assert picks(choose(samples, labels, (), outputs))["consensus"] == (expected, 0.0), texts
 
 
@@ -248,7 +250,7 @@ def test_a_split_without_labels_is_refused_and_new_outputs_make_new_choices(tmp_
             stage.run(folder, "test,validation")
         assert measured(folder) == {2}
         assert "consensus" not in {choice.strategy for choice in recompute(folder)}
-        write_jsonl(folder.file("outputs.jsonl"), [Output(2, 0, "(1,)"), Output(2, 1, None)])
+        write_jsonl(folder.file("outputs.jsonl"), [Output("2", 0, "(1,)"), Output("2", 1, None)])
         stage.run(folder)
         assert picks(read_jsonl(folder.file("selection.jsonl"), Choice), 2)["consensus"] == (0, 0.0)
 
@@ -303,6 +305,6 @@ def test_evaluate_is_paired_over_problems():
     assert (random.strategy, random.problems, random.gain_over_random) == ("random", 20, Interval(0, 0, 0))
     assert better.gain_over_random == Interval(0.25, 0.25, 0.25)
     assert better.pass_rate.low < better.pass_rate.mean == 0.625 < better.pass_rate.high
-    fewer = [Choice(1, "random", None, 0.5), Choice(2, "random", None, 0.1), Choice(2, "critic", 0, 1.0)]
+    fewer = [Choice("1", "random", None, 0.5), Choice("2", "random", None, 0.1), Choice("2", "critic", 0, 1.0)]
     critic = evaluate(by_strategy(fewer))[1]
     assert (critic.problems, critic.gain_over_random.mean) == (1, pytest.approx(0.9))

@@ -166,7 +166,7 @@ def test_an_event_loop_is_free_while_programs_run(sandbox: Sandbox) -> None:
 
     async def main() -> list[str]:
         ticking = asyncio.create_task(tick())
-        work = [Sample(1, i, "", f"import time\ntime.sleep(0.1)\ndef f(x):\n    return x # {i}\n", "stop", 0, None, None, "t") for i in range(8)]  # fmt: skip
+        work = [Sample("1", i, "", f"import time\ntime.sleep(0.1)\ndef f(x):\n    return x # {i}\n", "stop", 0, None, None, "t") for i in range(8)]  # fmt: skip
         both = await asyncio.gather(*(_collect(sandbox, work[half::2]) for half in range(2)))
         ticking.cancel()
         return statuses(both[0] + both[1])
@@ -176,7 +176,7 @@ def test_an_event_loop_is_free_while_programs_run(sandbox: Sandbox) -> None:
 
 
 async def _collect(sandbox: Sandbox, work: list[Sample]) -> list[Label]:
-    return [label async for label in sandbox.verify_async(work, {1: Problem(1, "", "", ["assert f(2) == 2"], "", "f", "test")})]  # fmt: skip
+    return [label async for label in sandbox.verify_async(work, {1: Problem("1", "", "", ["assert f(2) == 2"], "", "f", "test")})]  # fmt: skip
 
 
 def test_leaving_in_the_middle_leaves_nothing_under_way(sandbox: Sandbox) -> None:

@@ -148,7 +148,7 @@ def test_gzipped_samples_of_evalplus(place: Path) -> None:
 
 def test_what_could_not_be_judged_is_listed_and_redone_in_place(place: Path) -> None:
     """Tests that do not compile are nobody's failure but ours; corrected, the same command gives their labels."""
-    broken = Problem(2, "p", PROBLEMS[1].reference, ["assert f(1) =="], "", "f", "test")
+    broken = Problem("2", "p", PROBLEMS[1].reference, ["assert f(1) =="], "", "f", "test")
     write_jsonl(place / "p", [PROBLEMS[0], broken])
     write_jsonl(place / "s", SAMPLES[:60])
     code, out, err = finish(command(place))
@@ -176,7 +176,7 @@ def test_the_label_names_the_program(place: Path) -> None:
     """The sandbox's code_sha256 is records.code_sha256: samples that changed are found out."""
     write_jsonl(place / "s", SAMPLES[:4])
     assert finish(command(place))[0] == 0
-    changed = Sample(1, 0, "", "def f(x): return 3", "stop", 0, None, None, "m")
+    changed = Sample("1", 0, "", "def f(x): return 3", "stop", 0, None, None, "m")
     (place / "s").write_bytes(b"".join(map(encode, [changed, *SAMPLES[1:4]])))
     code, _, err = finish(command(place))
     assert (code, err.count("\n")) == (2, 1), err

@@ -45,7 +45,7 @@ def test_foreign_samples_are_numbered_and_their_program_found(tmp_path: Path, ro
 
 
 def test_our_own_samples_come_back(tmp_path: Path) -> None:
-    own = Sample(11, 4, "c", CODE, "stop", 3, -1.0, 7, "m")
+    own = Sample("11", 4, "c", CODE, "stop", 3, -1.0, 7, "m")
     (tmp_path / "s").write_bytes(encode(own))
     assert read_samples(tmp_path / "s", PROBLEMS) == [own]
 
@@ -83,7 +83,7 @@ def test_evalplus_solutions_are_programs_as_they_stand(tmp_path):
 def test_what_a_foreign_sample_tells_is_kept(tmp_path):
     extra = {"finish_reason": "length", "tokens": 7, "sum_logprob": -2, "model": "m"}
     (found,) = read(tmp_path / "s.jsonl", {"task_id": 11, "sample_id": 4, "completion": CODE, **extra})
-    assert found == Sample(11, 4, CODE, CODE, "length", 7, -2.0, None, "m")
+    assert found == Sample("11", 4, CODE, CODE, "length", 7, -2.0, None, "m")
     odd = {"tokens": "7", "sum_logprob": "low", "finish_reason": None}
     (found,) = read(tmp_path / "s.jsonl", {"task_id": 11, "completion": CODE, **odd})
     assert (found.tokens, found.sum_logprob) == (0, None)
@@ -100,7 +100,7 @@ def test_samples_are_numbered_within_their_problem(tmp_path_factory, ids):
     assert len(found) == len(ids)
 
 
-OURS = json.loads(encode(Sample(11, 0, "c", CODE, "stop", 3, -1.0, 7, "m")))
+OURS = json.loads(encode(Sample("11", 0, "c", CODE, "stop", 3, -1.0, 7, "m")))
 
 
 @pytest.mark.parametrize(

@@ -7,4 +7,4 @@ Array = NDArray[np.float32]
 Half = NDArray[np.float16]
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-Groups = NDArray[np.int64]  # (N,) task ids
+Groups = NDArray[np.int64]  # (N,) numbers of the problems, in their natural order

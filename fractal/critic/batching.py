@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch.nn import functional
 from fractal.critic.arrays import Flags, Groups
 from fractal.critic.prompt import PromptTokenizer
 from fractal.critic.training_settings import TrainingSettings
+from fractal.records import task_order
 
 DEV_SHARE = 0.2  # of the train problems, held out to say when to stop
 
@@ -20,18 +21,18 @@ DEV_SHARE = 0.2  # of the train problems, held out to say when to stop
 class Example:
     """A program with its verdict; the same program drawn again counts in `weight`."""
 
-    task_id: int
+    task_id: str
     token_ids: list[int]
     passed: bool
     weight: int
 
 
-def dev_problems(task_ids: Groups, seed: int = 0, share: float = DEV_SHARE) -> set[int]:
+def dev_problems(task_ids: Iterable[str], seed: int = 0, share: float = DEV_SHARE) -> set[str]:
     """Which train problems are held out: a `share` of them, by a hash of the id, whatever others there are.
 
     Empty for fewer than five problems.
     """
-    tasks = sorted({int(task) for task in task_ids})
+    tasks = sorted(set(task_ids), key=task_order)
     if len(tasks) < 5:
         return set()
     order = sorted(tasks, key=lambda task: hashlib.sha256(f"dev/{seed}/{task}".encode()).digest())
@@ -78,10 +79,10 @@ def pack(groups: list[list[Example]], batch_tokens: int) -> list[list[list[Examp
 
 def steps_of_epoch(examples: list[Example], settings: TrainingSettings, epoch: int) -> list[list[Example]]:
     """The epoch's steps, each with the programs of `settings.problems` problems; epoch and seed decide the order."""
-    by_problem: dict[int, list[Example]] = {}
+    by_problem: dict[str, list[Example]] = {}
     for example in examples:
         by_problem.setdefault(example.task_id, []).append(example)
-    tasks = sorted(by_problem)
+    tasks = sorted(by_problem, key=task_order)
     order = np.random.default_rng([settings.seed, epoch]).permutation(len(tasks))
     return [
         [example for i in order[start : start + settings.problems] for example in by_problem[tasks[i]]]
@@ -119,10 +120,10 @@ def batch_loss(logits: torch.Tensor, entropy: torch.Tensor, pairs: torch.Tensor)
 
 
 def examples_of(
-    tokenizer: PromptTokenizer, rows: list[tuple[int, str, bool]], keep: Callable[[int], bool] = lambda task: True
+    tokenizer: PromptTokenizer, rows: list[tuple[str, str, bool]], keep: Callable[[str], bool] = lambda task: True
 ) -> list[Example]:
     """Training examples from (task_id, question, passed): equal questions once, with their number as weight."""
-    counts: dict[tuple[int, str, bool], int] = {}
+    counts: dict[tuple[str, str, bool], int] = {}
     for row in rows:
         if keep(row[0]):
             counts[row] = counts.get(row, 0) + 1

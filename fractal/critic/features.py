@@ -72,7 +72,7 @@ class Features:
             self._compute(missing)
         return np.stack([self._known[key] for key in keys])
 
-    def _compute(self, texts: dict[str, tuple[int, str]]) -> None:
+    def _compute(self, texts: dict[str, tuple[str, str]]) -> None:
         with console.quiet("loading the critic's model"):
             tokenizer, model = PromptTokenizer(self._model), self._load()
         prompts = [TokenizedPrompt(key, task, tokenizer.token_ids(text)) for key, (task, text) in texts.items()]

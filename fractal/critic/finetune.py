@@ -39,6 +39,7 @@ from fractal.critic.training_settings import TrainingSettings, learning_rate
 from fractal.errors import OutsideError
 from fractal.generate.memory import is_out_of_memory, release
 from fractal.generate.models import ModelFiles, preferred_dtype
+from fractal.records import task_order
 
 CLIP = 1.0  # norm of the gradient
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -304,7 +305,7 @@ def train_epoch(model: TrainableCritic, examples: list[Example], epoch: int, bat
         finite = (losses[first:after].isfinite() & norms[first:after].isfinite()).tolist()
         if not all(finite):
             number = first + finite.index(False)
-            tasks = sorted({e.task_id for e in steps[number]})[:8]
+            tasks = sorted({e.task_id for e in steps[number]}, key=task_order)[:8]
             raise DivergedError(
                 f"the loss is no number any more (epoch {epoch}, step {number + 1} of {len(steps)}; problems "
                 f"{', '.join(map(str, tasks))}). Checkpoints of earlier epochs are kept. Try a lower --learning-rate "
@@ -340,7 +341,7 @@ def accumulate(
 
     The part is a scalar on the device: to read it is to wait for it.
     """
-    by_problem: dict[int, list[Example]] = {}
+    by_problem: dict[str, list[Example]] = {}
     for example in step:
         by_problem.setdefault(example.task_id, []).append(example)
     groups = [group for problem in by_problem.values() for group in micro_batches(problem, batch_tokens)]

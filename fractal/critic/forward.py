@@ -18,6 +18,7 @@ from fractal.errors import OutsideError
 from fractal.generate.memory import is_out_of_memory
 from fractal.generate.models import preferred_dtype
 from fractal.install import gpu
+from fractal.records import task_order
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # padded tokens in one forward pass; out of memory, halved
 HALVINGS = 4
@@ -77,7 +78,7 @@ def _passes(
     model: Any, prompts: list[TokenizedPrompt], layers: list[int], pad: int, batch_tokens: int, across: bool
 ) -> Iterator[tuple[list[TokenizedPrompt], torch.Tensor]]:
     problems: list[Prefixed] = []
-    ordered = sorted(prompts, key=lambda prompt: (prompt.task_id, len(prompt.token_ids)))
+    ordered = sorted(prompts, key=lambda prompt: (task_order(prompt.task_id), len(prompt.token_ids)))
     for _, group in groupby(ordered, key=lambda prompt: prompt.task_id):
         of_problem = list(group)
         problems.append((_common(of_problem) if len(of_problem) > 1 else 0, of_problem))

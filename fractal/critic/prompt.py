@@ -30,7 +30,7 @@ class TokenizedPrompt:
     """One prompt to be read by a model. Prompts of the same `task_id` begin with the same tokens."""
 
     key: str  # unique among those that are read together
-    task_id: int
+    task_id: str
     token_ids: list[int]
 
 

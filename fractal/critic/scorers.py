@@ -23,7 +23,7 @@ from fractal.critic.prompt import PromptTokenizer
 from fractal.critic.vllm_export import export
 from fractal.generate import models
 from fractal.generate.memory import read_shape
-from fractal.records import Problem, Sample, Score
+from fractal.records import Problem, Sample, Score, task_order
 
 Pairs = list[tuple[Problem, Sample]]
 
@@ -91,7 +91,8 @@ class VllmScorer:
         from fractal.critic.vllm_pooling import PoolingEngine
 
         tokenizer = PromptTokenizer(self._files.path)
-        pairs_in_order = sorted(enumerate(pairs), key=lambda numbered: numbered[1][0].task_id)  # prefixes are shared
+        # A problem's samples stand together: the common prefix of their prompts is read once.
+        pairs_in_order = sorted(enumerate(pairs), key=lambda numbered: task_order(numbered[1][0].task_id))
         prompts = [prompt.token_ids for prompt in tokenizer.prompts([pair for _, pair in pairs_in_order])]
         order = [number for number, _ in pairs_in_order]
         heads = np.stack([self._head.weight, zero_shot_head(self._files.path).weight])

@@ -23,7 +23,7 @@ from fractal.critic.training_data import Row, TrainError
 from fractal.critic.training_settings import TrainingSettings
 from fractal.generate.models import ModelFiles
 from fractal.jsonl import write_jsonl, write_whole
-from fractal.records import Problem, Sample
+from fractal.records import Problem, Sample, task_order
 
 
 class Trainer:
@@ -153,8 +153,8 @@ class TuningTrainer(Trainer):
     def run(self) -> None:
         settings = TrainingSettings(**self.config["recipe"])
         passed, groups = _passed_and_groups(self.rows)
-        dev = dev_problems(groups, settings.seed)
-        in_dev = np.isin(groups, list(dev))
+        dev = dev_problems((problem.task_id for problem, _, _ in self.rows), settings.seed)
+        in_dev = np.array([problem.task_id in dev for problem, _, _ in self.rows], dtype=bool)
         if not mixed_problems(passed[in_dev], groups[in_dev]):
             console.warn(
                 "train: too few train problems to hold some out: it does not stop early, and is not calibrated."
@@ -262,9 +262,11 @@ def _pairs(rows: list[Row]) -> list[tuple[Problem, Sample]]:
 
 
 def _passed_and_groups(rows: list[Row]) -> tuple[Flags, Groups]:
-    """(N,) labels and (N,) task ids."""
+    """(N,) labels and (N,) numbers of the problems, in their natural order."""
     passed = np.array([label.passed for _, _, label in rows], dtype=bool)
-    return passed, np.array([problem.task_id for problem, _, _ in rows], dtype=np.int64)
+    tasks = [problem.task_id for problem, _, _ in rows]
+    number = {task: number for number, task in enumerate(sorted(set(tasks), key=task_order))}
+    return passed, np.array([number[task] for task in tasks], dtype=np.int64)
 
 
 def _mean_logprobs(rows: list[Row]) -> Floats:

@@ -1,7 +1,7 @@
 """The labelled samples that training reads, and the error that they can cause."""
 
 from fractal.jsonl import read_jsonl, unique
-from fractal.records import Label, Problem, Sample
+from fractal.records import Label, Problem, Sample, task_order
 from fractal.rundir import RunDir
 
 Row = tuple[Problem, Sample, Label]
@@ -22,6 +22,6 @@ def labelled_rows(folder: RunDir, splits: set[str]) -> list[Row]:
     labels = unique(read_jsonl(folder.file("labels.jsonl"), Label), folder.file("labels.jsonl"))
     return [
         (problems[key[0]], samples[key], label)
-        for key, label in sorted(labels.items())
+        for key, label in sorted(labels.items(), key=lambda item: (task_order(item[0][0]), item[0][1]))
         if key in samples and label.status != "sandbox_error" and problems[key[0]].split in splits
     ]

@@ -26,7 +26,7 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
     known = problem_set.by_id()
     with console.quiet("reading the samples"):
         adopted = [file_sample.extracted() for file_sample in read_samples(samples, known)]
-    counts: dict[int, int] = {}
+    counts: dict[str, int] = {}
     for sample in adopted:
         counts[sample.task_id] = counts.get(sample.task_id, 0) + 1
     chosen = [problem for problem in problem_set.problems if problem.task_id in counts]

@@ -54,7 +54,7 @@ class Server:
 class Request:
     """One completion to draw."""
 
-    task_id: int
+    task_id: str
     sample_id: int
     prompt: list[int]  # token ids; empty where the server has the tokenizer
     seed: int

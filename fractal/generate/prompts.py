@@ -50,7 +50,7 @@ def find_stop(text: str) -> Stop | None:
     return min((Stop(start, start + len(stop)) for stop in STOPS if (start := text.find(stop)) >= 0), default=None)
 
 
-def sample_seed(run_seed: int, task_id: int, sample_id: int) -> int:
+def sample_seed(run_seed: int, task_id: str, sample_id: int) -> int:
     """A 31-bit seed that depends on the run, the problem and the sample only, not on batch, order or resumption."""
     return int.from_bytes(hashlib.sha256(f"{run_seed}/{task_id}/{sample_id}".encode()).digest()[:4], "big") >> 1
 
@@ -80,9 +80,9 @@ def build_requests(
     Problems whose prompt and completion exceed `context` tokens get none; the reason is added to `skipped` by task id.
     With `tokenizer` None (a server has it) a request's text is the question itself.
     """
-    rendered: dict[int, tuple[str, list[int]]] = {}
+    rendered: dict[str, tuple[str, list[int]]] = {}
     for problem, _ in missing:
-        if problem.task_id in rendered or str(problem.task_id) in skipped:
+        if problem.task_id in rendered or problem.task_id in skipped:
             continue
         if tokenizer is None:
             rendered[problem.task_id] = (question(problem), [])
@@ -90,7 +90,7 @@ def build_requests(
         text = render(problem, tokenizer.apply_chat_template)
         token_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if len(token_ids) + sampling.max_tokens > context:
-            skipped[str(problem.task_id)] = f"{len(token_ids)} + {sampling.max_tokens} tokens, context {context}"
+            skipped[problem.task_id] = f"{len(token_ids)} + {sampling.max_tokens} tokens, context {context}"
         else:
             rendered[problem.task_id] = (text, token_ids)
     requests = []

@@ -34,7 +34,7 @@ class FileSample(NamedTuple):
 
 def read_samples(
     path: Path,
-    problems: Mapping[int, Problem],
+    problems: Mapping[str, Problem],
     *,
     own: bool = False,
     watch: Callable[[float], None] | None = None,
@@ -50,11 +50,11 @@ def read_samples(
 
 
 def read_sample_lines(
-    lines: Iterable[Line], problems: Mapping[int, Problem], *, own: bool = False
+    lines: Iterable[Line], problems: Mapping[str, Problem], *, own: bool = False
 ) -> Iterator[tuple[Line, FileSample]]:
     """As `read_samples`, each sample with its line."""
     keys = KeySet()
-    counts: Counter[int] = Counter()  # of foreign samples, by task_id
+    counts: Counter[str] = Counter()  # of foreign samples, by task_id
     decoder = msgspec.json.Decoder(Sample)
     for line in lines:
         try:
@@ -69,7 +69,7 @@ def read_sample_lines(
         yield line, file_sample
 
 
-def _decode_slowly(line: Line, problems: Mapping[int, Problem], counts: Counter[int], own: bool) -> FileSample:
+def _decode_slowly(line: Line, problems: Mapping[str, Problem], counts: Counter[str], own: bool) -> FileSample:
     if not own:
         value = decode_object(line)
         own = {"code", "sample_id", "completion", "task_id"} <= value.keys()
@@ -77,11 +77,14 @@ def _decode_slowly(line: Line, problems: Mapping[int, Problem], counts: Counter[
 
 
 def _decode_foreign(
-    line: Line, value: dict[str, Any], problems: Mapping[int, Problem], counts: Counter[int]
+    line: Line, value: dict[str, Any], problems: Mapping[str, Problem], counts: Counter[str]
 ) -> FileSample:
-    task_id = _task_id(line, value)
-    if task_id not in problems:
-        raise line.error(f"field task_id: problem {value['task_id']!r} is not among the problems")
+    name = value.get("task_id")
+    if type(name) not in (int, str):
+        raise line.error(f"field task_id: expected a number or a name like Mbpp/11, got {name!r}")
+    task_id = known_id(str(name), problems)
+    if task_id is None:
+        raise line.error(f"field task_id: problem {name!r} is not among the problems")
     sample_id = value.get("sample_id", counts[task_id])
     if type(sample_id) is not int or sample_id < 0:
         raise line.error(f"field sample_id: expected an integer from 0, got {sample_id!r}")
@@ -118,21 +121,13 @@ def _int(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _task_id(line: Line, value: dict[str, Any]) -> int:
-    """11, "11" and "Mbpp/11" are the same problem."""
-    task_id = value.get("task_id")
-    if type(task_id) is int:
-        return task_id
-    number = problem_number(task_id) if isinstance(task_id, str) else None
-    if number is None:
-        raise line.error(f"field task_id: expected a number or a name like Mbpp/11, got {task_id!r}")
-    return number
-
-
-def problem_number(name: str) -> int | None:
-    """The number in a problem's name: 11 of "Mbpp/11"; None where there is none."""
-    match = re.fullmatch(r"(?:\w+/)?(\d{1,15})", name)
-    return int(match[1]) if match else None
+def known_id(name: str, problems: Mapping[str, Problem]) -> str | None:
+    """The task_id of the problem that a file names: "11", "011" and "Mbpp/11" are one; None if there is none."""
+    if name in problems:
+        return name
+    match = re.fullmatch(r"(?:\w+/)?([0-9]{1,15})", name)
+    number = str(int(match[1])) if match else ""
+    return number if number in problems else None
 
 
 def sample_rows(samples: Iterable[Sample], field_name: str, prefix: str = PREFIX) -> Iterator[dict[str, Any]]:

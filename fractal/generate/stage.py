@@ -93,7 +93,7 @@ def run(
         (problem, sample_id)
         for problem in problem_set.problems
         for sample_id in range(sampling.n)
-        if (problem.task_id, sample_id) not in done and str(problem.task_id) not in skipped
+        if (problem.task_id, sample_id) not in done and problem.task_id not in skipped
     ]
     if not missing:
         console.say(f"generate: {len(done)} samples are there, nothing to do")
@@ -173,7 +173,7 @@ def connect(model: str, sampling: Sampling, server: Server) -> Engine:
 def draw(
     engine: Engine,
     requests: list[Request],
-    problems: dict[int, Problem],
+    problems: dict[str, Problem],
     path: Path,
     sampling: Sampling,
     model: str,

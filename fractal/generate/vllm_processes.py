@@ -310,7 +310,7 @@ class RequestReader:
             message = _to_engine.decode(data)
             assert isinstance(message, Requests)
             for number, prompt, seed in message.requests:
-                self._requests.put(Request(number, 0, prompt, seed))
+                self._requests.put(Request("", number, prompt, seed))
         self.ended.set()
         self._requests.put(None)
 
@@ -361,7 +361,7 @@ def main() -> None:
         reader = RequestReader(stream)
         for done in engine.generate_from(reader.take, reader.ended.is_set):
             write_frame(
-                out, Completions([(c.request.task_id, c.text, c.stopped, c.tokens, c.sum_logprob) for c in done])
+                out, Completions([(c.request.sample_id, c.text, c.stopped, c.tokens, c.sum_logprob) for c in done])
             )
         engine.close()
     except (BrokenPipeError, msgspec.DecodeError):

@@ -16,7 +16,7 @@ def read_problems(path: Path) -> list[Problem]:
     Raises RecordError with file, line, field and what was expected; also for a duplicate task_id.
     """
     problems: list[Problem] = []
-    seen: dict[int, int] = {}
+    seen: dict[str, int] = {}
     for line in read_lines(path):
         value = decode_object(line)
         if "test_list" in value:
@@ -80,7 +80,7 @@ def problem_from_mbpp(line: Line, value: dict[str, Any]) -> Problem:
     References have CRLF line ends there. `challenge_test_list` is not used: the published results do not use it.
     """
     task_id = value.get("task_id")
-    if isinstance(task_id, str) or type(task_id) is not int:
+    if type(task_id) is not int:
         raise line.error(f"field task_id: expected an integer, got {type(task_id).__name__}")
     tests = _texts(line, value, "test_list")
     if not tests:
@@ -93,7 +93,7 @@ def problem_from_mbpp(line: Line, value: dict[str, Any]) -> Problem:
     except ValueError as error:
         raise line.error(str(error)) from None
     return Problem(
-        task_id=task_id,
+        task_id=str(task_id),
         prompt=_text(line, value, "prompt", "text").strip(),
         reference=reference.strip("\n") + "\n",
         tests=tests,

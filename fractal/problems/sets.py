@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from fractal.errors import InputError, OutsideError, RecordError
 from fractal.jsonl import Line, encode
 from fractal.problems.formats import problem_from_mbpp, read_problems
-from fractal.records import SPLITS, Problem
+from fractal.records import SPLITS, Problem, task_order
 
 STARTER = Path(__file__).with_name("starter.jsonl")
 HUB = "google-research-datasets/mbpp"
@@ -24,7 +24,7 @@ class ProblemSet:
     problems: list[Problem]
     digest: str  # sha256 over the problems in order of task_id
 
-    def by_id(self) -> dict[int, Problem]:
+    def by_id(self) -> dict[str, Problem]:
         return {p.task_id: p for p in self.problems}
 
 
@@ -51,18 +51,28 @@ def load(source: str, splits: str | None = None, limit: int | None = None) -> Pr
             raise InputError(f"--limit {limit}: must be at least 1.")
         taken: Counter[str] = Counter()
         kept = []
-        for problem in sorted(problems, key=lambda p: p.task_id):
+        for problem in sorted(problems, key=lambda p: task_order(p.task_id)):
             taken[problem.split] += 1
             if taken[problem.split] <= limit:
                 kept.append(problem)
         problems = kept
-    problems = sorted(problems, key=lambda p: p.task_id)
+    problems = sorted(problems, key=lambda p: task_order(p.task_id))
     name = source if source == "starter" or source in HUB_CONFIGS else Path(source).name
     return ProblemSet(name, problems, digest(problems))
 
 
 def digest(problems: list[Problem]) -> str:
-    return hashlib.sha256(b"".join(encode(p) for p in sorted(problems, key=lambda p: p.task_id))).hexdigest()
+    """By which a run knows its problems. Fields that are as by default do not count, and a number is a number: so the
+    runs that were made when a problem had no others, and an integer for its name, know theirs still."""
+    total = hashlib.sha256()
+    for problem in sorted(problems, key=lambda p: task_order(p.task_id)):
+        own = {f.name: getattr(problem, f.name) for f in fields(problem)}
+        own = {f.name: own[f.name] for f in fields(problem) if f.default is MISSING or own[f.name] != f.default}
+        if not problem.expected:
+            own.pop("expected", None)
+        number = problem.task_id
+        total.update(encode(own | {"task_id": int(number) if number.isdecimal() else number}))
+    return total.hexdigest()
 
 
 def parse_splits(text: str | None) -> set[str] | None:

@@ -30,7 +30,7 @@ class CriticMetrics:
     accuracy_interval: Interval | None = None  # of accuracy, over problems weighing by their samples
 
 
-def measure(evaluated: Mapping[int, Sequence[Outcome]]) -> tuple[CriticMetrics | None, list[RocCurve]]:
+def measure(evaluated: Mapping[str, Sequence[Outcome]]) -> tuple[CriticMetrics | None, list[RocCurve]]:
     """Metrics, and the ROC curves pooled and within a problem; a curve that does not exist is left out."""
     scored = [
         (task, outcome.score, outcome.passed)
@@ -44,7 +44,7 @@ def measure(evaluated: Mapping[int, Sequence[Outcome]]) -> tuple[CriticMetrics |
     logits = [score.score for _, score, _ in scored]
     probabilities = [score.probability for _, score, _ in scored]
     passed = [verdict for _, _, verdict in scored]
-    right: dict[int, list[bool]] = {}
+    right: dict[str, list[bool]] = {}
     for task, score, verdict in scored:
         right.setdefault(task, []).append((score.probability >= 0.5) == verdict)
     accuracy_interval = bootstrap_interval(
@@ -68,7 +68,7 @@ def measure(evaluated: Mapping[int, Sequence[Outcome]]) -> tuple[CriticMetrics |
     return critic, [curves.thin_roc(curve) for curve in both if curve is not None]
 
 
-def rank_auc(evaluated: Mapping[int, Sequence[Outcome]]) -> dict[str, WithinProblemAuc]:
+def rank_auc(evaluated: Mapping[str, Sequence[Outcome]]) -> dict[str, WithinProblemAuc]:
     """Of each order of samples, over those whose rank is known; an order that knows no rank is left out."""
     aucs = {}
     for strategy in RANKED:

@@ -33,7 +33,7 @@ class FunnelStep:
 
 @dataclass(frozen=True, slots=True)
 class ProblemRow:
-    task_id: int
+    task_id: str
     prompt: str  # shortened, one line
     samples: int  # usable
     passed: int
@@ -57,7 +57,7 @@ def shorten(text: str, chars: int = PROMPT_CHARS) -> str:
     return line if len(line) <= chars else line[: chars - 1].rstrip() + "…"
 
 
-def split_row(name: str, problems: Sequence[Problem], usable: Mapping[int, Sequence[Outcome]]) -> SplitRow:
+def split_row(name: str, problems: Sequence[Problem], usable: Mapping[str, Sequence[Outcome]]) -> SplitRow:
     measured = [usable[problem.task_id] for problem in problems if problem.task_id in usable]
     rates = [passed(outcomes) / len(outcomes) for outcomes in measured]
     return SplitRow(
@@ -89,7 +89,7 @@ def funnel(
     status: Mapping[str, int],
     split: str,
     tried: int,
-    evaluated: Mapping[int, Sequence[Outcome]],
+    evaluated: Mapping[str, Sequence[Outcome]],
     skipped: Mapping[str, int],
 ) -> list[FunnelStep]:
     """From the problem set to the problems on which a choice matters, with what was lost at each step.

@@ -42,7 +42,7 @@ FILTERS = (dash, measured, number, percent, plain_span, points, seconds, spaced,
 
 def page(
     summary: Summary,
-    details: Mapping[int, ProblemDetails] | None = None,
+    details: Mapping[str, ProblemDetails] | None = None,
     verdicts: Sequence[Verdict] = (),
     manifest: Mapping[str, Any] | None = None,
 ) -> str:

@@ -33,7 +33,7 @@ def problem_details(
     labels: Sequence[Label],
     scores: Iterable[Score],
     choices: Iterable[Choice],
-) -> dict[int, ProblemDetails]:
+) -> dict[str, ProblemDetails]:
     """For each problem with usable samples: the critic's pick, and of the other programs the best passed and failed.
 
     Best is the highest score, or without scores the lowest sample_id; a program that reads like the pick is no other.

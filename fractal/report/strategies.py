@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fractal.records import Choice
+from fractal.records import Choice, task_order
 from fractal.report.dataset import passed
 from fractal.selection import bootstrap, curves, metrics
 from fractal.selection.bootstrap import Interval
@@ -19,7 +19,7 @@ SELECTIVE = ("critic", "critic_logprob", "mean_logprob")  # their confidence: th
 DIFFICULTY = (0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0)  # edges of the share of a problem's samples that pass
 AT_DIFFICULTY = ("critic", BASELINE, "mean_logprob", "oracle")
 
-ByStrategy = Mapping[str, Mapping[int, Choice]]  # strategy -> task_id -> choice
+ByStrategy = Mapping[str, Mapping[str, Choice]]  # strategy -> task_id -> choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ class DifficultyRow:
     pass_rates: dict[str, float]  # strategy -> mean
 
 
-def by_strategy(choices: Iterable[Choice]) -> dict[str, dict[int, Choice]]:
-    table: dict[str, dict[int, Choice]] = {}
+def by_strategy(choices: Iterable[Choice]) -> dict[str, dict[str, Choice]]:
+    table: dict[str, dict[str, Choice]] = {}
     for choice in choices:
         table.setdefault(choice.strategy, {})[choice.task_id] = choice
     return table
@@ -83,7 +83,7 @@ def evaluate(choices: ByStrategy) -> list[StrategyResult]:
     """
     results = []
     for strategy, own in choices.items():
-        tasks = sorted(own)
+        tasks = sorted(own, key=task_order)
         values = [own[task].passed for task in tasks]
         gain = bootstrap.bootstrap_difference(values, [choices[BASELINE][task].passed for task in tasks])
         results.append(StrategyResult(strategy, len(tasks), bootstrap.bootstrap_interval(values), gain))
@@ -94,7 +94,7 @@ def duels(choices: ByStrategy) -> list[Duel]:
     """The critic against every other strategy, on the problems where both chose."""
     critic, rows = choices.get("critic", {}), []
     for strategy, other in choices.items():
-        tasks = sorted(critic.keys() & other.keys())
+        tasks = sorted(critic.keys() & other.keys(), key=task_order)
         if strategy == "critic" or not tasks:
             continue
         pairs = [(critic[task].passed, other[task].passed) for task in tasks]
@@ -111,14 +111,14 @@ def duels(choices: ByStrategy) -> list[Duel]:
 
 def gap_closed(choices: ByStrategy) -> Interval | None:
     """On the problems where the critic chose."""
-    tasks = sorted(choices.get("critic", {}))
+    tasks = sorted(choices.get("critic", {}), key=task_order)
     if not tasks:
         return None
     critic, random, oracle = ([choices[name][task].passed for task in tasks] for name in ("critic", BASELINE, "oracle"))
     return bootstrap.gap_closed(critic, random, oracle)
 
 
-def selective(evaluated: Mapping[int, Sequence[Outcome]], choices: ByStrategy) -> list[SelectiveCurve]:
+def selective(evaluated: Mapping[str, Sequence[Outcome]], choices: ByStrategy) -> list[SelectiveCurve]:
     """Where a strategy is surest. A critic's confidence is its calibrated probability."""
     rows = []
     for strategy in SELECTIVE:
@@ -135,7 +135,7 @@ def selective(evaluated: Mapping[int, Sequence[Outcome]], choices: ByStrategy) -
     return rows
 
 
-def difficulty(evaluated: Mapping[int, Sequence[Outcome]], choices: ByStrategy) -> list[DifficultyRow]:
+def difficulty(evaluated: Mapping[str, Sequence[Outcome]], choices: ByStrategy) -> list[DifficultyRow]:
     """Every bucket, also those without a problem; a strategy that chose on none of its problems is left out."""
     share = {task: passed(outcomes) / len(outcomes) for task, outcomes in evaluated.items()}
     rows = []
@@ -150,7 +150,7 @@ def difficulty(evaluated: Mapping[int, Sequence[Outcome]], choices: ByStrategy) 
     return rows
 
 
-def best_of_k(evaluated: Mapping[int, Sequence[Outcome]]) -> Curves | None:
+def best_of_k(evaluated: Mapping[str, Sequence[Outcome]]) -> Curves | None:
     """A strategy that ranks only some of the problems' samples has no curve."""
     if not evaluated:
         return None
@@ -194,7 +194,7 @@ def _ranks(strategy: str, outcomes: Sequence[Outcome]) -> list[float] | None:
     return [-math.inf if value is None else value for value in values]
 
 
-def pass_at(evaluated: Mapping[int, Sequence[Outcome]], length: int) -> list[PassAt]:
+def pass_at(evaluated: Mapping[str, Sequence[Outcome]], length: int) -> list[PassAt]:
     """pass@k for k up to `length`, over the problems with as many usable samples."""
     counts = [(len(outcomes), passed(outcomes)) for outcomes in evaluated.values() if len(outcomes) >= length]
     ks = sorted({k for k in PASS_AT if k < length} | {length})

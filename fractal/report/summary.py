@@ -161,7 +161,7 @@ def _reasons(summary: Summary, any_evaluated: bool) -> dict[str, str]:
     return reasons
 
 
-def _warnings(summary: Summary, evaluated: Mapping[int, Sequence[Outcome]]) -> list[str]:
+def _warnings(summary: Summary, evaluated: Mapping[str, Sequence[Outcome]]) -> list[str]:
     """What the reader should know first."""
     facts, split, problems = summary.facts, summary.split, summary.evaluation.problems
     warnings = []

@@ -49,7 +49,7 @@ class LeftOut:
 
     unlabelled: int  # the verifier has not seen them
     sandbox_error: int  # the verifier failed, not the program
-    problems: tuple[int, ...]  # task_id of those without a usable sample
+    problems: tuple[str, ...]  # task_id of those without a usable sample
 
 
 def read_outcomes(folder: RunDir, splits: Sequence[str]) -> dict[int, list[Outcome]]:
@@ -66,7 +66,7 @@ def read_outcomes(folder: RunDir, splits: Sequence[str]) -> dict[int, list[Outco
 
 def outcomes(
     samples: Iterable[Sample], labels: Iterable[Label], scores: Iterable[Score] = (), outputs: Iterable[Output] = ()
-) -> dict[int, list[Outcome]]:
+) -> dict[str, list[Outcome]]:
     """The usable samples of each problem, by task_id and then by sample_id.
 
     Usable is a sample with a label that is not `sandbox_error`; other records without their sample are ignored.
@@ -74,8 +74,8 @@ def outcomes(
     label_of = {(label.task_id, label.sample_id): label for label in labels if label.status != "sandbox_error"}
     score_of = {(score.task_id, score.sample_id): score for score in scores}
     output_of = {(output.task_id, output.sample_id): output for output in outputs}
-    by_problem: dict[int, list[Outcome]] = {}
-    for sample in sorted(samples, key=lambda sample: (sample.task_id, sample.sample_id)):
+    by_problem: dict[str, list[Outcome]] = {}
+    for sample in sorted(samples, key=lambda sample: (task_order(sample.task_id), sample.sample_id)):
         key = (sample.task_id, sample.sample_id)
         if key in label_of:
             outcome = Outcome(sample, label_of[key], score_of.get(key), output_of.get(key))
@@ -83,7 +83,7 @@ def outcomes(
     return by_problem
 
 
-def count_unscored(evaluated: Mapping[int, Sequence[Outcome]]) -> int:
+def count_unscored(evaluated: Mapping[str, Sequence[Outcome]]) -> int:
     """How many usable samples the critic, having scored others, has not scored: it ranks them last."""
     missing = [outcome.score is None for outcomes in evaluated.values() for outcome in outcomes]
     return 0 if all(missing) else sum(missing)
@@ -97,5 +97,5 @@ def left_out(samples: Iterable[Sample], labels: Iterable[Label]) -> LeftOut:
     return LeftOut(
         unlabelled=sum(status is None for _, status in found),
         sandbox_error=sum(status == "sandbox_error" for _, status in found),
-        problems=tuple(sorted({task_id for task_id, _ in found} - usable)),
+        problems=tuple(sorted({task_id for task_id, _ in found} - usable, key=task_order)),
     )

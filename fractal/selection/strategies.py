@@ -45,7 +45,7 @@ RANKINGS: dict[str, Callable[[Outcome], float | None]] = {
 }
 
 
-def choose(evaluated: Mapping[int, Sequence[Outcome]]) -> list[Choice]:
+def choose(evaluated: Mapping[str, Sequence[Outcome]]) -> list[Choice]:
     """One Choice per problem and strategy, by task_id and then in the order of STRATEGIES.
 
     `evaluated` holds the usable samples of the measured problems (`outcomes`). "random" and "visible_test" are exact

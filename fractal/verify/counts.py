@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fractal.jsonl import decode, iter_lines
-from fractal.records import STATUSES, Status
+from fractal.records import STATUSES, Status, task_order
 
 MAX_LISTED = 20  # sandbox errors that are listed
 HARDEST = 10  # problems in the short table
@@ -24,7 +24,7 @@ BAR = 40  # columns
 class CountedLabel:
     """What is counted of a Label; the rest of its line is skipped, which halves the time."""
 
-    task_id: int
+    task_id: str
     sample_id: int
     status: Status
     detail: str
@@ -35,7 +35,7 @@ class Tally:
     """Counts over a labels file."""
 
     statuses: Counter[str] = field(default_factory=Counter)
-    problems: dict[int, Counter[str]] = field(default_factory=dict)
+    problems: dict[str, Counter[str]] = field(default_factory=dict)
     lost: list[CountedLabel] = field(default_factory=list)  # the first MAX_LISTED
 
     @property
@@ -96,7 +96,7 @@ def status_table(tally: Tally) -> Table:
 
 def problem_table(tally: Tally, *, complete: bool = False) -> Group:
     """Each problem with its most common failure, the hardest first: HARDEST of them, or all."""
-    ranked = sorted(tally.problems.items(), key=lambda item: (item[1]["passed"] / item[1].total(), item[0]))
+    ranked = sorted(tally.problems.items(), key=lambda item: (item[1]["passed"] / item[1].total(), task_order(item[0])))
     shares = [counts["passed"] / counts.total() for _, counts in ranked]
     title = (
         f"{len(ranked):,} problems: {shares.count(1.0):,} solved by all their samples, {shares.count(0.0):,} by none"
@@ -109,7 +109,7 @@ def problem_table(tally: Tally, *, complete: bool = False) -> Group:
     for (task_id, counts), share in list(zip(ranked, shares, strict=True))[: None if complete else HARDEST]:
         failures = Counter({status: n for status, n in counts.items() if status != "passed"})
         worst = ", ".join(f"{status} {n:,}" for status, n in failures.most_common(1))
-        table.add_row(str(task_id), f"{counts.total():,}", f"{counts['passed']:,}", percent(share), worst)
+        table.add_row(task_id, f"{counts.total():,}", f"{counts['passed']:,}", percent(share), worst)
     return Group(Text(title), table)  # not a title of the table, which would be broken to its width
 
 

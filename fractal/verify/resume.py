@@ -151,7 +151,7 @@ def redo(read: ReadSamples, labels: Path, end: int, verify: Callable[[Iterator[S
 
 def _sort(read: ReadSamples, labels: Path) -> None:
     """Rewrite labels in the order of their samples; other tools may leave them in another one."""
-    lines: dict[tuple[int, int], bytes] = {}
+    lines: dict[tuple[str, int], bytes] = {}
     for line in iter_lines(labels, own=True):
         label = decode(line, Label)
         key = (label.task_id, label.sample_id)

@@ -301,7 +301,7 @@ class Verifier:
     # --- verification -------------------------------------------------------------------------------------------------
 
     def verify(
-        self, samples: Iterable[Sample], problems: Mapping[int, Problem], deadline_s: float | None = None
+        self, samples: Iterable[Sample], problems: Mapping[str, Problem], deadline_s: float | None = None
     ) -> Iterator[Label]:
         """One Label for each sample, in their order; `samples` is read as the labels come.
 
@@ -312,7 +312,7 @@ class Verifier:
             yield from labels
 
     async def verify_async(
-        self, samples: Iterable[Sample], problems: Mapping[int, Problem], deadline_s: float | None = None
+        self, samples: Iterable[Sample], problems: Mapping[str, Problem], deadline_s: float | None = None
     ) -> AsyncIterator[Label]:
         """The same for `async for`: the event loop is free while programs run."""
         import asyncio  # 40 ms, which nobody else needs
@@ -332,7 +332,7 @@ class Verifier:
                 self._done.popitem(last=False)
 
     def _batches(
-        self, samples: Iterable[Sample], problems: Mapping[int, Problem], deadline_s: float | None
+        self, samples: Iterable[Sample], problems: Mapping[str, Problem], deadline_s: float | None
     ) -> Generator[list[Label], None, None]:
         return _VerifyCall(self, samples, problems, deadline_s).run()
 
@@ -364,7 +364,7 @@ class _VerifyCall:
 
     verifier: Verifier
     samples: Iterable[Sample]
-    problems: Mapping[int, Problem]
+    problems: Mapping[str, Problem]
     deadline_s: float | None = None
     deadline: float = math.inf  # on time.monotonic()'s clock
     inbox: Inbox = field(default_factory=queue.SimpleQueue)

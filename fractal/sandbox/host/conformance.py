@@ -60,11 +60,11 @@ PROGRAMS = (
 def run_conformance(sandbox: Verifier) -> list[tuple[Conformance, Label]]:
     """Run the programs; a label whose status is not its program's is a protection that does not hold."""
     problems = {
-        number: Problem(number, "", "def f():\n    return 'done'", [program.test], "", "f", "test")
+        str(number): Problem(str(number), "", "def f():\n    return 'done'", [program.test], "", "f", "test")
         for number, program in enumerate(PROGRAMS)
     }
     samples = [
-        Sample(number, 0, "", program.code, "stop", 0, None, None, "conformance")
+        Sample(str(number), 0, "", program.code, "stop", 0, None, None, "conformance")
         for number, program in enumerate(PROGRAMS)
     ]
     return list(zip(PROGRAMS, sandbox.verify(samples, problems), strict=True))
