@@ -132,7 +132,7 @@ def turn(plan: Plan, contestant: str) -> Turn:
     if contestant in ("shared", "plain"):
         model = load_model(files.path)
         if contestant == "plain":  # no two prompts of one problem, so none shares its beginning
-            prompts = [replace(prompt, task_id=number) for number, prompt in enumerate(prompts)]
+            prompts = [replace(prompt, task_id=str(number)) for number, prompt in enumerate(prompts)]
         list(read(model, prompts[:1], [depth], tokenizer.pad))  # the first pass sets things up
         begin = time.perf_counter()
         done = sum(
@@ -162,7 +162,7 @@ def turn(plan: Plan, contestant: str) -> Turn:
 
 
 def _training(
-    plan: Plan, contestant: str, texts: list[tuple[int, list[int]]], tokens: int, pad: int, called: float
+    plan: Plan, contestant: str, texts: list[tuple[str, list[int]]], tokens: int, pad: int, called: float
 ) -> Turn:
     from fractal.critic import finetune
     from fractal.critic.batching import Example

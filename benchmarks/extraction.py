@@ -19,13 +19,13 @@ from fractal.generate.extraction import definition_pattern, extract_code
 from fractal.generate.sample_files import read_samples
 from fractal.problems.formats import read_problems
 from fractal.problems.syntax import is_python
-from fractal.records import Sample
+from fractal.records import Sample, task_order
 
 
 def draw(samples: Iterable[Sample], seed: int) -> list[Sample]:
     """All samples in the order in which they are drawn: every problem once in each round, as long as it has samples."""
-    by_problem: dict[int, list[Sample]] = defaultdict(list)
-    for sample in sorted(samples, key=lambda s: (s.task_id, s.sample_id)):
+    by_problem: dict[str, list[Sample]] = defaultdict(list)
+    for sample in sorted(samples, key=lambda s: (task_order(s.task_id), s.sample_id)):
         by_problem[sample.task_id].append(sample)
     rng = random.Random(seed)
     for group in by_problem.values():

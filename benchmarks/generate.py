@@ -266,7 +266,7 @@ class Bench:
         self.start_s = time.perf_counter() - begin
 
     def turn(self, contestant: str) -> Turn:
-        texts: dict[tuple[int, int], str] = {}
+        texts: dict[tuple[str, int], str] = {}
         begin = time.perf_counter()
         if contestant in ("bare", "unseeded", "defaults"):
             tokens = self._bare(contestant != "unseeded", texts)
@@ -281,7 +281,7 @@ class Bench:
         hashes = [zlib.crc32(texts[key].encode("utf-8", "surrogatepass")) for key in sorted(texts)]
         return Turn(0, contestant, len(self.requests), tokens, seconds, hashes)
 
-    def _bare(self, seeded: bool, texts: dict[tuple[int, int], str]) -> int:
+    def _bare(self, seeded: bool, texts: dict[tuple[str, int], str]) -> int:
         params = [self.engine.params(r if seeded else replace(r, seed=None)) for r in self.requests]
         asked = [{"prompt_token_ids": r.prompt} for r in self.requests]
         outputs = self.engine._llm.generate(asked, params, use_tqdm=False)

@@ -14,7 +14,7 @@ from typing import Any
 from fractal.generate.extraction import extract_code
 from fractal.jsonl import decode_object, read_lines
 from fractal.problems.syntax import syntax_tree
-from fractal.records import Problem, Sample
+from fractal.records import Problem, Sample, task_order
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.FloorDiv, ast.FloorDiv: ast.Div,
@@ -134,7 +134,7 @@ def choose(problems: Sequence[Problem], generations: Sequence[Sample], count: in
     rest mutants. `model` says what a sample is: reference, mutant/KIND, or the generator's name.
     """
     rng = random.Random(f"{seed}/choose")
-    problems = sorted(problems, key=lambda p: p.task_id)
+    problems = sorted(problems, key=lambda p: task_order(p.task_id))
     picked = rng.sample(problems, min(len(problems), -(-count // 3)))
     drawn = rng.sample(list(generations), min(len(generations), count // 3))
     found = [(p.task_id, p.reference, "reference") for p in picked]
@@ -175,8 +175,9 @@ def read_generations(path: Path, problems: Sequence[Problem]) -> list[Sample]:
     for line in read_lines(path):
         value = decode_object(line)
         task_id, text = value.get("task_id"), value.get("completion")
-        if not isinstance(task_id, int) or not isinstance(text, str):
-            raise line.error("expected an integer task_id and a string completion")
+        if type(task_id) not in (int, str) or not isinstance(text, str):
+            raise line.error("expected a task_id and a string completion")
+        task_id = str(task_id)
         if task_id in entry_points:
             found.append((task_id, extract_code(text, entry_points[task_id]), str(value.get("model", "generation"))))
     return number(found)
@@ -202,9 +203,9 @@ def literal_tests(problem: Problem) -> tuple[list[list[object]], list[object]] |
     return inputs, expected
 
 
-def job_rows(samples: Sequence[Sample], problems: dict[int, Problem]) -> list[dict[str, object]]:
+def job_rows(samples: Sequence[Sample], problems: dict[str, Problem]) -> list[dict[str, object]]:
     """What harnesses.py is told of each sample. Literals travel as their repr: JSON has no tuples."""
-    literal: dict[int, str | None] = {}
+    literal: dict[str, str | None] = {}
     rows: list[dict[str, object]] = []
     for sample in samples:
         problem = problems[sample.task_id]

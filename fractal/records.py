@@ -129,13 +129,19 @@ class Choice:
     passed: float  # 1 or 0; a share between them for an expectation
 
 
-def task_order(task_id: str) -> tuple[str | int, ...]:
+def task_order(task_id: str) -> tuple[str, str]:
     """The key of the natural order of problems: numbers in their names count as numbers.
 
     >>> sorted(["Mbpp/10", "Mbpp/2", "11", "2"], key=task_order)
     ['2', '11', 'Mbpp/2', 'Mbpp/10']
     """
-    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", task_id))
+    return re.sub(r"[0-9]+", _with_its_length, task_id), task_id
+
+
+def _with_its_length(number: re.Match[str]) -> str:
+    """Digits that sort as their number does, of any length: the count of digits stands before them."""
+    digits = number[0].lstrip("0")
+    return f"{len(digits):09}{digits}"
 
 
 def code_sha256(code: str) -> str:

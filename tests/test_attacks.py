@@ -23,7 +23,7 @@ FAMILIES = (*audit.FAMILIES, "forge", "harm")
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0)
 LONGEST_S = LIMITS.wall_s + 2.0  # a judge is replaced 0.8 s after the wall limit; the rest is for a busy machine
 SUITES = read_programs(audit.ATTACKS / "suites.txt")
-TASKS = {name: number for number, name in enumerate(SUITES)}
+TASKS = {name: str(number) for number, name in enumerate(SUITES)}
 PROBLEMS = {
     TASKS[name]: Problem(TASKS[name], name, suite.code, list(suite.tests), suite.setup, "f", "test")
     for name, suite in SUITES.items()

@@ -209,7 +209,7 @@ BAD_INPUT: list[tuple[list[object], int, str]] = [
     (["--only", "plain,nobody"], 2, "unknown 'nobody'; known: fractal, "),
     (["--only", "plain", "--problems", "none.jsonl"], 2, "none.jsonl: no such file"),
     (["--only", "plain", "--problems", STARTER, "--generations", "none.jsonl"], 2, "none.jsonl: no such file"),
-    (["--only", "plain", "--problems", STARTER, "--generations", STARTER], 2, "expected an integer task_id"),
+    (["--only", "plain", "--problems", STARTER, "--generations", STARTER], 2, "expected a task_id"),
     (["--only", "plain", "--rounds", "0"], 2, "must be positive"),
     (["--linear", "--counts", "many"], 2, "expected numbers"),
     (["--problems", STARTER], 3, "No Docker engine answers"),

@@ -13,7 +13,9 @@ from fractal.records import STATUSES, Label
 from fractal.verify import counts as verify_counts
 from fractal.verify.counts import CountedLabel, Tally
 
-seen = st.builds(CountedLabel, st.integers(1, 30), st.integers(0, 5), st.sampled_from(STATUSES), st.text(max_size=5))
+seen = st.builds(
+    CountedLabel, st.integers(1, 30).map(str), st.integers(0, 5), st.sampled_from(STATUSES), st.text(max_size=5)
+)
 
 
 def shown(what: RenderableType) -> str:
@@ -45,7 +47,7 @@ def test_counts_add_up(labels: list[CountedLabel]) -> None:
 
 def test_the_hardest_come_first_with_their_most_common_failure() -> None:
     labels = [
-        CountedLabel(task, i, "passed" if i < task else "failed" if i else "error", "")
+        CountedLabel(str(task), i, "passed" if i < task else "failed" if i else "error", "")
         for task in range(13)
         for i in range(12)
     ]
@@ -58,7 +60,9 @@ def test_the_hardest_come_first_with_their_most_common_failure() -> None:
 
 
 def test_the_summary_line() -> None:
-    labels = [CountedLabel(1, i, "passed" if i < 614 else "timeout" if i < 635 else "failed", "") for i in range(1000)]
+    labels = [
+        CountedLabel("1", i, "passed" if i < 614 else "timeout" if i < 635 else "failed", "") for i in range(1000)
+    ]
     assert verify_counts.summary(counted(*labels), 1000, 20.0) == (
         "verify: 1,000 samples, 61.4 % pass, 2.1 % timeout, 0 lost, 20 s, 50 a second"
     )
@@ -66,7 +70,7 @@ def test_the_summary_line() -> None:
 
 
 def test_the_first_twenty_losses_are_told_one_by_one() -> None:
-    labels = [CountedLabel(7, i, "sandbox_error", f"reason {i}\nmore") for i in range(23)]
+    labels = [CountedLabel("7", i, "sandbox_error", f"reason {i}\nmore") for i in range(23)]
     lines = verify_counts.lost_lines(counted(*labels))
     assert lines[0] == "sandbox_error: task_id 7, sample_id 0: reason 0"
     assert lines[20:] == ["... and 3 more"]

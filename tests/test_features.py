@@ -27,10 +27,10 @@ def qwen(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
 def pairs(count: int = 3) -> list[tuple[Problem, Sample]]:
     found = []
     for task in range(count):
-        problem = Problem(task, f"Task {task}: " + "do it " * task, "", ["assert f(1) == 1"], "", "f", "train")
+        problem = Problem(str(task), f"Task {task}: " + "do it " * task, "", ["assert f(1) == 1"], "", "f", "train")
         for i in range(4):
             code = "def f(x):\n" + f"    x += {i}\n" * (1 + 3 * i) + "    return x\n"
-            found.append((problem, Sample(task, i, "", code, "stop", 1, -1.0, 0, "m")))
+            found.append((problem, Sample(str(task), i, "", code, "stop", 1, -1.0, 0, "m")))
     return found
 
 
@@ -157,7 +157,7 @@ def test_blocks_hold_every_problem_and_keep_those_without_a_prefix_apart() -> No
 def test_problems_read_together_have_the_states_that_they_have_alone(qwen: Path) -> None:
     """A GPU's way, on the CPU, in float32: different prefixes, some problems of one text, and far fewer passes."""
     model, tokenizer = forward.load_model(qwen, "float32"), PromptTokenizer(qwen)
-    some = [pair for i, pair in enumerate(pairs(5)) if pair[0].task_id not in (1, 3) or i % 4 == 0]
+    some = [pair for i, pair in enumerate(pairs(5)) if pair[0].task_id not in ("1", "3") or i % 4 == 0]
     asked = tokenizer.prompts(some)
     layers = [1, DEPTH]
     passes = []

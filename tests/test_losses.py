@@ -14,7 +14,7 @@ from fractal.sandbox.host.container import Sandbox
 from tests.engines import Engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.long]
-PROBLEMS = {1: Problem("1", "", "def f(x):\n    return x\n", ["assert f(1) == 1"], "", "f", "test")}
+PROBLEMS = {"1": Problem("1", "", "def f(x):\n    return x\n", ["assert f(1) == 1"], "", "f", "test")}
 
 
 @pytest.fixture

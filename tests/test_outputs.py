@@ -25,7 +25,7 @@ def program(body, sample_id=0, task_id="1"):
 
 def outputs(sandbox, test, bodies, **options):
     asked = verify_outputs.output_problem(problem(test, **options))
-    labels = sandbox.verify([program(body, i) for i, body in enumerate(bodies)], {1: asked})
+    labels = sandbox.verify([program(body, i) for i, body in enumerate(bodies)], {"1": asked})
     return [verify_outputs.output_of(label) for label in labels]
 
 
@@ -136,7 +136,7 @@ def test_names_of_program_and_test_do_not_meet_the_probe_s(sandbox):
     asked = Problem(
         1, "p", body, ["assert f(deque([1])) == [1]"], "", "f", "test"
     )  # the program's import, not the test's
-    (label,) = sandbox.verify([program(body)], {1: verify_outputs.output_problem(asked)})
+    (label,) = sandbox.verify([program(body)], {"1": verify_outputs.output_problem(asked)})
     assert verify_outputs.output_of(label) == "([1,],)"
     body = "def f(x): return x / 2"
     assert outputs(sandbox, "assert math.floor(f(math.pi)) == 1", [body], setup="import math") == [
@@ -154,7 +154,8 @@ def test_the_stage_fills_what_is_missing_and_skips_the_silent(tmp_path, place):
         Label(s.task_id, s.sample_id, "failed", False, [first, "not_run"], 0, 0, "", "")
         for s, first in zip(samples, firsts, strict=True)
     ]
-    expected = {(1, 0): "(4,)", (1, 1): "(4,)", (1, 2): "(5,)", (1, 3): None, (1, 4): None, (2, 0): None}
+    outputs_of_1 = ["(4,)", "(4,)", "(5,)", None, None]
+    expected = {("1", i): output for i, output in enumerate(outputs_of_1)} | {("2", 0): None}
     with RunDir(tmp_path / "run", create=True) as folder:
         folder.set_problems(problems)
         write_jsonl(folder.file("samples.jsonl"), samples)

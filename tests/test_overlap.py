@@ -26,7 +26,7 @@ from fractal.verify import stage as verify_stage
 from fractal.verify.overlap import GrowingFile, Overlap
 from tests.conftest import ROOT
 
-PROBLEMS = [Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in (11, 12)]
+PROBLEMS = [Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in ("11", "12")]
 
 
 class Stand:
@@ -35,7 +35,7 @@ class Stand:
     pause_s = 0.0
     breaks: int | None = None
     gate: Any = staticmethod(lambda: True)
-    ran: list[tuple[int, int]] = []
+    ran: list[tuple[str, int]] = []
 
     def __init__(self, **_: Any) -> None:
         self.image = self.image_id = "none"
@@ -53,7 +53,7 @@ class Stand:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def verify(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> Iterator[Label]:
+    def verify(self, samples: Iterable[Sample], problems: Mapping[str, Problem]) -> Iterator[Label]:
         while not self.gate():
             time.sleep(0.01)
         for one in samples:
@@ -119,7 +119,7 @@ def run(place: Path, engine: Engine, n: int = 100) -> dict[str, Any]:
     return manifest
 
 
-def keys(place: Path, name: str, kind: Any) -> list[tuple[int, int]]:
+def keys(place: Path, name: str, kind: Any) -> list[tuple[str, int]]:
     return [(one.task_id, one.sample_id) for one in read_jsonl(place / name, kind)]
 
 

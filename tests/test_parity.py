@@ -70,7 +70,7 @@ def evaluate_plainly(programs: list[Program], folder: Path) -> list[str | None]:
 def as_problem(number: int, program: Program) -> Problem:
     """The reference defines the program's names, but ends at once: it is run where a program is slow."""
     reference = program.code + "\nraise ValueError\n"
-    return Problem(number, "", reference, list(program.tests), program.setup, "f", "test")
+    return Problem(str(number), "", reference, list(program.tests), program.setup, "f", "test")
 
 
 def test_the_families_are_large() -> None:
@@ -84,8 +84,8 @@ def test_the_families_are_large() -> None:
 def test_an_honest_program_has_the_label_of_plain_evaluation(patient: Sandbox, tmp_path: Path, path: Path) -> None:
     """A known difference that is none any more fails, too: `differs` is to be taken out of its header."""
     programs = list(read_programs(path).values())
-    problems = {number: as_problem(number, program) for number, program in enumerate(programs)}
-    samples = [Sample(i, 0, "", program.code, "stop", 0, None, None, "test") for i, program in enumerate(programs)]
+    problems = {str(number): as_problem(number, program) for number, program in enumerate(programs)}
+    samples = [Sample(str(i), 0, "", program.code, "stop", 0, None, None, "test") for i, program in enumerate(programs)]
     labels = list(patient.verify(samples, problems))
     raised = evaluate_plainly(programs, tmp_path)
     assert [label for label in labels if label.status == "sandbox_error"] == []

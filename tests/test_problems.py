@@ -38,7 +38,7 @@ def test_both_schemas_of_mbpp_and_our_own(tmp_path: Path) -> None:
     found = read_problems(written(tmp_path, FULL, SANITIZED, json.loads(encode(own))))
     full, sanitized, ours = found
     assert full == Problem(
-        11, "Double a number.", "import math\ndef f(x):\n    return x * 2\n", ["assert f(1) == 2", "x = f(2)\nassert x == 4"],
+        "11", "Double a number.", "import math\ndef f(x):\n    return x * 2\n", ["assert f(1) == 2", "x = f(2)\nassert x == 4"],
         "root = 1", "f", "test",
     )  # fmt: skip
     assert (sanitized.setup, sanitized.split, sanitized.entry_point) == ("import math", "train", "f")
@@ -207,18 +207,18 @@ def test_any_wrong_value_is_a_record_error(tmp_path_factory, value, data):
         assert "line 1: " in str(error)
     else:
         assert problem.tests
-        assert isinstance(problem.task_id, int)
+        assert isinstance(problem.task_id, str)
 
 
 def test_splits_and_limits_choose(tmp_path):
     path = write(tmp_path / "p.jsonl", *(changed(SANITIZED, task_id=i) for i in (700, 12, 601, 5, 11, 520, 13)))
     ids = lambda *wanted: [p.task_id for p in load(str(path), *wanted).problems]  # noqa: E731
-    assert ids() == [5, 11, 12, 13, 520, 601, 700]
-    assert ids("train,validation") == [520, 601, 700]
-    assert ids("all", 1) == [5, 11, 520, 601]
-    assert ids("test", 2) == [11, 12]
+    assert ids() == ["5", "11", "12", "13", "520", "601", "700"]
+    assert ids("train,validation") == ["520", "601", "700"]
+    assert ids("all", 1) == ["5", "11", "520", "601"]
+    assert ids("test", 2) == ["11", "12"]
     with pytest.raises(InputError, match="--limit 0"):
         ids(None, 0)
-    write(path, changed(FULL, task_id="601"))
+    write(path, changed(FULL, task_id=601))
     with pytest.raises(InputError, match="no problem is in split test; it has train"):
         ids("test")

@@ -26,7 +26,7 @@ from fractal.jsonl import (
     write_parts,
     write_whole,
 )
-from fractal.records import SPLITS, STATUSES, Choice, Label, Problem, Sample, Score
+from fractal.records import SPLITS, STATUSES, Choice, Label, Problem, Sample, Score, task_order
 from tests.conftest import ROOT
 
 
@@ -39,19 +39,19 @@ text = st.text(st.characters(exclude_categories=()), max_size=30).map(joined)  #
 ids = st.integers(0, 10**30)
 number = st.floats(allow_nan=False, allow_infinity=False)
 RECORDS: dict[type, st.SearchStrategy[Any]] = {
-    Problem: st.builds(Problem, ids, text, text, st.lists(text, max_size=3), text, text, st.sampled_from(SPLITS)),
-    Sample: st.builds(Sample, ids, ids, text, text, text, ids, st.none() | number, st.none() | ids, text),
+    Problem: st.builds(Problem, text, text, text, st.lists(text, max_size=3), text, text, st.sampled_from(SPLITS)),
+    Sample: st.builds(Sample, text, ids, text, text, text, ids, st.none() | number, st.none() | ids, text),
     Label: st.builds(
-        Label, ids, ids, st.sampled_from(STATUSES), st.booleans(), st.lists(st.sampled_from(["passed", "failed"])),
+        Label, text, ids, st.sampled_from(STATUSES), st.booleans(), st.lists(st.sampled_from(["passed", "failed"])),
         number, number, text, text,
     ),
-    Score: st.builds(Score, ids, ids, number, number),
-    Choice: st.builds(Choice, ids, text, st.none() | ids, number),
+    Score: st.builds(Score, text, ids, number, number),
+    Choice: st.builds(Choice, text, text, st.none() | ids, number),
 }  # fmt: skip
 
 
 def score(task_id: int, sample_id: int = 0) -> Score:
-    return Score(task_id, sample_id, 0.5, 0.5)
+    return Score(str(task_id), sample_id, 0.5, 0.5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,6 +74,28 @@ def test_awkward_text_comes_back(tmp_path):
         assert read_jsonl(path, Choice) == [choice]
         path.write_bytes(b"[" + encode(choice) + b"," + encode(choice) + b"]")
         assert [decode(line, Choice) for line in read_lines(path)] == [choice, choice]
+
+
+def test_a_task_id_that_is_an_integer_is_read_as_its_digits(tmp_path: Path) -> None:
+    """As in files of before, and of other tools: in any field order, with an escaped lone surrogate beside it."""
+    path = tmp_path / "f.jsonl"
+    for choice in (Choice("11", "a", None, 1.0), Choice("11", "\ud800", 3, 0.5), Choice("0", "", None, 0.0)):
+        line = encode(choice).replace(f'"{choice.task_id}"'.encode(), choice.task_id.encode(), 1)
+        assert json.loads(line)["task_id"] == int(choice.task_id)
+        path.write_bytes(line)
+        assert read_jsonl(path, Choice) == [choice]
+
+
+@given(st.lists(st.integers(0, 10**30) | st.integers(0, 99)), st.sampled_from(["", "Mbpp/", "a1b", "\u0663"]))
+def test_problems_are_in_the_order_of_their_numbers(numbers: list[int], prefix: str) -> None:
+    names = [f"{prefix}{number}" for number in numbers]
+    assert sorted(names, key=task_order) == [f"{prefix}{number}" for number in sorted(numbers)]
+
+
+@given(st.lists(st.text() | st.text("0123456789/_a\u0663", max_size=6)))
+def test_any_names_have_an_order(names: list[str]) -> None:
+    assert sorted(names, key=task_order) == sorted(reversed(names), key=task_order)
+    assert task_order("9" * 5000) > task_order("8" * 5000) > task_order("9" * 4999)
 
 
 # ---- torn, cut and broken files --------------------------------------------------------------------------------------
@@ -99,13 +121,14 @@ def test_every_torn_end_is_cut_and_nothing_else(tmp_path: Path) -> None:
 
 GOOD = json.loads(encode(score(1)))
 BROKEN = [
-    (json.dumps({**GOOD, "task_id": "1"}), "Expected `int`, got `str` - at `$.task_id`"),
+    (json.dumps({**GOOD, "sample_id": "0"}), "Expected `int`, got `str` - at `$.sample_id`"),
+    (json.dumps({**GOOD, "task_id": None}), "task_id"),
     (json.dumps({**GOOD, "task_id": True}), "task_id"),
     (json.dumps({**GOOD, "task_id": 1.5}), "task_id"),
     (json.dumps({**GOOD, "score": None}), "score"),
     (json.dumps({**GOOD, "probability": [1]}), "probability"),
     ('{"task_id": 1, "sample_id": 0, "score": 0.5}', "missing required field `probability`"),
-    (json.dumps({**GOOD, "task_id": "\ud800"}), "surrogates"),
+    (json.dumps({**GOOD, "sample_id": "\ud800"}), "sample_id"),
     (json.dumps({**GOOD, "score": float("nan")}), "malformed"),
     ('{"task_id": ' + "9" * 5000 + "}", "task_id"),
     ('{"task_id": 1, "sample_id": 0, "score": 1e999, "probability": 1}', "score"),
@@ -209,7 +232,7 @@ def test_a_batch_is_written_as_one(tmp_path):
         file.write(score(i) for i in range(3))
         with pytest.raises(TypeError):
             file.write([score(3), object()])
-    assert [record.task_id for record in read_jsonl(path, Score)] == [0, 1, 2]
+    assert [record.task_id for record in read_jsonl(path, Score)] == ["0", "1", "2"]
     file.close()  # a second time does no harm
     (tmp_path / "file").touch()
     for unusable in (tmp_path, tmp_path / "file" / "scores.jsonl"):
@@ -243,7 +266,7 @@ next_id = len(read_jsonl(path, Score))
 with Appender(path) as file:
     print("ready", flush=True)
     while True:
-        file.write(Score(i, 0, 0.5, 0.5) for i in range(next_id, next_id + 50))
+        file.write(Score(str(i), 0, 0.5, 0.5) for i in range(next_id, next_id + 50))
         next_id += 50
 """
 )
@@ -266,7 +289,7 @@ def test_a_killed_writer_goes_on(tmp_path):
         with path.open("ab") as file:  # one write is rarely torn: help it
             file.write(b'{"task_id":')
     records = read_jsonl(path, Score)
-    assert [record.task_id for record in records] == list(range(len(records)))
+    assert [record.task_id for record in records] == list(map(str, range(len(records))))
 
 
 def test_a_write_that_fails_leaves_whole_lines_and_is_resumed(tmp_path: Path) -> None:
@@ -276,7 +299,7 @@ def test_a_write_that_fails_leaves_whole_lines_and_is_resumed(tmp_path: Path) ->
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "out = Appender(Path(sys.argv[1]))\n"
-        "try:\n    for i in range(100):\n        out.write([Score("1", 2 * i, 0.5, 0.5), Score("1", 2 * i + 1, 0.5, 0.5)])\n"
+        "try:\n    for i in range(100):\n        out.write([Score('1', 2 * i, 0.5, 0.5), Score('1', 2 * i + 1, 0.5, 0.5)])\n"
         "except OutsideError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
@@ -334,14 +357,14 @@ def test_a_link_stays_a_link_and_a_failing_source_leaves_the_file(tmp_path):
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([1, 2]), st.integers(0, 9) | st.integers(-3, 10**20))))
+@given(st.lists(st.tuples(st.sampled_from(["1", "2"]), st.integers(0, 9) | st.integers(-3, 10**20))))
 def test_a_key_set_is_a_set(pairs):
     keys, plain = KeySet(), set()
     for pair in pairs:
         assert keys.add(*pair) is (pair not in plain)
         plain.add(pair)
         assert len(keys) == len(plain)
-    for pair in {(task_id, i) for task_id in (1, 2, 3) for i in range(-3, 12)} | plain:
+    for pair in {(task_id, i) for task_id in ("1", "2", "3") for i in range(-3, 12)} | plain:
         assert (pair in keys) == (pair in plain)
 
 
@@ -349,8 +372,8 @@ def test_a_key_set_is_a_set(pairs):
 @given(st.permutations(range(40)))
 def test_a_key_set_of_numbers_from_0_keeps_no_numbers(numbers):
     keys = KeySet()
-    assert all(keys.add(1, i) for i in numbers)
-    assert keys._count == {1: 40}
+    assert all(keys.add("1", i) for i in numbers)
+    assert keys._count == {"1": 40}
     assert not any(keys._others.values())
 
 

@@ -18,7 +18,7 @@ from fractal.sandbox.host.limits import Limits
 
 pytestmark = [pytest.mark.docker, pytest.mark.long]
 PROBLEMS = {p.task_id: p for p in read_problems(STARTER)}
-TASK = 10_000
+TASK = "10000"
 PROBLEMS[TASK] = Problem(TASK, "", "def f(x):\n    return x\n", ["assert f(1) == 1", "assert f('a') == 'a'"], "", "f", "test")  # fmt: skip
 ODD = {
     "spins": "def f(x):\n    while True:\n        pass\n",

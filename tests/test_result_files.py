@@ -16,7 +16,7 @@ from fractal.records import STATUSES, Label, Problem, Sample, code_sha256
 from fractal.verify import convert, result_files
 
 TESTS = ["assert f(1) == 1", "assert f(2) == 2"]
-PROBLEMS = {i: Problem(i, "p", "def f(x): return x", TESTS, "", "f", "test") for i in (11, 12, 600)}
+PROBLEMS = {i: Problem(i, "p", "def f(x): return x", TESTS, "", "f", "test") for i in ("11", "12", "600")}
 COARSE = {"passed": "passed", "timeout": "timeout"}  # what the other formats can say; all else is failed
 quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -24,7 +24,7 @@ quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCh
 @st.composite
 def runs(draw: st.DrawFn) -> list[tuple[Sample, Label]]:
     """Samples numbered from 0 within their problem, in any order of problems, with any labels."""
-    counts: dict[int, int] = {}
+    counts: dict[str, int] = {}
     pairs = []
     for task in draw(st.lists(st.sampled_from(sorted(PROBLEMS)), max_size=10)):
         number = counts[task] = counts.get(task, -1) + 1

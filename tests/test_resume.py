@@ -17,7 +17,7 @@ from fractal.rundir import RunDir
 from fractal.sandbox.host.limits import Limits
 from fractal.verify import labelling, outputs, resume, stage
 
-TASKS = (11, 12, 600)
+TASKS = ("11", "12", "600")
 PROBLEMS = [Problem(i, "p", "def f(x): return x", ["assert f(1) == 1"], "", "f", "test") for i in TASKS]
 
 
@@ -27,7 +27,7 @@ class Stand:
     image = image_id = "none"
     no_sharing = ""
     checks: dict[str, Any] = {}
-    ran: list[tuple[int, int]] = []
+    ran: list[tuple[str, int]] = []
     stop_after: int | None = None  # raise KeyboardInterrupt then
 
     def __init__(self, **_: Any) -> None: ...
@@ -37,7 +37,7 @@ class Stand:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def verify(self, samples: Iterable[Sample], problems: Mapping[int, Problem]) -> Iterator[Label]:
+    def verify(self, samples: Iterable[Sample], problems: Mapping[str, Problem]) -> Iterator[Label]:
         for number, one in enumerate(samples):
             if number == self.stop_after:
                 raise KeyboardInterrupt
@@ -45,12 +45,12 @@ class Stand:
             yield label(one)
 
 
-def sample(task_id: int, sample_id: int, code: str = "x = 1\n") -> Sample:
+def sample(task_id: str, sample_id: int, code: str = "x = 1\n") -> Sample:
     return Sample(task_id, sample_id, "", f"{code}# {task_id} {sample_id}", "stop", 0, None, None, "m")
 
 
 def label(one: Sample, status: Status | None = None) -> Label:
-    status = status or ("passed" if (one.task_id + one.sample_id) % 3 else "failed")
+    status = status or ("passed" if (int(one.task_id) + one.sample_id) % 3 else "failed")
     return Label(one.task_id, one.sample_id, status, status == "passed", [], 0.5, 0.25, "", code_sha256(one.code))
 
 
@@ -83,7 +83,7 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 
 @quick
 @given(keys, st.data())
-def test_any_prefix_with_a_torn_end_is_continued(place: Path, ids: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_any_prefix_with_a_torn_end_is_continued(place: Path, ids: list[tuple[str, int]], data: st.DataObject) -> None:
     (place / "labels.jsonl").unlink(missing_ok=True)
     samples = [sample(*one) for one in ids]
     whole = run(place, samples)
@@ -97,7 +97,7 @@ def test_any_prefix_with_a_torn_end_is_continued(place: Path, ids: list[tuple[in
 @quick
 @given(keys, st.data())
 def test_gaps_faults_and_disorder_end_in_the_same_file(
-    place: Path, ids: list[tuple[int, int]], data: st.DataObject
+    place: Path, ids: list[tuple[str, int]], data: st.DataObject
 ) -> None:
     """Labels missing anywhere, sandbox errors, the lines in any order."""
     samples = [sample(*one) for one in ids]
@@ -119,7 +119,7 @@ def test_gaps_faults_and_disorder_end_in_the_same_file(
 
 @pytest.mark.parametrize("stop", range(7))
 def test_ctrl_c_at_any_sample_keeps_what_is_done(place: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = [sample(11, i) for i in range(6)]
+    samples = [sample("11", i) for i in range(6)]
     write_jsonl(place / "s", samples)
     write_jsonl(place / "labels.jsonl", [label(one, "sandbox_error") for one in samples[:3]])
     monkeypatch.setattr(Stand, "stop_after", stop)
@@ -134,7 +134,7 @@ def test_ctrl_c_at_any_sample_keeps_what_is_done(place: Path, stop: int, monkeyp
 
 
 def test_a_finished_file_is_not_touched(place: Path) -> None:
-    run(place, [sample(11, i) for i in range(3)])
+    run(place, [sample("11", i) for i in range(3)])
     before = (place / "labels.jsonl").stat()
     run(place)
     assert (place / "labels.jsonl").stat().st_mtime_ns == before.st_mtime_ns
@@ -142,9 +142,9 @@ def test_a_finished_file_is_not_touched(place: Path) -> None:
 
 
 def test_more_samples_are_added_behind(place: Path) -> None:
-    first = run(place, [sample(11, 0), sample(12, 0)])
-    second = run(place, [sample(11, 0), sample(12, 0), sample(11, 1)])
-    assert second == first + encode(label(sample(11, 1)))
+    first = run(place, [sample("11", 0), sample("12", 0)])
+    second = run(place, [sample("11", 0), sample("12", 0), sample("11", 1)])
+    assert second == first + encode(label(sample("11", 1)))
 
 
 def refused(place: Path, samples: list[Sample], left: list[Label]) -> str:
@@ -160,17 +160,17 @@ def refused(place: Path, samples: list[Sample], left: list[Label]) -> str:
 
 
 def test_labels_of_other_samples_are_refused(place: Path) -> None:
-    assert "sample_id 7, which is not among the samples" in refused(place, [sample(11, 0)], [label(sample(11, 7))])
+    assert "sample_id 7, which is not among the samples" in refused(place, [sample("11", 0)], [label(sample("11", 7))])
 
 
 def test_two_labels_of_one_sample_are_refused(place: Path) -> None:
-    message = refused(place, [sample(11, 0)], [label(sample(11, 0)), label(sample(11, 0), "failed")])
+    message = refused(place, [sample("11", 0)], [label(sample("11", 0)), label(sample("11", 0), "failed")])
     assert "line 2: task_id 11, sample_id 0 stands twice" in message
 
 
 def test_labels_of_another_program_are_refused(place: Path) -> None:
-    left = [label(sample(11, 0)), label(sample(11, 1, "y = 2\n"))]
-    message = refused(place, [sample(11, 0), sample(11, 1)], left)
+    left = [label(sample("11", 0)), label(sample("11", 1, "y = 2\n"))]
+    message = refused(place, [sample("11", 0), sample("11", 1)], left)
     assert "labels.jsonl: line 2: is of another program" in message
     assert left[1].code_sha256[:12] in message
     assert "task_id 11, sample_id 1" in message
@@ -178,13 +178,13 @@ def test_labels_of_another_program_are_refused(place: Path) -> None:
 
 def test_drafts_of_killed_calls_go(place: Path) -> None:
     (place / ".labels.jsonl.4711").write_bytes(b"half")
-    write_jsonl(place / "labels.jsonl", [label(sample(11, 0), "sandbox_error")])
-    run(place, [sample(11, 0)])
+    write_jsonl(place / "labels.jsonl", [label(sample("11", 0), "sandbox_error")])
+    run(place, [sample("11", 0)])
 
 
 def test_a_bad_last_line_is_found_before_anything_is_run(place: Path) -> None:
-    for bad in (sample(99, 0), sample(11, 0)):
-        write_jsonl(place / "s", [*(sample(11, i) for i in range(50)), bad])
+    for bad in (sample("99", 0), sample("11", 0)):
+        write_jsonl(place / "s", [*(sample("11", i) for i in range(50)), bad])
         with pytest.raises(RecordError, match="s: line 51: "):
             stage.run_files(place / "p", place / "s", place / "labels.jsonl", Limits())
         assert Stand.ran == []
@@ -195,7 +195,7 @@ def test_a_bad_last_line_is_found_before_anything_is_run(place: Path) -> None:
 def test_an_output_that_is_something_else_is_refused(place: Path, name: str) -> None:
     import os
 
-    write_jsonl(place / "s", [sample(11, 0)])
+    write_jsonl(place / "s", [sample("11", 0)])
     (place / "link").symlink_to("s")
     os.link(place / "p", place / "hard")
     os.mkfifo(place / "pipe")
@@ -210,8 +210,8 @@ def test_an_output_that_is_something_else_is_refused(place: Path, name: str) -> 
 def test_plan_counts(place: Path) -> None:
     from fractal.generate.sample_files import FileSample
 
-    samples = [FileSample(sample(11, i)) for i in range(5)]
-    write_jsonl(place / "l", [label(sample(11, 0)), label(sample(11, 2), "sandbox_error"), label(sample(11, 3))])
+    samples = [FileSample(sample("11", i)) for i in range(5)]
+    write_jsonl(place / "l", [label(sample("11", 0)), label(sample("11", 2), "sandbox_error"), label(sample("11", 3))])
     plan = resume.compare(samples, place / "l")
     assert plan == resume.Plan(samples=5, redo=2, end=4)
     assert plan is not None
@@ -222,7 +222,7 @@ def test_plan_counts(place: Path) -> None:
 
 def test_a_run_folder_is_labelled_the_same_way(tmp_path: Path) -> None:
     """Its samples may have a torn last line (a killed generation), and are of our own schema only."""
-    samples = [sample(11, i) for i in range(4)]
+    samples = [sample("11", i) for i in range(4)]
     with RunDir(tmp_path / "r", create=True) as folder:
         folder.set_problems(PROBLEMS)
         with pytest.raises(InputError, match="has no samples yet"):
@@ -236,7 +236,7 @@ def test_a_run_folder_is_labelled_the_same_way(tmp_path: Path) -> None:
         assert len(Stand.ran) == 4
         for bad, words in (
             (encode({"task_id": 11, "solution": ""}), "not a Sample"),
-            (encode(sample(99, 0)), "task_id"),
+            (encode(sample("99", 0)), "task_id"),
         ):
             path.write_bytes(encode(samples[0]) + bad)
             with pytest.raises(RecordError, match=rf"samples\.jsonl: line 2: .*{words}"):
@@ -247,7 +247,7 @@ def test_the_manifest_counts_the_labels_of_each_image_and_the_report_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another image labels the rest, after a Ctrl-C; then everything is there. An earlier version noted one image."""
-    samples = [sample(11, i) for i in range(9)]
+    samples = [sample("11", i) for i in range(9)]
     with RunDir(tmp_path / "r", create=True) as folder:
         folder.set_problems(PROBLEMS)
         write_jsonl(folder.file("samples.jsonl"), samples)
@@ -268,7 +268,7 @@ def test_the_manifest_counts_the_labels_of_each_image_and_the_report_warns(
         del noted["labelled_by"]
         stage.run(folder, Limits())
         assert list(read_facts(folder).warnings) == []
-        write_jsonl(folder.file("samples.jsonl"), [*samples, sample(11, 9)])
+        write_jsonl(folder.file("samples.jsonl"), [*samples, sample("11", 9)])
         monkeypatch.setattr(Stand, "image", "d")
         stage.run(folder, Limits())
         counts = [(entry["name"], entry["labels"]) for entry in folder.manifest["images"]["sandbox"]["labelled_by"]]
@@ -279,5 +279,5 @@ def test_programs_that_cannot_share_a_process_are_announced(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Stand, "no_sharing", "the byte code of cpython 3.99 is not known, only that of CPython 3.11")
-    run(place, [sample(11, 0), sample(11, 1)])
+    run(place, [sample("11", 0), sample("11", 1)])
     assert capsys.readouterr().err.count("cpython 3.99") == 1

@@ -27,16 +27,16 @@ CORRECT = "def f(x):\n    return x * 2\n"
 TESTS = ["assert f(1) == 2", "assert f(21) == 42", "assert f('ab') == 'abab'"]
 
 
-def problem(tests: list[str] = TESTS, reference: str = CORRECT, setup: str = "", task_id: int = 1) -> Problem:
+def problem(tests: list[str] = TESTS, reference: str = CORRECT, setup: str = "", task_id: str = "1") -> Problem:
     return Problem(task_id, "double", reference, tests, setup, "f", "test")
 
 
-def sample(code: str, sample_id: int = 0, task_id: int = 1) -> Sample:
+def sample(code: str, sample_id: int = 0, task_id: str = "1") -> Sample:
     return Sample(task_id, sample_id, "", code, "stop", 0, None, None, "test")
 
 
 def judge(sandbox: Sandbox, code: str, tests: list[str] = TESTS, setup: str = "", reference: str = CORRECT) -> Label:
-    (label,) = sandbox.verify([sample(code)], {1: problem(tests, reference, setup)})
+    (label,) = sandbox.verify([sample(code)], {"1": problem(tests, reference, setup)})
     return label
 
 
@@ -86,14 +86,14 @@ def test_files_of_one_sample_are_gone_for_the_next(sandbox: Sandbox) -> None:
     write = "import os\ndef f(x):\n    not os.path.exists('a') and os.makedirs('a/b')\n    os.chmod('a', 0)\n    return x * 2\n"
     look = "import os\ndef f(x):\n    return x * 2 if os.listdir('.') == [] else None\n"
     codes = [write, look + "#1", write + "#2", look + "#3"] * 2
-    labels = sandbox.verify([sample(code + "#" * i, i) for i, code in enumerate(codes)], {1: problem()})
+    labels = sandbox.verify([sample(code + "#" * i, i) for i, code in enumerate(codes)], {"1": problem()})
     assert [label.status for label in labels] == ["passed"] * 8
 
 
 def test_labels_come_in_the_order_of_the_samples_one_each(sandbox: Sandbox) -> None:
     slow = "import time\ndef f(x):\n    time.sleep(0.3)\n    return x * 2\n"
     samples = [sample(slow if i % 7 == 0 else CORRECT + f"#{i}", i) for i in range(60)]
-    labels = list(sandbox.verify(samples, {1: problem()}))
+    labels = list(sandbox.verify(samples, {"1": problem()}))
     assert [label.sample_id for label in labels] == list(range(60))
     assert all(label.passed for label in labels)
 
@@ -102,7 +102,7 @@ def test_identical_programs_run_once(image: str) -> None:
     sleepy = "import time\ndef f(x):\n    time.sleep(0.5)\n    return x * 2\n"
     with Sandbox(image=image) as sandbox:
         start = time.monotonic()
-        labels = list(sandbox.verify([sample(sleepy, i) for i in range(50)], {1: problem()}))
+        labels = list(sandbox.verify([sample(sleepy, i) for i in range(50)], {"1": problem()}))
     assert all(label.passed for label in labels)
     assert len({label.seconds for label in labels}) == 1
     assert time.monotonic() - start < 20  # not 75: a deadline for a hang, no measurement
@@ -114,8 +114,8 @@ def test_a_slow_reference_raises_the_limit(image: str) -> None:
     with Sandbox(limits=Limits(cpu_s=0.3, wall_s=5), image=image) as sandbox:
         patient = problem(reference=busy % 0.6)
         hasty = problem(task_id="2")
-        (first,) = sandbox.verify([sample(busy % 0.8)], {1: patient})
-        (second,) = sandbox.verify([sample(busy % 0.8, task_id="2")], {2: hasty})
+        (first,) = sandbox.verify([sample(busy % 0.8)], {"1": patient})
+        (second,) = sandbox.verify([sample(busy % 0.8, task_id="2")], {"2": hasty})
     assert (first.status, second.status) == ("passed", "timeout")
 
 
@@ -124,7 +124,7 @@ def test_a_container_killed_in_the_middle_loses_nothing(image: str) -> None:
     samples = [sample(slow + f"#{i}", i) for i in range(60)]
     with Sandbox(image=image, cache=False) as sandbox:
         labels = []
-        for label in sandbox.verify(samples, {1: problem()}):
+        for label in sandbox.verify(samples, {"1": problem()}):
             labels.append(label)
             if len(labels) == 10:
                 engine.request("POST", f"/containers/{sandbox._connection.container}/kill")
@@ -160,9 +160,9 @@ def test_nothing_is_left_after_many_samples(image: str) -> None:
     with Sandbox(image=image) as sandbox:
         processes = f"/containers/{sandbox._connection.container}/top"
         samples = [sample(codes[i % 4] + f"#{i}", i) for i in range(400)]
-        first = list(sandbox.verify(samples[:100], {1: problem()}))
+        first = list(sandbox.verify(samples[:100], {"1": problem()}))
         before = engine.request("GET", processes)["Processes"]
-        list(sandbox.verify(samples[100:], {1: problem()}))
+        list(sandbox.verify(samples[100:], {"1": problem()}))
         after = engine.request("GET", processes)["Processes"]
     assert len(after) == len(before), after
     assert not [row for row in after if "defunct" in " ".join(row)]
@@ -236,7 +236,9 @@ def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
     problems = {p.task_id: p for p in read_problems(SHARED / "mbpp" / "sanitized-mbpp.json")}
     rows = [json.loads(line) for line in gzip.open(path)]
     samples = [
-        sample(extract_code(r["completion"], problems[r["task_id"]].entry_point), r["sample_id"], r["task_id"])
+        sample(
+            extract_code(r["completion"], problems[str(r["task_id"])].entry_point), r["sample_id"], str(r["task_id"])
+        )
         for r in rows
     ]
     with Sandbox(image=image) as sandbox:
@@ -261,9 +263,9 @@ def test_real_samples_get_the_label_of_plain_evaluation(image: str) -> None:
 def test_recursion_goes_exactly_as_deep_as_in_plain_evaluation(sandbox: Sandbox, own: bool) -> None:
     code = "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)\n" + ("class C: pass\n" if own else "")
     depths = range(990, 1003)
-    problems = {n: problem([f"assert f({n}) == {n}"], task_id=n) for n in depths}
-    found = [label.passed for label in sandbox.verify([sample(code, task_id=n) for n in depths], problems)]
-    assert found == [plain(code, problems[n].tests) for n in depths]
+    problems = {str(n): problem([f"assert f({n}) == {n}"], task_id=str(n)) for n in depths}
+    found = [label.passed for label in sandbox.verify([sample(code, task_id=str(n)) for n in depths], problems)]
+    assert found == [plain(code, problems[str(n)].tests) for n in depths]
     assert len(set(found)) == 2
 
 

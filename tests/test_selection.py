@@ -31,16 +31,16 @@ def recompute(folder):
 
 
 def sample(task_id, sample_id, *, code="pass", tokens=4, sum_logprob=-2.0):
-    return Sample(task_id, sample_id, code, code, "stop", tokens, sum_logprob, 0, "m")
+    return Sample(str(task_id), sample_id, code, code, "stop", tokens, sum_logprob, 0, "m")
 
 
 def label(task_id, sample_id, status, visible=None):
     tests = [] if visible is None else [visible, status if visible == "passed" else "not_run"]
-    return Label(task_id, sample_id, status, status == "passed", tests, 0.0, 0.0, "", "")
+    return Label(str(task_id), sample_id, status, status == "passed", tests, 0.0, 0.0, "", "")
 
 
 def score(task_id, sample_id, logit, zero_shot=None, combined=None):
-    return Score(task_id, sample_id, logit, 1 / (1 + math.exp(-logit)), zero_shot, combined)
+    return Score(str(task_id), sample_id, logit, 1 / (1 + math.exp(-logit)), zero_shot, combined)
 
 
 def picks(choices, task_id="1"):
@@ -69,7 +69,7 @@ def runs(draw):
                 logits = [draw(st.sampled_from([-1.0, 0.0, 2.0])) for _ in range(3)]
                 scores.append(score(task_id, sample_id, *logits))
             if draw(st.booleans()):
-                outputs.append(Output(task_id, sample_id, draw(st.sampled_from([None, "(1,)", "(2,)"]))))
+                outputs.append(Output(str(task_id), sample_id, draw(st.sampled_from([None, "(1,)", "(2,)"]))))
     return draw(st.permutations(samples)), draw(st.permutations(labels)), scores, outputs
 
 
@@ -216,7 +216,9 @@ def test_splits_are_named_in_one_order_or_refused():
 def folder_with(tmp_path, splits):
     """A run folder with two labelled samples for a problem of each split."""
     with RunDir(tmp_path / "run", create=True) as folder:
-        folder.set_problems([Problem(i, "p", "", ["assert f(1)"], "", "f", split) for i, split in enumerate(splits, 1)])
+        folder.set_problems(
+            [Problem(str(i), "p", "", ["assert f(1)"], "", "f", split) for i, split in enumerate(splits, 1)]
+        )
         keys = [(task_id, i) for task_id in range(1, len(splits) + 1) for i in range(2)]
         labels = [label(*key, "passed" if key[1] else "failed", "passed") for key in keys]
         write_jsonl(folder.file("samples.jsonl"), [sample(*key) for key in keys])
@@ -233,11 +235,11 @@ def test_the_splits_of_the_command_stay_the_run_s_own(tmp_path, capsys):
     with RunDir(folder_with(tmp_path, ["train", "validation", "test"])) as folder:
         problems, labels = list(folder.problems().values()), folder.labels()
         stage.run(folder)
-        assert measured(folder) == {3}
+        assert measured(folder) == {"3"}
         assert recorded_splits(folder.manifest["config"], problems, labels) == ("test",)
         for on in ("test,validation", None):
             stage.run(folder, on)
-            assert measured(folder) == {2, 3}
+            assert measured(folder) == {"2", "3"}
         assert "nothing to do" in capsys.readouterr().out
         assert recorded_splits(folder.manifest["config"], problems, labels) == ("validation", "test")
         assert recompute(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
@@ -248,11 +250,11 @@ def test_a_split_without_labels_is_refused_and_new_outputs_make_new_choices(tmp_
         stage.run(folder)
         with pytest.raises(InputError, match="no labelled test problem, only train, validation"):
             stage.run(folder, "test,validation")
-        assert measured(folder) == {2}
+        assert measured(folder) == {"2"}
         assert "consensus" not in {choice.strategy for choice in recompute(folder)}
         write_jsonl(folder.file("outputs.jsonl"), [Output("2", 0, "(1,)"), Output("2", 1, None)])
         stage.run(folder)
-        assert picks(read_jsonl(folder.file("selection.jsonl"), Choice), 2)["consensus"] == (0, 0.0)
+        assert picks(read_jsonl(folder.file("selection.jsonl"), Choice), "2")["consensus"] == (0, 0.0)
 
 
 MISSING = "1 usable test sample has no score: the critic ranks them last. `fractal score --run {run}` scores them."
@@ -290,7 +292,7 @@ def test_what_cannot_be_used_is_left_out():
     samples = [sample(1, 0), sample(1, 1), sample(2, 0), sample(3, 0)]
     labels = [label(1, 0, "sandbox_error"), label(1, 1, "passed"), label(2, 0, "sandbox_error")]
     choices = choose(samples, labels)
-    assert {choice.task_id for choice in choices} == {1}
+    assert {choice.task_id for choice in choices} == {"1"}
     assert (picks(choices)["random"], picks(choices)["first"]) == ((None, 1.0), (1, 1.0))
     assert left_out(samples, labels) == LeftOut(unlabelled=1, sandbox_error=2, problems=(2, 3))
     assert (choose([], []), evaluate({})) == ([], [])
@@ -300,7 +302,7 @@ def test_evaluate_is_paired_over_problems():
     """Random differs much from problem to problem; the strategy is a steady 0.25 above it."""
     choices = []
     for task_id, base in enumerate([0.0, 0.25, 0.5, 0.75] * 5):
-        choices += [Choice(task_id, "random", None, base), Choice(task_id, "better", 0, base + 0.25)]
+        choices += [Choice(str(task_id), "random", None, base), Choice(str(task_id), "better", 0, base + 0.25)]
     random, better = evaluate(by_strategy(choices))
     assert (random.strategy, random.problems, random.gain_over_random) == ("random", 20, Interval(0, 0, 0))
     assert better.gain_over_random == Interval(0.25, 0.25, 0.25)

@@ -26,7 +26,7 @@ from fractal.sandbox.inside.protocol import PROBLEM, SAMPLE, frame
 
 pytestmark = pytest.mark.docker
 NAME = f"fractal-test-sidecar-{os.getpid()}"  # two sessions on one engine
-PROBLEMS = {i: Problem(i, "", f"def f(x):\n    return x * {i}\n", [f"assert f(2) == {2 * i}"], "", "f", "test") for i in range(1, 9)}  # fmt: skip
+PROBLEMS = {str(i): Problem(str(i), "", f"def f(x):\n    return x * {i}\n", [f"assert f(2) == {2 * i}"], "", "f", "test") for i in range(1, 9)}  # fmt: skip
 LIMITS = Limits(cpu_s=1, wall_s=3)
 
 
@@ -37,7 +37,7 @@ def samples(count: int, tag: str) -> tuple[list[Sample], list[str]]:
         task = 1 + i % 8
         factor = task if i % 3 else task + 1
         code = f"def f(x):\n    '{tag} {i}'\n    return x * {factor}\n"
-        found.append(Sample(task, i, "", code, "stop", 0, None, None, "test"))
+        found.append(Sample(str(task), i, "", code, "stop", 0, None, None, "test"))
     return found, ["passed" if i % 3 else "failed" for i in range(count)]
 
 
@@ -176,7 +176,7 @@ def test_an_event_loop_is_free_while_programs_run(sandbox: Sandbox) -> None:
 
 
 async def _collect(sandbox: Sandbox, work: list[Sample]) -> list[Label]:
-    return [label async for label in sandbox.verify_async(work, {1: Problem("1", "", "", ["assert f(2) == 2"], "", "f", "test")})]  # fmt: skip
+    return [label async for label in sandbox.verify_async(work, {"1": Problem("1", "", "", ["assert f(2) == 2"], "", "f", "test")})]  # fmt: skip
 
 
 def test_leaving_in_the_middle_leaves_nothing_under_way(sandbox: Sandbox) -> None:

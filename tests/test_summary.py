@@ -14,14 +14,14 @@ from fractal.selection.outcomes import outcomes
 from fractal.selection.strategies import STRATEGIES, choose
 
 FACTS = Facts(run="toy", date="2026-11-25", command="fractal report --run runs/toy", model="tiny")
-SPLIT_OF = {1: "train", 2: "validation", 3: "validation"}  # and test
+SPLIT_OF = {"1": "train", "2": "validation", "3": "validation"}  # and test
 
 
 def records(problems=9, n=6, seed=3, share=None, scored=1.0):
     """Problems of three splits; scores that know a little; visible verdicts and outputs."""
     rng = random.Random(seed)
     rows = ([], [], [], [], [])
-    for task_id in range(1, problems + 1):
+    for task_id in map(str, range(1, problems + 1)):
         rows[0].append(
             Problem(task_id, "Write f.", "", ["assert f(1)", "assert f(2)"], "", "f", SPLIT_OF.get(task_id, "test"))
         )
@@ -57,7 +57,7 @@ def test_several_splits_are_measured_as_one(whole):
     assert measured.evaluation.problems == 8
     assert [one.problems for one in measured.strategies] == [8] * len(STRATEGIES)
     assert [row.split for row in measured.splits] == ["train", "validation", "test", "all"]
-    assert {row.task_id for row in measured.by_problem} == set(range(2, 10))
+    assert {row.task_id for row in measured.by_problem} == set(map(str, range(2, 10)))
 
 
 def test_every_curve_starts_at_random_and_ends_at_its_strategy(whole):
@@ -79,7 +79,7 @@ def test_filter_and_critic_on_k_samples_equal_every_draw_of_k(whole):
     logit = {(one.task_id, one.sample_id): one.score for one in scores}
     for k in (1, 2, 4):
         means = []
-        for task_id in range(2, len(problems) + 1):
+        for task_id in map(str, range(2, len(problems) + 1)):
             of_problem = [one for one in labels if one.task_id == task_id]
             picks = []
             for draw in itertools.combinations(of_problem, k):
@@ -94,7 +94,7 @@ def test_duels_and_gap_are_the_choices_counted(whole):
     passed = {(one.strategy, one.task_id): one.passed for one in choices}
     assert {one.strategy for one in measured.duels} == set(STRATEGIES) - {"critic"}
     for duel in measured.duels:
-        pairs = [(passed["critic", task], passed[duel.strategy, task]) for task in range(2, 10)]
+        pairs = [(passed["critic", task], passed[duel.strategy, task]) for task in map(str, range(2, 10))]
         assert duel.wins == sum(a > b for a, b in pairs)
         assert duel.losses == sum(a < b for a, b in pairs)
         assert duel.wins + duel.losses + duel.ties == 8
@@ -111,7 +111,7 @@ def test_duels_and_gap_are_the_choices_counted(whole):
 
 def test_difficulty_puts_each_problem_in_one_row(whole):
     measured, choices, (_, _, labels, _, _) = whole
-    share = {task: sum(one.passed for one in labels if one.task_id == task) / 6 for task in range(2, 10)}
+    share = {task: sum(one.passed for one in labels if one.task_id == task) / 6 for task in map(str, range(2, 10))}
     assert sum(row.problems for row in measured.difficulty) == 8
     assert [(row.low, row.high) for row in measured.difficulty] == [
         (0, 0),
@@ -151,9 +151,9 @@ def test_orders_curves_and_abstaining_hang_together(whole):
 
 def test_the_funnel_loses_nothing_unsaid():
     problems, samples, labels, scores, outputs = records(scored=0.7)
-    labels = [one for one in labels if (one.task_id, one.sample_id) != (4, 0)]
-    broken = [one for one in labels if one.task_id == 5]
-    labels = [one for one in labels if one.task_id != 5] + [
+    labels = [one for one in labels if (one.task_id, one.sample_id) != ("4", 0)]
+    broken = [one for one in labels if one.task_id == "5"]
+    labels = [one for one in labels if one.task_id != "5"] + [
         Label(one.task_id, one.sample_id, "sandbox_error", False, [], 0, 0, "", "") for one in broken
     ]
     measured, _ = build(problems, samples, labels, scores, outputs)
@@ -162,7 +162,7 @@ def test_the_funnel_loses_nothing_unsaid():
     assert steps["samples drawn"] == (54, "")
     assert steps["samples labelled"] == (47, "1 sample without a label; 6 samples lost by the sandbox")
     assert steps["validation and test samples, labelled"] == (41, "6 samples of other splits")
-    scored = len([one for one in scores if one.task_id not in (1, 5) and (one.task_id, one.sample_id) != (4, 0)])
+    scored = len([one for one in scores if one.task_id not in ("1", "5") and (one.task_id, one.sample_id) != ("4", 0)])
     assert steps["scored by the critic"] == (scored, f"{41 - scored} samples without a score")
     assert steps["validation and test problems, measured"] == (7, "1 problem without a label")
     assert any("without a score: the critic ranks them last" in one for one in measured.warnings)

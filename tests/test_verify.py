@@ -16,12 +16,12 @@ from fractal.records import Label, Problem, Sample
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(300)]
-PROBLEMS = [Problem(i, "p", "def f(x):\n    return x * 2", ["assert f(1) == 2", "assert f(3) == 6"], "", "f", "test") for i in (1, 2)]  # fmt: skip
+PROBLEMS = [Problem(str(i), "p", "def f(x):\n    return x * 2", ["assert f(1) == 2", "assert f(3) == 6"], "", "f", "test") for i in (1, 2)]  # fmt: skip
 BODIES = ["return x * 2", "return x", "return 1 / 0", "import os; os._exit(0)", "return ("]
 STATUSES = ["passed", "failed", "error", "crashed", "syntax_error"]
 N = 400
 SAMPLES = [
-    Sample(1 + i % 2, i // 2, "", f"def f(x):  # {i}\n    __import__('time').sleep(0.004)\n    {BODIES[i % 5]}\n", "stop", 0, None, None, "m")
+    Sample(str(1 + i % 2), i // 2, "", f"def f(x):  # {i}\n    __import__('time').sleep(0.004)\n    {BODIES[i % 5]}\n", "stop", 0, None, None, "m")
     for i in range(N)
 ]  # fmt: skip
 EXPECTED = [(s.task_id, s.sample_id, STATUSES[i % 5]) for i, s in enumerate(SAMPLES)]
@@ -159,7 +159,7 @@ def test_what_could_not_be_judged_is_listed_and_redone_in_place(place: Path) -> 
     assert len([line for line in errors if line.startswith("sandbox_error: ")]) == 20
     assert errors[20] == "... and 10 more"
     assert "same command tries them again" in errors[21]
-    statuses = [status if task == 1 else "sandbox_error" for task, _, status in EXPECTED[:60]]
+    statuses = [status if task == "1" else "sandbox_error" for task, _, status in EXPECTED[:60]]
     assert [status for _, _, status in found(place / "labels")] == statuses
     before = (place / "labels").read_bytes().splitlines()[::2]
     write_jsonl(place / "p", PROBLEMS)
