@@ -1,6 +1,7 @@
 """Whatever a kill, an edit or an older version left of the labels: the same command ends with the same file."""
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from fractal.errors import InputError, RecordError
 from fractal.jsonl import encode, read_jsonl, write_jsonl
+from fractal.problems.sets import digest, load
 from fractal.records import Label, Problem, Sample, Status, code_sha256
 from fractal.report.facts import read_facts
 from fractal.rundir import RunDir
@@ -241,6 +243,30 @@ def test_a_run_folder_is_labelled_the_same_way(tmp_path: Path) -> None:
             path.write_bytes(encode(samples[0]) + bad)
             with pytest.raises(RecordError, match=rf"samples\.jsonl: line 2: .*{words}"):
                 stage.run(folder, Limits())
+
+
+def test_a_run_folder_with_integers_for_names_is_continued(tmp_path: Path) -> None:
+    """As all were until 2026-11-30. Its problem set is known by the digest that it had, labels and samples are kept."""
+    problems = load("starter", "test", 3)
+    assert problems.digest == "81eaedc3c554183bacdef6b160f4cf6ea2508a5f318d3e8449cbf29155c0ccb4"  # of that version
+    samples = [sample(problem.task_id, i) for problem in problems.problems for i in range(2)]
+    with RunDir(tmp_path / "r", create=True) as folder:
+        for name, records in (
+            ("problems", problems.problems),
+            ("samples", samples),
+            ("labels", map(label, samples[:3])),
+        ):
+            lines = b"".join(map(encode, records))
+            folder.file(f"{name}.jsonl").write_bytes(re.sub(rb'"task_id":"(\d+)"', rb'"task_id":\1', lines))
+        assert digest(list(folder.problems().values())) == problems.digest
+        assert stage.run(folder, Limits()).total == 6
+        assert Stand.ran == [(one.task_id, one.sample_id) for one in samples[3:]]
+        assert read_jsonl(folder.file("labels.jsonl"), Label) == [label(one) for one in samples]
+        assert folder.file("labels.jsonl").read_bytes().count(b'"task_id":"') == 3, "the first three are as they were"
+        folder.file("labels.jsonl").write_bytes(
+            folder.file("labels.jsonl").read_bytes().replace(b':"passed"', b':"sandbox_error"', 1)
+        )
+        assert stage.run(folder, Limits()).total == 6
 
 
 def test_the_manifest_counts_the_labels_of_each_image_and_the_report_warns(

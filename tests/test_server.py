@@ -30,7 +30,7 @@ pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
 DOUBLE = Problem(
-    1, "double", "def f(x):\n    return x * 2\n", ["assert f(1) == 2", "assert f(2) == 4"], "", "f", "test"
+    "1", "double", "def f(x):\n    return x * 2\n", ["assert f(1) == 2", "assert f(2) == 4"], "", "f", "test"
 )
 RIGHT, HALF = "def f(x):\n    return x * 2\n", "def f(x):\n    return 2\n"
 CHEAT = "import os\ndef f(x):\n    os._exit(0)\n"
@@ -49,7 +49,7 @@ def serving(sandbox: Any, **settings: Any) -> Iterator[str]:
     from fractal.server.app import make_app
 
     port = free_port()
-    app = make_app(sandbox, {1: DOUBLE}, problems_name="doubles", **settings)
+    app = make_app(sandbox, {"1": DOUBLE}, problems_name="doubles", **settings)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -127,7 +127,7 @@ def test_a_batch_gets_its_labels_in_order(url: str) -> None:
     assert answer.status_code == 200, answer.text
     labels = answer.json()["labels"]
     assert [(x["task_id"], x["sample_id"], x["status"], x["passed"]) for x in labels] == [
-        (1, 0, "passed", True), (7, 1, "failed", False), (1, 9, "failed", False), (7, 3, "crashed", False),
+        ("1", 0, "passed", True), ("7", 1, "failed", False), ("1", 9, "failed", False), ("7", 3, "crashed", False),
     ]  # fmt: skip
     assert labels[2]["tests"] == ["passed", "failed"]
 
@@ -136,7 +136,7 @@ def test_a_batch_gets_its_labels_in_order(url: str) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"samples": [{"task_id": 2, "code": ""}]}, "no problem has task_id 2"),
+        ({"samples": [{"task_id": 2, "code": ""}]}, "no problem has task_id '2'"),
         ({"samples": [{"task_id": 1}]}, "either code or completion"),
         ({"samples": [{"task_id": 1, "code": "", "completion": ""}]}, "either code or completion"),
         ({"samples": [{"task_id": 1, "code": "", "timeout": 3}]}, "Extra inputs are not permitted"),
@@ -251,7 +251,7 @@ def broken() -> Iterator[str]:
 
 def batch(count: int) -> list[Sample]:
     codes = [RIGHT if n % 3 else HALF for n in range(count)]
-    return [Sample(1, n, "", f"{code}n = {n}\n", "stop", 0, None, None, "x") for n, code in enumerate(codes)]
+    return [Sample("1", n, "", f"{code}n = {n}\n", "stop", 0, None, None, "x") for n, code in enumerate(codes)]
 
 
 @pytest.mark.sandbox
@@ -261,8 +261,8 @@ def test_what_a_broken_server_and_one_that_is_not_there_had_goes_to_another(
     monkeypatch.setattr(endpoints_module, "PAUSE_S", 0.05)
     samples = batch(200)
     with serving(sandbox, token=TOKEN) as url, Endpoints([broken, url, "http://127.0.0.1:9"], token=TOKEN) as servers:
-        labels = list(servers.verify(samples, {1: DOUBLE}, deadline_s=30))
-        assert list(servers.verify([], {1: DOUBLE}, deadline_s=30)) == []
+        labels = list(servers.verify(samples, {"1": DOUBLE}, deadline_s=30))
+        assert list(servers.verify([], {"1": DOUBLE}, deadline_s=30)) == []
     assert [(label.sample_id, label.passed) for label in labels] == [(n, n % 3 > 0) for n in range(200)]
 
 
@@ -270,7 +270,7 @@ def test_what_a_broken_server_and_one_that_is_not_there_had_goes_to_another(
 def test_where_no_server_answers_there_is_an_error(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints_module, "PAUSE_S", 0.05)
     with Endpoints([broken, "http://127.0.0.1:9"]) as servers, pytest.raises(SandboxError, match="no server answers"):
-        list(servers.verify(batch(5), {1: DOUBLE}, deadline_s=30))
+        list(servers.verify(batch(5), {"1": DOUBLE}, deadline_s=30))
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

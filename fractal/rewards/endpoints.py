@@ -65,7 +65,7 @@ class Endpoints:
         self._session.close()
 
     def verify(
-        self, samples: Iterable[Sample], problems: Mapping[int, Problem], deadline_s: float | None = None
+        self, samples: Iterable[Sample], problems: Mapping[str, Problem], deadline_s: float | None = None
     ) -> Iterator[Label]:
         """One Label for each sample, in their order, as Sandbox.verify."""
         everything, limit_s = list(samples), DEADLINE_S if deadline_s is None else deadline_s
@@ -73,7 +73,7 @@ class Endpoints:
         for sample, label in zip(everything, batch.run(), strict=True):
             yield label or _undecided(sample, f"not decided within {limit_s:g} s. {batch.last_error}".strip())
 
-    def ask(self, url: str, part: Part, problems: Mapping[int, Problem], left_s: float) -> list[Label]:
+    def ask(self, url: str, part: Part, problems: Mapping[str, Problem], left_s: float) -> list[Label]:
         """The labels of a part, from one server. Raises OSError, or ValueError for an answer that is none."""
         ids = {sample.task_id for sample in part.samples}
         body = {
@@ -102,7 +102,7 @@ class _Batch:
     """One call of verify: its parts, handed to whichever server is free."""
 
     def __init__(
-        self, endpoints: Endpoints, samples: Sequence[Sample], problems: Mapping[int, Problem], deadline: float
+        self, endpoints: Endpoints, samples: Sequence[Sample], problems: Mapping[str, Problem], deadline: float
     ) -> None:
         self.last_error = ""
         self._endpoints, self._problems, self._deadline = endpoints, problems, deadline

@@ -55,7 +55,7 @@ def as_row(value: object, name: str) -> dict[str, Any]:
     raise InputError(f"{name}: expected columns, their JSON text, or a list of tests; got {type(value).__name__}.")
 
 
-def problem_from_row(row: Mapping[str, Any], task_id: int) -> Problem:
+def problem_from_row(row: Mapping[str, Any], task_id: str) -> Problem:
     """A Problem from columns: `tests` or `test_list`, and where there are any `setup`, `entry_point`, `reference`.
 
     Raises InputError where no tests are there, or a column is not what it should be.

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from fractal.errors import InputError
 from fractal.generate.extraction import extract_code
+from fractal.generate.sample_files import known_id
 from fractal.problems import sets
 from fractal.records import Label, Problem, Sample
 from fractal.rewards.endpoints import Endpoints
@@ -38,7 +39,7 @@ class Verifies(Protocol):
     """A sandbox, or servers with one each."""
 
     def verify(
-        self, samples: Iterable[Sample], problems: Mapping[int, Problem], deadline_s: float | None = None
+        self, samples: Iterable[Sample], problems: Mapping[str, Problem], deadline_s: float | None = None
     ) -> Iterator[Label]: ...
 
     def close(self) -> None: ...
@@ -68,7 +69,7 @@ class Scoring:
         """
         if len(completions) != len(rows):
             raise InputError(f"{len(completions)} completions and {len(rows)} rows: expected one row for each.")
-        problems: dict[int, Problem] = {}
+        problems: dict[str, Problem] = {}
         samples = []
         for number, (completion, row) in enumerate(zip(completions, rows, strict=True)):
             problem = self._problem(row)
@@ -108,13 +109,11 @@ class Scoring:
         if self.problems is None:
             return _problem_of_columns(row)
         known = _problem_set(str(self.problems))
-        try:
-            return known[row["task_id"]]
-        except KeyError:
+        task_id = known_id(str(row["task_id"]), known) if "task_id" in row else None
+        if task_id is None:
             named = f"task_id {row['task_id']!r}" if "task_id" in row else "a row without a column task_id"
-            raise InputError(
-                f"{named}: no problem of {self.problems}, whose ids are as {next(iter(known))!r}."
-            ) from None
+            raise InputError(f"{named}: no problem of {self.problems}, whose ids are as {next(iter(known))!r}.")
+        return known[task_id]
 
 
 # --- what a process keeps ---------------------------------------------------------------------------------------------
@@ -122,7 +121,7 @@ class Scoring:
 _lock = threading.RLock()
 _threads = ThreadPoolExecutor(64, "fractal-reward")  # of coroutines: started as they are needed
 _verifiers: dict[tuple[object, ...], Verifies] = {}
-_sets: dict[str, dict[int, Problem]] = {}
+_sets: dict[str, dict[str, Problem]] = {}
 _rows: dict[str, Problem] = {}  # by their columns: a Problem is an object that the sandbox knows again
 
 
@@ -171,7 +170,7 @@ atexit.register(_close_all)
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def _problem_set(source: str) -> dict[int, Problem]:
+def _problem_set(source: str) -> dict[str, Problem]:
     with _lock:
         if source not in _sets:
             _sets[source] = sets.load(source).by_id()
@@ -184,5 +183,5 @@ def _problem_of_columns(row: Mapping[str, Any]) -> Problem:
         if key not in _rows:
             if len(_rows) >= MAX_PROBLEMS:
                 _rows.clear()
-            _rows[key] = problem_from_row(row, len(_rows))
+            _rows[key] = problem_from_row(row, str(len(_rows)))
         return _rows[key]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fractal.jsonl import Keyed, read_jsonl, unique
-from fractal.records import Label, Output, Sample, Score
+from fractal.records import Label, Output, Sample, Score, task_order
 from fractal.rundir import RunDir
 
 IMPORTED = "imported from"  # how the detail of a label begins that another tool gave: its tests are not known
@@ -52,7 +52,7 @@ class LeftOut:
     problems: tuple[str, ...]  # task_id of those without a usable sample
 
 
-def read_outcomes(folder: RunDir, splits: Sequence[str]) -> dict[int, list[Outcome]]:
+def read_outcomes(folder: RunDir, splits: Sequence[str]) -> dict[str, list[Outcome]]:
     """The usable samples of a run's splits. Raises InputError where two records have the same key."""
 
     def records(name: str, kind: type[K]) -> Iterable[K]:

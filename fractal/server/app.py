@@ -4,11 +4,12 @@ from typing import Annotated
 
 import msgspec
 from fastapi import FastAPI, HTTPException, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 import fractal
 from fractal.errors import InputError
 from fractal.generate.extraction import extract_code
+from fractal.generate.sample_files import known_id
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.client import SandboxError, Verifier
 from fractal.server import sandbox_fusion
@@ -26,10 +27,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _digits(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
+def _problem_with_digits(value: object) -> object:
+    return value | {"task_id": _digits(value["task_id"])} if isinstance(value, dict) and "task_id" in value else value
+
+
+TaskId = Annotated[str, BeforeValidator(_digits)]  # an integer is its digits
+
+
 class Program(Strict):
     """One program to judge."""
 
-    task_id: Annotated[int, Field(description="a problem's of this request, or of the set that the server has")]
+    task_id: Annotated[TaskId, Field(description="a problem's of this request, or of the set that the server has")]
     sample_id: Annotated[int | None, Field(description="default: its place in the request")] = None
     code: Annotated[str | None, Field(description="the program")] = None
     completion: Annotated[str | None, Field(description="or a chat reply that holds it")] = None
@@ -39,7 +51,7 @@ class VerifyRequest(Strict):
     """A batch."""
 
     samples: Annotated[list[Program], Field(max_length=MAX_SAMPLES)]
-    problems: list[Problem] = []
+    problems: list[Annotated[Problem, BeforeValidator(_problem_with_digits)]] = []
     deadline_s: Annotated[float, Field(gt=0, description="what is not decided then is a sandbox_error")] = DEADLINE_S
 
 
@@ -51,7 +63,7 @@ class VerifyResponse(BaseModel):
 
 def make_app(
     verifier: Verifier,
-    problems: dict[int, Problem] | None = None,
+    problems: dict[str, Problem] | None = None,
     *,
     problems_name: str = "",
     token: str | None = None,
@@ -90,16 +102,17 @@ def make_app(
     return app
 
 
-def _sample(number: int, program: Program, problems: dict[int, Problem]) -> Sample:
-    problem = problems.get(program.task_id)
-    if problem is None:
+def _sample(number: int, program: Program, problems: dict[str, Problem]) -> Sample:
+    task_id = known_id(program.task_id, problems)
+    if task_id is None:
         raise HTTPException(422, f"samples[{number}]: no problem has task_id {program.task_id!r}")
     if (program.code is None) == (program.completion is None):
         raise HTTPException(422, f"samples[{number}]: expected either code or completion")
+    problem = problems[task_id]
     text = program.completion or ""
     code = extract_code(text, problem.entry_point) if program.code is None else program.code
     sample_id = number if program.sample_id is None else program.sample_id
-    return Sample(program.task_id, sample_id, text, code, "stop", 0, None, None, "http")
+    return Sample(task_id, sample_id, text, code, "stop", 0, None, None, "http")
 
 
 def _detail(status: int, text: str) -> Response:

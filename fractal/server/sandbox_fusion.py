@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from fractal.errors import InputError
 from fractal.generate.extraction import extract_code
+from fractal.generate.sample_files import known_id
 from fractal.records import Label, Problem, Sample
 from fractal.rewards.rows import problem_from_row
 from fractal.sandbox.host.client import Verifier
@@ -86,7 +87,7 @@ class EvalResult(BaseModel):
     extra: Annotated[dict[str, Any] | None, Field(description="status and detail of our label")] = None
 
 
-def make_router(verifier: Verifier, problems: dict[int, Problem], problems_name: str, deadline_s: float) -> APIRouter:
+def make_router(verifier: Verifier, problems: dict[str, Problem], problems_name: str, deadline_s: float) -> APIRouter:
     """The endpoints; `problems` are those of the data set `problems_name`."""
     router = APIRouter(tags=["SandboxFusion"])
 
@@ -104,7 +105,7 @@ def make_router(verifier: Verifier, problems: dict[int, Problem], problems_name:
     return router
 
 
-def _problem(request: SubmitRequest, problems: dict[int, Problem], problems_name: str) -> Problem:
+def _problem(request: SubmitRequest, problems: dict[str, Problem], problems_name: str) -> Problem:
     config = request.config
     if config.language not in (None, "python"):
         raise HTTPException(422, f"config.language {config.language}: this server runs Python alone")
@@ -115,8 +116,8 @@ def _problem(request: SubmitRequest, problems: dict[int, Problem], problems_name
     if request.dataset != problems_name:
         has = f"this server has {problems_name}" if problems_name else "this server was started without --problems"
         raise HTTPException(404, f"dataset {request.dataset}: {has}; or send the row in config.provided_data")
-    if isinstance(request.id, int) and request.id in problems:
-        return problems[request.id]
+    if (task_id := known_id(str(request.id), problems)) is not None:
+        return problems[task_id]
     raise HTTPException(404, f"id {request.id}: no problem of {problems_name}")
 
 
@@ -127,7 +128,7 @@ def _provided(row: dict[str, Any]) -> Problem:
         if name in flat:
             flat[name] = _decoded(flat[name], list, flat[name])
     try:
-        return problem_from_row(flat, 0)
+        return problem_from_row(flat, "0")
     except InputError as error:
         raise HTTPException(422, f"config.provided_data: {error}") from error
 
