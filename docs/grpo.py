@@ -35,13 +35,15 @@ def main(model: str, steps: int) -> None:
         max_steps=steps,
         per_device_train_batch_size=8,
         num_generations=8,
-        max_completion_length=128,
+        max_completion_length=96,
+        temperature=0.6,
         learning_rate=1e-6,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         use_cpu=True,
         bf16=False,
+        model_init_kwargs={"dtype": "float32"},
     )
     reward = make_reward(problems=str(STARTER), partial=0.1, deadline_s=30)
     GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=data_set()).train()

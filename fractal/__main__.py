@@ -610,7 +610,7 @@ def audit(
     json: Annotated[Path | None, Option("--json", help="Write the outcome of each program to this file.")] = None,
     timeout: Annotated[float, Option(help="Seconds for each program.", min=0.1)] = 20.0,
     jobs: Annotated[int | None, Option(help="Programs at once. Default: one for each processor.", min=1)] = None,
-    family: Annotated[str | None, Option(help="Only this family: basic, leave, lie, patch, read or write.")] = None,
+    family: Annotated[str | None, Option(help="One family: basic, leave, lie, patch, read, record or write.")] = None,
     no_container: Annotated[bool, Option("--no-container", help="Run although this is no container.")] = False,
 ) -> None:
     """Run our attack programs against another grader, and report which wrong programs it accepts.

@@ -19,7 +19,7 @@ from fractal.audit.programs import Program, read_programs
 from fractal.errors import InputError
 
 ATTACKS = Path(__file__).with_name("attacks")
-FAMILIES = ("basic", "leave", "lie", "patch", "read", "write")
+FAMILIES = ("basic", "leave", "lie", "patch", "read", "record", "write")
 WRONG = "def f(*args, **kwargs):\n    return None\n"
 FIRST_SUITE = "double"  # a command that cannot judge this one is not used rightly
 # Their tests pass programs that raise, in plain evaluation, too: accepting one is no forgery.

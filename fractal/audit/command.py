@@ -13,13 +13,14 @@ from fractal.audit.audit import FAMILIES, Report, audit, in_container
 from fractal.errors import InputError
 from fractal.jsonl import write_whole
 
-SHOWN = 5  # names of accepted programs for each family
+SHOWN = 3  # names of accepted programs for each family
 MEANING = {
     "basic": "wrong programs of every kind",
     "leave": "leave early, or raise what is taken for an end",
     "lie": "return objects that equal everything",
     "patch": "patch or shadow what the tests use",
     "read": "look for the tests or their result",
+    "record": "write a pass into what the grader records",
     "write": "write what may be taken for a verdict",
 }
 
