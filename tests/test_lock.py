@@ -1,5 +1,7 @@
 """Locks of Python packages: CUDA's compiler fits its headers."""
 
+import re
+
 from fractal.images import lock
 from fractal.install import setup
 from tests.conftest import ROOT
@@ -45,3 +47,10 @@ def test_two_locks_hold_everything_once_pytorchs_family_first() -> None:
     first, second = lock.split(text, ("first", "second")).values()
     assert (first, second) == ("torch==2 \\\n    --hash=y\nnvidia-cublas==3\n", "a==1 \\\n    --hash=x\nz==4\n")
     assert lock.split(text, ("one",)) == {"one": text}
+
+
+def test_a_machine_without_a_gpu_gets_no_package_for_one() -> None:
+    for name in (*setup.LOCKS["cpu"], setup.DEMO_LOCK):
+        packages = lock.split_requirements((ROOT / "docker" / name).read_text())
+        assert packages
+        assert [p for p in packages if re.match(r"(nvidia|cuda|triton)\b", p)] == [], name

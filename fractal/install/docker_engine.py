@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -34,17 +33,6 @@ State = Literal[
 
 class EngineError(Exception):
     """There is no Docker engine to use: one line with the remedy."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the remedy depends on."""
-
-    platform: str  # as sys.platform
-    user: str
-    root: bool
-    in_group: bool  # the user database has the user in group docker, even if this session does not know yet
-    other: str | None = None  # address of an engine that answers elsewhere: rootless Docker, Docker Desktop
 
 
 def address(environ: Mapping[str, str] = os.environ) -> str:
@@ -77,62 +65,45 @@ def daemon_path() -> str | None:
     return shutil.which("dockerd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/bin"]))
 
 
-def remedy(state: State, host: str, machine: Machine) -> str:
-    """One line: what is wrong with the engine at this address, and what to do."""
-    if machine.other and state != "answers":
-        return (
-            f"No Docker engine answers at {host}, but one does at {machine.other}. "
-            f"Run: export DOCKER_HOST={machine.other}"
-        )
+def remedy(state: State, host: str, *, other: str | None = None, platform: str = "linux", root: bool = False) -> str:
+    """One line: what is wrong with the engine at this address, and what to do.
+
+    `other`: the address of an engine that answers elsewhere; `platform` as sys.platform; `root`: whether we are it.
+    """
+    if other:
+        return f"No Docker engine answers at {host}, but one does at {other}. Run: export DOCKER_HOST={other}"
     if state == "denied":
-        if machine.in_group:
-            return (
-                f"No permission for the Docker engine at {host}: {machine.user} is in group docker, "
-                "but this login is older than that. Log in again."
-            )
         return (
-            f"No permission for the Docker engine at {host}. "
-            f"Run: sudo usermod -aG docker {machine.user}; then log in again."
+            f"No permission for the Docker engine at {host}. Run: sudo usermod -aG docker $USER; then log in again, as "
+            "this login does not know the group yet."
         )
     if host != SOCKET:
         return f"No Docker engine answers at DOCKER_HOST={host}. Start it, or unset DOCKER_HOST to use the local one."
-    sudo = "" if machine.root else "sudo "
-    if machine.platform != "linux":
+    if platform != "linux":
         return "No Docker engine answers. Start Docker Desktop or colima (install it first if it is not there)."
+    sudo = "" if root else "sudo "
     if state == "stopped":
         return (
             f"Docker is installed, but no engine is running. Run: {sudo}systemctl start docker; "
             f"where there is no systemd: {sudo}service docker start"
         )
-    group = "" if machine.root else f", then: sudo usermod -aG docker {machine.user}; then log in again"
+    group = "" if root else ", then: sudo usermod -aG docker $USER; then log in again"
     return f"Docker is not installed. On Debian or Ubuntu run: {sudo}apt-get install docker.io{group}."
 
 
-def this_machine() -> Machine:
-    import getpass
-    import grp
-
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a uid without a name
-        user = str(os.getuid())
-    try:
-        members = grp.getgrnam("docker").gr_mem
-    except KeyError:
-        members = []
-    places = [
-        Path(os.environ.get("XDG_RUNTIME_DIR", "/nowhere"), "docker.sock"),
-        Path.home() / ".docker/run/docker.sock",
-    ]
-    others = [f"unix://{place}" for place in places if place.exists()]
-    answering = [other for other in others if other != address() and engine_state(other) == "answers"]
-    return Machine(sys.platform, user, os.geteuid() == 0, user in members, answering[0] if answering else None)
+def other_engine() -> str | None:
+    """The address of an engine that answers elsewhere: rootless Docker's, Docker Desktop's."""
+    folders = (Path(os.environ.get("XDG_RUNTIME_DIR", "/nowhere")), Path.home() / ".docker/run")
+    addresses = [f"unix://{folder}/docker.sock" for folder in folders if (folder / "docker.sock").exists()]
+    return next((host for host in addresses if host != address() and engine_state(host) == "answers"), None)
 
 
 def problem() -> str | None:
     """None if an engine answers, else one line with the remedy. Changes nothing."""
     state = engine_state(address())
-    return None if state == "answers" else remedy(state, address(), this_machine())
+    if state == "answers":
+        return None
+    return remedy(state, address(), other=other_engine(), platform=sys.platform, root=os.geteuid() == 0)
 
 
 def ensure(report: Callable[[str], None], log: Path) -> None:
@@ -146,10 +117,9 @@ def ensure(report: Callable[[str], None], log: Path) -> None:
     state = engine_state(host)
     if state == "answers":
         return
-    machine = this_machine()
-    ours = host == SOCKET and machine.platform == "linux" and machine.root and machine.other is None
+    ours = host == SOCKET and sys.platform == "linux" and os.geteuid() == 0 and other_engine() is None
     if state == "denied" or not ours or (state == "absent" and not apt.allowed()):
-        raise EngineError(remedy(state, host, machine))
+        raise EngineError(problem())
     if state == "absent":
         report("Docker is not installed: installing Debian's docker.io")
         apt.install("docker.io", "iptables", "ca-certificates", log=log)
@@ -228,10 +198,7 @@ def wait_until_it_answers(daemon: subprocess.Popen[bytes] | None) -> None:
         raise
 
 
-def last_log_line(log: Path = DAEMON_LOG) -> str:
+def last_log_line() -> str:
     """The last line of the daemon's log, where dockerd writes why it ended."""
-    try:
-        lines = log.read_text(errors="replace").split("\n")
-    except OSError:
-        return "it left no log."
-    return next((line.strip()[:400] for line in reversed(lines) if line.strip()), "its log is empty.")
+    text = DAEMON_LOG.read_text(errors="replace") if DAEMON_LOG.exists() else ""
+    return (text.strip().splitlines() or ["its log is empty."])[-1][:400]

