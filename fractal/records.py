@@ -29,12 +29,6 @@ TestKind = Literal[
     "calls",  # arguments of the entry point, and the value expected
     "stdin",  # what a script reads from standard input, and what it is to print
 ]
-Compare = Literal[
-    "equal",  # ==, and with `atol` floats as EvalPlus compares them
-    "set",  # both results as sets
-    "truth",  # whether the result is a value at all, or, where it is a bool, which
-    "root",  # the result is a root of the polynomial that was the argument
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +47,12 @@ class Problem:
     kind: TestKind = "asserts"
     expected: list[str] = field(default_factory=list)  # one for each test: tagged JSON, or text; empty: as reference
     base_tests: int | None = None  # the first so many are the base tests, the others plus tests; None: no such groups
-    compare: Compare = "equal"  # of a call's result with the expected value
-    atol: float = 0.0  # of floats in a call's result
+    # calls: a Python expression of `args`, `result` and `expected` that says whether a result is right, run by the judge;
+    # "": they are equal, or floats that differ by `atol` at most (and 1e-7 of the expected), as EvalPlus compares.
+    compare: str = ""
+    atol: float = (
+        0.0  # calls: of floats, 1e-6 where it is 0 and floats are expected; stdin: of numbers, absolute or relative
+    )
     test_limit_s: float | None = None  # CPU seconds for each test, where the problem has them
     prefix: str = ""  # code that a `completion` continues: HumanEval's prompt
 
