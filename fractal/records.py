@@ -47,7 +47,7 @@ class Problem:
     kind: TestKind = "asserts"
     expected: list[str] = field(default_factory=list)  # one for each test: tagged JSON, or text; empty: as reference
     base_tests: int | None = None  # the first so many are the base tests, the others plus tests; None: no such groups
-    # calls: a Python expression of `args`, `result` and `expected` that says whether a result is right, run by the judge;
+    # calls: a Python expression of `args`, `result` and `expected`, run by the judge: whether a result is right;
     # "": they are equal, or floats that differ by `atol` at most (and 1e-7 of the expected), as EvalPlus compares.
     compare: str = ""
     atol: float = (

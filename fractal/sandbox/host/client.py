@@ -72,6 +72,8 @@ class Verdict(msgspec.Struct):
     detail: str = ""
     limit: str = ""  # which limit a timeout means: "cpu" or "wall"
     retry: bool = False  # a fault of the sandbox's: the program is run again
+    slowest_s: float = 0.0  # CPU seconds of the test that took longest, of a script
+    values: list[str] = []  # what a reference returned, for a problem that has no expected values of its own
     fit: bool = False  # its byte code cannot tell line numbers and the like: comments and layout do not matter
 
 
@@ -110,6 +112,7 @@ class Job:
     limits: Limits
     inbox: Inbox
     alone: bool = False  # nothing may run beside it
+    record: bool = False  # a reference whose values are to be recorded: they are what is expected
     losses: int = 0  # times that a judge or a container died over it
     program: bytes = b""  # key of the program, see program_key.py
     waiting: list[PendingLabel] = field(default_factory=list)  # labels that its verdict decides
@@ -146,6 +149,7 @@ class Verifier:
         self._ids = itertools.count(1)
         self._keys: dict[int, tuple[Problem, bytes]] = {}  # by the problem's identity
         self._reference_cpu: dict[bytes, float] = {}  # CPU seconds that a problem's reference needs, by its key
+        self._expected: dict[bytes, list[str] | str] = {}  # what a reference returned, or why it has no values
         self._done: OrderedDict[bytes, tuple[Verdict, str]] = OrderedDict()
         self._decode = msgspec.json.Decoder(Verdict).decode
 
@@ -272,13 +276,17 @@ class Verifier:
                 return
             parts: list[bytes] = []
             for job in jobs:
-                if job.key not in connection.known_problems:
+                problem = job.problem
+                key = job.key if not job.record else _record_key(job.key)
+                if key not in connection.known_problems:
                     if len(connection.known_problems) >= MAX_PROBLEMS:
                         connection.known_problems.clear()
                         parts.append(frame(FORGET))
-                    connection.known_problems.add(job.key)
-                    parts.append(frame(PROBLEM + job.key + _json(problem_message(job.problem))))
-                head = SAMPLE_HEAD.pack(SAMPLE, job.id, job.key, job.limits.wall_s, job.alone)
+                    connection.known_problems.add(key)
+                    message = problem_message(problem, self._expected.get(job.key, problem.expected), job.record)
+                    parts.append(frame(PROBLEM + key + _json(message)))
+                wall_s = job.limits.wall_s * (len(problem.tests) if problem.kind == "stdin" else 1)
+                head = SAMPLE_HEAD.pack(SAMPLE, job.id, key, wall_s, job.alone)
                 parts.append(frame(head + _json([job.code, job.limits, self._isolate])))
             try:
                 connection.send(b"".join(parts))
@@ -347,12 +355,16 @@ class Verifier:
             return known[1]
         if len(self._keys) > 2 * MAX_PROBLEMS:
             self._keys.clear()
-        key = hashlib.blake2b(_json(problem_message(problem)), digest_size=KEY_BYTES).digest()
+        message = problem_message(problem, problem.expected)
+        key = hashlib.blake2b(_json(message), digest_size=KEY_BYTES).digest()
         self._keys[id(problem)] = (problem, key)
         return key
 
+    def limits_for_reference(self) -> Limits:
+        return replace(self.limits, cpu_s=REFERENCE_CPU_S, wall_s=2 * REFERENCE_CPU_S)
+
     def limits_for(self, problem: Problem) -> Limits:
-        cpu_s = REFERENCE_FACTOR * self._reference_cpu.get(self._key(problem), 0.0)
+        cpu_s = max(REFERENCE_FACTOR * self._reference_cpu.get(self._key(problem), 0.0), problem.test_limit_s or 0.0)
         if cpu_s <= self.limits.cpu_s:
             return self.limits
         return replace(self.limits, cpu_s=cpu_s, wall_s=max(self.limits.wall_s, 2 * cpu_s))
@@ -373,6 +385,7 @@ class _VerifyCall:
     running_programs: dict[bytes, Job] = field(default_factory=dict)  # by program: the job for all its samples
     # By problem: timeouts that count only when its reference has been measured.
     unconfirmed: dict[bytes, list[tuple[Job, Verdict]]] = field(default_factory=dict)
+    unprepared: dict[bytes, list[Job]] = field(default_factory=dict)  # by problem: wait for the values of its reference
     bytes_in_flight: int = 0
 
     def run(self) -> Generator[list[Label], None, None]:
@@ -387,8 +400,8 @@ class _VerifyCall:
                     sample = next(source, None)
                     if sample is None:
                         more = False
-                    elif job := self._add(sample):
-                        jobs.append(job)
+                    elif (job := self._add(sample)) and (first := self._when_prepared(job)):
+                        jobs.append(first)
                 if jobs:
                     self.verifier._send(jobs)
                 ready: list[Label] = []
@@ -430,6 +443,31 @@ class _VerifyCall:
             job.waiting.append(pending_label)
             return None
         return self._start_job(pending_label, program)
+
+    def _when_prepared(self, job: Job) -> Job | None:
+        """The job that is to be sent now: where the reference says what is expected and has not yet, the reference."""
+        verifier, problem = self.verifier, job.problem
+        if problem.kind != "calls" or problem.expected or isinstance(verifier._expected.get(job.key), list):
+            return job
+        waiting = self.unprepared.setdefault(job.key, [])
+        waiting.append(job)
+        if len(waiting) > 1:
+            return None
+        reference = verifier.job(problem, problem.reference, self.inbox, verifier.limits_for_reference())
+        reference.record = True
+        return reference
+
+    def _prepare(self, reference: Job, verdict: Verdict) -> list[Job]:
+        """Take what the reference returned for what is expected. Returns the jobs that waited for it."""
+        verifier, waiting = self.verifier, self.unprepared.pop(reference.key, [])
+        if verdict.status == "passed":
+            verifier._expected[reference.key] = verdict.values
+            verifier._reference_cpu[reference.key] = verdict.cpu_seconds
+            for job in waiting:
+                job.limits = verifier.limits_for(job.problem)
+            return waiting
+        detail = f"the problem's reference says what is expected, and fails: {verdict.status}, {verdict.detail}"
+        return [more for job in waiting for more in self._accept(job, Verdict("sandbox_error", detail=detail))]
 
     def _start_job(self, pending_label: PendingLabel, program: bytes) -> Job:
         job = self.verifier.job(pending_label.problem, pending_label.sample.code, self.inbox)
@@ -475,18 +513,20 @@ class _VerifyCall:
         when it happened with nothing beside it.
         """
         verifier = self.verifier
-        if job.id not in self.running:  # a reference
-            passed = verdict.status == "passed"
-            verifier._reference_cpu[job.key] = verdict.cpu_seconds if passed else 0.0
-            return [j for timeout in self.unconfirmed.pop(job.key, []) for j in self._decide(*timeout)]
         if verdict.status == "sandbox_error" and verdict.retry and job.losses == 0:
             job.losses += 1
             return [job]
+        if job.id not in self.running:  # a reference
+            if job.record:
+                return self._prepare(job, verdict)
+            passed = verdict.status == "passed"
+            verifier._reference_cpu[job.key] = (verdict.slowest_s or verdict.cpu_seconds) if passed else 0.0
+            return [j for timeout in self.unconfirmed.pop(job.key, []) for j in self._decide(*timeout)]
         if verdict.status == "timeout":
-            if job.key not in verifier._reference_cpu:
+            if job.key not in verifier._reference_cpu and job.problem.reference:
                 waiting = self.unconfirmed.setdefault(job.key, [])
                 waiting.append((job, verdict))
-                wide = replace(verifier.limits, cpu_s=REFERENCE_CPU_S, wall_s=2 * REFERENCE_CPU_S)
+                wide = verifier.limits_for_reference()
                 return [verifier.job(job.problem, job.problem.reference, self.inbox, wide)] if len(waiting) == 1 else []
             limits = verifier.limits_for(job.problem)
             if limits.cpu_s > job.limits.cpu_s or (verdict.limit == "wall" and not job.alone):
@@ -523,9 +563,19 @@ def _json(value: object) -> bytes:
         return json.dumps(msgspec.to_builtins(value)).encode("ascii")
 
 
-def problem_message(problem: Problem) -> dict[str, Any]:
-    """A problem as it is sent to the judge."""
+def _record_key(key: bytes) -> bytes:
+    """The key of a problem whose reference's values are to be recorded."""
+    return hashlib.blake2b(b"record" + key, digest_size=KEY_BYTES).digest()
+
+
+def problem_message(problem: Problem, expected: list[str] | str, record: bool = False) -> dict[str, Any]:
+    """A problem as it is sent to the judge. `record`: not to judge a program, but to say what its calls return."""
     return {
+        "kind": problem.kind,
+        "expected": expected,
+        "compare": problem.compare,
+        "atol": problem.atol,
+        "record": record,
         "reference": problem.reference,
         "setup": problem.setup,
         "tests": problem.tests,

@@ -5,11 +5,13 @@ program's own does that once; a shared candidate runs one after another of those
 process, and hands the others back, compiled. All that it says is checked by the judge. Standard library only.
 """
 
+import atexit
 import base64
 import gc
 import marshal
 import os
 import sys
+import threading
 import types
 from collections import deque
 from typing import Any
@@ -80,6 +82,8 @@ class CandidateEndpoint:
         """Run the programs that arrive: one, or if shared, one after another until the judge hangs up."""
         self._shared = shared
         message = self._decode(self._receive())
+        if message[0] == "script":
+            run_script(marshal.loads(base64.b64decode(message[1])))
         while True:
             self._start(*message[1:])
             message = self._serve()
@@ -203,6 +207,8 @@ class CandidateEndpoint:
                 if op == "call":
                     args, kwargs = rest[0], dict(rest[1])
                     reply = ["r", self.encode(target(*args, **kwargs))]
+                elif op == "run":
+                    reply = ["r", self.encode(self._function(target)(*rest[0]))]
                 elif op == "ahead":  # a call that the judge sent before it needed the answer
                     if self._waited or target not in self._names:
                         reply = ["skipped"]
@@ -218,6 +224,12 @@ class CandidateEndpoint:
                 self._objects.refer(value)  # as the call left it
             self._flush()
             self._send(reply)
+
+    def _function(self, target: str) -> Any:
+        """The function that a test calls: a name of the program's, or "Solution().name", a method of a new object."""
+        name, _, method = target.partition("().")
+        value = self._names[name]
+        return getattr(value(), method) if method else value
 
     def _changed(self, body: bytes, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
         """How a call left its arguments, if it changed them."""
@@ -271,6 +283,29 @@ class CandidateEndpoint:
         if reply[0] == "e":
             raise (reply[4] if len(reply) == 5 else EXCEPTIONS.get(reply[1], RuntimeError))(*reply[3])
         return reply[1]
+
+
+def run_script(code: types.CodeType) -> None:
+    """Run a program as `python3 program.py` does, and end the process with the exit code that this ends with."""
+    exit_code = 0
+    try:
+        exec(code, sys.modules["__main__"].__dict__)
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            exit_code = (error.code or 0) & 0xFF
+        else:
+            print(error.code, file=sys.stderr)
+            exit_code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        exit_code = 1
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: waits for threads
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    except BaseException:
+        exit_code = exit_code or 120  # the interpreter's, for output that cannot be flushed
+    os._exit(exit_code)
 
 
 def _reason_against(lines: list[str]) -> str:

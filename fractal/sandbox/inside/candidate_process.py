@@ -82,10 +82,51 @@ def cpu_clock(pid: int) -> int:
     return (~pid << 3) | CPUCLOCK_SCHED
 
 
-class CandidateProcess:
-    """A process that runs programs, as its judge sees it."""
+class ScriptFiles:
+    """What a script reads from standard input, and the pipe for what it prints."""
 
-    def __init__(self, slot: Slot, limits: dict[str, Any], shared: bool) -> None:
+    def __init__(self, text: str, most: int) -> None:
+        self.most = most  # bytes of output that are kept
+        self.output = bytearray()
+        self.overflow = False  # it printed more than that
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        memory = os.memfd_create("stdin")
+        try:
+            with open(memory, "wb", closefd=False) as file:
+                file.write(text.encode("utf-8", "surrogatepass"))
+            self.stdin = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
+        finally:
+            os.close(memory)
+
+    def drain(self) -> bytes | None:
+        """Take what has been printed; None where there is nothing to read, b"" where there never will be."""
+        try:
+            data = os.read(self.reader, 1 << 18)
+        except BlockingIOError:
+            return None
+        if len(self.output) + len(data) > self.most:
+            self.overflow = True
+        else:
+            self.output += data
+        return data
+
+    def handed_over(self) -> None:
+        """The script's process has its ends, so they are closed here: its end shows in the pipe."""
+        os.close(self.writer)
+        os.close(self.stdin)
+        self.writer = self.stdin = -1
+
+    def close(self) -> None:
+        for fd in (self.reader, self.writer, self.stdin):
+            if fd >= 0:
+                os.close(fd)
+
+
+class CandidateProcess:
+    """A process that runs programs, as its judge sees it; with `script`, a script that has these files for its own."""
+
+    def __init__(self, slot: Slot, limits: dict[str, Any], shared: bool, script: ScriptFiles | None = None) -> None:
         self._slot = slot
         self.shared = shared
         self.memory_mib = limits["memory_mib"]
@@ -93,7 +134,8 @@ class CandidateProcess:
         ours, theirs = socket.socketpair()
         reader, writer = os.pipe()
         try:
-            self.pid: int = slot.request({"do": "fork", "shared": shared, **limits}, [theirs.fileno(), writer])["pid"]
+            fds = [theirs.fileno(), writer, *([script.stdin, script.writer] if script else [])]
+            self.pid: int = slot.request({"do": "fork", "shared": shared, **limits}, fds)["pid"]
         except BaseException:
             ours.close()
             os.close(reader)
@@ -101,12 +143,17 @@ class CandidateProcess:
         finally:
             theirs.close()
             os.close(writer)
+        if script is not None:
+            script.handed_over()
         os.set_blocking(reader, False)
         self.channel = Channel(ours)
         self.output = reader
         self.poll = select.poll()
         self.poll.register(ours, select.POLLIN)
         self.poll.register(reader, select.POLLIN)
+        self.script = script
+        if script is not None:
+            self.poll.register(script.reader, select.POLLIN)
         self.exit: dict[str, Any] = {}
 
     def cpu_s(self) -> float:
@@ -171,6 +218,10 @@ class ProgramRun:
             if now > self._deadline:
                 self._stop("wall", f"wall time over {self._wall_limit_s:g} s after {used:.2f} s of CPU")
             if closed:
+                if candidate.script is not None and candidate.script.drain():
+                    if candidate.script.overflow:
+                        return
+                    continue
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 0.05)
                 continue
@@ -179,8 +230,37 @@ class ProgramRun:
             readable = [fd for fd, _ in ready]
             if candidate.output in readable and self.drain() == b"":
                 candidate.poll.unregister(candidate.output)  # it closed its output
+            if candidate.script is not None and candidate.script.reader in readable:
+                if candidate.script.drain() == b"":
+                    candidate.poll.unregister(candidate.script.reader)
+                elif candidate.script.overflow:
+                    return
             if candidate.channel.sock.fileno() in readable:
                 return
+
+    def finish_script(self) -> None:
+        """Return when the script has ended, or has to be ended.
+
+        The channel becomes readable when it ends; or when it writes there, which is of no interest.
+        """
+        script = self._candidate.script
+        assert script is not None
+        try:
+            self.wait(False)
+            if not script.overflow:
+                self.wait(True)
+        except CandidateEndedError:
+            pass
+        while not script.overflow and script.drain():
+            pass
+        while self.drain():
+            pass
+
+    @property
+    def exit_code(self) -> int | None:
+        """How the process ended: its code, or minus a signal; None where it had to be ended."""
+        code: int | None = self._candidate.exit.get("exit") if not self.limit else None
+        return code
 
     def decided(self) -> None:
         """A test has failed: the others are run for what they tell, within a little more time."""

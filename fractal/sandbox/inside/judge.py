@@ -14,6 +14,8 @@ from functools import partial
 from typing import Any
 
 from fractal.sandbox.inside import protections, sharing
+from fractal.sandbox.inside.call_runner import CallRunner
+from fractal.sandbox.inside.calls import Calls
 from fractal.sandbox.inside.candidate_process import CandidateProcess, ProgramRun, Slot
 from fractal.sandbox.inside.protocol import (
     FORGET,
@@ -30,6 +32,7 @@ from fractal.sandbox.inside.protocol import (
     unpack,
 )
 from fractal.sandbox.inside.proxy import DETAIL, CandidateEndedError, ProgramExitedError, Proxy, text_of
+from fractal.sandbox.inside.scripts import run_script
 from fractal.sandbox.inside.suite import Suite, prepare
 
 SHARED_CPU_S = 0.25  # a program that takes longer goes on from the start in a process of its own
@@ -43,6 +46,7 @@ class Outcome:
 
     def __init__(self, status: str, detail: str = "", results: list[str] | None = None) -> None:
         self.status, self.detail, self.results = status, detail, [] if results is None else results
+        self.values: list[str] = []  # what the reference returned, where it is to be recorded
 
 
 class Judge:
@@ -66,6 +70,8 @@ class Judge:
     def judge(self, suite: Suite, code: str, limits: dict[str, Any], isolate: bool = False) -> dict[str, Any]:
         """Run one program against a problem's tests. The verdict comes from what the test code does, here."""
         begin = time.monotonic()
+        if suite.scripts is not None:
+            return self._judge_script(suite, code, limits, begin)
         compiled, fit = "", False
         if len(code) <= sharing.MAX_SOURCE:
             outcome, run, compiled, fit = self._in_shared(suite, code, limits, begin, isolate)
@@ -79,9 +85,33 @@ class Judge:
             run.drain()
         finally:
             candidate.end()
+        self._wipe()
+        return _verdict(suite, outcome, run, time.monotonic() - begin, fit)
+
+    def _judge_script(self, suite: Suite, code: str, limits: dict[str, Any], begin: float) -> dict[str, Any]:
+        """Run a script once for each test, in a process of its own; it is compiled once, in the shared candidate."""
+        outcome, run, compiled, _ = self._in_shared(suite, code, limits, begin, isolate=True)
+        if not compiled:
+            outcome = outcome or Outcome(run.ended or "error", run.detail or "the program cannot be compiled")
+            return _verdict(suite, outcome, run, time.monotonic() - begin, False)
+        outcome = Outcome("passed")
+        cpu_s = slowest_s = 0.0
+        for number, (text, expected) in enumerate(suite.scripts or [], 1):
+            deadline = time.monotonic() + limits["wall_s"]
+            status, detail, run = run_script(self.slot, compiled, text, expected, suite.atol, limits, deadline)
+            self._wipe()
+            cpu_s, slowest_s = cpu_s + run.cpu_s(), max(slowest_s, run.cpu_s())
+            outcome.results.append(status)
+            if status != "passed":
+                outcome.status, outcome.detail = status, f"test {number}: {detail}"
+                break
+        verdict = _verdict(suite, outcome, run, time.monotonic() - begin, False)
+        return verdict | {"cpu_seconds": round(cpu_s, 6), "slowest_s": round(slowest_s, 6)}
+
+    def _wipe(self) -> None:
+        """Remove what a program left in its folder."""
         if self.slot.is_used() and not self.slot.request({"do": "wipe"}, [])["wiped"]:
             raise RuntimeError("a program's files could not be removed")
-        return _verdict(suite, outcome, run, time.monotonic() - begin, fit)
 
     def _in_shared(
         self, suite: Suite, code: str, limits: dict[str, Any], begin: float, isolate: bool
@@ -119,7 +149,7 @@ class Judge:
 
 
 def _verdict(suite: Suite, outcome: Outcome, run: ProgramRun, seconds: float, fit: bool) -> dict[str, Any]:
-    results = outcome.results + ["not_run"] * (len(suite.tests) - len(outcome.results))
+    results = outcome.results + ["not_run"] * (suite.size - len(outcome.results))
     detail = outcome.detail
     if outcome.status != "passed" and run.output:
         detail = f"{detail} | printed: {run.output.decode('utf-8', 'replace')[:200]}"
@@ -131,6 +161,7 @@ def _verdict(suite: Suite, outcome: Outcome, run: ProgramRun, seconds: float, fi
         "detail": _printable(detail[: 2 * DETAIL]),
         "limit": run.limit,
         "fit": fit,
+        **({"values": outcome.values} if outcome.values else {}),
     }
 
 
@@ -143,6 +174,8 @@ def _judge(suite: Suite, run: ProgramRun, serial: int, code: str, compiled: str,
         outcome, names = _start_program(suite, run, serial)
         if outcome is not None:
             return outcome
+        if suite.calls is not None:
+            return _run_calls(run, suite, suite.calls, results)
         run.endpoint.ahead.extend(suite.ahead)
         run.endpoint.entry = names.get(suite.entry_point)
         return _run_tests(run, suite, names, results)
@@ -214,7 +247,31 @@ def _run_tests(run: ProgramRun, suite: Suite, names: dict[str, Any], results: li
         if left and len(run.endpoint.ahead) == left:  # the test ended before its call: take the answer out of the way
             run.endpoint.ahead.popleft()
             run.endpoint.reply()
+    if verdict.status == "passed" and not run.endpoint.requests and not _holds_value(suite, names):
+        return Outcome("sandbox_error", "the problem's tests never use the program", results)
     return verdict
+
+
+def _holds_value(suite: Suite, names: dict[str, Any]) -> bool:
+    """Whether the tests see a value of the program's without asking for it: a constant that it defines."""
+    return any(name in names and not isinstance(names[name], Proxy) for name in suite.names if name not in suite.own)
+
+
+def _run_calls(run: ProgramRun, suite: Suite, calls: Calls, results: list[str]) -> Outcome:
+    """Make the calls; the first one that is wrong decides."""
+    runner = CallRunner(run.endpoint, calls)
+    outcome = Outcome("passed", "", results)
+    for number in range(suite.size):
+        status, detail = _run_code(run, partial(runner.check, number))
+        results.append(status)
+        if status != "passed":
+            outcome.status, outcome.detail = status, f"test {number + 1}: {detail}"
+            if status in ("failed", "error"):
+                run.decided()
+                _run_code(run, runner.receive_all)
+            break
+    outcome.values = runner.values
+    return outcome
 
 
 def _refresh(run: ProgramRun, stale: list[str], names: dict[str, Any]) -> None:
@@ -298,7 +355,7 @@ def work(sock: socket.socket, slot: Slot) -> None:
 def _prepare(body: bytes) -> Suite | str:
     try:
         return prepare(unpack(body))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError, ProtocolError) as error:
         return f"the problem's tests do not compile: {type(error).__name__}: {error}"
 
 
@@ -326,7 +383,8 @@ def _printable(text: str) -> str:
 
 def inspect_candidate(judge: Judge) -> dict[str, dict[str, Any]]:
     """What protects a candidate of this slot, as a program of ours sees it from inside one, of its own and shared."""
-    suite = prepare({"setup": "", "reference": "", "entry_point": "inspect", "tests": ["result.append(inspect())"]})
+    tests = ["result.append(inspect())"]
+    suite = prepare({"kind": "asserts", "setup": "", "reference": "", "entry_point": "inspect", "tests": tests})
     suite.ahead.clear()
     limits = {"cpu_s": 10.0, "wall_s": 20.0, "memory_mib": 512, "file_mib": 16}
     returned: list[Any] = []

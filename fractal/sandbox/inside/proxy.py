@@ -134,6 +134,7 @@ class JudgeEndpoint:
         self.ahead: deque[Ahead] = deque()  # calls of the entry point that were sent already
         self.entry: object = None
         self.after_call: Callable[[], None] | None = None  # lets the test see the program's globals as they are now
+        self.requests = 0  # that the tests made of the program
         self.raised: list[BaseException] = []  # exceptions that came from the candidate, to tell them from the test's
         self.texts: dict[int, str] = {}  # what they say, by id: str() of one could ask the candidate
 
@@ -248,13 +249,19 @@ class JudgeEndpoint:
             if self.reply()[0] != "skipped":
                 raise ProtocolError("a call that was not waited with")
 
+    def has_proxies(self) -> bool:
+        """Whether anything that the program returned has stayed with it."""
+        return bool(self._proxies)
+
     def ask(self, op: str, target: Proxy, *rest: Any) -> object:
         self._cancel_ahead()
         self.objects.drop()
+        self.requests += 1
         self.send(["q", op, self._refer(target), *map(self._encode, rest)])
-        return self._value(self.reply())
+        return self.value(self.reply())
 
-    def _value(self, reply: list[Any]) -> Any:
+    def value(self, reply: list[Any]) -> Any:
+        """What a reply holds. Raises the program's exception, ProgramExitedError or ProtocolError."""
         if reply[0] == "r" and len(reply) >= 2:
             return reply[1]
         if reply[0] == "e" and len(reply) == 5:
@@ -290,13 +297,14 @@ class JudgeEndpoint:
                 self.after_call()
 
     def _call(self, target: Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.requests += 1
         if self.ahead and target is self.entry:
             planned = self.ahead.popleft()
             if planned.args != args or planned.kwargs != kwargs:  # not what `suite` read in the test: our mistake
                 raise RuntimeError("a call that was made ahead is not the test's")
             reply = self.reply()
             if reply[0] != "skipped":
-                return self._value(reply)
+                return self.value(reply)
         self._cancel_ahead()
         mutable = any(map(_mutable, args)) or any(map(_mutable, kwargs.values()))
         self.objects.drop()
@@ -306,7 +314,7 @@ class JudgeEndpoint:
         reply = self.reply()
         if mutable and len(reply) == AFTER.get(reply[0]):
             self._change(args, kwargs, reply.pop())
-        return self._value(reply)
+        return self.value(reply)
 
     def _change(self, args: tuple[Any, ...], kwargs: dict[str, Any], after: Any) -> None:
         """Let the test's arguments look as the program left them."""
@@ -322,7 +330,7 @@ class JudgeEndpoint:
         """The program's names that the tests use, as they are by now."""
         self._cancel_ahead()
         self.send(["q", "names", None])
-        names = self._value(self.reply())
+        names = self.value(self.reply())
         if type(names) is not list or not all(type(name) is str for name, _ in pairs(names)):
             raise ProtocolError("not names")
         return dict(names)

@@ -8,6 +8,7 @@ import types
 from dataclasses import dataclass, field
 from typing import Any
 
+from fractal.sandbox.inside.calls import Calls, prepare_calls
 from fractal.sandbox.inside.given import Given, find_given
 from fractal.sandbox.inside.protocol import Encoder, Unencodable, pack
 
@@ -16,6 +17,7 @@ TRUSTED_MODULES = frozenset(
     "bisect cmath collections copy datetime decimal fractions functools heapq itertools json math numbers operator "
     "random re statistics string sys typing".split()
 )
+NOTHING_GIVEN = Given([], [], False)
 AHEAD_BYTES = 32 << 10  # of calls sent ahead: what a socket's buffer holds, so that neither end waits for the other
 
 
@@ -32,31 +34,46 @@ class Ahead:
 class Suite:
     """A problem as the judge uses it."""
 
-    setup: types.CodeType | None
-    tests: list[types.CodeType]
-    entry_point: str
-    given: Given  # what the program sees of the setup, as under exec in one namespace
-    names: list[str]  # names to look up in the program
-    fresh: list[str]  # those that a call may change for the test: not the entry point, and not bound by the tests
-    ahead: list[Ahead]  # the calls of the first so many tests, in their order, one each
-    ahead_frames: bytes
+    setup: types.CodeType | None = None
+    tests: list[types.CodeType] = field(default_factory=list)
+    entry_point: str = ""
+    given: Given = NOTHING_GIVEN  # what the program sees of the setup, as under exec in one namespace
+    names: list[str] = field(default_factory=list)  # names to look up in the program
+    fresh: list[str] = field(default_factory=list)  # that a call may change: not the entry point, nor bound by the tests
+    ahead: list[Ahead] = field(default_factory=list)  # the calls of the first so many tests, in their order, one each
+    ahead_frames: bytes = b""
     own: dict[str, Any] = field(default_factory=dict)  # names that the reference imports: the judge's own copies
+    calls: Calls | None = None  # instead of tests
+    scripts: list[tuple[str, str]] | None = None  # instead of tests: what is read, and what is to be printed
+    atol: float = 0.0  # of scripts
+
+    @property
+    def size(self) -> int:
+        """How many tests there are."""
+        return len(self.tests) or len(self.calls.frames if self.calls else self.scripts or ())
 
 
 def prepare(problem: dict[str, Any]) -> Suite:
     """Compile a problem's tests and find which of their names belong to the program.
 
     A name belongs to the program if the reference defines it, or if nothing else does: so a program cannot replace
-    `set` or `sorted` in a test, and MBPP 126, whose entry point is `sum`, still works. Raises SyntaxError.
+    `set` or `sorted` in a test, and MBPP 126, whose entry point is `sum`, still works. Raises SyntaxError, or
+    ProtocolError for calls.
     """
+    if problem["kind"] == "stdin":
+        return Suite(scripts=[*zip(problem["tests"], problem["expected"], strict=True)], atol=problem["atol"])
     setup = ast.parse(problem["setup"])
-    tests = [ast.parse(test) for test in problem["tests"]]
-    used, bound = _names([setup, *tests])
     try:
         reference = ast.parse(problem["reference"])
     except (SyntaxError, ValueError):
         reference = ast.parse("")
     entry_point = problem["entry_point"]
+    if problem["kind"] == "calls":
+        given = find_given(setup, [], reference, entry_point, _own_imports)
+        name = entry_point.partition("().")[0]
+        return Suite(entry_point=name, given=given, names=[name], calls=prepare_calls(problem))
+    tests = [ast.parse(test) for test in problem["tests"]]
+    used, bound = _names([setup, *tests])
     defined: set[str] = {entry_point}
     imported: dict[str, Any] = {}
     for node in reference.body:

@@ -60,7 +60,7 @@ def main() -> tuple[CandidateEndpoint, bool]:
     _prepare()
     endpoint = CandidateEndpoint(CHANNEL)
     while True:
-        data, fds, _, _ = socket.recv_fds(control, 4096, 2)
+        data, fds, _, _ = socket.recv_fds(control, 4096, 4)
         if not data:
             os._exit(0)
         request = json.loads(data)
@@ -142,9 +142,12 @@ def _reap(pid: int, wait: bool) -> bytes:
 
 def _become(limits: dict[str, Any], fds: list[int], uid: int, folder: str, libc: Any, program: Any) -> None:
     """Turn this fresh fork into a candidate: descriptors, limits, uid and system calls. Fails closed."""
-    channel, output = fds
+    channel, output, *script = fds
     os.dup2(output, 1)  # 0 is /dev/null already
     os.dup2(output, 2)
+    if script:  # its standard input, and a pipe of its own for what it prints
+        os.dup2(script[0], 0)
+        os.dup2(script[1], 1)
     os.dup2(channel, CHANNEL)
     os.closerange(CHANNEL + 1, 1024)
     memory, largest = limits["memory_mib"] << 20, limits["file_mib"] << 20
