@@ -7,6 +7,7 @@ of its own.
 
 import random
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,12 +23,26 @@ FOLDER = DATA / "attacks"
 FAMILIES = (*audit.FAMILIES, "forge", "harm")
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0)
 LONGEST_S = LIMITS.wall_s + 2.0  # a judge is replaced 0.8 s after the wall limit; the rest is for a busy machine
-SUITES = read_programs(audit.ATTACKS / "suites.txt")
+SUITES = read_programs(audit.ATTACKS / "suites.txt") | read_programs(FOLDER / "kinds.txt")
 TASKS = {name: str(number) for number, name in enumerate(SUITES)}
-PROBLEMS = {
-    TASKS[name]: Problem(TASKS[name], name, suite.code, list(suite.tests), suite.setup, "f", "test")
-    for name, suite in SUITES.items()
-}
+
+
+def suite_problem(name: str, suite: Program) -> Problem:
+    kind: Any = suite.options.get("kind", "asserts")
+    compare, expected = suite.options.get("compare", ""), list(suite.expected)
+    tests = list(suite.tests)
+    entry = "" if kind == "stdin" else "f"
+    return Problem(TASKS[name], name, suite.code, tests, suite.setup, entry, "test", kind, expected, compare=compare)
+
+
+PROBLEMS = {TASKS[name]: suite_problem(name, suite) for name, suite in SUITES.items()}
+BY_CALLS = [
+    pytest.param(
+        name, suite, marks=() if name in ("basic", "lie", "forge") and "given" not in suite else pytest.mark.long
+    )
+    for name in FAMILIES
+    for suite in ("double by calls", "double by given calls", "a set by calls")
+]
 NEIGHBOURS = read_programs(FOLDER / "neighbours.txt")
 USUAL = ("right", "wrong")
 # Before each forbidden act: the act is refused by an exception, however it is made.
@@ -113,6 +128,26 @@ def test_every_suite_passes_its_reference_and_every_neighbour_has_its_status(att
 def test_a_wrong_program_is_never_passed_and_changes_no_other_label(attacked: Sandbox, name: str) -> None:
     programs = {program.name: sample(program) for program in family(name).values() if "alone" not in program.options}
     labels, changed = run(attacked, programs)
+    assert offenders(labels) == []
+    assert changed == []
+
+
+@pytest.mark.parametrize(("name", "suite"), BY_CALLS)
+def test_a_wrong_program_is_never_passed_by_calls(attacked: Sandbox, name: str, suite: str) -> None:
+    """The same programs, where the arguments go to them and what they return is compared."""
+    programs = {
+        program.name: replace(sample(program), task_id=TASKS[suite])
+        for program in family(name).values()
+        if not {"alone", "tests"} & program.options.keys()
+    }
+    labels, changed = run(attacked, programs)
+    assert offenders(labels) == []
+    assert changed == []
+
+
+def test_a_wrong_script_is_never_passed_and_changes_no_other_label(attacked: Sandbox) -> None:
+    scripts = {name: code_sample(program.code, "a sum by standard input") for name, program in family("script").items()}
+    labels, changed = run(attacked, scripts)
     assert offenders(labels) == []
     assert changed == []
 

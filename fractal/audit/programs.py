@@ -1,7 +1,7 @@
 """Reads files of programs, the attacks here and those of tests/data: blocks, each a program with its tests.
 
-A line `## name | option, option=value` begins a block, the program follows; `--- test` and `--- setup` begin its
-further parts. What stands before the first block is a comment. With the option `escapes` the program is written with
+A line `## name | option, option=value` begins a block, the program follows; `--- test`, `--- setup` and
+`--- expected` begin its further parts. What stands before the first block is a comment. With the option `escapes` the program is written with
 Python's backslash escapes, for what a text file does not keep: some characters, and a missing line end.
 """
 
@@ -17,6 +17,7 @@ class Program:
     code: str
     tests: tuple[str, ...] = ()
     setup: str = ""
+    expected: tuple[str, ...] = ()  # for each test, where it is no statement
     options: dict[str, str] = field(default_factory=dict)  # an option without a value has ""
 
 
@@ -32,9 +33,10 @@ def read_programs(path: Path) -> dict[str, Program]:
         code = code.encode("ascii").decode("unicode_escape") if "escapes" in options else code + "\n"
         tests = [part.removeprefix("test\n") for part in parts if part.startswith("test\n")]
         setups = [part.removeprefix("setup\n") for part in parts if part.startswith("setup\n")]
-        if name in programs or len(tests) + len(setups) != len(parts):
+        expected = [part.removeprefix("expected\n") for part in parts if part.startswith("expected\n")]
+        if name in programs or len(tests) + len(setups) + len(expected) != len(parts):
             raise ValueError(f"{path}: the block {name!r} stands twice, or has an unknown part")
-        programs[name] = Program(name, code, tuple(tests), "".join(setups), options)
+        programs[name] = Program(name, code, tuple(tests), "".join(setups), tuple(expected), options)
     return programs
 
 
