@@ -224,7 +224,7 @@ def test_a_test_s_own_limit_is_longer_than_the_default(sandbox: Any) -> None:
     """The sandbox of the tests allows one second of CPU."""
     slow = "import time\nwhile time.process_time() < 1.2:\n    pass\nprint(1)\n"
     assert label_of(sandbox, problem("stdin", [""], ["1"]), slow).status == "timeout"
-    assert label_of(sandbox, problem("stdin", [""], ["1"], test_limit_s=6.0), slow).status == "passed"
+    assert label_of(sandbox, problem("stdin", ["\n"], ["1"], test_limit_s=6.0), slow).status == "passed"
 
 
 @pytest.mark.sandbox
