@@ -1,8 +1,8 @@
 """Reads files of programs, the attacks here and those of tests/data: blocks, each a program with its tests.
 
-A line `## name | option, option=value` begins a block, the program follows; `--- test`, `--- setup` and
-`--- expected` begin its further parts. What stands before the first block is a comment. With the option `escapes` the program is written with
-Python's backslash escapes, for what a text file does not keep: some characters, and a missing line end.
+A line `## name | option, option=value` begins a block, the program follows; `--- test`, `--- setup` and `--- expected`
+begin its further parts. What stands before the first block is a comment. With the option `escapes` the program is
+written with Python's backslash escapes, for what a text file does not keep: some characters, and a missing line end.
 """
 
 from dataclasses import dataclass, field

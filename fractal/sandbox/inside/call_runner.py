@@ -3,15 +3,15 @@
 Trusted, in the judge; standard library only.
 """
 
-import json
 from collections import deque
 from typing import Any
 
-from fractal.sandbox.inside.calls import Calls, is_right, refuse_object, shorten
-from fractal.sandbox.inside.protocol import Encoder, Unencodable
+from fractal.sandbox.inside.calls import Calls, is_right, recorded, shorten
+from fractal.sandbox.inside.protocol import ProtocolError
 from fractal.sandbox.inside.proxy import JudgeEndpoint
 
 IN_FLIGHT_BYTES = 32 << 10  # of calls sent ahead: what a socket's buffer holds
+RESULT = b'["r",'  # before an encoded result, which a bracket ends
 
 
 class CallRunner:
@@ -20,45 +20,66 @@ class CallRunner:
     def __init__(self, endpoint: JudgeEndpoint, calls: Calls) -> None:
         self._endpoint, self._calls = endpoint, calls
         self._sent = 0
-        self._answers: deque[list[Any]] = deque()  # received before their turn
+        self._in_flight = 0  # bytes
+        self._answers: deque[bytes] = deque()  # received before their turn
         self._received = 0
-        self.values: list[str] = []  # what the reference returned, in tagged JSON
+        self.values: list[str] = []  # what the reference returned
 
-    def result(self, number: int) -> Any:
-        """What call `number` returned, from 0; in order. Raises the program's exception."""
-        frames, endpoint = self._calls.frames, self._endpoint
-        size = sum(map(len, frames[self._received : self._sent]))
-        batch: list[bytes] = []
-        while self._sent < len(frames) and (self._sent == number or size + len(frames[self._sent]) <= IN_FLIGHT_BYTES):
-            batch.append(frames[self._sent])
-            size += len(frames[self._sent])
-            self._sent += 1
-        if batch:
-            endpoint.send_frames(b"".join(batch))
+    def check(self, number: int) -> None:
+        """Compare what call `number` returned, or record it; from 0, in order.
+
+        Raises AssertionError if it is wrong, and the program's exception.
+        """
+        self._send(number)
         if not self._answers:
             self._receive()
         answer = self._answers.popleft()
-        if endpoint.has_proxies():  # looking at the result may ask the program, which answers in order
+        text = answer[len(RESULT) : -1] if answer.startswith(RESULT) else b""
+        if self._calls.expected is None:
+            self._record(answer, text)
+            return
+        expected = self._calls.expected[number]
+        if self._calls.compare is None and expected.is_text(text):
+            return
+        result = self._value(answer)
+        if not is_right(self._calls, number, result, expected.value()):
+            raise AssertionError(f"expected {shorten(expected.value())}, got {shorten(result)}")
+
+    def _record(self, answer: bytes, text: bytes) -> None:
+        if not text:
+            self._value(answer)  # raises
+        try:
+            self.values.append(recorded(text))
+        except ProtocolError:
+            raise AssertionError("the reference returns what is no plain value") from None
+
+    def _value(self, answer: bytes) -> Any:
+        """What an answer holds. To look at it may ask the program, which answers in order: all others are received."""
+        message = self._endpoint.decode(answer)
+        if self._endpoint.has_proxies():
             self.receive_all()
-        return endpoint.value(answer)
+        return self._endpoint.value(message)
+
+    def _send(self, number: int) -> None:
+        """Send call `number` if it has not been, and more while they fit; not one by one."""
+        if self._sent > number and self._in_flight > IN_FLIGHT_BYTES // 2:
+            return
+        frames, batch = self._calls.frames, []
+        while self._sent < len(frames):
+            frame = frames[self._sent]
+            if self._sent > number and self._in_flight + len(frame) > IN_FLIGHT_BYTES:
+                break
+            batch.append(frame)
+            self._in_flight += len(frame)
+            self._sent += 1
+        if batch:
+            self._endpoint.send_frames(b"".join(batch))
 
     def _receive(self) -> None:
-        self._answers.append(self._endpoint.reply())
+        self._answers.append(self._endpoint.receive_body())
+        self._in_flight -= len(self._calls.frames[self._received])
         self._received += 1
 
     def receive_all(self) -> None:
         while self._received < self._sent:
             self._receive()
-
-    def check(self, number: int) -> None:
-        """Compare what a call returned, or record it. Raises AssertionError if it is wrong."""
-        result = self.result(number)
-        if self._calls.expected is None:
-            try:
-                self.values.append(json.dumps(Encoder(refuse_object).encode(result)))
-            except (Unencodable, RecursionError) as error:
-                raise AssertionError(f"the reference returns what is no plain value: {error}") from None
-            return
-        expected = self._calls.expected[number]
-        if not is_right(self._calls, number, result, expected):
-            raise AssertionError(f"expected {shorten(expected)}, got {shorten(result)}")

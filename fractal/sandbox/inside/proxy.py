@@ -197,6 +197,10 @@ class JudgeEndpoint:
 
     def receive(self) -> Any:
         """The next message. Raises CandidateEndedError, or ProtocolError for what no honest candidate sends."""
+        return self.decode(self.receive_body())
+
+    def receive_body(self) -> bytes:
+        """The next message as it came. Raises CandidateEndedError, or ProtocolError for what is no frame."""
         channel = self._channel
         while not channel.bodies:
             self._wait(False)
@@ -207,7 +211,11 @@ class JudgeEndpoint:
             if not data:
                 self._wait(True)
             channel.bodies.extend(channel.buffer.feed(data))
-        message = self.objects.open(self._decode(channel.bodies.popleft()))
+        return channel.bodies.popleft()
+
+    def decode(self, body: bytes) -> list[Any]:
+        """A message. Raises ProtocolError for what no honest candidate sends."""
+        message = self.objects.open(self._decode(body))
         if type(message) is not list or not message or type(message[0]) is not str:
             raise ProtocolError("not a message")
         return message

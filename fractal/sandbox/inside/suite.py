@@ -39,7 +39,9 @@ class Suite:
     entry_point: str = ""
     given: Given = NOTHING_GIVEN  # what the program sees of the setup, as under exec in one namespace
     names: list[str] = field(default_factory=list)  # names to look up in the program
-    fresh: list[str] = field(default_factory=list)  # that a call may change: not the entry point, nor bound by the tests
+    fresh: list[str] = field(
+        default_factory=list
+    )  # that a call may change: not the entry point, nor bound by the tests
     ahead: list[Ahead] = field(default_factory=list)  # the calls of the first so many tests, in their order, one each
     ahead_frames: bytes = b""
     own: dict[str, Any] = field(default_factory=dict)  # names that the reference imports: the judge's own copies
