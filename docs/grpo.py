@@ -1,42 +1,37 @@
 """A few steps of GRPO with the sandbox as its reward: `python docs/grpo.py MODEL [STEPS]`; pip install trl.
 
-Each completion is run against the tests of its problem. MODEL is a folder or a hub id, for example
-HuggingFaceTB/SmolLM2-135M-Instruct.
+Each completion is run against the tests in its row. MODEL is a folder or a hub id, for example
+HuggingFaceTB/SmolLM2-135M-Instruct: on a CPU a step takes a minute or two.
 """
 
-import json
 import sys
 
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from fractal.problems.sets import STARTER
 from fractal.rewards.trl import make_reward
 
-
-def data_set() -> Dataset:
-    """The starter problems as TRL wants them: a prompt, and a column that the reward function reads."""
-    problems = [json.loads(line) for line in STARTER.read_text().splitlines()]
-    ask = "{prompt} Answer with Python code only. It has to pass: {test}"
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": ask.format(prompt=p["prompt"], test=p["tests"][0])}],
-                "task_id": p["task_id"],
-            }
-            for p in problems
-        ]
-    )
+TASKS = {
+    "double(x), which returns x times 2": ["assert double(1) == 2", "assert double(-4) == -8"],
+    "add(a, b), which returns the sum of a and b": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"],
+    "is_even(n), which tells whether n is even": ["assert is_even(4) == True", "assert is_even(7) == False"],
+    "largest(numbers), which returns the largest number of a list": ["assert largest([3, 9, 2]) == 9"],
+}
 
 
 def main(model: str, steps: int) -> None:
+    ask = "Write a Python function {task}. Answer with the code only."
+    rows = [
+        {"prompt": [{"role": "user", "content": ask.format(task=task)}], "tests": tests}
+        for task, tests in TASKS.items()
+    ]
     config = GRPOConfig(
         output_dir="runs/grpo",
         max_steps=steps,
-        per_device_train_batch_size=8,
-        num_generations=8,
-        max_completion_length=96,
-        temperature=0.6,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=64,
+        temperature=0.7,
         learning_rate=1e-6,
         logging_steps=1,
         save_strategy="no",
@@ -45,9 +40,9 @@ def main(model: str, steps: int) -> None:
         bf16=False,
         model_init_kwargs={"dtype": "float32"},
     )
-    reward = make_reward(problems=str(STARTER), partial=0.1, deadline_s=30)
-    GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=data_set()).train()
+    reward = make_reward(partial=0.1, deadline_s=30)
+    GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows)).train()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 3)
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 4)

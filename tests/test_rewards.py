@@ -59,7 +59,7 @@ def settings(place: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_a_problem_of_columns(row: dict[str, Any], entry_point: str, setup: str) -> None:
-    problem = problem_from_row(row, 3)
+    problem = problem_from_row(row, "3")
     assert (problem.entry_point, problem.setup) == (entry_point, setup)
     assert problem.tests == (
         [row["tests"]] if isinstance(row.get("tests"), str) else row.get("tests", row.get("test_list"))
@@ -73,13 +73,17 @@ def test_a_problem_of_columns(row: dict[str, Any], entry_point: str, setup: str)
         {"tests": []},
         {"tests": [1]},
         {"tests": {"a": 1}},
+        {"tests": TESTS, "kind": "odd"},
+        {"inputs": ["1"], "outputs": []},
+        {"inputs": "1", "outputs": "2"},
+        {"inputs": ["1"], "outputs": ["2"], "fn_name": "f"},
         {"tests": TESTS, "setup": 1},
         {"tests": TESTS, "entry_point": 1},
     ],
 )
 def test_columns_that_are_no_problem_are_refused_in_a_line(row: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="column"):
-        problem_from_row(row, 0)
+        problem_from_row(row, "0")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,28 @@ def test_columns_that_are_no_problem_are_refused_in_a_line(row: dict[str, Any]) 
 )
 def test_the_text_of_a_reply(completion: object, text: str) -> None:
     assert reply_text(completion) == text
+
+
+def test_humanevals_columns_call_their_check_and_a_body_is_no_reference() -> None:
+    row = {
+        "test": "def check(candidate):\n    assert candidate(1) == 2",
+        "entry_point": "double",
+        "canonical_solution": "    return x * 2\n",
+    }
+    problem = problem_from_row(row, "0")
+    assert (problem.tests, problem.reference) == ([row["test"] + "\ncheck(double)\n"], "")
+
+
+def test_columns_of_standard_input_and_of_our_own_kinds() -> None:
+    for row in (
+        {"inputs": ["1\n"], "outputs": ["2\n"]},
+        {"input_output": json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})},
+    ):
+        problem = problem_from_row(row, "0")
+        assert (problem.kind, problem.tests, problem.expected, problem.entry_point) == ("stdin", ["1\n"], ["2\n"], "")
+    own = {"tests": ["[1]"], "expected": ["2"], "kind": "calls", "entry_point": "Solution().f", "atol": 0.1}
+    problem = problem_from_row(own, "0")
+    assert (problem.kind, problem.expected, problem.atol, problem.entry_point) == ("calls", ["2"], 0.1, "Solution().f")
 
 
 def test_a_row_from_what_trainers_pass_as_ground_truth() -> None:

@@ -3,11 +3,15 @@
 import ast
 import builtins
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from fractal.errors import InputError
+from fractal.generate.extraction import definition_pattern
 from fractal.problems.formats import entry_point
 from fractal.problems.syntax import syntax_tree
 from fractal.records import Problem
@@ -17,6 +21,16 @@ TESTS = ("tests", "test_list", "test", "test_cases")
 REFERENCE = ("reference", "code", "canonical_solution", "solution")
 SETUP = ("setup", "test_setup_code")
 IMPORTS = "test_imports"
+INPUTS, OUTPUTS = "inputs", "outputs"  # of standard input and output, as APPS and its successors have them
+OWN = (
+    "kind",
+    "expected",
+    "compare",
+    "atol",
+    "test_limit_s",
+    "base_tests",
+    "prefix",
+)  # our own problems' further fields
 
 
 def reply_text(completion: object) -> str:
@@ -58,22 +72,55 @@ def as_row(value: object, name: str) -> dict[str, Any]:
 def problem_from_row(row: Mapping[str, Any], task_id: str) -> Problem:
     """A Problem from columns: `tests` or `test_list`, and where there are any `setup`, `entry_point`, `reference`.
 
-    Raises InputError where no tests are there, or a column is not what it should be.
+    `inputs` and `outputs` are standard input and output; a row of our own problems has their `kind`, too. Raises
+    InputError where no tests are there, or a column is not what it should be.
     """
+    if isinstance(row.get("input_output"), str | Mapping):
+        row = {**row, **as_row(row["input_output"], "column input_output")}
+    if INPUTS in row and OUTPUTS in row:
+        return _stdin_problem(row, task_id)
     tests = _column(row, TESTS)
     tests = [tests] if isinstance(tests, str) else tests
     if not isinstance(tests, Sequence) or not tests or not all(isinstance(test, str) for test in tests):
         raise InputError(
-            f"the data set's row has no tests: expected one of the columns {', '.join(TESTS)}, with Python statements; "
-            f"it has {', '.join(sorted(row)) or 'none'}. Or name the problems and have a column task_id."
+            f"the data set's row has no tests: expected one of the columns {', '.join(TESTS)}, with Python statements, "
+            f"or {INPUTS} and {OUTPUTS}; it has {', '.join(sorted(row)) or 'none'}. Or name the problems and have a "
+            "column task_id."
         )
     reference, setup = _text(row, REFERENCE), _text(row, SETUP)
     imports = row.get(IMPORTS) or []
     setup = "\n".join(filter(None, [*imports, setup]))
-    name = row.get("entry_point") or _entry_point(reference, list(tests))
+    if row.get("kind", "asserts") != "asserts":
+        name = row.get("entry_point", "")
+    else:
+        name = row.get("entry_point") or _entry_point(reference, list(tests))
     if not isinstance(name, str):
         raise InputError(f"column entry_point: expected a name, got {type(name).__name__}.")
-    return Problem(task_id, "", reference, list(tests), setup, name, "train")
+    if len(tests) == 1 and _is_check_script(tests[0]):  # HumanEval's
+        tests = [f"{tests[0]}\ncheck({name})\n"]
+    if name and not definition_pattern(name.rpartition("()")[0] or name).search(reference):
+        reference = ""  # HumanEval's canonical_solution is a body alone
+    problem = Problem(task_id, "", reference, list(tests), setup, name, "train")
+    own = {field: row[field] for field in OWN if row.get(field) is not None}
+    try:
+        return msgspec.convert({**msgspec.to_builtins(problem), **own}, Problem) if own else problem
+    except msgspec.ValidationError as error:
+        raise InputError(f"the data set's row: a column is not as our own problems have it: {error}.") from error
+
+
+def _stdin_problem(row: Mapping[str, Any], task_id: str) -> Problem:
+    inputs, outputs = row[INPUTS], row[OUTPUTS]
+    texts = [value for value in (inputs, outputs) if isinstance(value, Sequence) and not isinstance(value, str)]
+    if row.get("fn_name"):
+        raise InputError("column fn_name: calls of a function are read from a named problem set only (problems=…).")
+    if len(texts) < 2 or len(inputs) != len(outputs) or not all(isinstance(text, str) for text in [*inputs, *outputs]):
+        raise InputError(f"columns {INPUTS} and {OUTPUTS}: expected two lists of texts, of the same length.")
+    return Problem(task_id, "", "", list(inputs), "", "", "train", kind="stdin", expected=list(outputs))
+
+
+def _is_check_script(test: str) -> bool:
+    """Whether a test defines HumanEval's `check(candidate)` and does not call it."""
+    return "def check(" in test and not re.search(r"^check\(", test, re.MULTILINE)
 
 
 def _column(row: Mapping[str, Any], names: Sequence[str]) -> Any:

@@ -75,7 +75,7 @@ class Scoring:
             problem = self._problem(row)
             problems[problem.task_id] = problem
             text = reply_text(completion)
-            code = extract_code(text, problem.entry_point)
+            code = extract_code(text, problem.entry_point, problem.prefix)
             samples.append(Sample(problem.task_id, number, text, code, "stop", 0, None, None, "policy"))
         verifier = _shared(self)
         try:

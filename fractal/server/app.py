@@ -110,7 +110,7 @@ def _sample(number: int, program: Program, problems: dict[str, Problem]) -> Samp
         raise HTTPException(422, f"samples[{number}]: expected either code or completion")
     problem = problems[task_id]
     text = program.completion or ""
-    code = extract_code(text, problem.entry_point) if program.code is None else program.code
+    code = extract_code(text, problem.entry_point, problem.prefix) if program.code is None else program.code
     sample_id = number if program.sample_id is None else program.sample_id
     return Sample(task_id, sample_id, text, code, "stop", 0, None, None, "http")
 

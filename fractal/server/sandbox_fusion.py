@@ -95,7 +95,7 @@ def make_router(verifier: Verifier, problems: dict[str, Problem], problems_name:
     def submit(request: SubmitRequest) -> EvalResult:
         """Judge one reply."""
         problem = _problem(request, problems, problems_name)
-        code = extract_code(request.completion, problem.entry_point)
+        code = extract_code(request.completion, problem.entry_point, problem.prefix)
         sample = Sample(problem.task_id, 0, request.completion, code, "stop", 0, None, None, "http")
         (label,) = verifier.verify([sample], {problem.task_id: problem}, deadline_s)
         if label.status == "sandbox_error":
