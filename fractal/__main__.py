@@ -41,6 +41,7 @@ app = typer.Typer(
     epilog="Start with: fractal run --run runs/demo --problems starter",
 )
 MOST_SLOTS = 500
+SIDECARS_OWN = "--slots, --image, --packages and --runtime are the sidecar's own"
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 DEFAULTS = {"n": 8, "temperature": 0.8, "top_p": 1.0, "max_tokens": 320, "seed": 0}
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EIO)
@@ -65,10 +66,14 @@ class Form(StrEnum):
 
 # --- options: a dataclass for each group of them ----------------------------------------------------------------------
 
+PACKAGES_HELP = (
+    "Python packages for the programs, as numpy==2.3.5,pandas==2.3.3: a sandbox image with them, locked and built once."
+)
 Run = Annotated[Path, Option("--run", help="The run folder, made if it is not there.", show_default=False)]
 Memory = Annotated[int, Option(help="Memory of a program in MiB.")]
 Slots = Annotated[int | None, Option(help="Programs run at once. Default: one for each processor.")]
 Image = Annotated[str | None, Option(help="Sandbox image. Default: the one that belongs to this code.")]
+Packages = Annotated[str | None, Option(help=PACKAGES_HELP, show_default=False)]
 Runtime = Annotated[str | None, Option(help="Container runtime, such as runsc (gVisor), where it is installed.")]
 ScoreBackend = Annotated[
     str, Option(help="auto, transformers or vllm (pooling); auto: vLLM for lora and full on a GPU.")
@@ -151,6 +156,7 @@ class SandboxOptions:
     memory: Memory = DEFAULT_LIMITS.memory_mib
     slots: Slots = None
     image: Image = None
+    packages: Packages = None
     runtime: Runtime = None
     cache: Annotated[bool, Option("--cache/--no-cache", help="Run identical programs of a problem once.")] = True
     isolate: Annotated[bool, Option("--isolate", help="A process of its own for every program; slower.")] = False
@@ -164,13 +170,14 @@ class SandboxOptions:
     @property
     def keywords(self) -> dict[str, Any]:
         """Arguments of Sandbox. Raises InputError."""
-        if self.socket is not None and (self.slots, self.image, self.runtime) != (None, None, None):
-            raise InputError("--slots, --image and --runtime are the sidecar's own: give them to `fractal serve`.")
+        own = (self.slots, self.image, self.packages, self.runtime)
+        if self.socket is not None and own != (None, None, None, None):
+            raise InputError(f"{SIDECARS_OWN}: give them to `fractal serve`.")
         _check_slots(self.slots)
         names = [name.strip() for name in (self.allow_missing or "").split(",") if name.strip()]
         return {
-            "slots": self.slots, "image": self.image, "runtime": self.runtime, "cache": self.cache,
-            "isolate": self.isolate, "allow": names, "socket": self.socket,
+            "slots": self.slots, "image": _sandbox_image(self.image, self.packages), "runtime": self.runtime,
+            "cache": self.cache, "isolate": self.isolate, "allow": names, "socket": self.socket,
         }  # fmt: skip
 
 
@@ -220,6 +227,17 @@ def _limits(cpu_s: float, wall_s: float, memory_mib: int) -> Limits:
             f"--cpu {cpu_s}, --wall {wall_s}, --memory {memory_mib}: limits out of range: CPU time goes to 3,600 s, "
             "wall time to 36,000 s, both above 0; memory is at least 64 MiB."
         ) from error
+
+
+def _sandbox_image(image: str | None, packages: str | None) -> str | None:
+    """The image that is asked for; made, if it is to hold packages and is not there. None: the one of this code."""
+    if packages is None:
+        return image
+    if image is not None:
+        raise InputError("--packages makes an image, --image names one. Give one of them.")
+    from fractal.images import packages as images
+
+    return images.image_for(packages)
 
 
 def _check_slots(slots: int | None) -> None:
@@ -480,7 +498,7 @@ def run_stages(
     with _run_dir(run, create=stage in (Stage.all, Stage.generate)) as folder:
         problem_set = _problem_set(folder, source) if stage in (Stage.all, Stage.generate) else None
         if stage is Stage.all:
-            _check_sandbox(sandbox)
+            _check_sandbox(keywords)
         _record_criteria(folder, criteria)
         if problem_set and stage is Stage.generate:
             _generate(folder, problem_set, generating)
@@ -503,11 +521,11 @@ def run_stages(
             report_stage.run(folder)
 
 
-def _check_sandbox(options: SandboxOptions) -> None:
+def _check_sandbox(keywords: dict[str, Any]) -> None:
     """Before hours of generation: is there an engine with the sandbox image?"""
     from fractal.sandbox.host.container import Sandbox
 
-    Sandbox(image=options.image, socket=options.socket).check()
+    Sandbox(image=keywords["image"], socket=keywords["socket"]).check()
 
 
 def _verify(
@@ -557,6 +575,7 @@ def serve(
     memory: Memory = DEFAULT_LIMITS.memory_mib,
     slots: Slots = None,
     image: Image = None,
+    packages: Packages = None,
     runtime: Runtime = None,
     http: Annotated[str | None, Option(help=HELP["http"], show_default=False)] = None,
     token_file: Annotated[Path | None, Option(help="--http: a file with the access token; else FRACTAL_TOKEN.")] = None,
@@ -575,8 +594,8 @@ def serve(
     if http is not None:
         from fractal.server import run as server
 
-        if socket is not None and (slots, image, runtime) != (None, None, None):
-            raise InputError("--slots, --image and --runtime are the sidecar's own: give them where it is started.")
+        if socket is not None and (slots, image, packages, runtime) != (None, None, None, None):
+            raise InputError(f"{SIDECARS_OWN}: give them where it is started.")
         address = server.parse_address(http)
         server.serve(
             address,
@@ -585,7 +604,7 @@ def serve(
             limits=_limits(DEFAULT_LIMITS.cpu_s, DEFAULT_LIMITS.wall_s, memory),
             max_requests=requests,
             deadline_s=deadline,
-            sandbox={"slots": slots, "image": image, "runtime": runtime, "socket": socket},
+            sandbox={"slots": slots, "image": _sandbox_image(image, packages), "runtime": runtime, "socket": socket},
         )
         return
     if any(option is not None for option in (token_file, problems, socket)):
@@ -596,6 +615,7 @@ def serve(
     if volume[:1] in ".~":
         volume = str(Path(volume).expanduser().resolve())
     limits = _limits(DEFAULT_LIMITS.cpu_s, DEFAULT_LIMITS.wall_s, memory)
+    image = _sandbox_image(image, packages)
     start_sidecar(volume=volume, name=name, limits=limits, slots=slots, image=image, runtime=runtime)
     where = f"{volume}/{Path(SOCKET).name}" if volume.startswith("/") else f"{SOCKET} where {volume} is mounted"
     console.say(f"serve: {name} runs; its socket: {where}. End it: fractal serve --stop --name {name}")

@@ -61,7 +61,10 @@ class _Values:
         """The parameters, of which ours are read by `convert`, and those of other kinds by typer itself."""
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
-            annotation = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+            descriptor = getattr(param, "type_descriptor", None)
+            if descriptor is None or descriptor.is_ranged:
+                continue
+            annotation = descriptor.annotation
             kind = get_args(annotation)[0] if get_origin(annotation) is list else annotation
             if kind in (str, int, float, bool, Path) or (isinstance(kind, type) and issubclass(kind, Enum)):
                 values = Values(annotation)

@@ -28,6 +28,7 @@ from fractal.images.recipes import Recipe
 from fractal.images.rendering import Rendering
 from fractal.images.wheels import import_wheels
 from fractal.install import apt, docker_engine
+from fractal.sandbox.host.container import PACKAGES_LABEL
 
 BASE_LABEL, PARTS_LABEL = "fractal.base", "fractal.parts"
 BOOTSTRAPPED = "bootstrapped"  # how a base's origin ends that was made here from Debian's packages
@@ -112,6 +113,8 @@ def build(
     wheels = import_wheels(client, settings.wheels, recipe.image) if settings.wheels else None
     rendering = Rendering(settings=bool(settings.secrets), wheels=wheels)
     labels = {BASE_LABEL: base.origin, PARTS_LABEL: json.dumps(recipe.image.parts())}
+    if recipe.packages:
+        labels[PACKAGES_LABEL] = ",".join(recipe.packages)
     request = buildkit.BuildRequest(recipe.image, rendering, base.name, labels, settings.secrets, options.no_cache)
     try:
         image_id, steps = buildkit.build(command, request, name, log)

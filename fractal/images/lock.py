@@ -59,10 +59,7 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
     locks: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fractal-lock-") as name:
         folder = Path(name)
-        target = folder / "uv"
-        options = ["--quiet", "--no-deps", "--require-hashes", "--target", str(target)]
-        _run([sys.executable, "-m", "pip", "install", *options, "-r", str(recipes.ROOT / UV_LOCK)])
-        uv = str(target / "bin" / "uv")
+        uv = install_uv(folder)
         for accelerator, names in setup.LOCKS.items():
             before = {lock: (recipes.ROOT / "docker" / lock).read_text() for lock in names}
             out = folder / f"{accelerator}.txt"
@@ -110,6 +107,14 @@ def _compile(accelerator: str) -> list[str]:
     for folder in network.pip_settings().get("find-links", "").split():
         options += ["--find-links", folder]
     return ["pip", "compile", "pyproject.toml", *extras, *options]
+
+
+def install_uv(folder: Path) -> str:
+    """uv in its locked version, in a folder that goes away. Raises LockError."""
+    target = folder / "uv"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--target", str(target)]
+    _run([*pip, "-r", str(recipes.ROOT / UV_LOCK)])
+    return str(target / "bin" / "uv")
 
 
 def _run(argv: list[str]) -> None:

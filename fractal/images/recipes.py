@@ -1,5 +1,7 @@
 """The images that we ship. Their renderings are the Dockerfiles in this repository: `invoke render`. Pure."""
 
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from fractal.images.image import Image
 from fractal.images.rendering import VENV
 from fractal.install import setup
 from fractal.jsonl import write_whole
+from fractal.sandbox.inside.packages import DESCRIPTION, ONE_THREAD
 
 ROOT = Path(__file__).resolve().parents[2]
 BASES_LOCK = "docker/images.lock"
@@ -30,6 +33,7 @@ class Recipe:
     dockerfile: str  # in the repository
     with_apt: bool  # it installs packages: a base made here from Debian's packages gets apt, its build the network
     accelerator: Literal["cuda", "cpu"] | None = None  # what the pipeline's stages run on; None: it holds no stages
+    packages: tuple[str, ...] = ()  # NAME==VERSION, for the programs in a sandbox
 
     @property
     def name(self) -> str:
@@ -119,8 +123,11 @@ def pipeline(accelerator: Literal["cuda", "cpu"]) -> Image:
     )
 
 
-def sandbox() -> Image:
-    """Python's standard library and the judge, for the untrusted programs."""
+def sandbox(packages: tuple[str, ...] = (), locked: Path | None = None) -> Image:
+    """Python's standard library and the judge, for the untrusted programs.
+
+    `locked`: the lock file of packages for them; those that are named, NAME==VERSION, are loaded before any program.
+    """
     return (
         Image.debian_slim(root=ROOT, digests=digests())
         .title(
@@ -129,6 +136,7 @@ def sandbox() -> Image:
             "because each untrusted program gets a user of its own."
         )
         .apt_install("python3")
+        .pipe(lambda image: image if locked is None else _packages(image, packages, locked))
         .env({"LANG": "C.UTF-8"})
         .add_local_file("fractal/__init__.py", "/sandbox/fractal/__init__.py", copy=True)
         .add_local_file("fractal/sandbox/__init__.py", "/sandbox/fractal/sandbox/__init__.py", copy=True)
@@ -139,6 +147,21 @@ def sandbox() -> Image:
         )
         # Not -I: PYTHONHASHSEED has to be heard, so that a label does not depend on the order of a set.
         .entrypoint(["python3", "-s", "-P", "-B", "/sandbox/fractal/sandbox/inside/supervisor.py"])
+    )
+
+
+def _packages(image: Image, packages: tuple[str, ...], locked: Path) -> Image:
+    """Python packages for the programs, and in /usr/share/fractal/packages.json which modules they have."""
+    names = json.dumps([package.partition("==")[0].partition("[")[0] for package in packages])
+    return (
+        image.uv_sync(locked, extra_options="--only-binary :all:")
+        .env(dict.fromkeys(ONE_THREAD, "1"))
+        .add_local_file(locked, f"/usr/share/fractal/{locked.name}", copy=True)
+        .add_local_file("docker/sandbox-packages.py", "/usr/share/fractal/describe.py", copy=True)
+        .run_commands(
+            f"python3 /usr/share/fractal/describe.py {shlex.quote(names)} {DESCRIPTION}",
+            comment="Their modules, imported once: one that cannot be imported fails here.",
+        )
     )
 
 

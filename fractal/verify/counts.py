@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fractal.jsonl import decode, iter_lines
 from fractal.records import STATUSES, Status, task_order
+from fractal.sandbox.host import lacking
 
 MAX_LISTED = 20  # sandbox errors that are listed
 HARDEST = 10  # problems in the short table
@@ -37,6 +38,7 @@ class Tally:
     statuses: Counter[str] = field(default_factory=Counter)
     problems: dict[str, Counter[str]] = field(default_factory=dict)
     lost: list[CountedLabel] = field(default_factory=list)  # the first MAX_LISTED
+    lacking: Counter[str] = field(default_factory=Counter)  # programs by the module that the sandbox does not have
 
     @property
     def total(self) -> int:
@@ -51,6 +53,8 @@ class Tally:
         self.problems.setdefault(label.task_id, Counter())[label.status] += 1
         if label.status == "sandbox_error" and len(self.lost) < MAX_LISTED:
             self.lost.append(label)
+        if label.status == "error" and (module := lacking.module(label.detail)):
+            self.lacking[module] += 1
 
 
 def count(labels: Path) -> Tally:

@@ -16,9 +16,11 @@ def record_sandbox(folder: RunDir, limits: Limits, sandbox: Sandbox, labels: int
     """
     folder.configure("verify", {"limits": asdict(limits)})
     noted = folder.manifest["images"].get("sandbox", {})
-    image = {"name": sandbox.image, "digest": sandbox.image_id}
+    image: dict[str, Any] = {"name": sandbox.image, "digest": sandbox.image_id}
+    if sandbox.packages:
+        image["packages"] = sandbox.packages
     labelled_by = _counted(noted, labels)
-    if not labelled_by or {key: labelled_by[-1][key] for key in image} != image:
+    if not labelled_by or {key: labelled_by[-1].get(key) for key in image} != image:
         labelled_by = [entry for entry in labelled_by if entry["labels"]] + [{**image, "labels": 0}]
     folder.manifest["images"]["sandbox"] = {**image, "checks": sandbox.checks, "labelled_by": labelled_by}
     folder.save()

@@ -15,6 +15,7 @@ from fractal import console
 from fractal.errors import InputError
 from fractal.problems.formats import read_problems
 from fractal.rundir import RunDir
+from fractal.sandbox.host import lacking
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
 from fractal.verify import outputs
@@ -77,6 +78,8 @@ def _report(labels: Path, now: int, seconds: float) -> Tally:
     console.say(summary(tally, now, seconds))
     for line in lost_lines(tally):
         console.warn(line)
+    if tally.lacking:
+        console.warn(lacking.summary(tally.lacking))
     return tally
 
 

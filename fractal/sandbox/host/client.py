@@ -26,6 +26,7 @@ import msgspec
 
 from fractal.errors import OutsideError
 from fractal.records import Label, Problem, Sample, Status, code_sha256
+from fractal.sandbox.host import lacking
 from fractal.sandbox.host.limits import DEFAULT_LIMITS, REFERENCE_CPU_S, REFERENCE_FACTOR, Limits
 from fractal.sandbox.host.program_key import program_key
 from fractal.sandbox.inside.protocol import (
@@ -595,6 +596,6 @@ def label(pending_label: PendingLabel) -> Label:
         tests=results + ["not_run"] * (len(pending_label.problem.tests) - len(results)),  # type: ignore[arg-type]
         seconds=verdict.seconds,
         cpu_seconds=verdict.cpu_seconds,
-        detail=verdict.detail,
+        detail=lacking.explain(verdict.detail) if verdict.status == "error" else verdict.detail,
         code_sha256=pending_label.digest,
     )

@@ -30,6 +30,7 @@ __all__ = ["LABEL_VARIABLE", "SESSION_LABEL", "SOCKET", "Sandbox", "SandboxError
 # What cannot be seen from inside gVisor, a kernel of its own below the container: it takes the place of the host's
 # seccomp profile, and the host's cgroups hold it as a whole. The named option that allows this is --runtime=runsc.
 UNSEEN_IN_GVISOR = frozenset({"seccomp", "scratch", "memory_limit", "pids_limit"})
+PACKAGES_LABEL = "fractal.packages"  # of an image: images/packages.py
 SIDECAR = "fractal-sandbox"  # default name of the container and of its volume
 
 
@@ -57,6 +58,7 @@ class Sandbox(Verifier):
         super().__init__(self._connect, limits=limits, cache=cache, isolate=isolate)
         self.image = image or (source.image_name() if socket is None else "")
         self.image_id = ""
+        self.packages: list[str] = []  # NAME==VERSION of those that were asked for, beside the standard library
         self._asked_slots = slots
         self._runtime = runtime
         self._allow = frozenset(allow)
@@ -73,9 +75,13 @@ class Sandbox(Verifier):
             self.image = name or f"sidecar {self._socket}"
             return
         try:
-            self.image_id = engine.image_id(self.image)
+            self._look_up_image()
         except (engine.RequestError, OSError) as error:
             raise self._start_error(error) from error
+
+    def _look_up_image(self) -> None:
+        self.image_id, labels = engine.image(self.image)
+        self.packages = [package for package in labels.get(PACKAGES_LABEL, "").split(",") if package]
 
     def __enter__(self) -> Self:
         if self._socket is not None:
@@ -124,7 +130,7 @@ class Sandbox(Verifier):
                 started = launch.start(self.image, self.limits, self._asked_slots, self._runtime)
             connection = AttachedConnection(started.container, started.streams, remove)
             if not self.image_id:
-                self.image_id = engine.image_id(self.image)
+                self._look_up_image()
             return connection
         except (engine.RequestError, OSError) as error:
             raise self._start_error(error) from error

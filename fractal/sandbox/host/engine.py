@@ -92,9 +92,10 @@ def attach(container: str) -> socket.socket:
     return link
 
 
-def image_id(name: str) -> str:
-    """An image's id. Raises RequestError (404 where the engine does not have it), OSError."""
-    return str(request("GET", f"/images/{quote(name)}/json")["Id"])
+def image(name: str) -> tuple[str, dict[str, str]]:
+    """An image's id and labels. Raises RequestError (404 where the engine does not have it), OSError."""
+    found = request("GET", f"/images/{quote(name)}/json")
+    return str(found["Id"]), found["Config"].get("Labels") or {}
 
 
 def remove(container: str) -> None:

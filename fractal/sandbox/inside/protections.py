@@ -11,6 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from fractal.sandbox.inside import packages
+
 CAPABILITIES = 1 << 5 | 1 << 6 | 1 << 7  # CAP_KILL, CAP_SETGID, CAP_SETUID: capability.h
 PR_GET_NO_NEW_PRIVS = 39  # prctl.h
 DOCKER_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
@@ -68,7 +70,11 @@ def candidate_protections(seen: Any, uid: int, limits: dict[str, Any]) -> dict[s
     """Each protection of a candidate by name, from what INSPECT_CANDIDATE returned."""
     if type(seen) is not dict or "uids" not in seen:
         return {"candidate": {"ok": False, "found": f"cannot be looked at: {seen}"}}
-    most = {"AS": limits["memory_mib"] << 20, "CPU": int(limits["cpu_s"]) + 2, "FSIZE": limits["file_mib"] << 20}
+    most = {
+        "AS": (limits["memory_mib"] << 20) + packages.installed().address_space,
+        "CPU": int(limits["cpu_s"]) + 2,
+        "FSIZE": limits["file_mib"] << 20,
+    }
     most |= {"NOFILE": 64, "NPROC": 64, "CORE": 0, "MEMLOCK": 0}
     not_in_force = [n for n, highest in most.items() if not 0 <= seen["limits"].get(n, [-1, -1])[1] <= highest]
     capabilities = seen["capabilities"]  # permitted, effective, ambient; the bounding set is the container's

@@ -28,6 +28,7 @@ import types
 import warnings
 from typing import Any
 
+from fractal.sandbox.inside import packages
 from fractal.sandbox.inside.candidate import CandidateEndpoint
 from fractal.sandbox.inside.candidate_seccomp import FilterProgram, seccomp_filter
 from fractal.sandbox.inside.protocol import CANDIDATE_THREADS, ConnectionClosedError, pack
@@ -57,7 +58,8 @@ def main() -> tuple[CandidateEndpoint, bool]:
     libc = ctypes.PyDLL(None)
     text = ctypes.create_string_buffer(seccomp_filter(platform.machine()))
     program = ctypes.byref(FilterProgram(len(text.raw) // 8, ctypes.cast(text, ctypes.c_void_p)))
-    _prepare()
+    installed = packages.installed()
+    _prepare(installed.modules)
     endpoint = CandidateEndpoint(CHANNEL)
     while True:
         data, fds, _, _ = socket.recv_fds(control, 4096, 4)
@@ -77,7 +79,8 @@ def main() -> tuple[CandidateEndpoint, bool]:
         if pid == 0:
             try:
                 shared = request["shared"]
-                _become(request, fds, shared_uid if shared else uid, "/" if shared else folder, libc, program)
+                place = (shared_uid, "/") if shared else (uid, folder)
+                _become(request, fds, *place, libc, program, installed.address_space)
                 return endpoint, shared
             except BaseException:
                 sys.excepthook(*sys.exc_info())  # into the program's output
@@ -91,9 +94,9 @@ def main() -> tuple[CandidateEndpoint, bool]:
             control.send(json.dumps({"pid": pid}).encode())
 
 
-def _prepare() -> None:
+def _prepare(modules: list[str]) -> None:
     """All that candidates have in common, done once: imports, limits, environment, and code that has run before."""
-    for name in PRELOAD:
+    for name in (*PRELOAD, *modules):
         __import__(name)
     for category in (SyntaxWarning, DeprecationWarning):  # compile() says them once per place: order would matter
         warnings.filterwarnings("ignore", category=category, module="<program>")
@@ -110,9 +113,12 @@ def _prepare() -> None:
         except ValueError:
             if limit != "MSGQUEUE":  # gVisor has no such limit; there are no queues: mq_open is forbidden
                 raise
+    threads = {name: value for name in packages.ONE_THREAD if (value := os.environ.get(name))}
     os.environ.clear()
-    os.environ.update(HOME="/", TMPDIR="/", PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
+    os.environ.update(threads, HOME="/", TMPDIR="/", PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
     random.seed(0)  # same draws in every candidate: a label must not depend on what ran before
+    if "numpy" in modules:
+        sys.modules["numpy"].random.seed(0)
     gc.collect()
     gc.freeze()
 
@@ -140,7 +146,9 @@ def _reap(pid: int, wait: bool) -> bytes:
     return json.dumps({"exit": os.waitstatus_to_exitcode(status), "cpu_s": cpu_s}).encode()
 
 
-def _become(limits: dict[str, Any], fds: list[int], uid: int, folder: str, libc: Any, program: Any) -> None:
+def _become(
+    limits: dict[str, Any], fds: list[int], uid: int, folder: str, libc: Any, program: Any, loaded: int
+) -> None:
     """Turn this fresh fork into a candidate: descriptors, limits, uid and system calls. Fails closed."""
     channel, output, *script = fds
     os.dup2(output, 1)  # 0 is /dev/null already
@@ -150,7 +158,7 @@ def _become(limits: dict[str, Any], fds: list[int], uid: int, folder: str, libc:
         os.dup2(script[1], 1)
     os.dup2(channel, CHANNEL)
     os.closerange(CHANNEL + 1, 1024)
-    memory, largest = limits["memory_mib"] << 20, limits["file_mib"] << 20
+    memory, largest = (limits["memory_mib"] << 20) + loaded, limits["file_mib"] << 20
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if not limits["shared"]:  # its CPU time is that of many programs: the judge looks at each

@@ -1,0 +1,165 @@
+"""Sandbox images with Python packages for the programs: `--packages numpy==2.3.5,pandas==2.3.3`.
+
+What is asked for is resolved once, by uv, with hashes and for wheels alone, and locked in the user's cache. The lock is
+part of the image, whose name follows from its content: asked for again, nothing is resolved and nothing built.
+Closed networks: pip's settings, FRACTAL_WHEELS and FRACTAL_CA, as for every build (network.py).
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import platformdirs
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from fractal import console
+from fractal.errors import InputError, OutsideError
+from fractal.images import lock, network, recipes
+from fractal.images.build_errors import without_passwords
+from fractal.images.recipes import Recipe
+from fractal.jsonl import write_whole
+from fractal.sandbox.host import engine
+from fractal.sandbox.host.source import content_hash
+
+LOCK = "packages.lock"
+GLIBC = "manylinux_2_28"  # of wheels; the image's Debian 12 has 2.36
+
+
+class PackagesError(OutsideError):
+    """There is no image with these packages: one line with the remedy."""
+
+
+def image_for(text: str) -> str:
+    """The name of the sandbox image with these packages; locked and built if it is not there.
+
+    Raises InputError for what is not pinned, PackagesError, BuildError.
+    """
+    packages = parse(text)
+    found = recipe(packages, lock_file(packages))
+    try:
+        engine.image(found.name)
+    except (engine.RequestError, OSError):  # to be built; what is wrong with the engine, build says
+        from fractal.images import build, docker_client
+
+        with closing(docker_client.connect()) as client:
+            build.ensure(client, found, console.note)
+    return found.name
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """NAME==VERSION, several with commas, sorted and with canonical names. Raises InputError for anything else."""
+    found: dict[str, str] = {}
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise InputError(f"--packages {text!r}: names no package. Write NAME==VERSION, several with commas.")
+    for word in words:
+        shown = without_passwords(word)
+        if word.startswith("-"):
+            raise InputError(
+                f"--packages: {shown} is an option. Write NAME==VERSION; indexes belong in pip's settings."
+            )
+        try:
+            requirement = Requirement(word)
+        except InvalidRequirement:
+            raise InputError(f"--packages: {shown} is not NAME==VERSION. Write one, such as numpy==2.3.5.") from None
+        name = canonicalize_name(requirement.name)
+        if requirement.url or requirement.marker:
+            raise InputError(f"--packages: {shown} has a URL or a marker. Write {name}==VERSION.")
+        pins = list(requirement.specifier)
+        if len(pins) != 1 or pins[0].operator != "==" or not _is_version(pins[0].version):
+            raise InputError(f"--packages: {shown} is not pinned. Write {name}==VERSION.")
+        extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+        pinned = f"{name}{extras}=={pins[0].version}"
+        if found.setdefault(name, pinned) != pinned:
+            raise InputError(f"--packages: {name} stands twice. Name one version.")
+    return tuple(sorted(found.values()))
+
+
+def _is_version(text: str) -> bool:
+    try:
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True
+
+
+def recipe(packages: tuple[str, ...], locked: Path) -> Recipe:
+    """The sandbox's image with the packages of a lock file, those that were asked for loaded before any program."""
+    return Recipe("sandbox-packages", recipes.sandbox(packages, locked), "", True, packages=packages)
+
+
+def lock_file(packages: tuple[str, ...]) -> Path:
+    """The lock of these packages, resolved if it has not been before. Raises PackagesError."""
+    machine = _machine()
+    key = content_hash({"packages": "\n".join(packages).encode(), "machine": machine.encode()})[:16]
+    path = platformdirs.user_cache_path("fractal") / "packages" / key / LOCK
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with console.activity(f"packages: {', '.join(packages)}"):
+            write_whole(path, resolve(packages, machine).encode())
+    return path
+
+
+def _machine() -> str:
+    """The engine's processor, as wheels name it. Raises PackagesError."""
+    try:
+        machine = str(engine.request("GET", "/info").get("Architecture"))
+    except (engine.RequestError, OSError) as error:
+        raise PackagesError(f"--packages: the Docker engine does not say its processor: {error}.") from error
+    return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+
+
+def resolve(packages: tuple[str, ...], machine: str) -> str:
+    """Everything that these packages need, with versions and hashes. Raises PackagesError with uv's reason."""
+    with tempfile.TemporaryDirectory(prefix="fractal-packages-") as name:
+        folder = Path(name)
+        source, out = folder / "packages.in", folder / "packages.txt"
+        source.write_text("\n".join(packages) + "\n")
+        options = ["--only-binary", ":all:", "--python-version", "3.11", "--python-platform", f"{machine}-{GLIBC}"]
+        settings, environment = _network()
+        command = [lock.install_uv(folder), "pip", "compile", *options, *lock.OUTPUT_OPTIONS, *settings]
+        command += [str(source), "-o", str(out)]
+        variables = {**os.environ, **environment}
+        try:
+            done = subprocess.run(
+                command, cwd=folder, env=variables, capture_output=True, text=True, timeout=lock.UV_TIMEOUT_S
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise PackagesError(f"--packages {','.join(packages)}: uv failed: {error}. Check the network.") from error
+        if done.returncode:
+            raise PackagesError(f"--packages {','.join(packages)}: {_reason(done.stderr)}")
+        return out.read_text()
+
+
+def _network() -> tuple[list[str], dict[str, str]]:
+    """uv's options and environment for this machine's network."""
+    pip = network.pip_settings()
+    folders = [os.environ["FRACTAL_WHEELS"]] if os.environ.get("FRACTAL_WHEELS") else pip.get("find-links", "").split()
+    options = [word for folder in folders for word in ("--find-links", folder)]
+    # A folder that serves as an index, as file:///..., holds this machine's wheels: uv takes what it lists first.
+    environment = {
+        uv: " ".join(word for word in pip[name].split() if not word.startswith(("file:", "/")))
+        for name, uv in network.UV_NAMES.items()
+        if name in pip
+    }
+    if bundle := os.environ.get("FRACTAL_CA") or os.environ.get("SSL_CERT_FILE") or pip.get("cert"):
+        environment["SSL_CERT_FILE"] = bundle
+    return options, {name: value for name, value in environment.items() if value}
+
+
+def _reason(output: str) -> str:
+    """One line of what uv says, with what to do."""
+    text = " ".join(without_passwords(output).split())
+    if match := re.search(r"there is no version of (\S+==\S+?),? and|there are no versions of (\S+)", text):
+        return f"no index has {match[1] or match[2]} for Python 3.11. Check name and version."
+    if match := re.search(r"(\S+) was not found in the package registry", text):
+        return f"no index has a package {match[1]}. Check its name."
+    if match := re.search(r"Because (\S+) has no usable wheels", text):
+        return f"{match[1]} has no wheel, and nothing is compiled. Name another version, or FRACTAL_WHEELS."
+    reason = text.removeprefix("error: ")[:400].rstrip(".")
+    return f"{reason}. Check versions and network."
