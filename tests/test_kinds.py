@@ -2,15 +2,19 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fractal.jsonl import write_jsonl
 from fractal.records import Label, Problem, Sample
+from fractal.sandbox.host.limits import DEFAULT_LIMITS
 from fractal.sandbox.inside.calls import is_right, prepare_calls
 from fractal.sandbox.inside.scripts import same_output
+from fractal.verify import stage
 
 
 def calls(tests: list[str], expected: list[str], compare: str = "", atol: float = 0.0) -> Any:
@@ -234,3 +238,29 @@ def test_tests_that_never_use_the_program_are_no_pass(sandbox: Any) -> None:
         assert (label.status, label.detail) == ("sandbox_error", "the problem's tests never use the program")
     constant = problem("asserts", ["assert LIMIT == 3"], reference="LIMIT = 3\ndef f(x):\n    return x\n")
     assert label_of(sandbox, constant, "LIMIT = 3\ndef f(x):\n    return x\n").status == "passed"
+
+
+@pytest.mark.sandbox
+def test_a_problem_whose_reference_fails_is_named(place: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    """Only where nothing passed: a sample that passes shows that the tests can be passed."""
+    reference = "def f(x):\n    return x\n"
+    problems = [
+        Problem("right", "", reference, ["assert f(1) == 1"], "", "f", "test"),
+        Problem("wrong", "", reference, ["assert f(1) == 2"], "", "f", "test"),
+        Problem("solved", "", reference, ["assert f(1) == 2"], "", "f", "test"),
+    ]
+    samples = [
+        Sample(task_id, 0, "", code, "stop", 0, None, None, "test")
+        for task_id, code in [
+            ("right", "def f(x):\n    return 0\n"),
+            ("wrong", "x = 1\n"),
+            ("solved", "def f(x):\n    return 2\n"),
+        ]
+    ]
+    write_jsonl(tmp_path / "problems.jsonl", problems)
+    write_jsonl(tmp_path / "samples.jsonl", samples)
+    names = (tmp_path / name for name in ("problems.jsonl", "samples.jsonl", "labels.jsonl"))
+    stage.run_files(*names, DEFAULT_LIMITS, **place)
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "1 of 3 problems cannot be solved" in printed
+    assert "wrong (failed: test 1: assertion false)" in printed

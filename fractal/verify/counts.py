@@ -77,9 +77,7 @@ def summary(tally: Tally, now: int, seconds: float) -> str:
 
 def lost_lines(tally: Tally) -> list[str]:
     """Each sandbox error with its place, MAX_LISTED of them at most."""
-    lines = [
-        f"sandbox_error: task_id {v.task_id}, sample_id {v.sample_id}: {_first_line(v.detail)}" for v in tally.lost
-    ]
+    lines = [f"sandbox_error: task_id {v.task_id}, sample_id {v.sample_id}: {first_line(v.detail)}" for v in tally.lost]
     if tally.errors > len(tally.lost):
         lines.append(f"... and {tally.errors - len(tally.lost):,} more")
     return lines
@@ -121,5 +119,5 @@ def percent(share: float) -> str:
     return f"{share:.1%}".replace("%", " %")
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     return (text.strip().splitlines() or ["no detail"])[0][:200]

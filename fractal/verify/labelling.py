@@ -15,7 +15,7 @@ from fractal.jsonl import Appender
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
-from fractal.verify import resume
+from fractal.verify import references, resume
 
 WRITE_INTERVAL_S = 0.1  # between writes, and between updates of the progress line
 MAX_UNWRITTEN = 5000  # records
@@ -81,7 +81,9 @@ def label_samples(
             if plan.end < plan.samples:
                 samples = resume.without_label(source.read(), plan.end)
                 append_records(sandbox.verify(samples, source.problems), labels, bar.advance)
-        return time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        references.warn_of_failing(sandbox, source.problems, labels)
+        return seconds
 
 
 def append_records(records: Iterable[object], path: Path, advance: Callable[[int, str], None]) -> None:

@@ -20,6 +20,7 @@ from fractal.records import Sample
 from fractal.rundir import RunDir
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
+from fractal.verify import references
 from fractal.verify.labelling import SampleFile, append_records, make_plan
 from fractal.verify.provenance import record_sandbox
 
@@ -134,6 +135,7 @@ class Overlap:
                         finally:
                             self.seconds += time.monotonic() - begin
                     if ending:
+                        references.warn_of_failing(sandbox, source.problems, labels)
                         return
                     self._wake.wait(BURST_AFTER_S)
                     self._wake.clear()
