@@ -18,10 +18,9 @@ import requests
 
 from fractal.cloud.account import Account
 from fractal.cloud.instance import reap, update
-from fractal.cloud.lambda_api import Client
+from fractal.cloud.lambda_api import Client, RateLimiter
 from fractal.cloud.launch import LaunchRequest, launch
 from fractal.cloud.ledger import Ledger
-from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.reconcile import terminate
 from fractal.cloud.ssh_keys import Key
 from tests.renting import QUICK, TYPE

@@ -12,7 +12,7 @@ import requests
 
 from fractal import console
 from fractal.cloud import lambda_api, run_commands, transfer
-from fractal.cloud.rate_limit import RateLimiter
+from fractal.cloud.lambda_api import RateLimiter
 from fractal.cloud.session import Session
 from tasks import pipeline
 from tests.killed_client import Steps

@@ -13,10 +13,9 @@ import psutil
 
 from fractal.cloud import guard, reconcile
 from fractal.cloud.account import Account, Timing
-from fractal.cloud.lambda_api import Client
+from fractal.cloud.lambda_api import Client, RateLimiter
 from fractal.cloud.launch import LaunchRequest, launch
 from fractal.cloud.ledger import Entry, Ledger
-from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.ssh_keys import Key
 from tests.conftest import until
 from tests.fake_lambda.server import FakeLambda

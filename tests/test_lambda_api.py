@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fractal.cloud import lambda_api, lambda_errors
-from fractal.cloud.lambda_api import Client
+from fractal.cloud.lambda_api import Client, RateLimiter
 from fractal.cloud.lambda_errors import (
     URL,
     ApiError,
@@ -32,7 +32,6 @@ from fractal.cloud.lambda_errors import (
     NotFoundError,
 )
 from fractal.cloud.lambda_types import Region
-from fractal.cloud.rate_limit import RateLimiter
 from fractal.errors import InputError, OutsideError
 from tests.conftest import until
 from tests.fake_lambda.server import FakeLambda, Fault, cut, delay, garbage, hang, lose_answer, ok, status, tear
@@ -350,7 +349,7 @@ def test_retry_after_is_obeyed_but_not_blindly(cloud: FakeLambda, client: Client
 
 def test_a_long_wait_is_logged(cloud: FakeLambda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lambda_api, "LOG_AFTER_S", 0.0)
-    monkeypatch.setattr("fractal.cloud.rate_limit.LOG_AFTER_S", 0.0)
+    monkeypatch.setattr("fractal.cloud.lambda_api.LOG_AFTER_S", 0.0)
     logged: list[str] = []
     cloud.script("GET /instances", status(503))
     connect(cloud.url, log=logged.append, rate_limiter=RateLimiter(tmp_path, request_s=0.1, launch_s=0)).instances()

@@ -252,9 +252,6 @@ def test_the_operator_is_made_once_and_outlives_the_ledger(tmp_path: Path) -> No
     match = NAME.fullmatch(ledger.new_name())
     assert match is not None
     assert match[1] == operator
-    (tmp_path / "state" / "operator").write_text("what?")
-    with pytest.raises(InputError, match="six hex digits"):
-        ledger.operator()
 
 
 def test_an_unknown_name_is_told(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fractal.cloud.lambda_api import Client
-from fractal.cloud.rate_limit import RateLimiter
+from fractal.cloud.lambda_api import Client, RateLimiter
 from tests.conftest import ROOT
 from tests.fake_lambda.server import FakeLambda
 
@@ -19,7 +18,7 @@ PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAICN+lJwsONkwrdsSnQsu1ydUkIuIg5
 WAITER = """
 import sys, time
 from pathlib import Path
-from fractal.cloud.rate_limit import RateLimiter
+from fractal.cloud.lambda_api import RateLimiter
 limiter = RateLimiter(Path(sys.argv[1]), request_s=float(sys.argv[2]), launch_s=0)
 for _ in range(int(sys.argv[3])):
     limiter.wait("request")

@@ -42,7 +42,7 @@ class Instance:
         )
 
     def update_alias(self) -> str:
-        ssh_config.write(self.folder, ip=self.machine.ip, key_file=self.machine.folder / "key", instance_id="i-1")
+        ssh_config.write(self.folder, entry(self.machine))
         return self.machine.ip
 
     def fails(self, *texts: str) -> str:

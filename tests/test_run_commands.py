@@ -22,13 +22,11 @@ import pytest
 from fractal.cloud import guard, readiness, ssh_config
 from fractal.cloud.account import Account
 from fractal.cloud.instance import wait_active
-from fractal.cloud.lambda_api import Client
+from fractal.cloud.lambda_api import Client, RateLimiter
 from fractal.cloud.launch import LaunchRequest, launch
 from fractal.cloud.ledger import Entry, Ledger
-from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.reconcile import terminate
 from fractal.cloud.remote_host import Remote
-from fractal.cloud.session import update_alias
 from fractal.cloud.ssh_keys import find_key
 from fractal.images import driver_compatibility, push
 from fractal.images.build import ensure_sandbox_image
@@ -66,7 +64,7 @@ class RentedInstance:
         os.environ |= {**self.environment, "FRACTAL_SSH_KEY": str(key)}  # the guard's
         entry = launch(account, LaunchRequest(types=("gpu_1x_a10",)), find_key(account))
         entry = wait_active(account, entry)
-        update_alias(self.ledger, entry)
+        ssh_config.write(self.ledger.folder, entry)
         readiness.wait_ready(self.ledger.folder, entry, print, lambda: str(entry.ip))
         entry = self.ledger.change(entry.name, ready_at=time.time(), owner=None)
         config = ssh_config.config_file(self.ledger.folder)

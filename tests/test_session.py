@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fractal.cloud import readiness, run_commands
+from fractal.cloud.lambda_api import RateLimiter
 from fractal.cloud.ledger import Ledger
-from fractal.cloud.rate_limit import RateLimiter
 from fractal.cloud.session import Session
 from fractal.images import build as images
 from fractal.install import docker_engine
@@ -81,7 +81,7 @@ def invoke(
     monkeypatch.setattr(
         "fractal.cloud.lambda_api.RateLimiter", lambda folder: RateLimiter(folder, request_s=0, launch_s=0)
     )
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def call(*arguments: str) -> Result:
         code = 0

@@ -10,6 +10,7 @@ import pytest
 
 from fractal.cloud import ssh_config
 from fractal.errors import InputError, OutsideError
+from tests.test_ledger import entry
 
 ID = "0123456789abcdef0123456789abcdef"
 OTHERS = b"# mine\r\nHost work\n\tHostName 10.9.9.9\n\n\xff\xfeHost *\n  User joe"  # neither UTF-8 nor a last newline
@@ -17,9 +18,8 @@ OTHERS = b"# mine\r\nHost work\n\tHostName 10.9.9.9\n\n\xff\xfeHost *\n  User jo
 pytestmark = pytest.mark.usefixtures("openssh")
 
 
-def write(folder: Path, ip: str = "10.1.2.3", instance_id: str = ID, **changes: object) -> Path:
-    settings = {"ip": ip, "key_file": folder / "ssh/id_ed25519", "instance_id": instance_id} | changes
-    return ssh_config.write(folder, **settings)  # type: ignore[arg-type]
+def write(folder: Path, ip: str = "10.1.2.3", instance_id: str = ID) -> Path:
+    return ssh_config.write(folder, entry(ip=ip, id=instance_id, key_file=str(folder / "ssh/id_ed25519")))
 
 
 def understood(config: Path, host: str = "lambda") -> dict[str, str]:

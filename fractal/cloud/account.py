@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fractal.cloud.lambda_api import Client
+from fractal.cloud.lambda_api import REQUEST_INTERVAL_S, Client
 from fractal.cloud.ledger import Entry, Ledger
-from fractal.cloud.rate_limit import REQUEST_INTERVAL_S
 
 Log = Callable[[str], None]
 

@@ -19,14 +19,9 @@ def cost_table(entries: Iterable[Entry], now: float) -> Table:
         column.overflow = "fold"
     for column in table.columns[3:7]:
         column.justify = "right"
-    total_usd = usd_per_hour = 0.0
-    for entry in entries:
+    billed = [entry for entry in entries if entry.id is not None or entry.state != "ended"]
+    for entry in billed:
         ended, usd = entry.state == "ended", entry.dollars(now)
-        if ended and entry.id is None:
-            continue
-        total_usd += usd
-        usd_per_hour += 0.0 if ended else entry.usd_per_hour
-        left_usd = "" if ended or entry.max_dollars is None else f"{max(0.0, entry.max_dollars - usd):.2f}"
         state = {"intended": "launch of unknown outcome", "launched": "BILLED NOW", "ended": entry.end_reason or ""}
         table.add_row(
             entry.name,
@@ -35,10 +30,12 @@ def cost_table(entries: Iterable[Entry], now: float) -> Table:
             f"{entry.hours(now):.2f}",
             f"{entry.usd_per_hour:.2f}",
             f"{usd:.2f}",
-            left_usd,
+            "" if ended or entry.max_dollars is None else f"{max(0.0, entry.max_dollars - usd):.2f}",
             Text(state[entry.state]),  # a reason may hold [brackets]
             style="" if ended else "bold",
         )
+    total_usd = sum(entry.dollars(now) for entry in billed)
+    usd_per_hour = sum(entry.usd_per_hour for entry in billed if entry.state != "ended")
     table.add_section()
     table.add_row("total", "", "", "", f"{usd_per_hour:.2f} now", f"{total_usd:.2f}", "", "")
     return table

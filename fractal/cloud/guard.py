@@ -20,10 +20,9 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from fractal.cloud import reconcile
 from fractal.cloud.account import Account, Timing
-from fractal.cloud.lambda_api import Client
+from fractal.cloud.lambda_api import Client, RateLimiter
 from fractal.cloud.lambda_errors import AuthError, CloudError
-from fractal.cloud.ledger import Entry, Ledger, state_dir
-from fractal.cloud.rate_limit import RateLimiter
+from fractal.cloud.ledger import Entry, Ledger, limits_text, state_dir
 from fractal.errors import InputError, OutsideError
 from fractal.jsonl import parse
 
@@ -75,8 +74,6 @@ def start(account: Account, name: str) -> None:
 def alive(ledger: Ledger, name: str) -> bool:
     """Whether a guard watches the entry: it holds a lock that the kernel releases when it dies."""
     file = lock_file(ledger, name)
-    if not file.exists():
-        return False
     try:
         with FileLock(file, timeout=0, fallback_to_soft=False):
             return False
@@ -138,7 +135,7 @@ class Guard:
             return True
         left_s = self._seconds_left(entry)
         if self._end_reason is None and left_s is not None and self._is_due(entry, left_s):
-            self._end_reason = "limit reached: " + _limits(entry)
+            self._end_reason = f"limit reached: {limits_text(entry.max_hours, entry.max_dollars)}"
         if self._end_reason is not None:
             return not self._terminate(entry, self._end_reason)
         self._poll()
@@ -178,7 +175,7 @@ class Guard:
         if left_s > lead_s:
             self._rescue_code = None
         elif self._rescue_code is None:
-            log(f"the limit is near: {_limits(entry)}. Running {entry.rescue[0]} for at most {lead_s:.0f} s")
+            log(f"a limit is near. Running {entry.rescue[0]} for at most {lead_s:.0f} s")
             self._rescue_code = _run_rescue(entry.rescue, left_s if left_s > 0 else lead_s)
         else:
             return self._rescue_code == 0 or left_s <= 0
@@ -249,12 +246,6 @@ def _run_rescue(command: tuple[str, ...], timeout_s: float) -> int:
     return process.wait()
 
 
-def _limits(entry: Entry) -> str:
-    hours = f"{entry.max_hours:g} h" if entry.max_hours is not None else ""
-    dollars = f"{entry.max_dollars:.2f} USD" if entry.max_dollars is not None else ""
-    return " or ".join(filter(None, (hours, dollars)))
-
-
 def log(text: str) -> None:
     with contextlib.suppress(OSError):  # a full disk must not stop the guard
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
@@ -288,7 +279,8 @@ def main(arguments: list[str]) -> int:
     except (OSError, NotImplementedError) as error:
         log(f"{lock_file(ledger, name)}: cannot be locked: {error}")
         return 1
-    log(f"watching (process {os.getpid()}): {entry.type_name}, limits: {_limits(entry) or 'none'}")
+    limits = limits_text(entry.max_hours, entry.max_dollars)
+    log(f"watching (process {os.getpid()}): {entry.type_name}, limits: {limits}")
     while True:
         try:
             Guard(account, name, lock).watch()

@@ -61,18 +61,16 @@ def wait_active(account: Account, entry: Entry, *, timeout_s: float = BOOT_TIMEO
     what = reconcile.describe(entry)
     remedy = "It is billed: end it with `invoke terminate`"
     while True:
-        instance, trouble = None, ""
         try:
             instance = reconcile.get_instance(account.client, entry)
+            entry = reconcile.record_status(account, entry, instance)
+            state = instance.status if instance else "not listed yet"
         except AuthError:
             raise
         except CloudError as error:  # the network may be back soon
-            trouble = str(error)
-        if not trouble:
-            entry = reconcile.record_status(account, entry, instance)
+            instance, state = None, str(error)
         if entry.state == "ended":
             raise CloudError(f"{what} has ended: {entry.end_reason}. Start another: invoke launch.")
-        state = instance.status if instance else trouble or "not listed yet"
         if instance is not None:
             check_price(account, entry)
         if instance is not None and instance.status == "active" and instance.ip:
@@ -130,15 +128,13 @@ def reap(
             continue
         if known is not None and in_use(ledger, known):
             continue
-        foreign = known is None and match is not None and match[1] != operator
-        whose = "of another operator" if foreign else "ours" if known else "ours, but not in the ledger"
         kind = instance.instance_type
         price = f"{kind.price_cents_per_hour / 100:.2f} USD/h"
         what = f"{name} ({kind.name} in {instance.region.name}, {price}, {instance.id})"
-        if foreign and not others:
-            account.log(f"{what} is {whose}: left alone without --others.")
+        if known is None and match is not None and match[1] != operator and not others:
+            account.log(f"{what} is of another operator: left alone without --others.")
             continue
-        if not yes and not (ask is not None and ask(f"{what} is {whose}, and nobody uses it. Terminate it?")):
+        if not yes and not (ask is not None and ask(f"Nobody uses {what}. Terminate it?")):
             account.log(f"{what} is kept, and is billed.")
             continue
         try:

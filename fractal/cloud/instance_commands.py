@@ -14,7 +14,7 @@ from fractal.cloud.launch import LaunchRequest, check_request
 from fractal.cloud.launch import launch as launch_instance
 from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.options import PREFERRED_TYPES, Options
-from fractal.cloud.session import Session, ask, log, update_alias
+from fractal.cloud.session import Session, ask, log
 from fractal.cloud.ssh_keys import find_key
 from fractal.errors import InputError
 
@@ -59,7 +59,7 @@ def setup_ssh(session: Session) -> None:
     """Let the alias refer to the present address, and add the Include line to the user's configuration."""
     account = session.account()
     entry = instance.current(account)
-    update_alias(account.ledger, entry)
+    ssh_config.write(account.ledger.folder, entry)
     added = ssh_config.include(Path.home(), account.ledger.folder)
     log(f"`ssh {ssh_config.ALIAS}` connects to {entry.ip}" + ("; ~/.ssh/config has one line more" if added else ""))
 

@@ -11,12 +11,12 @@ from fractal.cloud import jobs, transfer
 from fractal.cloud.ledger import Entry
 from fractal.cloud.options import RunRequest, local_path
 from fractal.cloud.remote_host import ROOT, Remote
-from fractal.cloud.session import DRIVER_REMEDY, Session, log
+from fractal.cloud.session import Session, log
 from fractal.cloud.ssh_config import ALIAS
 from fractal.cloud.transfer import RemoteUser
 from fractal.errors import OutsideError
 from fractal.images import build as images
-from fractal.images import containers, driver_compatibility, hub_token, recipes
+from fractal.images import containers, hub_token, recipes
 from fractal.images.docker_client import first_line
 
 INPUTS = "/inputs"  # files and models from this machine, in the container
@@ -29,7 +29,7 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
     (recipe,) = recipes.choose(request.image)
     uses_cuda = recipe.accelerator == "cuda" and gpus
     if uses_cuda:
-        driver_environment(remote, base="")  # checked before the inputs are sent, which may be large
+        remote.driver.environment()  # checked before the inputs are sent, which may be large
     for option in ("--problems", "--model"):
         if path := local_path(arguments, option):
             arguments[arguments.index(option) + 1] = f"{INPUTS}/{transfer.send_input(remote, path, log)}"
@@ -65,7 +65,7 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
         need_images(engine, (pipeline, sandbox), request.image, registry)
         if uses_cuda:
             base = engine.images.get(pipeline).labels.get(images.BASE_LABEL, "")
-            if compatibility := driver_environment(remote, base):
+            if compatibility := remote.driver.environment(base):
                 environment |= compatibility
                 log("the driver is older than the image's CUDA: CUDA's compatibility libraries are used")
         containers.start(
@@ -80,16 +80,6 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
             size=containers.terminal(),
         )
     return job
-
-
-def driver_environment(remote: Remote, base: str) -> dict[str, str]:
-    """The environment variables that the CUDA image needs for the instance's driver.
-
-    `base`: the image's label that says where its base came from, "" if unknown. Raises DriverError, before anything
-    large is sent.
-    """
-    version, gpus = remote.driver
-    return driver_compatibility.environment(version, gpus, base=base, remedy=DRIVER_REMEDY)
 
 
 def need_images(engine: docker.DockerClient, names: Iterable[str], key: str, registry: str) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -125,17 +125,13 @@ def log_file(folder: Path, job: str) -> Path:
 def _locked(log: Path) -> Iterator[IO[bytes] | None]:
     """The log, open for the one process that writes it; None for other processes."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(log.with_name(f".{log.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield None
-        return
-    try:
-        with log.open("ab", buffering=0) as file:
-            yield file
-    finally:
-        lock.release()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(log.with_name(f".{log.name}.lock"), timeout=0))
+        except Timeout:
+            yield None
+            return
+        yield stack.enter_context(log.open("ab", buffering=0))
 
 
 def follow(remote: Remote, job: str, log: Path, write: Callable[[bytes], None], *, once: bool = False) -> Job:

@@ -118,6 +118,12 @@ class _File:
     entries: list[Entry]
 
 
+def limits_text(max_hours: float | None, max_dollars: float | None) -> str:
+    hours = f"{max_hours:g} h" if max_hours is not None else ""
+    dollars = f"{max_dollars:g} $" if max_dollars is not None else ""
+    return " or ".join(filter(None, (hours, dollars))) or "no limit"
+
+
 def state_dir() -> Path:
     """Where the ledger, the locks, the logs of the guards and our ssh files are."""
     given = os.environ.get("FRACTAL_STATE")
@@ -199,15 +205,9 @@ class Ledger:
             try:
                 if not file.exists():
                     write_whole(file, secrets.token_hex(3).encode() + b"\n")
-                known = file.read_text("ascii", "replace").strip()
+                return file.read_text().strip()
             except OSError as error:
                 raise self._outside(error) from error
-        if not re.fullmatch("[0-9a-f]{6}", known):
-            raise InputError(
-                f"{file}: expected six hex digits, our part of the names of instances. Take them from the last name in "
-                f"{self.file.name}, or delete the file."
-            )
-        return known
 
     def new_name(self) -> str:
         return f"{PREFIX}-{self.operator()}-{secrets.token_hex(4)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from fractal.cloud import jobs
 from fractal.cloud.launch import LaunchRequest
+from fractal.cloud.ledger import limits_text
 from fractal.errors import InputError
 from fractal.images import containers
 from fractal.problems import sets
@@ -63,9 +64,7 @@ def launch_request(options: Options) -> LaunchRequest:
 def describe(request: LaunchRequest) -> str:
     """A launch request as part of a sentence."""
     price = f" for {request.max_price_usd:g} $/h at most" if request.max_price_usd else ""
-    hours = f"{request.max_hours:g} h" if request.max_hours else ""
-    dollars = f"{request.max_dollars:g} $" if request.max_dollars else ""
-    limit = " or ".join(filter(None, (hours, dollars))) or "no limit"
+    limit = limits_text(request.max_hours, request.max_dollars)
     types, regions = ", ".join(request.types or PREFERRED_TYPES), ", ".join(request.regions) or "any region"
     return f"the first available of {types} in {regions}{price}; ended after {limit}"
 

@@ -4,7 +4,6 @@ Nothing here launches. What is unknown stays open in the ledger: an entry ends o
 """
 
 import time
-from typing import Any
 
 from fractal.cloud.account import Account
 from fractal.cloud.lambda_api import Client
@@ -71,13 +70,12 @@ def record_status(account: Account, entry: Entry, instance: Instance | None) -> 
     elif instance.status == "terminated":
         reason = ENDED_OUTSIDE
     else:
-        seen: dict[str, Any] = {
-            "ip": instance.ip or entry.ip,
-            "region": instance.region.name,
-            "price_cents_per_hour": instance.instance_type.price_cents_per_hour,
-        }
-        changed = any(getattr(entry, field) != value for field, value in seen.items())
-        return account.ledger.change(entry.name, **seen) if changed else entry
+        return account.ledger.change(
+            entry.name,
+            ip=instance.ip or entry.ip,
+            region=instance.region.name,
+            price_cents_per_hour=instance.instance_type.price_cents_per_hour,
+        )
     if account.ledger.end(entry.name, reason):
         account.log(f"{describe(entry)} has ended: {reason}.")
     return account.ledger.find(entry.name) or entry

@@ -22,7 +22,7 @@ import requests
 
 from fractal.cloud.ssh_config import ALIAS
 from fractal.errors import InputError, OutsideError
-from fractal.images import ssh
+from fractal.images import driver_compatibility, ssh
 
 Log = Callable[[str], None]
 ROOT = "fractal"  # Fractal's folder in the home of the instance's user
@@ -31,6 +31,10 @@ PATIENCE_S = 600.0  # without a connection, before a command gives up; the job g
 BACKOFF_MAX_S = 15.0
 ENGINE = "/var/run/docker.sock"
 ENGINE_TIMEOUT_S = 120
+DRIVER_REMEDY = (
+    "Take a family of images with a newer one (--family=), or upgrade it there; --image=pipeline-cpu needs none. It is "
+    "billed: end it with `invoke terminate`."
+)
 QUERY_DRIVER = "nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2> /dev/null"
 RSYNC = ("rsync", "--archive", "--no-owner", "--no-group", "--partial-dir=.rsync-partial", "--timeout=60")
 SYNC_EXCLUDES = (".git", ".venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", "/runs")
@@ -41,6 +45,13 @@ class Driver(NamedTuple):
 
     version: str = ""  # "580.95.05"; empty without a driver
     gpus: tuple[str, ...] = ()  # names, such as "NVIDIA A100-SXM4-80GB"
+
+    def environment(self, base: str = "") -> dict[str, str]:
+        """The environment variables that the CUDA image needs for this driver. Raises DriverError.
+
+        `base`: the image's label that says where its base came from, "" if unknown.
+        """
+        return driver_compatibility.environment(self.version, self.gpus, base=base, remedy=DRIVER_REMEDY)
 
 
 class RemoteError(OutsideError):
@@ -173,7 +184,14 @@ class Remote:
             raise RemoteError("There is no rsync here. Install it: apt-get install rsync, or brew install rsync.")
         while True:
             link = self.link
-            done = _rsync([*RSYNC, "--rsh", link.rsync_shell, *arguments])
+            done = subprocess.run(
+                [*RSYNC, "--rsh", link.rsync_shell, *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C reaches this process, which ends it
+            )
             if done.returncode in (0, 24):  # 24: a file vanished meanwhile
                 return done.stdout
             if done.returncode in (10, 12, 30, 35, 255, -9, -15):  # of the transport
@@ -200,24 +218,6 @@ class Remote:
         """The command line of an interactive ssh; with a terminal if there is one."""
         terminal = ["-t"] if command and os.isatty(0) else []
         return ["ssh", "-F", str(self.config), *terminal, "--", self.host, *([command] if command else [])]
-
-
-def _rsync(argv: list[str]) -> subprocess.CompletedProcess[str]:
-    with subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate()
-        except BaseException:  # Ctrl-C: a partial file stays and is gone on with
-            process.terminate()
-            raise
-    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def failure(host: str, what: str, output: str) -> RemoteError:

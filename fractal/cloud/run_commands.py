@@ -13,7 +13,7 @@ import docker.errors
 
 from fractal import console
 from fractal.cloud import instance, instance_commands, jobs, ssh_config, transfer
-from fractal.cloud.job_start import driver_environment, start_job
+from fractal.cloud.job_start import start_job
 from fractal.cloud.ledger import Entry, Process
 from fractal.cloud.options import Options, RunRequest, run_request
 from fractal.cloud.remote_host import Remote
@@ -52,7 +52,7 @@ def push(session: Session, image: str, registry: str, host: str, *, as_json: boo
         with session.remote() as (remote, _):
             for recipe in recipes.choose(image):
                 if recipe.accelerator == "cuda":
-                    driver_environment(remote, _base_label(session.image_name(recipe.key)))
+                    remote.driver.environment(_base_label(session.image_name(recipe.key)))
         config = ssh_config.config_file(session.ledger.folder)
     with contextlib.nullcontext() if dry else session.timed("push"):
         session.pushed.update(image_push.push_all(image, registry, host, as_json=as_json, dry=dry, ssh_config=config))

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.prompt import Confirm
 
@@ -25,11 +24,6 @@ from fractal.cloud.remote_host import Remote
 from fractal.errors import InputError, OutsideError
 from fractal.images import driver_compatibility, push, recipes
 from fractal.install import docker_engine
-
-DRIVER_REMEDY = (
-    "Take a family of images with a newer one (--family=), or upgrade it there; --image=pipeline-cpu needs none. "
-    f"{readiness.BILLED}."
-)
 
 
 def log(text: str) -> None:
@@ -126,15 +120,15 @@ class Session:
     def make_ready(self, account: Account, entry: Entry, *, again: bool = False) -> Entry:
         """Wait until the instance is ready, unless it was before; `again`: also then."""
         if entry.ready_at and not again:
-            update_alias(account.ledger, entry)
+            ssh_config.write(account.ledger.folder, entry)
             return entry
         active = instance.wait_active(account, entry)
-        update_alias(account.ledger, active)
+        ssh_config.write(account.ledger.folder, active)
         with self.timed("ready", active):
             found = readiness.wait_ready(account.ledger.folder, active, log, lambda: present_address(account, active))
         log(f"{ssh_config.ALIAS} is ready: {found}")
         try:
-            driver_compatibility.environment(found.driver.version, found.driver.gpus, base="", remedy=DRIVER_REMEDY)
+            found.driver.environment()
         except driver_compatibility.DriverError as error:  # a push and a run of the CUDA image will stop there
             log(str(error))
         return account.ledger.change(active.name, ready_at=time.time())
@@ -176,28 +170,17 @@ class Session:
         names |= {e.name for e in self.ledger.open_entries() if e.terminate_after and e.owner == this_process}
         if not names:
             return
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         try:
             account = self.account()
             for entry in self.ledger.open_entries():
                 if entry.name in names:
                     reconcile.terminate(account, entry, "its command has ended")
                     self.show_bill(entry.name)
-            self.to_terminate.clear()
         except (OutsideError, InputError) as error:
             log(f"{error} STILL BILLED, perhaps. Run: invoke terminate")
             raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def update_alias(ledger: Ledger, entry: Entry) -> None:
-    """Let the ssh alias refer to the instance's present address."""
-    assert entry.ip is not None
-    assert entry.id is not None
-    ssh_config.write(ledger.folder, ip=entry.ip, key_file=Path(entry.key_file), instance_id=entry.id)
 
 
 def present_address(account: Account, entry: Entry) -> str:
@@ -205,5 +188,5 @@ def present_address(account: Account, entry: Entry) -> str:
     with contextlib.suppress(ConnectionLostError):  # no network: the old address is the best guess
         found = instance.current(account)
         entry = found if found.ip else entry
-    update_alias(account.ledger, entry)
+    ssh_config.write(account.ledger.folder, entry)
     return str(entry.ip)

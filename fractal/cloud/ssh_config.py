@@ -8,6 +8,7 @@ import re
 import stat
 from pathlib import Path
 
+from fractal.cloud.ledger import Entry
 from fractal.errors import InputError, OutsideError
 from fractal.jsonl import write_whole
 
@@ -15,11 +16,11 @@ ALIAS = "lambda"
 TEMPLATE = f"""\
 # Written by fractal; changes are lost.
 Host {ALIAS}
-  HostName {{ip}}
+  HostName {{entry.ip}}
   User ubuntu
   IdentityFile {{key_file}}
   IdentitiesOnly yes
-  HostKeyAlias {{instance_id}}
+  HostKeyAlias {{entry.id}}
   UserKnownHostsFile {{known_hosts}}
   StrictHostKeyChecking yes
   ServerAliveInterval 15
@@ -35,12 +36,10 @@ def known_hosts(folder: Path) -> Path:
     return folder / "ssh" / "known_hosts"
 
 
-def write(folder: Path, *, ip: str, key_file: Path, instance_id: str) -> Path:
-    """Let the alias refer to this address; returns the configuration file. Raises InputError, OutsideError."""
-    path = config_file(folder)
-    text = TEMPLATE.format(
-        ip=ip, key_file=quoted(key_file), instance_id=instance_id, known_hosts=quoted(known_hosts(folder))
-    )
+def write(folder: Path, entry: Entry) -> Path:
+    """Let the alias refer to the instance's address; returns the file. Raises InputError, OutsideError."""
+    path, key_file = config_file(folder), quoted(Path(entry.key_file))
+    text = TEMPLATE.format(entry=entry, key_file=key_file, known_hosts=quoted(known_hosts(folder)))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.parent.chmod(0o700)

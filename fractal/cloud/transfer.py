@@ -138,13 +138,8 @@ def exchange(remote: Remote, folder: Path, log: Log) -> None:
         case "fetch":
             fetch(remote, folder)
         case "send":
-            send(remote, folder, log)
-
-
-def send(remote: Remote, folder: Path, log: Log) -> None:
-    """Copy the run to the instance, which has less of it."""
-    stats = remote.rsync("--stats", *EXCLUDES, f"{folder}/", _remote_folder(remote, folder))
-    log(f"{folder} continues on the instance: sent {transferred(stats)}")
+            stats = remote.rsync("--stats", *EXCLUDES, f"{folder}/", _remote_folder(remote, folder))
+            log(f"{folder} continues on the instance: sent {transferred(stats)}")
 
 
 def fetch(remote: Remote, folder: Path, *options: str) -> str:
