@@ -112,7 +112,7 @@ def guard_pids(folder: Path) -> list[int]:
 
 
 def end_guards(folder: Path) -> None:
-    for pid in guard_pids(folder):
+    for pid in guards(folder):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     until(lambda: not guards(folder) and not guard_pids(folder))

@@ -162,7 +162,7 @@ def test_an_end_that_is_not_confirmed_is_an_error_and_stays_open(rented: Renting
         terminate(rented.account(timing=short, patience_s=0.1), entry)
     rented.cloud.unscript()
     rented.cloud.key = "another"
-    with pytest.raises(CloudError, match="still billed"):
+    with pytest.raises(CloudError, match="still be billed"):
         terminate(rented.account(timing=short), entry)
     assert rented.open_names() == {entry.name}
     rented.cloud.key = "secret-key"
@@ -266,7 +266,7 @@ def test_reap_continues_after_one_that_cannot_be_terminated(rented: Renting) -> 
     for _ in range(2):
         launch_unknown(rented, rented.ledger.new_name())
     rented.cloud.script("POST /instance-operations/terminate", status(401, "global/invalid-api-key"))
-    with pytest.raises(CloudError, match="still billed"):
+    with pytest.raises(CloudError, match="still be billed"):
         reap(rented.account(), yes=True)
     assert len(rented.cloud.living()) == 1
     assert len(reap(rented.account(), yes=True)) == 1

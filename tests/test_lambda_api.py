@@ -301,11 +301,6 @@ def test_a_launch_waits_for_a_server_that_does_not_listen_yet() -> None:
             late.close()
 
 
-def test_a_key_that_was_registered_although_the_response_was_lost_is_no_error(cloud: FakeLambda, client: Client) -> None:  # fmt: skip
-    cloud.script("* *", lose_answer())
-    assert client.add_ssh_key("other", PUBLIC_KEY) in client.ssh_keys()
-
-
 def test_what_is_no_api_at_all_is_asked_once(cloud: FakeLambda, client: Client) -> None:
     cloud.script("GET /instances", *[garbage()] * 9)
     with pytest.raises(ApiError, match=r"no response of Lambda.s API\. Check FRACTAL_LAMBDA_URL"):

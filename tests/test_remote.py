@@ -56,7 +56,7 @@ def begin(remote: Remote, script: str, *options: str, run: str = "demo") -> str:
     job = jobs.new_id("all")
     labels = [
         word
-        for key, value in jobs.labels(job, run, ("--stage", "all")).items()
+        for key, value in jobs.job_labels(job, run, ("--stage", "all")).items()
         for word in ("--label", f"{key}={value}")
     ]
     words = [

@@ -114,7 +114,7 @@ def in_process(environment: dict[str, str], *arguments: str, **changed: str) -> 
 
 WRONG: list[tuple[tuple[str, ...], str]] = [  # of a chain that begins with launch
     (("run", "--stage=everything"), "everything"),
-    (("run", "-n", "many"), "valid integer"),
+    (("run", "-n", "many"), "integer"),
     (("run", "--problems=no/such/file.jsonl"), "no such file"),
     (("run", "--model=./no-such-model"), "no such file or folder"),
     (("run", "--model=./tests"), "--model tests"),
@@ -216,7 +216,7 @@ def test_an_instance_that_never_answers_is_named_and_still_known(
     assert (fake.launches, len(fake.living())) == (1, 1)
     ledger = Ledger(tmp_path / "state")
     assert [entry.id for entry in ledger.open_entries()] == [fake.living()[0]["id"]]
-    invoke("ps").check(0, "gpu_1x_a10", "a guard watches it and ends it at")
+    invoke("ps").check(0, "gpu_1x_a10", "a guard watches it, ends at")
     invoke("cost").check(0, "BILLED NOW")
     invoke("terminate").check(0, "is terminated")
     assert fake.living() == []

@@ -71,6 +71,11 @@ def test_a_path_that_ssh_would_read_otherwise_is_refused(tmp_path: Path) -> None
     assert not (tmp_path / ".ssh").exists()
 
 
+def test_an_instance_without_an_address_is_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no address yet.*invoke wait"):
+        write(tmp_path, ip="")
+
+
 def test_readers_never_see_half_a_config(tmp_path: Path) -> None:
     path, stop, halves = write(tmp_path), threading.Event(), []
 

@@ -47,7 +47,7 @@ def test_fractal_ssh_key_comes_first(
     with pytest.raises(InputError, match="--register-key"):
         find_key(rented.account())
     assert find_key(rented.account(), register=True).file == home / "other"
-    for wrong, text in (("/no/such", "no such file"), (f"{home}/other.pub", "no private ssh key")):
+    for wrong, text in (("/no/such", "no private ssh key"), (f"{home}/other.pub", "no private ssh key")):
         monkeypatch.setenv("FRACTAL_SSH_KEY", wrong)
         with pytest.raises(InputError, match=text):
             find_key(rented.account(), register=True)

@@ -23,7 +23,7 @@ class Timing:
     capacity_poll_s: float = 20.0  # between two requests for capacity
     guard_tick_s: float = 2.0  # a guard looks at clock and ledger: a laptop that wakes up is noticed within this
     guard_poll_s: float = 60.0  # a guard asks the API
-    guard_retry_s: float = 5.0  # a guard's first wait after a failure; doubles
+    guard_retry_s: float = 5.0  # a guard's wait after a failure
     guard_linger_s: float = 900.0  # a guard looks for a launch that seems not to have happened this much longer
     request_interval_s: float = REQUEST_INTERVAL_S  # of a guard's client
 

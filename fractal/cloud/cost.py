@@ -14,10 +14,10 @@ def cost_table(entries: Iterable[Entry], now: float) -> Table:
 
     A launch that certainly did not happen is left out; one of unknown outcome counts as an instance.
     """
-    table = Table("instance", "type", "region", "hours", "USD/h", "USD", "left", "now", box=None)
+    table = Table("instance", "type", "region", "hours", "USD/h", "USD", "now", box=None)
     for column in table.columns:
         column.overflow = "fold"
-    for column in table.columns[3:7]:
+    for column in table.columns[3:6]:
         column.justify = "right"
     billed = [entry for entry in entries if entry.id is not None or entry.state != "ended"]
     for entry in billed:
@@ -30,14 +30,13 @@ def cost_table(entries: Iterable[Entry], now: float) -> Table:
             f"{entry.hours(now):.2f}",
             f"{entry.usd_per_hour:.2f}",
             f"{usd:.2f}",
-            "" if ended or entry.max_dollars is None else f"{max(0.0, entry.max_dollars - usd):.2f}",
             Text(state[entry.state]),  # a reason may hold [brackets]
             style="" if ended else "bold",
         )
     total_usd = sum(entry.dollars(now) for entry in billed)
     usd_per_hour = sum(entry.usd_per_hour for entry in billed if entry.state != "ended")
     table.add_section()
-    table.add_row("total", "", "", "", f"{usd_per_hour:.2f} now", f"{total_usd:.2f}", "", "")
+    table.add_row("total", "", "", "", f"{usd_per_hour:.2f} now", f"{total_usd:.2f}", "")
     return table
 
 

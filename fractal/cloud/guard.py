@@ -27,7 +27,6 @@ from fractal.errors import InputError, OutsideError
 from fractal.jsonl import parse
 
 START_TIMEOUT_S = 60.0
-RETRY_MAX_S = 60.0
 REFUSED_MAX = 3
 
 
@@ -107,7 +106,6 @@ class Guard:
         self._clock_offset_s = -math.inf  # the largest that was seen between wall clock and steady clock
         self._entry: Entry | None = None  # as last read: a ledger that breaks later stops no guard
         self._polled_at = time.monotonic()
-        self._retry_s = self._timing.guard_retry_s
         self._end_reason: str | None = None  # once the end is decided
         self._rescue_code: int | None = None  # the rescue command's exit code, once it has run
 
@@ -220,15 +218,13 @@ class Guard:
         self._polled_at = time.monotonic()
 
     def _try(self, action: Callable[[], object]) -> bool:
-        """Whether it succeeds; a failure is logged and followed by a wait that doubles each time."""
+        """Whether it succeeds; a failure is logged and followed by a wait."""
         try:
             action()
         except (InputError, OutsideError) as error:
-            log(f"{error} Trying again in {self._retry_s:.0f} s.")
-            time.sleep(self._retry_s)
-            self._retry_s = min(RETRY_MAX_S, 2 * self._retry_s)
+            log(f"{error} Trying again in {self._timing.guard_retry_s:.0f} s.")
+            time.sleep(self._timing.guard_retry_s)
             return False
-        self._retry_s = self._timing.guard_retry_s
         return True
 
 

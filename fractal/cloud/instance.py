@@ -108,9 +108,8 @@ def reap(
 ) -> list[str]:
     """Terminate Fractal's instances that nobody uses: no living client works with them, and no guard watches them.
 
-    `others` adds what other operators of the account launched with fractal; instances without the prefix of our names
-    are never touched. Asks first, unless `yes`. Returns the names of those terminated. Raises CloudError if some could
-    not be terminated.
+    `others` adds what other operators of the account launched with fractal. Asks first, unless `yes`. Returns the names
+    of those terminated. Raises CloudError if some could not be terminated.
     """
     ledger = account.ledger
     for entry in ledger.open_entries():

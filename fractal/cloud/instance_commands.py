@@ -113,11 +113,8 @@ def ps(session: Session) -> None:
 
 
 def _guard_text(ledger: Ledger, entry: Entry) -> str:
-    alive, until = guard.alive(ledger, entry.name), entry.ends_at()
-    if until is None:
-        return "a guard watches it, without a limit" if alive else "NO GUARD, and no limit"
-    ends = f"ends it at {time.strftime('%H:%M', time.localtime(until))}"
-    return f"a guard watches it and {ends}" if alive else f"NO GUARD {ends}: invoke terminate"
+    watch = "a guard watches it" if guard.alive(ledger, entry.name) else "NO GUARD watches it (invoke terminate)"
+    return f"{watch}, {reconcile.end_text(entry)}"
 
 
 def gpu(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""A job: the pipeline's container on the instance, started detached; its output and its end.
+"""A job: the pipeline's container on the instance: its start with inputs and images, its output, its end.
 
 The engine there keeps the whole output. The copy here is runs/NAME/logs/JOB.log, and its length is the offset to
 continue at: so no line is lost or doubled, however often the connection or this process ends.
@@ -7,23 +7,34 @@ continue at: so no line is lost or doubled, however often the connection or this
 import json
 import os
 import re
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import docker
+import docker.errors
 from filelock import FileLock, Timeout
 
-from fractal.cloud.remote_host import Remote, RemoteError, script
-from fractal.errors import InputError
-from fractal.images import ssh
+from fractal.cloud import transfer
+from fractal.cloud.ledger import Entry
+from fractal.cloud.options import RunRequest, local_path
+from fractal.cloud.remote_host import ROOT, Remote, RemoteError, script
+from fractal.cloud.session import Session, log
+from fractal.cloud.ssh_config import ALIAS
+from fractal.cloud.transfer import RemoteUser
+from fractal.errors import OutsideError
+from fractal.images import build as images
+from fractal.images import containers, hub_token, recipes, ssh
+from fractal.images.docker_client import first_line
 
 JOB_LABEL = "fractal.job"  # labels of the container
 RUN_LABEL = "fractal.run"
 ARGUMENTS_LABEL = "fractal.words"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+INPUTS = "/inputs"  # files and models from this machine, in the container
 DIAGNOSED_BYTES = 20_000  # of the end of the output
 
 
@@ -38,10 +49,6 @@ class Job:
     exit_code: int
     out_of_memory: bool  # the kernel killed it
     started: str  # ISO time; "0001-..." before
-
-    @property
-    def container(self) -> str:
-        return container_name(self.id)
 
     @property
     def ended(self) -> bool:
@@ -61,18 +68,87 @@ def new_id(stage: str) -> str:
     return f"{stage}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.urandom(2).hex()}"
 
 
-def labels(job: str, run: str, arguments: tuple[str, ...]) -> Mapping[str, str]:
+def job_labels(job: str, run: str, arguments: tuple[str, ...]) -> Mapping[str, str]:
     return {JOB_LABEL: job, RUN_LABEL: run, ARGUMENTS_LABEL: json.dumps(arguments)}
 
 
-def check_name(run: Path) -> str:
-    """The run's name, valid for a folder and a label on the instance. Raises InputError."""
-    name = run.name
-    if not NAME.fullmatch(name):
-        raise InputError(
-            f"--run {run}: {name!r} cannot be a run's name on the instance. Use letters, digits, '-', '_', '.'."
+def start_job(session: Session, remote: Remote, entry: Entry, request: RunRequest, user: RemoteUser) -> str:
+    """Start the job and return its id. Raises OutsideError."""
+    arguments, name = list(request.arguments), request.folder.name
+    gpus = bool(remote.driver.gpus)
+    (recipe,) = recipes.choose(request.image)
+    uses_cuda = recipe.accelerator == "cuda" and gpus
+    if uses_cuda:
+        remote.driver.environment()  # checked before the inputs are sent, which may be large
+    for option in ("--problems", "--model"):
+        if path := local_path(arguments, option):
+            arguments[arguments.index(option) + 1] = f"{INPUTS}/{transfer.send_input(remote, path, log)}"
+    model = hub_token.model_of(arguments, request.folder)
+    if "--model" not in arguments and model in (None, hub_token.EMBEDDED_MODEL):
+        transfer.send_model(remote, session.pipeline.embedded_model(), log)  # images hold no weights
+    pipeline, sandbox = session.image_name(request.image), session.image_name("sandbox")
+    pushed = session.options_of("push") or session.options_of("up")
+    registry = (pushed["to"] if pushed else "") or os.environ.get("FRACTAL_REGISTRY", "")
+    job = new_id(arguments[1])
+    environment = {
+        "FRACTAL_MODELS": containers.MODELS,
+        "FRACTAL_PRICE_USD_PER_HOUR": f"{entry.usd_per_hour:.4f}",
+    }
+    if token := hub_token.find(request.arguments, request.folder):
+        log(f"your Hugging Face token goes into the job's container, as a file; {hub_token.SWITCH}=1 keeps it here")
+
+    def setup(volume: str) -> containers.Setup:
+        return containers.Setup(
+            sidecar=volume,
+            user=user.user if not user.user.startswith("0:") else recipes.USER,
+            gpus=gpus,
+            binds=(
+                f"{user.home}/{ROOT}/runs/{name}:{recipes.WORK}/runs/{name}",
+                f"{user.home}/{ROOT}/inputs:{INPUTS}:ro",
+                f"{user.home}/{ROOT}/models:{containers.MODELS}:ro",
+            ),
+            environment=environment,
+            token=token,
         )
-    return name
+
+    with remote.engine() as engine:
+        need_images(engine, (pipeline, sandbox), request.image, registry)
+        if uses_cuda:
+            base = engine.images.get(pipeline).labels.get(images.BASE_LABEL, "")
+            if compatibility := remote.driver.environment(base):
+                environment |= compatibility
+                log("the driver is older than the image's CUDA: CUDA's compatibility libraries are used")
+        containers.start(
+            engine,
+            recipe,
+            pipeline,
+            sandbox,
+            ["run", "--run", f"{recipes.WORK}/runs/{name}", *arguments],
+            setup,
+            job=job,
+            labels=job_labels(job, name, request.arguments),
+            size=containers.terminal(),
+        )
+    return job
+
+
+def need_images(engine: docker.DockerClient, names: Iterable[str], key: str, registry: str) -> None:
+    """Check that the instance has the images; what a registry has is pulled. Raises OutsideError."""
+    for name in names:
+        with suppress(docker.errors.ImageNotFound):
+            engine.images.get(name)
+            continue
+        if not registry:
+            raise OutsideError(f"{name} is not on the instance. Run: invoke push --image={key},sandbox")
+        log(f"the instance pulls {registry}/{name}")
+        try:
+            repository, _, tag = name.partition(":")
+            engine.images.pull(f"{registry}/{repository}", tag=tag).tag(repository, tag)
+        except docker.errors.APIError as error:
+            raise OutsideError(
+                f"The instance cannot pull {registry}/{name}: {first_line(error)}. Log in here (docker login), "
+                f"or send it over ssh: invoke push --host={ALIAS}"
+            ) from error
 
 
 def list_jobs(remote: Remote) -> list[Job]:
@@ -209,7 +285,7 @@ def diagnose(job: Job, tail: str) -> str | None:
         return "Docker on the instance has no GPU. Run: invoke wait, which repairs the NVIDIA toolkit."
     if "No space left on device" in tail or "no space left on the disk" in tail:
         return "The disk of the instance is full. Make room (invoke ssh), then run the same command: it goes on."
-    reasons = {137: "killed", 139: "a segmentation fault", 134: "aborted", 143: "terminated"}
-    if job.exit_code in reasons:
-        return f"The process died ({reasons[job.exit_code]}). The same command goes on where it stopped."
+    if job.exit_code > 128:
+        reason = (signal.strsignal(job.exit_code - 128) or "").lower()
+        return f"The process died ({reason}). The same command goes on where it stopped."
     return None

@@ -190,15 +190,9 @@ class Client:
         self._request("POST", "/instance-operations/terminate", {"instance_ids": [id]}, f"Lambda, terminate {id}")
 
     def add_ssh_key(self, name: str, public_key: str) -> SshKey:
-        """Register a public key. Raises ApiError if another key has this name."""
+        """Register a public key. Raises ApiError if there is a key of this name."""
         request = f"Lambda, ssh key {name}"
-        try:
-            data = self._request("POST", "/ssh-keys", {"name": name, "public_key": public_key}, request)
-        except ApiError:  # perhaps it is registered by an earlier try whose response was lost
-            for known in self.ssh_keys():
-                if known.name == name and known.public_key.split()[:2] == public_key.split()[:2]:
-                    return known
-            raise
+        data = self._request("POST", "/ssh-keys", {"name": name, "public_key": public_key}, request)
         return _decode(data, SshKey, request)
 
     def _get(self, path: str, kind: type[T]) -> T:
@@ -256,10 +250,7 @@ class Client:
 
 
 def from_env(folder: Path, *, log: Log | None = None) -> Client:
-    """The client that LAMBDA_API_KEY and FRACTAL_LAMBDA_URL describe; it shares its rate limit by files in `folder`.
-
-    Raises InputError.
-    """
+    """The client that LAMBDA_API_KEY and FRACTAL_LAMBDA_URL describe; its rate limit is shared by files in `folder`."""
     key = os.environ.get("LAMBDA_API_KEY", "").strip()
     url = os.environ.get("FRACTAL_LAMBDA_URL", "").strip() or URL
     return Client(key, url, RateLimiter(folder), log=log)

@@ -36,6 +36,11 @@ class LaunchRequest:
     image: str | None = None  # a family, or an id
     file_systems: tuple[str, ...] = ()
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Those fields that a ledger entry has, too."""
+        return {"max_hours": self.max_hours, "max_dollars": self.max_dollars, "max_price_usd": self.max_price_usd}
+
 
 class Candidate(NamedTuple):
     """A type and region that has capacity now. The fields are named as in a ledger entry."""
@@ -136,12 +141,7 @@ def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_afte
 def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_after: bool) -> Entry:
     """The living instance, under this request's limits. Raises InputError if it does not fit the request."""
     what = f"{entry.name} ({entry.type_name} in {entry.region}, {entry.usd_per_hour:.2f} USD/h)"
-    limits: dict[str, Any] = {
-        "max_hours": request.max_hours,
-        "max_dollars": request.max_dollars,
-        "max_price_usd": request.max_price_usd,
-    }
-    limited, now, misfit = replace(entry, **limits), time.time(), ""
+    limited, now, misfit = replace(entry, **request.limits), time.time(), ""
     if entry.type_name not in request.types:
         misfit = f"you ask for {', '.join(request.types)}"
     elif request.regions and entry.region not in request.regions:
@@ -152,13 +152,11 @@ def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_aft
         misfit = f"its {entry.hours(now):.2f} h ({entry.dollars(now):.2f} USD) are past the limits you give"
     if misfit:
         raise InputError(f"{what} is alive, and {misfit}. Ask for what it is, or end it first: invoke terminate.")
-    change: dict[str, Any] = limits | {"terminate_after": terminate_after, "owner": Process.current()}
-    entry = account.ledger.change(entry.name, **change)
+    owner = Process.current()
+    entry = account.ledger.change(entry.name, **request.limits, terminate_after=terminate_after, owner=owner)
     if not guard.alive(account.ledger, entry.name):  # `update` could not start one, and logged why
         guard.start(account, entry.name)
-    account.log(
-        f"{what} is alive since {entry.hours(now):.2f} h and used again, no other is launched; {_limits(entry)}."
-    )
+    account.log(f"{what} is alive and used again, no other is launched; {reconcile.end_text(entry)}.")
     return entry
 
 
@@ -192,10 +190,9 @@ def _launch_first_available(
         waited_s = time.monotonic() - begin
         types = ", ".join(request.types)
         if waited_s >= request.wait_s:
-            price = f" at {request.max_price_usd:.2f} USD/h or less" if request.max_price_usd is not None else ""
             within = f" within {request.wait_s:.0f} s" if request.wait_s else ""
             raise CloudError(
-                f"No capacity for {types} in {', '.join(request.regions) or 'any region'}{price}{within}. "
+                f"No capacity for {types} in {', '.join(request.regions) or 'any region'}{within}. "
                 "Name other types or regions, or wait for it: --wait-for-capacity=HOURS."
             )
         if time.monotonic() - logged_at >= instance.LOG_INTERVAL_S:
@@ -217,9 +214,7 @@ def _add_intent(
         ssh_key=key.name,
         key_file=str(key.file),
         asked_at=time.time(),
-        max_hours=request.max_hours,
-        max_dollars=request.max_dollars,
-        max_price_usd=request.max_price_usd,
+        **request.limits,
         owner=Process.current(),
         terminate_after=terminate_after,
     )
@@ -281,17 +276,6 @@ def _record_launch(account: Account, entry: Entry, id: str, begin: float) -> Ent
         account.log(f"{what} was launched, but {error} Terminating it.")
         reconcile.terminate_instance(account, id, what, now + account.timing.hidden_s)
         raise OutsideError(f"{error} {what} was launched and is terminated.") from error
-    account.log(
-        f"{entry.name} is launched as {id}. It is billed from now on, until `invoke terminate`; {_limits(entry)}."
-    )
+    ends = reconcile.end_text(entry)
+    account.log(f"{entry.name} is launched as {id}. It is billed from now on, until `invoke terminate`; {ends}.")
     return account.ledger.find(entry.name) or entry
-
-
-def _limits(entry: Entry) -> str:
-    """When the guard terminates it, for a message."""
-    until = entry.ends_at()
-    if until is None:
-        return "no limit ends it"
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(until))
-    usd = (until - entry.asked_at) / 3600 * entry.usd_per_hour
-    return f"the guard ends it at {when}, {max(0.0, until - time.time()) / 3600:.2f} h from now, at {usd:.2f} USD"

@@ -1,12 +1,12 @@
 """The options of the tasks that use a rented instance, checked before money is spent. Touches no network."""
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fractal.cloud import jobs
 from fractal.cloud.launch import LaunchRequest
 from fractal.cloud.ledger import limits_text
 from fractal.errors import InputError
@@ -16,6 +16,7 @@ from fractal.problems import sets
 # A100 with 80 GB, the project's first; what is listed at https://lambda.ai/service/gpu-cloud as next in price and size.
 PREFERRED_TYPES = ("gpu_1x_a100_sxm4", "gpu_1x_a100", "gpu_1x_h100_pcie", "gpu_1x_a10")
 ARM = ("gh200", "gb200", "gb300")  # in a type's name: Grace is NVIDIA's Arm processor; the API has no field for it
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 PROBLEM_SETS = ("starter", "mbpp", "mbpp-sanitized")
 
 Options = Mapping[str, Any]  # of one task, by name, as Invoke gives them
@@ -76,7 +77,7 @@ def run_request(options: Options, pipeline: Pipeline) -> RunRequest:
         if options[name]:
             arguments += [f"--{name}", str(options[name])]
     arguments += more_arguments(options["more"])
-    jobs.check_name(Path(options["run"]))
+    check_name(Path(options["run"]))
     pipeline.check_run_arguments(["--run", options["run"], *arguments])
     for option in ("--problems", "--model"):
         path = local_path(arguments, option)
@@ -91,6 +92,16 @@ def run_request(options: Options, pipeline: Pipeline) -> RunRequest:
     image = options["image"] or "pipeline"
     containers.pipeline(image)
     return RunRequest(Path(options["run"]), image, tuple(arguments), bool(options.get("terminate", True)))
+
+
+def check_name(run: Path) -> str:
+    """The run's name, valid for a folder and a label on the instance. Raises InputError."""
+    name = run.name
+    if not RUN_NAME.fullmatch(name):
+        raise InputError(
+            f"--run {run}: {name!r} cannot be a run's name on the instance. Use letters, digits, '-', '_', '.'."
+        )
+    return name
 
 
 def more_arguments(text: str) -> list[str]:

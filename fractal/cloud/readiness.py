@@ -211,7 +211,8 @@ class _Checks:
 
 def wait_port(ip: str, port: int, log: Log, refresh: Callable[[], str]) -> str:
     """Wait until the port is open; the instance's address then. Raises CloudError."""
-    deadline, asked_at, logged = time.time() + PORT_TIMEOUT_S, time.time(), False
+    deadline, asked_at = time.time() + PORT_TIMEOUT_S, time.time()
+    log(f"waiting for port {port} of {ip}")
     while True:
         try:
             socket.create_connection((ip, port), timeout=5).close()
@@ -222,9 +223,6 @@ def wait_port(ip: str, port: int, log: Log, refresh: Callable[[], str]) -> str:
                     f"{ip}: port {port} is not open after {PORT_TIMEOUT_S:.0f} s ({error.strerror or error}): it still "
                     f"boots, or a firewall blocks it (Lambda's console has one for each region). {BILLED}."
                 ) from error
-        if not logged:
-            log(f"waiting for port {port} of {ip}")
-            logged = True
         time.sleep(POLL_S)
         if time.time() - asked_at > ADDRESS_POLL_S:
             ip, asked_at = refresh(), time.time()

@@ -167,7 +167,7 @@ def terminate_instance(account: Account, id: str, what: str, visible_from: float
     begin = time.monotonic()
     visible_from = min(visible_from, time.time() + timing.hidden_s)  # clocks jump
     accepted_at: float | None = None
-    logged = ""
+    logged, refused = "", False
     while True:
         try:
             if accepted_at is None or time.monotonic() - accepted_at >= timing.repeat_terminate_s:
@@ -181,15 +181,11 @@ def terminate_instance(account: Account, id: str, what: str, visible_from: float
             if accepted_at is not None or time.time() >= visible_from:
                 return
             state = "the API does not list it yet"
-        except AuthError as error:
-            raise CloudError(
-                f"{what} is not terminated and still billed: {error} Or terminate it at {INSTANCES_PAGE}."
-            ) from error
         except CloudError as error:
-            state = str(error).rstrip(".")
-        if time.monotonic() - begin > timing.terminate_timeout_s:
+            state, refused = str(error).rstrip("."), isinstance(error, AuthError)
+        if refused or time.monotonic() - begin > timing.terminate_timeout_s:
             raise CloudError(
-                f"{what} is not confirmed as terminated after {timing.terminate_timeout_s:.0f} s, and may still be "
+                f"{what} is not confirmed as terminated after {time.monotonic() - begin:.0f} s, and may still be "
                 f"billed: {state}. Run `invoke terminate` again, or terminate it at {INSTANCES_PAGE}."
             )
         if state != logged:
@@ -200,6 +196,12 @@ def terminate_instance(account: Account, id: str, what: str, visible_from: float
 
 def describe(entry: Entry) -> str:
     return f"{entry.name} ({entry.type_name}, {entry.id})"
+
+
+def end_text(entry: Entry) -> str:
+    """When its guard terminates it, for a message."""
+    until = entry.ends_at()
+    return "no limit ends it" if until is None else time.strftime("ends at %Y-%m-%d %H:%M", time.localtime(until))
 
 
 def visible_from(account: Account, entry: Entry) -> float:

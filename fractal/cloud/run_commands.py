@@ -13,9 +13,8 @@ import docker.errors
 
 from fractal import console
 from fractal.cloud import instance, instance_commands, jobs, ssh_config, transfer
-from fractal.cloud.job_start import start_job
 from fractal.cloud.ledger import Entry, Process
-from fractal.cloud.options import Options, RunRequest, run_request
+from fractal.cloud.options import RUN_NAME, Options, RunRequest, run_request
 from fractal.cloud.remote_host import Remote
 from fractal.cloud.session import Session, log
 from fractal.errors import InputError, OutsideError
@@ -87,7 +86,7 @@ def _run_and_follow(session: Session, remote: Remote, entry: Entry, request: Run
         collect_ended_jobs(remote, folder.parent)
         jobs.remove_orphaned_sandboxes(remote)
         transfer.exchange(remote, folder, log)
-        job = start_job(session, remote, entry, request, user)
+        job = jobs.start_job(session, remote, entry, request, user)
     else:
         log(f"{job} runs already: following it")
     log_file = jobs.log_file(folder, job)
@@ -153,7 +152,7 @@ def collect_ended_jobs(remote: Remote, runs: Path) -> None:
     """Fetch the output of ended jobs, also of those whose follower was killed, then remove them."""
     for job in jobs.list_jobs(remote):
         if job.state != "running":
-            if job.ended and jobs.NAME.fullmatch(job.run):
+            if job.ended and RUN_NAME.fullmatch(job.run):
                 log_file = jobs.log_file(runs / job.run, job.id)
                 with contextlib.suppress(jobs.JobRemovedError):  # its own follower was quicker
                     jobs.follow(remote, job.id, log_file, lambda _: None, once=True)
@@ -213,7 +212,7 @@ def stop(session: Session) -> None:
     with session.remote() as (remote, _):
         running = [job for job in jobs.list_jobs(remote) if not job.ended]
         for job in running:
-            remote.check("stop the job", 'docker stop -t 30 "$1" > /dev/null', job.container)
+            remote.check("stop the job", 'docker stop -t 30 "$1" > /dev/null', jobs.container_name(job.id))
             log(f"{job.id} is stopped")
             _fetch_all(remote, Path("runs") / job.run)
         collect_ended_jobs(remote, Path("runs"))

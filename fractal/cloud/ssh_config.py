@@ -38,6 +38,8 @@ def known_hosts(folder: Path) -> Path:
 
 def write(folder: Path, entry: Entry) -> Path:
     """Let the alias refer to the instance's address; returns the file. Raises InputError, OutsideError."""
+    if not entry.ip:
+        raise InputError(f"{entry.name} has no address yet: it boots. Wait for it: invoke wait")
     path, key_file = config_file(folder), quoted(Path(entry.key_file))
     text = TEMPLATE.format(entry=entry, key_file=key_file, known_hosts=quoted(known_hosts(folder)))
     try:

@@ -1,7 +1,6 @@
 """The ssh key for a new instance: its private half is on this machine, its public half is registered at Lambda."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +24,8 @@ def find_key(account: Account, *, register: bool = False, ask: Callable[[str], b
     """A key to launch with; FRACTAL_SSH_KEY comes first, then Fractal's own key, then those in ~/.ssh.
 
     If none is registered at Lambda, Fractal's own (or FRACTAL_SSH_KEY's) is registered, with `register` or if `ask`
-    returns True. Raises InputError where that is refused, OutsideError without OpenSSH.
+    returns True. Raises InputError where that is refused.
     """
-    if shutil.which("ssh-keygen") is None:
-        raise OutsideError("There is no ssh-keygen here. On Debian or Ubuntu run: apt-get install openssh-client.")
     ledger, registered = account.ledger, account.client.ssh_keys()
     by_blob = {_blob(key.public_key): key for key in registered}
     locked = []
@@ -56,10 +53,9 @@ def find_key(account: Account, *, register: bool = False, ask: Callable[[str], b
 def _candidates(folder: Path) -> Iterator[Path]:
     if given := os.environ.get("FRACTAL_SSH_KEY"):
         file = Path(given).expanduser().absolute()
-        if not file.is_file():
-            raise InputError(f"FRACTAL_SSH_KEY: {file}: no such file. Name a private ssh key, or unset it.")
-        if _public(file) is None:
-            raise InputError(f"FRACTAL_SSH_KEY: {file}: no private ssh key, or one with a passphrase and no .pub file.")
+        if not file.is_file() or _public(file) is None:
+            why = "no private ssh key, or one with a passphrase and no .pub file"
+            raise InputError(f"FRACTAL_SSH_KEY: {file}: {why}. Name another, or unset it.")
         yield file
         return
     files = [folder / "ssh" / "id_ed25519", *sorted((Path.home() / ".ssh").glob("id_*"))]

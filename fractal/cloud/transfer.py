@@ -62,11 +62,9 @@ def parse_state(text: str) -> RunState:
     """The output of list_run_files.sh."""
     listing, marker, manifest = f"\n{text}".partition("\nmanifest\n")
     files = {}
-    for line in listing.splitlines():
-        size, _, rest = line.partition(" ")
-        modified, _, name = rest.partition(" ")
-        with contextlib.suppress(ValueError):
-            files[name] = FileState(int(size), int(float(modified)))
+    for line in listing.splitlines()[1:]:
+        size, modified, name = line.split(" ", 2)
+        files[name] = FileState(int(size), int(float(modified)))
     return RunState(_created(manifest) if marker else None, files)
 
 
