@@ -7,6 +7,8 @@ process, and hands the others back, compiled. All that it says is checked by the
 
 import atexit
 import base64
+import builtins
+import dataclasses
 import gc
 import marshal
 import os
@@ -16,10 +18,10 @@ import types
 from collections import deque
 from typing import Any
 
-from fractal.sandbox.inside import sharing
-from fractal.sandbox.inside.objects import ObjectTable
+from fractal.sandbox.inside import exceptions, sharing
+from fractal.sandbox.inside.objects import ObjectTable, hides
 from fractal.sandbox.inside.protocol import (
-    EXCEPTIONS,
+    FACTORIES,
     MAX_FRAME,
     ConnectionClosedError,
     Decoder,
@@ -32,6 +34,7 @@ from fractal.sandbox.inside.protocol import (
     pack,
     unpack,
 )
+from fractal.sandbox.inside.streams import Replaced
 
 DETAIL = 500  # characters kept of an exception's message
 PLAIN = frozenset({str, int, float, bool, type(None)})
@@ -76,6 +79,9 @@ class CandidateEndpoint:
         self.table = Table()
         self._callbacks = {}
         self._names: dict[str, Any] = {}
+        self._made: dict[int, Any] = {}  # objects of the program's dataclasses that the test made
+        self._made_numbers: dict[int, int] = {}  # by id
+        self._runner: Any = None
         self._waited = False  # whether an answer held what the judge may ask about before it goes on
 
     def live(self, shared: bool) -> None:
@@ -106,7 +112,9 @@ class CandidateEndpoint:
         try:
             frame = pack(self._objects.envelope(message))
         except Unencodable:
-            frame = pack(["e", "ValueError", f"a result of more than {MAX_FRAME >> 20} MiB", [], "ResultTooLarge"])
+            frame = pack(
+                ["e", "ValueError", f"a result of more than {MAX_FRAME >> 20} MiB", [[], [], None], "ResultTooLarge"]
+            )
         sent = os.write(self._fd, frame)  # write(2), since sendto(2) is forbidden here
         while sent < len(frame):
             sent += os.write(self._fd, memoryview(frame)[sent:])
@@ -116,24 +124,68 @@ class CandidateEndpoint:
             return {"o": value._number}
         if (given := self._objects.refer(value)) is not None:
             return given
+        if isinstance(value, Exception):
+            return {"ex": failure(value, self.encode)}
         return self._refer_to(value)
 
     def _refer_to(self, value: Any) -> dict[str, Any]:
         """A reference to an object that stays here."""
         self._waited = True
         if isinstance(value, type) and issubclass(value, Exception):
-            own = [c for c in value.__mro__ if issubclass(c, Exception) and EXCEPTIONS.get(c.__name__) is not c]
-            return {"xc": [[[self.table.put(c), c.__name__] for c in own], _near(value)]}
+            return {"xc": [[self._class_data(c) for c in exceptions.own_classes(value)], exceptions.nearest(value)]}
+        if self._made and id(value) in self._made_numbers:
+            return {"mk": [0, self._made_numbers[id(value)], []]}
+        if isinstance(value, type) and (data := self._dataclass_data(value)) is not None:
+            return {"xd": [self.table.put(value), *data]}
+        if is_plain_dataclass(type(value)):
+            return {"xi": [self.table.put(value), self._refer_to(type(value))]}
         kind = "object"
         if isinstance(value, types.ModuleType):
             kind = f"module:{value.__name__}"
         elif hasattr(value, "__next__"):
             kind = "iterator"
+        elif type(value) is types.CoroutineType:
+            kind = "coroutine"
         try:
             truth = bool(value)
         except Exception:
             truth = True
         return {"x": [self.table.put(value), kind, truth]}
+
+    def _dataclass_data(self, kind: type) -> list[Any] | None:
+        """A dataclass as data: name, fields, and which methods were generated."""
+        if not is_plain_dataclass(kind):
+            return None
+        fields = []
+        for field in dataclasses.fields(kind):
+            default = [] if field.default is dataclasses.MISSING else [self.encode(field.default)]
+            made_by = getattr(field.default_factory, "__name__", "")
+            factory = made_by if made_by in FACTORIES and getattr(builtins, made_by) is field.default_factory else ""
+            if field.default_factory is not dataclasses.MISSING and not factory:
+                return None
+            fields.append([field.name, field.kw_only, default, factory])
+        params = kind.__dataclass_params__  # type: ignore[attr-defined]
+        flags = ["order"] * params.order + ["frozen"] * params.frozen
+        flags += ["hash"] * (kind.__hash__ is not None) + ["repr"] * (params.repr and is_generated(kind, "__repr__"))
+        return [kind.__name__, fields, flags]
+
+    def _made_object(self, kind: type, number: int, given: list[Any]) -> Any:
+        """An object of a dataclass as the test made it, the same one each time."""
+        if number not in self._made:
+            made = self._made[number] = kind(**dict(given))
+            self._made_numbers[id(made)] = number
+        return self._made[number]
+
+    def _class_data(self, kind: type) -> list[Any]:
+        """An exception class of the program's as data: number, name, and its bases by number or name."""
+        bases = [base for base in kind.__bases__ if issubclass(base, Exception)]
+        return [self.table.put(kind), kind.__name__, [exceptions.name_of(b) or self.table.put(b) for b in bases]]
+
+    def _exception(self, near: str, details: list[Any], own: Any) -> Exception:
+        """An exception of the test's as one of the program's."""
+        kind = own if isinstance(own, type) else exceptions.class_named(near)
+        error: Exception = exceptions.build(kind, details[0], dict(details[1]), hides)
+        return error
 
     def _resolve(self, reference: Reference) -> Any:
         if "own" in reference.data:
@@ -142,6 +194,14 @@ class CandidateEndpoint:
             return self._objects.resolve(reference)
         if "states" in reference.data:
             return self._objects.set_states(reference.data["states"])
+        if "mk" in reference.data:
+            kind, number, given = reference.data["mk"]
+            return self._made_object(self.table.get(kind), number, given)
+        if "exception" in reference.data:
+            _, near, _, details, own = reference.data["exception"]
+            return self._exception(near, details, own)
+        if "near" in reference.data:
+            return exceptions.class_named(reference.data["near"])
         number = reference.data["id"]
         return self._callbacks.setdefault(number, Callback(self, number))
 
@@ -203,9 +263,12 @@ class CandidateEndpoint:
             if message[0] != "q":
                 return message
             op, target, *rest = message[1:]
+            streams = None
             try:
                 if op == "call":
                     args, kwargs = rest[0], dict(rest[1])
+                    if len(rest) == 4:
+                        streams = Replaced(*rest[3])
                     reply = ["r", self.encode(target(*args, **kwargs))]
                 elif op == "run":
                     reply = ["r", self.encode(self._function(target)(*rest[0]))]
@@ -220,6 +283,8 @@ class CandidateEndpoint:
                 reply = failure(error, self.encode)
             if op == "call" and rest[2]:
                 reply += self._changed(body, args, kwargs)
+            if streams is not None:
+                reply = ["io", reply, *streams.restore()]
             for value in received:
                 self._objects.refer(value)  # as the call left it
             self._flush()
@@ -256,6 +321,10 @@ class CandidateEndpoint:
             return None
         if op == "len":
             return len(target)
+        if op == "fields":
+            return [self.encode(getattr(target, name)) for name in rest[0]]
+        if op == "await":
+            return self.encode(self._run_coroutine(target))
         if op == "iter":
             return self.encode(iter(target))
         if op == "next":  # up to rest[0] at once; fewer means the end
@@ -263,8 +332,8 @@ class CandidateEndpoint:
             for _ in range(rest[0]):
                 try:
                     items.append(self.encode(next(target)))
-                except StopIteration:
-                    return [items, True]
+                except StopIteration as end:
+                    return [items, True, self.encode(end.value)]
             return [items, False]
         if op in ("str", "repr"):
             return str(str(target) if op == "str" else repr(target))
@@ -274,6 +343,14 @@ class CandidateEndpoint:
             return [[name, self.encode(self._space[name])] for name in self._names if name in self._space]
         raise ProtocolError(f"no operation {op}")
 
+    def _run_coroutine(self, target: Any) -> Any:
+        """Run it to its end, in the one event loop that the program's coroutines have in common."""
+        import asyncio
+
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        return self._runner.run(target)
+
     def ask(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function of the test's."""
         self._send(
@@ -281,7 +358,7 @@ class CandidateEndpoint:
         )
         reply = self._serve()
         if reply[0] == "e":
-            raise (reply[4] if len(reply) == 5 else EXCEPTIONS.get(reply[1], RuntimeError))(*reply[3])
+            raise self._exception(reply[1], reply[3], reply[4])
         return reply[1]
 
 
@@ -308,16 +385,43 @@ def run_script(code: types.CodeType) -> None:
     os._exit(exit_code)
 
 
+def is_generated(kind: type, name: str) -> bool:
+    """Whether a method is the one that the decorator made."""
+    code = getattr(vars(kind).get(name), "__code__", None)
+    code = getattr(getattr(vars(kind).get(name), "__wrapped__", None), "__code__", code)
+    return code is not None and code.co_filename != "<program>"
+
+
+def is_plain_dataclass(kind: type) -> bool:
+    """Whether objects of a class are what its generated __init__ and __eq__ make of all its fields."""
+    known = vars(kind).get("__dataclass_fields__")
+    if type(known) is not dict or type(kind) is not type:
+        return False
+    plain = all(f._field_type is _FIELD and f.init and f.compare for f in known.values())
+    own = any(hasattr(kind, name) for name in ("__post_init__", "__len__", "__bool__"))
+    made = (
+        is_generated(kind, "__init__")
+        and is_generated(kind, "__eq__")
+        and getattr(kind, "__new__", None) is object.__new__
+    )
+    return plain and made and not own
+
+
+_FIELD: Any = dataclasses._FIELD  # type: ignore[attr-defined]
+
+
 def _reason_against(lines: list[str]) -> str:
     """Why what the setup gives would not do in a shared process."""
     return next(filter(None, (sharing.reason_against(compile(line, "<setup>", "exec")) for line in lines)), "")
 
 
-def failure(error: BaseException, encode: Any) -> list[Any]:
-    """An exception as data: name of the nearest built-in class, message, arguments, and its own class or its name."""
+def failure(error: BaseException, encode: Any, depth: int = 0) -> list[Any]:
+    """An exception as data: name of the nearest class that has one, text, arguments with attributes and cause, and its
+    own class or that class's name."""
     if isinstance(error, SystemExit):
-        return ["x", f"SystemExit({error.code!r})"[:DETAIL]]
-    near, kind = _near(type(error)), type(error)
+        code = error.code if type(error.code) in (int, str) else None
+        return ["x", code, f"SystemExit({error.code!r})"[:DETAIL]]
+    kind = type(error)
     try:
         text = str(error)[:DETAIL]
     except BaseException:
@@ -326,10 +430,13 @@ def failure(error: BaseException, encode: Any) -> list[Any]:
         args = [encode(value) for value in error.args]
     except BaseException:
         args = [text]
-    own = issubclass(kind, Exception) and kind is not EXCEPTIONS[near]
-    return ["e", near, text, args, encode(kind) if own else kind.__name__[:64]]
-
-
-def _near(kind: type) -> str:
-    """The nearest built-in exception class, by name."""
-    return next((c.__name__ for c in kind.__mro__ if EXCEPTIONS.get(c.__name__) is c), "Exception")
+    try:
+        known = [[name, encode(value)] for name, value in exceptions.attributes(error).items()]
+    except BaseException:
+        known = []
+    cause = None
+    if isinstance(error.__cause__, Exception) and depth < exceptions.CAUSES:
+        cause = failure(error.__cause__, encode, depth + 1)
+    own = issubclass(kind, Exception) and exceptions.name_of(kind) is None
+    details = [args, known, cause]
+    return ["e", exceptions.nearest(kind), text, details, encode(kind) if own else kind.__name__[:64]]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fractal.sandbox.inside import protections, sharing
+from fractal.sandbox.inside import protections, sharing, streams
 from fractal.sandbox.inside.call_runner import CallRunner
 from fractal.sandbox.inside.calls import Calls
 from fractal.sandbox.inside.candidate_process import CandidateProcess, ProgramRun, Slot
@@ -31,7 +31,8 @@ from fractal.sandbox.inside.protocol import (
     sample_head,
     unpack,
 )
-from fractal.sandbox.inside.proxy import DETAIL, CandidateEndedError, ProgramExitedError, Proxy, text_of
+from fractal.sandbox.inside.proxy import DETAIL, CandidateEndedError, ProgramExitedError, text_of
+from fractal.sandbox.inside.proxy_types import Proxy
 from fractal.sandbox.inside.scripts import run_script
 from fractal.sandbox.inside.suite import Suite, prepare
 
@@ -186,6 +187,8 @@ def _judge(suite: Suite, run: ProgramRun, serial: int, code: str, compiled: str,
     except ProtocolError as error:
         run.plain = False
         return Outcome("error", f"the program sent what is not a value: {error}", results)
+    finally:
+        streams.restore()
 
 
 def _start_program(suite: Suite, run: ProgramRun, serial: int) -> tuple[Outcome | None, dict[str, Any]]:

@@ -143,7 +143,7 @@ class ObjectTable:
         """Make these the object's only attributes. For the judge, none may hide what the class defines: a method."""
         kind = type(value)
         slots = _slots(kind)
-        if self._trusted and any(type(name) is not str or _hides(kind, name) for name in attributes):
+        if self._trusted and any(type(name) is not str or hides(kind, name) for name in attributes):
             raise ValueError("an attribute that hides one of the class")
         for name in slots:
             if name in attributes:
@@ -186,7 +186,7 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     return [(name, member) for name, member in found if type(name) is str]
 
 
-def _hides(kind: type, name: str) -> bool:
+def hides(kind: type, name: str) -> bool:
     """Whether an attribute of an object would stand in the place of a method or property of its class."""
     for base in kind.__mro__:
         if name in vars(base):

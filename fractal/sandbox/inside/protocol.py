@@ -19,12 +19,16 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from fractal.sandbox.inside import set_order
+
 HEADER = struct.Struct(">I")
 MAX_FRAME = 64 << 20  # bytes; room for a result of 50 MB, small enough for a judge per core
 MAX_DEPTH = 200  # nested containers in one value
 MAX_ITEMS = 5_000_000  # containers' elements in one value
 CANDIDATE_THREADS = 32  # of one program
 JUDGE_MEMORY = 1280 << 20  # bytes of address space: what a candidate sends must not exhaust the container
+ORDERED = frozenset({int, float, str, bytes, tuple, bool, type(None)})  # what sets hold that keep their order
+MAX_ORDERED = 1000  # elements of a set of which another way to build it is looked for
 BIG_INT = 1 << 256  # larger integers cross in hexadecimal: decimal conversion is quadratic
 # Callables that both ends have: they cross by name, so that a test can pass max or str as an argument.
 SHARED_CALLABLES = frozenset(
@@ -40,6 +44,7 @@ EXCEPTIONS: dict[str, type[BaseException]] = {
 }
 
 
+FACTORIES = ("list", "dict", "set", "tuple", "str", "int", "float", "bool")  # of a dataclass's field, for both ends
 SHARED = SHARED_CALLABLES | EXCEPTIONS.keys()
 
 # Kinds of frames between host, supervisor and judges.
@@ -197,7 +202,7 @@ class Encoder:
         if kind is dict:
             return {"d": self.pairs(value, depth)}
         if kind is set:
-            return {"s": self._all(value, depth)}
+            return self._set(value, depth)
         encode = ENCODERS.get(kind)
         if encode is not None:
             return encode(self, value, depth)
@@ -214,6 +219,15 @@ class Encoder:
         out = [self._encode(value, depth + 1) for value in values]
         self._count(len(out))
         return out
+
+    def _set(self, value: set[Any], depth: int) -> Any:
+        """A set by its elements in order, and how else to build it where that would lose the order."""
+        order = list(value)
+        if len(order) > 1 and ORDERED.issuperset(map(type, order)) and list(set(order)) != order:
+            found = set_order.recipe(value, order) if len(order) <= MAX_ORDERED else None
+            if found is not None:
+                return {"so": [*found[:2], self._all(found[2], depth)]}
+        return {"s": self._all(order, depth)}
 
     def pairs(self, value: dict[Any, Any], depth: int) -> list[Any]:
         out = [[self._encode(k, depth + 1), self._encode(v, depth + 1)] for k, v in value.items()]
@@ -332,7 +346,8 @@ def _named_type(name: str, fields: tuple[str, ...]) -> Any:
     return _NAMED_TYPES[key]
 
 
-def _shared(name: str) -> Any:
+def builtin_named(name: str) -> Any:
+    """A built-in that both ends have. Raises ValueError."""
     import builtins
 
     if name in SHARED:
@@ -348,6 +363,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "t": tuple,
     "d": lambda v: dict(pairs(v)),
     "s": set,
+    "so": lambda v: set_order.build(v[0], _list(v[1]), _list(v[2])),
     "f": frozenset,
     "i": _big_int,
     "c": lambda v: complex(*v),
@@ -370,7 +386,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "dk": _keys,
     "di": lambda v: dict(pairs(v)).items(),
     "nt": _named_tuple,
-    "n": _shared,
+    "n": builtin_named,
     "it": iter,
 }
 
@@ -410,6 +426,10 @@ class Decoder:
                 return self._resolve(Reference({"own": data}))
             if tag == "xc" and type(data) is list and len(data) == 2:
                 return self._resolve(Reference({"classes": data[0], "near": data[1]}))
+            if tag in ("xd", "xi", "mk") and type(data) is list and len(data) == LENGTHS[tag] and type(data[0]) is int:
+                return self._resolve(Reference({tag: data}))
+            if tag == "ex" and type(data) is list and len(data) == 5:
+                return self._resolve(Reference({"exception": data}))
             if tag == "v" and type(data) is list and len(data) == 2:
                 return self._resolve(Reference({"object": data}))
             if tag == "vs" and type(data) is list and all(type(state) is list and len(state) == 3 for state in data):
@@ -417,6 +437,7 @@ class Decoder:
         raise ValueError("unknown tag")
 
 
+LENGTHS = {"xd": 4, "xi": 2, "mk": 3}  # of references to dataclasses, their objects, and what a test makes of them
 LARGE = 1 << 20  # bytes: smaller messages cannot hold too many elements
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 

@@ -6,12 +6,12 @@ Trusted, in the judge. What comes back is plain data, or further proxies. Standa
 import socket
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fractal.sandbox.inside.objects import ObjectTable
+from fractal.sandbox.inside import exceptions, streams
+from fractal.sandbox.inside.objects import ObjectTable, hides
 from fractal.sandbox.inside.protocol import (
-    EXCEPTIONS,
     Decoder,
     Encoder,
     FrameBuffer,
@@ -22,6 +22,7 @@ from fractal.sandbox.inside.protocol import (
     pack,
     pairs,
 )
+from fractal.sandbox.inside.proxy_types import DataclassProxy, InstanceProxy, Proxy, RecordProxy
 from fractal.sandbox.inside.suite import Ahead
 
 ITERATOR_LIMIT = 1_000_000  # elements drawn from one of the program's iterators
@@ -32,79 +33,6 @@ AFTER = {"r": 3, "e": 6}  # length of a reply that says how the call left its ar
 
 class CandidateEndedError(BaseException):
     """The candidate cannot answer any more. Not an Exception: a test's `except Exception` must not swallow it."""
-
-
-class Proxy:
-    """An object of the program's that stays in the candidate process.
-
-    It can be called, indexed, iterated, and its attributes read and set; each of these asks the candidate and gives
-    plain values or further proxies. It equals nothing but itself, and it does not take part in arithmetic or
-    comparison: an object that answers those as it likes could satisfy a test without knowing the result.
-    """
-
-    __slots__ = ("_endpoint", "_kind", "_number", "_truth")
-
-    def __init__(self, endpoint: "JudgeEndpoint", number: int, kind: str, truth: bool) -> None:
-        for name, value in (("_endpoint", endpoint), ("_number", number), ("_kind", kind), ("_truth", truth)):
-            object.__setattr__(self, name, value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._endpoint.call(self, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__") and name not in ("__name__", "__doc__", "__dict__"):
-            raise AttributeError(name)
-        return self._endpoint.ask("get", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._endpoint.ask("set", self, name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._endpoint.ask("item", self, key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._endpoint.ask("setitem", self, key, value)
-
-    def __len__(self) -> int:
-        length = self._endpoint.ask("len", self)
-        if type(length) is not int or length < 0:
-            raise ProtocolError("a length that is not a number")
-        return length
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._kind == "iterator":
-            return self
-        iterator: Any = self._endpoint.ask("iter", self)
-        return iterator if isinstance(iterator, Proxy) else iter(iterator)
-
-    def __next__(self) -> Any:
-        return self._endpoint.next(self)
-
-    def __bool__(self) -> bool:
-        truth: bool = self._truth
-        return truth
-
-    def __str__(self) -> str:
-        return str(self._endpoint.ask("str", self))
-
-    def __repr__(self) -> str:
-        return str(self._endpoint.ask("repr", self))
-
-    def __instancecheck__(self, instance: Any) -> bool:
-        if not isinstance(instance, Proxy):
-            return False
-        answer: object = self._endpoint.ask("isinstance", instance, self)
-        return answer is True
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-# Labels' details name the class ("'<' not supported between instances of 'StandIn' and 'int'"): they stay as they were.
-Proxy.__name__ = "StandIn"
 
 
 class Channel:
@@ -130,7 +58,10 @@ class JudgeEndpoint:
         self._decode = Decoder(self._resolve).decode
         self._proxies: dict[int, Proxy] = {}
         self._classes: dict[int, type[BaseException]] = {}  # exception classes of the program's, by its numbers
+        self._records: dict[int, RecordProxy] = {}  # objects that the test made and that have crossed
+        self._coroutines: dict[int, Coroutine[Any, Any, Any]] = {}
         self._drawn: dict[int, tuple[deque[Any], bool, int]] = {}
+        self._returned: dict[int, Any] = {}  # what generators returned, for the StopIteration that says so
         self.ahead: deque[Ahead] = deque()  # calls of the entry point that were sent already
         self.entry: object = None
         self.after_call: Callable[[], None] | None = None  # lets the test see the program's globals as they are now
@@ -140,11 +71,21 @@ class JudgeEndpoint:
 
     def _refer(self, value: Any) -> dict[str, Any]:
         if isinstance(value, Proxy):
-            return {"o": value._number}
+            if isinstance(value, RecordProxy):
+                self._records[value._number] = value
+            return value._reference(self._encoder.encode)
+        if isinstance(value, types.CoroutineType):
+            for number, coroutine in self._coroutines.items():
+                if coroutine is value:
+                    return {"o": number}
         if isinstance(value, type) and value in self._classes.values():
             return {"o": next(number for number, kind in self._classes.items() if kind is value)}
         if (given := self.objects.refer(value)) is not None:
             return given
+        if isinstance(value, type) and issubclass(value, Exception) and exceptions.name_of(value):
+            return {"xc": [[], exceptions.name_of(value)]}
+        if isinstance(value, Exception):
+            return {"ex": self._failure(value)}
         if isinstance(value, types.FunctionType):
             return {"x": [self._table.put(value), "function", True]}
         if hasattr(value, "__next__"):
@@ -161,26 +102,48 @@ class JudgeEndpoint:
             return self.objects.set_states(data["states"])
         if "near" in data:
             return self._exception_class(data["classes"], data["near"])
+        if "exception" in data:
+            return self._exception(*data["exception"][1:])
+        if "xd" in data:
+            return self._proxies.setdefault(data["xd"][0], DataclassProxy(self, *data["xd"]))
+        if "xi" in data:
+            return self._instance(*data["xi"])
+        if "mk" in data:
+            return self._records[data["mk"][1]]
         number, kind, truth = data["id"], data["kind"], data["truth"]
         if type(kind) is not str or type(truth) is not bool or number < 0:
             raise ValueError("not a reference")
         if number not in self._proxies:
             self._proxies[number] = Proxy(self, number, kind[:80], truth)
-        return self._proxies[number]
+            if kind == "coroutine":
+                self._coroutines[number] = self._await(self._proxies[number])
+        return self._coroutines.get(number, self._proxies[number])
+
+    def _instance(self, number: int, kind: Any) -> Proxy:
+        if not isinstance(kind, DataclassProxy):
+            raise ValueError("not an object of a dataclass")
+        return self._proxies.setdefault(number, InstanceProxy(self, number, kind))
+
+    async def _await(self, target: Proxy) -> Any:
+        """A coroutine of the program's as one of the test's; it runs there, all at once."""
+        return self.ask("await", target)
 
     def _exception_class(self, own: Any, near: Any) -> type[BaseException]:
         """An exception class of the program's, with those that it derives from: a test can name and catch it.
 
-        It is made here, of nothing but its name. Raises ValueError, as a decoder does.
+        They are made here, of nothing but their names and bases. Raises ValueError, TypeError or KeyError, as a
+        decoder does.
         """
-        kind = _built_in(near)
-        if type(own) is not list or not 0 < len(own) <= 16:
+        kind = _known_class(near)
+        if type(own) is not list or len(own) > 16:
             raise ValueError("not exception classes")
-        for number, name in reversed(pairs(own)):
-            if type(number) is not int or type(name) is not str or not name.isidentifier():
+        for data in own:
+            number, name, bases = data
+            if type(number) is not int or type(name) is not str or not name.isidentifier() or type(bases) is not list:
                 raise ValueError("not an exception class")
             if number not in self._classes:
-                self._classes[number] = type(name, (kind,), {"__str__": _message})
+                kinds = [self._classes[base] if type(base) is int else _known_class(base) for base in bases]
+                self._classes[number] = type(name, tuple(kinds) or (kind,), {"__str__": _message})
             kind = self._classes[number]
         return kind
 
@@ -242,10 +205,15 @@ class JudgeEndpoint:
                 self.objects.refer(value)  # as the function left it
             return ["r", result]
         except Exception as error:
-            near = next(c.__name__ for c in type(error).__mro__ if c.__name__ in EXCEPTIONS)
-            values = [value for value in error.args if type(value) in (str, int, float, bool, type(None))]
-            own = [self._refer(type(error))] if type(error) in self._classes.values() else []
-            return ["e", near, str(values[0])[:DETAIL] if values else "", values, *own]
+            return self._failure(error)
+
+    def _failure(self, error: Exception) -> list[Any]:
+        """An exception of the test's as data: of its arguments and attributes, those that are plain."""
+        plain = (str, int, float, bool, type(None))
+        values = [value for value in error.args if type(value) in plain]
+        known = [[name, value] for name, value in error.__dict__.items() if name != TEXT and type(value) in plain]
+        own = self._refer(type(error)) if type(error) in self._classes.values() else None
+        return ["e", exceptions.nearest(type(error)), "", [values, known, None], own]
 
     def _encode(self, value: Any) -> Any:
         return self._encoder.encode(value)
@@ -275,24 +243,29 @@ class JudgeEndpoint:
         if reply[0] == "e" and len(reply) == 5:
             raise self._exception(*reply[1:])
         if reply[0] == "x":
-            raise ProgramExitedError(text_of(reply[-1]))
+            error = ProgramExitedError(text_of(reply[-1]))
+            error.code = reply[1] if type(reply[1]) in (int, str) else None
+            raise error
         raise ProtocolError(f"an answer of kind {reply[0][:20]!r}")
 
-    def _exception(self, near: Any, text: Any, args: Any, name: Any) -> BaseException:
-        """The program's exception as one of the judge's: of its built-in class, or of a class of its own below that."""
-        if type(text) is not str or type(args) is not list:
+    def _exception(self, near: Any, text: Any, details: Any, name: Any) -> BaseException:
+        """The program's exception as one of the judge's: of a class that both have, or of its own class below that."""
+        if type(text) is not str or type(details) is not list or [type(part) for part in details[:2]] != [list, list]:
             raise ProtocolError("not an exception")
         error: BaseException
         try:
-            base = _built_in(near)
+            base = _known_class(near)
             kind: Any = name if isinstance(name, type) and issubclass(name, base) else base
-            error = kind(*args)
+            error = exceptions.build(kind, details[0], dict(pairs(details[1])), hides)
         except KeyError:
             raise ProtocolError("not an exception") from None
         except Exception:
             error = RuntimeError(text[:DETAIL])
         if isinstance(name, type):
-            error.__dict__["text"] = text[:DETAIL]
+            error.__dict__[TEXT] = text[:DETAIL]
+        cause = details[2] if len(details) == 3 else None
+        if type(cause) is list and len(cause) == 5:
+            error.__cause__ = self._exception(*cause[1:])
         self.raised.append(error)
         self.texts[id(error)] = text[:DETAIL]
         return error
@@ -318,11 +291,28 @@ class JudgeEndpoint:
         self.objects.drop()
         packed = [self._encode(value) for value in args]
         named = [[key, self._encode(value)] for key, value in kwargs.items()]
-        self.send(["q", "call", self._refer(target), packed, named, mutable])
-        reply = self.reply()
+        if streams.patched():
+            reply = self._call_with_streams(["q", "call", self._refer(target), packed, named, mutable])
+        else:
+            self.send(["q", "call", self._refer(target), packed, named, mutable])
+            reply = self.reply()
         if mutable and len(reply) == AFTER.get(reply[0]):
             self._change(args, kwargs, reply.pop())
         return self.value(reply)
+
+    def _call_with_streams(self, message: list[Any]) -> list[Any]:
+        """Make a call with the streams that the test has put in the place of its own."""
+        test = streams.Patched()
+        self.send([*message, test.data(self._encode)])
+        answer = self.reply()
+        if len(answer) != 4 or answer[0] != "io" or type(answer[1]) is not list:
+            raise ProtocolError("not an answer with what was printed")
+        try:
+            test.take(answer[2], answer[3])
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+        reply: list[Any] = answer[1]
+        return reply
 
     def _change(self, args: tuple[Any, ...], kwargs: dict[str, Any], after: Any) -> None:
         """Let the test's arguments look as the program left them."""
@@ -350,33 +340,40 @@ class JudgeEndpoint:
             if drawn > ITERATOR_LIMIT:
                 raise ProtocolError(f"an iterator of more than {ITERATOR_LIMIT} elements")
             batch = self.ask("next", target, BATCH if drawn else 1)
-            if type(batch) is not list or len(batch) != 2 or type(batch[0]) is not list:
+            if type(batch) is not list or len(batch) not in (2, 3) or type(batch[0]) is not list:
                 raise ProtocolError("not elements")
+            if len(batch) == 3:
+                self._returned[target._number] = batch[2]
             items, ended = deque(batch[0]), batch[1] is not False or not batch[0]
         if items:
             value = items.popleft()
             self._drawn[target._number] = (items, ended, drawn + 1)
             return value
         self._drawn[target._number] = (items, True, drawn)
-        raise StopIteration
+        raise StopIteration(self._returned.pop(target._number, None))
 
 
-class ProgramExitedError(BaseException):
-    """The program called sys.exit. Not an Exception, so that no test swallows it."""
+class ProgramExitedError(SystemExit):
+    """The program called sys.exit. A test may catch it, as in plain evaluation."""
 
 
-def _built_in(near: Any) -> type[BaseException]:
-    """A built-in exception class by name; StopIteration is RuntimeError, as in a generator: it would end the test's own
-    loop over the calls. Raises KeyError."""
+def _known_class(near: Any) -> type[BaseException]:
+    """A class that both ends have, by name. Raises KeyError.
+
+    StopIteration is RuntimeError, as in a generator: it would end the test's own loop over the calls.
+    """
     if type(near) is not str:
         raise KeyError(type(near).__name__)
-    kind = EXCEPTIONS[near]
+    kind = exceptions.class_named(near)
     return RuntimeError if issubclass(kind, StopIteration | StopAsyncIteration) else kind
+
+
+TEXT = " text"  # no attribute that a program sets has this name
 
 
 def _message(error: BaseException) -> str:
     """What str() said of the program's exception, where it came from there."""
-    text = error.__dict__.get("text")
+    text = error.__dict__.get(TEXT)
     return text if text is not None else BaseException.__str__(error)
 
 

@@ -8,6 +8,7 @@ import types
 from dataclasses import dataclass, field
 from typing import Any
 
+from fractal.sandbox.inside import streams
 from fractal.sandbox.inside.calls import Calls, prepare_calls
 from fractal.sandbox.inside.given import Given, find_given
 from fractal.sandbox.inside.protocol import Encoder, Unencodable, pack
@@ -89,6 +90,9 @@ def prepare(problem: dict[str, Any]) -> Suite:
     own = {name: value for name, value in imported.items() if name in names}
     programs = names - own.keys() | {entry_point}
     quiet = not any(isinstance(node, ast.Name) and node.id in programs for node in ast.walk(setup))
+    quiet = quiet and not any(
+        word in text for text in (problem["setup"], *problem["tests"]) for word in streams.MENTIONS
+    )
     fresh = sorted(programs - bound - {entry_point})
     ahead = _ahead(tests, entry_point, programs) if quiet and entry_point not in bound and not fresh else []
     return Suite(
