@@ -3,6 +3,7 @@
 The replies in data/replies.jsonl are made for this test, by kinds; a kind is what models do, not one reply of theirs.
 """
 
+import ast
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -13,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fractal.generate import self_tests
 from fractal.generate.extraction import extract_code
 from fractal.generate.fences import Block, fenced_blocks, parsed_blocks
 from fractal.problems.formats import read_problems
+from fractal.problems.syntax import is_python
 from fractal.records import Label, Sample
 from fractal.sandbox.host.container import Sandbox
 from tests.conftest import SHARED
@@ -101,6 +104,18 @@ def test_reasoning_is_no_answer(draft: str, marks: tuple[str, str]) -> None:
     assert extract_code(f"{begin}\n{draft}\n{end}\n{reply}", "f") == F
     assert extract_code(f"{draft}\n{end}\n{reply}", "f") == F, "the prompt opened it"
     assert "f" not in extract_code(f"{begin}\n{draft}", "f"), "cut"
+
+
+def test_what_goes_at_a_glance_is_what_goes_after_a_look_at_all_names() -> None:
+    rows = [json.loads(line) for line in REPLIES.read_text().splitlines()]
+    compared = 0
+    for code in {block.code for row in rows for block in fenced_blocks(row["reply"])}:
+        tree = ast.parse(code) if is_python(code) else ast.Module([], [])
+        glance = self_tests._at_a_glance(tree, "area")
+        if glance is not None:
+            compared += 1
+            assert glance == self_tests._SelfTests(tree, "area").statements(), code
+    assert compared >= 20
 
 
 SUM = "import sys\nprint(sum(map(int, sys.stdin.read().split())))\n"

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import time
 import warnings
 from typing import Any
 
@@ -289,6 +290,30 @@ def test_long_replies_are_no_burden():
     assert extract_code("Well:\n" + F + "so it's\n" * 5_000, "f") == F
     endless = F + "@g\n" * 5_000  # each cut takes one line and breaks again
     assert extract_code(f"```python\n{endless}```", "f") == endless
+
+
+LONG = {  # each took more than 15 s, some minutes, in one version or another of the code
+    "backticks": "`" * 50_000 + "x y",
+    "spaces behind a fence": "```" + " " * 50_000 + "x y`",
+    "line separators": "```\n" + "\u2028" * 50_000 + "x",
+    "tags in tags": "<answer>" * 5_000,
+    "calls of helpers": F + "".join(f"def g{i}(a):\n    return g{i - 1}(a)\ng{i}(1)\n" for i in range(1, 300)),
+    "asserts": F + "".join(f"x{i} = f({i})\nassert x{i} == {i}\n" for i in range(500)),
+    "blocks that need the next": "".join(f"```python\ndef g{i}(a):\n    return g{i + 1}(a)\n```\n" for i in range(200))
+    + "```python\ndef f(a):\n    return g0(a)\n```\n",
+    "a deep expression": F + "x = f(" + "1+" * 5_000 + "1)\n",
+}
+
+
+@pytest.mark.timeout(120)
+def test_no_reply_takes_time_that_grows_with_its_square():
+    start = time.process_time()
+    taken = {}
+    for name, reply in LONG.items():
+        before = time.process_time()
+        assert isinstance(extract_code(reply, "f", F), str)
+        taken[name] = round(time.process_time() - before, 1)
+    assert time.process_time() - start < 20, taken  # 2 s on a quiet machine
 
 
 def test_completions_are_drawn_by_problem_and_shown_beside_what_is_kept(tmp_path, capsys, monkeypatch):

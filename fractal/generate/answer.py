@@ -11,9 +11,13 @@ from fractal.generate.fences import fenced_blocks
 from fractal.problems.syntax import is_python
 
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060\0"
-LINE_SEPARATORS = re.compile(r"[\x85\u2028\u2029]+(?=[ \t]*(?:```|~~~))")
-# Cheap: is there any mark? Everything else is looked for only where there is.
-ANY_MARK = re.compile(r"<[\w/|\uff5c]|&lt;|\u25c1|\[/?[A-Z]+\]|^analysis", re.MULTILINE)
+LINE_SEPARATORS = re.compile(r"(?<![\x85\u2028\u2029])[\x85\u2028\u2029]+(?=[ \t]*(?:```|~~~))")
+# Is there any mark? Most replies have none; what the patterns below find begins so.
+ANY_MARK = re.compile(
+    r"<(?:[|/\uff5c]|\w+:|s>|eos|bos|pad|EOT|end_of|start_of|"
+    r"(?i:think|thought|reason|reflect|scratch|analy|inner|internal|answer|final|solution|code|python|pre))"
+    r"|\u25c1|\[/?[A-Z]+\]"
+)
 
 THOUGHT = r"(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|(?:inner|internal)_monologue)"
 # (opening, closing) of reasoning: most models; Mistral; Kimi; Sky-T1 and OpenThinker.
@@ -27,7 +31,7 @@ REASONING_MARK = re.compile(
     "|".join(f"(?P<open{i}>{a})|(?P<close{i}>{b})" for i, (a, b) in enumerate(REASONING)), re.IGNORECASE
 )
 # gpt-oss: channels of its format; the second form is the first without its special tokens.
-CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<\n]*(?:<\|constrain\|>\w+)?<\|message\|>")
+CHANNEL = re.compile(r"<\|channel\|>(\w{1,20})[^<\n]{0,80}(?:<\|constrain\|>\w+)?<\|message\|>")
 BARE_CHANNELS = re.compile(r"\Aanalysis(?=[A-Z]).*?assistantfinal", re.DOTALL)
 
 SPECIAL_TOKEN = re.compile(
@@ -35,7 +39,9 @@ SPECIAL_TOKEN = re.compile(
     r"|\A\s*<s>|</s>[ \t]*$|\[/?INST\]",
     re.MULTILINE,
 )
-ROLE = re.compile(r"\s*(?:assistant|model|Assistant)?\s*")
+ROLES = ("", "assistant", "model", "Assistant")
+MAX_DEPTH = 3  # of tags in tags: <answer><pre><code>
+NEAR = 200  # characters of a line on each side in which quotes are looked for
 
 BEGIN_LINE = re.compile(r"^[ \t]*\[(?:BEGIN|PYTHON|ANSWER|CODE|SOLUTION)\][ \t]*\n?", re.MULTILINE)
 END_MARK = re.compile(
@@ -58,7 +64,7 @@ def answer(text: str, defines: Callable[[str], object]) -> str:
     if "```" in text or "~~~" in text:
         text = LINE_SEPARATORS.sub("\n", text)
         text = "\n".join(_visible_fence(line) for line in text.split("\n")) if not text.isascii() else text
-    if not ANY_MARK.search(text):
+    if not ANY_MARK.search(text) and not text.startswith("analysis"):
         return text
     text = _without_reasoning(text)
     text = _as_far_as_the_end(text)
@@ -105,7 +111,9 @@ def _outside_programs(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[
 def _quoted(text: str, match: re.Match[str]) -> bool:
     line_start = text.rfind("\n", 0, match.start()) + 1
     line_end = text.find("\n", match.end())
-    before, after = text[line_start : match.start()], text[match.end() : line_end if line_end >= 0 else len(text)]
+    line_end = line_end if line_end >= 0 else len(text)
+    before = text[max(line_start, match.start() - NEAR) : match.start()]
+    after = text[match.end() : min(line_end, match.end() + NEAR)]
     if "```" in before + after:
         return False
     return any(before.count(quote) % 2 and after.count(quote) % 2 for quote in "'\"`")
@@ -136,7 +144,7 @@ def _as_far_as_the_end(text: str) -> str:
     """The text to its first special token; those that stand before any text, with the role they name, are left out."""
     start = 0
     for token in _outside_programs(SPECIAL_TOKEN, text):
-        if ROLE.fullmatch(text, start, token.start()):
+        if text[start : token.start()].strip() in ROLES:
             start = token.end()
         else:
             return _from(text, start, token.start())
@@ -161,9 +169,12 @@ def _between_brackets(text: str, defines: Callable[[str], object]) -> str:
 
 def _between_tags(text: str, defines: Callable[[str], object]) -> str:
     """The last part between tags that has the definition; HTML's escapes are read where that makes a program of it."""
-    for tag in reversed(list(_outside_programs(TAG, text))):
-        if defines(tag["content"]):
-            part = _between_tags(tag["content"], defines)
-            plain = html.unescape(part)
-            return plain if plain != part and not is_python(part) and is_python(plain) else part
+    for _ in range(MAX_DEPTH):
+        parts = [tag["content"] for tag in _outside_programs(TAG, text) if defines(tag["content"])]
+        if not parts:
+            break
+        text = parts[-1]
+        plain = html.unescape(text)
+        if plain != text and not is_python(text) and is_python(plain):
+            text = plain
     return text

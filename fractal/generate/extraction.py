@@ -24,10 +24,12 @@ CUT_LINE = re.compile(
     r"assert\b|print\(|if __name__|# (?:Test|Example|Check)|(?:async )?def |class |@|[A-Z][a-z]*[:,]? [A-Za-z]"
 )
 TILDES = re.compile(r"^~~~", re.MULTILINE)
-FENCE = re.compile(r"^[ \t>]*(?:`{3,}|~{3,})[^`\n]*$|(?:`{3,}|~{3,})[ \t]*[\w+#.-]*[ \t]*$", re.MULTILINE)
+MARKS = r"(?:(?<!`)`{3,}(?!`)|(?<!~)~{3,}(?!~))"
+FENCE = re.compile(rf"^[ \t>]*{MARKS}[^`\n]*$|{MARKS}[ \t]{{0,9}}[\w+#.-]{{0,40}}[ \t]{{0,9}}$", re.MULTILINE)
 FIRST_LINE = re.compile(r"^(?:def |class |import |from \w|@|async def |[A-Za-z_]\w* *=[^=])", re.MULTILINE)
-CODE_SPAN = re.compile(r"(`+)(?:python[ \t])?([^`\n]+)\1")
+CODE_SPAN = re.compile(r"(?<!`)(`{1,3})(?!`)(?:python[ \t])?([^`\n]+)\1")
 MAX_TRIES = 50  # starting lines, or cuts, that are tried
+MAX_PARSED = 500_000  # characters for which all of them are
 
 MISSING, STUB, BROKEN, WHOLE = range(4)  # what a program has of the entry point's definition
 
@@ -60,11 +62,14 @@ def extract_code(text: str, entry_point: str, prefix: str = "") -> str:
     program, others = _find_program(text, entry_point)
     if prefix and not defines(text):
         program = _continued(prefix, [program.code, text], entry_point) or program
-    if program.tree and (others or prefix):
-        program = _with_what_it_needs(program, [_read(prefix, ""), *others] if prefix else others)
-    if not entry_point or program.tree is None:
+    if program.tree is None:
         return program.code
-    return without_self_tests(program.code, entry_point, program.tree)
+    try:
+        if others or prefix:
+            program = _with_what_it_needs(program, [_read(prefix, ""), *others] if prefix else others)
+        return without_self_tests(program.code, entry_point, program.tree)
+    except RecursionError:  # an expression of a thousand levels
+        return program.code
 
 
 @lru_cache(maxsize=1024)
@@ -83,7 +88,7 @@ def _find_program(text: str, entry_point: str) -> tuple[Program, list[Program]]:
     whole = None
     if not text.lstrip().startswith("```") and not TILDES.search(text):  # ~~~python is an expression, too
         whole = _parsed(text, entry_point)
-        if whole and whole.definition != MISSING:
+        if whole and (whole.definition != MISSING or not entry_point):
             return whole, []
     blocks = [block for block in fenced_blocks(text) if block.code.strip()]
     programs = [_read(block.code, entry_point) for block in blocks]
@@ -167,7 +172,7 @@ def _of_definition(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, 
     empty = all(
         isinstance(n, ast.Pass)
         or (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
-        or (isinstance(n, ast.Raise) and "NotImplementedError" in ast.dump(n))
+        or (isinstance(n, ast.Raise) and any(getattr(part, "id", "") == "NotImplementedError" for part in ast.walk(n)))
         for n in node.body
     )
     return STUB if empty else WHOLE
@@ -221,7 +226,8 @@ def _first_program(text: str, entry_point: str) -> Iterator[Program]:
     other: Program | None = None
     shifted = [text.lstrip(), *indented_blocks(text)] if re.search(r"^[ \t]", text, re.MULTILINE) else [text]
     for version in shifted:
-        for start in islice(FIRST_LINE.finditer(version), MAX_TRIES):
+        tries = min(MAX_TRIES, 3 + MAX_PARSED // (len(version) + 1))
+        for start in islice(FIRST_LINE.finditer(version), tries):
             program, rest = _longest_program(version[start.start() :])
             found = _parsed(program, entry_point) if program else None
             if found and rest.lstrip("\n").startswith((" ", "\t")):
@@ -310,20 +316,19 @@ def _continued(prefix: str, bodies: list[str], entry_point: str) -> Program | No
 def _with_what_it_needs(program: Program, others: list[Program]) -> Program:
     """The program behind the other programs that bind names which it, or one of these, lacks."""
     assert program.tree
-    trees = [(other, other.tree) for other in others if other.tree]
+    trees = [(other, other.tree, names.bound_in(other.tree)) for other in others if other.tree]
     bound = names.bound_in(program.tree)
-    needed: list[Program] = []
+    needed: dict[int, Program] = {}
     missing = names.unbound_names(program.tree) if trees else set()
     while missing:
         name = missing.pop()
-        for other, tree in reversed(trees):
-            if name in names.bound_in(tree) and other not in needed:
-                needed.append(other)
-                bound |= names.bound_in(tree)
-                missing = (missing | names.unbound_names(tree)) - bound
-                break
+        i = next((i for i in reversed(range(len(trees))) if name in trees[i][2]), None)
+        if i is not None and i not in needed:
+            needed[i] = trees[i][0]
+            bound |= trees[i][2]
+            missing = (missing | names.unbound_names(trees[i][1])) - bound
     if not needed:
         return program
-    parts = [other.code.rstrip() for other in others if other in needed]
+    parts = [needed[i].code.rstrip() for i in sorted(needed)]
     code = "\n\n\n".join([*parts, program.code])
     return _parsed(code, "") or program
