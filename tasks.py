@@ -11,13 +11,7 @@ from invoke.main import program
 
 ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
-BENCHES = {
-    "verify": "benchmarks/verify.py",
-    "images": "benchmarks/images.py",
-    "generate": "benchmarks/generate.py",
-    "critic": "benchmarks/critic.py",
-    "gpu": "benchmarks/gpu.py",
-}
+BENCHES = ("verify", "images", "generate", "critic", "gpu")
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
 RENTS = {"launch", "up", "run"}  # tasks that make a chain one that may cost money
 
@@ -280,7 +274,6 @@ def bench(c, what="verify", problems="", generations="", samples_count="", round
 
     The figures go to runs/bench.
     """
-    what = "gpu" if what == "card" else what  # its old name
     if what not in BENCHES:
         raise Exit(f"bench: unknown --what={what}; known: {', '.join(BENCHES)}.", code=2)
     given = _options(problems=problems, generations=generations, samples_count=samples_count, rounds=rounds, seed=seed,
@@ -288,7 +281,7 @@ def bench(c, what="verify", problems="", generations="", samples_count="", round
                      model=model, n=n, engines=engines)  # fmt: skip
     flags = {"--quick": quick, "--linear": linear, "--cold": cold, "--instant": instant}
     given += [word for word, wanted in flags.items() if wanted]
-    _become(c, sys.executable, ROOT / BENCHES[what], *given)
+    _become(c, sys.executable, ROOT / f"benchmarks/{what}.py", *given)
 
 
 TEST_SETS = {

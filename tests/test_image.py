@@ -274,7 +274,7 @@ def test_files_outside_the_root_do_not_mix(project: Path, tmp_path: Path) -> Non
     assert list(image.context()) == ["outside/conf/a.txt"]
     assert "COPY outside/conf/ /local/one" in image.dockerfile()
     assert image.add_local_file(tmp_path / "two/tool.py", "/two/").add_local_file("tool.py", "/three/").digest()
-    with pytest.raises(ImageError, match=r"two/conf.* would be mixed with .*one/conf.* Rename one"):
+    with pytest.raises(ImageError, match=r"two/conf.* would be mixed with .*one/conf.* rename one"):
         image.add_local_dir(tmp_path / "two/conf", "/two")
     with pytest.raises(ImageError, match="would be mixed"):
         image.add_local_file(tmp_path / "two/tool.py", "/x").add_local_file(
@@ -285,7 +285,7 @@ def test_files_outside_the_root_do_not_mix(project: Path, tmp_path: Path) -> Non
 def test_what_one_call_ignores_no_other_brings_back(image: Image) -> None:
     one = image.add_local_dir("app", "/one", ignore=["data/"])
     for more in (lambda: one.add_local_dir("app", "/two"), lambda: one.add_local_file("app/data/words.txt", "/x")):
-        with pytest.raises(ImageError, match=r"app/data/words.txt is added here and ignored there"):
+        with pytest.raises(ImageError, match=r"app/data/words.txt would be mixed with .* Ignore the same in both"):
             more()
     assert one.add_local_dir("app", "/two", ignore=["data/"]).add_local_file("app/main.py", "/x").digest()
 
@@ -315,7 +315,7 @@ def test_the_digest_depends_on_contents_alone(project: Path, tmp_path: Path) -> 
     assert digest(clone) != digest(project)
 
 
-def test_parts_name_the_first_thing_that_differs(project: Path, tmp_path: Path) -> None:
+def test_parts_name_what_differs(project: Path, tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     shutil.copytree(project, clone, symlinks=True)
 
@@ -323,22 +323,19 @@ def test_parts_name_the_first_thing_that_differs(project: Path, tmp_path: Path) 
         start = Image.debian_slim(root=root).apt_install(package, "python3").uv_sync("requirements.lock")
         return start.run_commands(f"echo {word}", comment=comment).add_local_python_source("app")
 
-    def first(other: Image) -> str:
-        old = made(project).parts()
-        return next((name for name, digest in other.parts().items() if old.get(name) != digest), "nothing")
+    def changed(other: Image) -> list[str]:
+        old, new = made(project).parts(), other.parts()
+        return [name for name in {**new, **old} if old.get(name) != new.get(name)]
 
-    assert first(made()) == "nothing"
-    assert first(made(package="g++")) == "Debian packages: g++ python3"
-    assert first(made(word="y")) == "command: 'echo y'"
-    assert first(made(comment="why")) == "comments"
-    assert first(Image.from_registry("debian:13", root=clone)) == "base debian:13"
+    assert changed(made()) == []
+    assert changed(made(package="g++")) == changed(made(word="y")) == changed(made(comment="why")) == ["its Dockerfile"]
     (clone / "app/main.py").write_text("other")
-    assert first(made()) == "local files: app"
+    assert changed(made()) == ["app"]
     (clone / "requirements.lock").write_text(LOCK.replace("15.0.0", "15.0.1"))
-    assert first(made()) == "Python packages: requirements.lock"
+    assert changed(made()) == ["requirements.lock", "app"]
     (clone / "docker").mkdir()
     (clone / "docker/uv.lock").write_text("other")
-    assert first(made()) == "uv"
+    assert changed(made()) == ["requirements.lock", "app", "docker/uv.lock"]
 
 
 def test_every_change_of_the_digest_has_a_part(project: Path) -> None:
@@ -405,7 +402,6 @@ def test_any_chain_of_right_calls(project: Path, data: st.DataObject) -> None:
     # What stands in a call's arguments in another order is the same image.
     shuffled = [(name, (reordered(name, args),)) for name, (args,) in steps]
     assert apply(apply(start, shuffled, copy=True)[-1], last, copy=False)[-1].digest() == image.digest()
-    assert sum(1 for _ in image.parts()) >= 2
 
 
 def reordered(name: str, args: list[Any]) -> list[Any]:

@@ -507,7 +507,7 @@ def test_a_base_that_cannot_be_had(
 def test_options_reach_the_build(client: docker.DockerClient, made: Made, base: str, tmp_path: Path) -> None:
     """What else can be wrong with them: test_network.py."""
     recipe = made(Image.debian_slim().run_commands("echo wrong"), with_apt=True)
-    with pytest.raises(InputError, match="no such file of certificates"):
+    with pytest.raises(InputError, match="no file of certificates"):
         build.ensure(client, recipe, quiet, Options(base=base, ca=tmp_path / "no.pem"))
     with pytest.raises(InputError, match="no such folder of wheels"):
         build.ensure(client, recipe, quiet, Options(base=base, wheels=tmp_path / "no"))

@@ -29,7 +29,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setattr(network, "apt_settings", list)
+    monkeypatch.setattr(network.debian, "apt_settings", lambda names: [])
 
 
 def test_an_open_network_needs_nothing() -> None:
@@ -106,12 +106,8 @@ def test_wrong_options_are_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(network, "pip_settings", dict)
     (tmp_path / "key").write_text("-----BEGIN PRIVATE KEY-----\n")
     (tmp_path / "big").write_bytes(PEM * 10_000)
-    for name, words in [
-        ("no", "no such file of certificates"),
-        ("key", "no certificate in PEM"),
-        ("big", "over 500 kB"),
-    ]:
-        with pytest.raises(InputError, match=rf"{name}: .*{words}.*--ca"):
+    for name in ("no", "key", "big"):
+        with pytest.raises(InputError, match=rf"{name}: no file of certificates in PEM's form, or over 500 kB.*--ca"):
             network.of_this_machine(sources=False, ca=tmp_path / name)
     monkeypatch.setenv("FRACTAL_WHEELS", str(tmp_path / "no"))
     with pytest.raises(InputError, match="no such folder of wheels"):

@@ -25,7 +25,6 @@ import requests
 
 from fractal.errors import InputError, OutsideError
 from fractal.images import push, push_errors, registry_program, remote_engine, ssh
-from fractal.images.progress import PushProgress
 from tests.conftest import ROOT, until
 from tests.engines import Engine
 from tests.machine import Machine, Unavailable
@@ -143,7 +142,7 @@ def test_a_tunnel_begins_at_the_same_port_each_time() -> None:
 
 
 def test_progress_counts_layers_and_bytes() -> None:
-    progress = PushProgress()
+    progress = push.PushProgress()
     texts = []
     for event in (
         {"status": "The push refers to repository [x]"},

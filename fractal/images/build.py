@@ -26,7 +26,6 @@ from fractal.images.build_errors import DISK_FULL, BuildError, is_disk_full
 from fractal.images.docker_client import Say, connect, first_line, has_image, pull, remove_unused
 from fractal.images.recipes import Recipe
 from fractal.images.rendering import Rendering
-from fractal.images.wheels import import_wheels
 from fractal.install import apt, docker_engine
 from fractal.sandbox.host.container import PACKAGES_LABEL
 
@@ -110,7 +109,7 @@ def build(
         by_mirror = recipe.image.base.startswith("debian:") and "FRACTAL_DEBIAN_MIRROR" in os.environ
         own_sources = bootstrapped or by_mirror
         settings = network.of_this_machine(sources=own_sources, ca=options.ca, wheels=options.wheels)
-    wheels = import_wheels(client, settings.wheels, recipe.image) if settings.wheels else None
+    wheels = network.import_wheels(client, settings.wheels, recipe.image) if settings.wheels else None
     rendering = Rendering(settings=bool(settings.secrets), wheels=wheels)
     labels = {BASE_LABEL: base.origin, PARTS_LABEL: json.dumps(recipe.image.parts())}
     if recipe.packages:

@@ -37,18 +37,8 @@ MODELS = "/models"  # models that this machine has prepared, read-only
 LABEL = "fractal.pipeline"
 SHARED_MEMORY = "2g"  # vLLM's processes exchange tensors there; Docker's default is 64 MiB
 # What the tests read beside the package, mounted where the image has the package.
-TEST_SOURCES = (
-    "tests",
-    "docker",
-    "docs",
-    "benchmarks",
-    "Dockerfile",
-    ".dockerignore",
-    "Makefile",
-    "README.md",
-    "pyproject.toml",
-    "tasks.py",
-)
+TEST_SOURCES = ("tests", "docker", "docs", "benchmarks", "Dockerfile", ".dockerignore", "Makefile", "README.md",
+                "pyproject.toml", "tasks.py")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

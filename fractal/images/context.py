@@ -138,17 +138,12 @@ def check_consistent(call: str, paths: Iterable[LocalPath]) -> None:
         if not path.source.is_dir():
             continue
         prefix = f"{path.context}/" if path.context else ""
-        for name in sorted(name for name in merged.keys() - files.keys() if name.startswith(prefix)):
-            if not merged[name].is_relative_to(path.source):
-                raise ImageError(
-                    f"{call}: {merged[name]} would be mixed with {path.source} in the build context. "
-                    "Rename one, or give a root= that holds both."
-                )
-            if path.target:
-                raise ImageError(
-                    f"{call}: {name} is added here and ignored there; the build sees one folder. "
-                    "Ignore the same in both, or move it out."
-                )
+        more = sorted(name for name in merged.keys() - files.keys() if name.startswith(prefix))
+        if mixed := [merged[name] for name in more if path.target or not merged[name].is_relative_to(path.source)]:
+            raise ImageError(
+                f"{call}: {mixed[0]} would be mixed with {path.source} in the build context, or is ignored there. "
+                "Ignore the same in both calls, rename one, or give a root= that holds both."
+            )
 
 
 def check_size(files: Mapping[str, Path]) -> None:

@@ -1,7 +1,5 @@
 """Whether a machine's NVIDIA driver runs the CUDA image, decided before anything large is sent there. Pure.
 
-    environment = driver.environment("570.195.03", ["NVIDIA H100 80GB HBM3"], base="nvidia/cuda:... pulled")
-
 A driver older than the image's CUDA still runs it on data-centre GPUs, by the compatibility libraries (cuda-compat)
 that NVIDIA's base image holds: NVIDIA, CUDA Compatibility, "Forward Compatibility". The loader has to find them before
 the driver's own, so it has to know them when the process starts: LD_LIBRARY_PATH of the container. vLLM's own

@@ -1,8 +1,7 @@
 """The user's token of the model hub, for gated models: from this machine into a container, and nowhere else.
 
-It goes into a created container as a file that only the job's user can read, by the engine's API, over SSH where the
-engine is far. So it is in no image, environment, command line, label or log; HF_TOKEN_PATH tells huggingface_hub where
-it is. It lies in the container's own layer on the engine's disk, which only root reads, and is gone with the container.
+It goes into a created container by the engine's API, as a file that only the job's user can read: so it is in no image,
+environment, command line, label or log. HF_TOKEN_PATH tells huggingface_hub where it is.
 """
 
 import io

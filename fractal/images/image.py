@@ -8,10 +8,8 @@
     )
     print(image.dockerfile())
 
-Names and semantics are Modal's where Modal has them (https://modal.com/docs/reference/modal.Image): arguments are
-checked when they are written, local files added last are layered last, and a build step after local files that are not
-copied is an error. Unlike Modal's, local files are always in the image, as its last layer, and Python packages have to
-be pinned. build.py builds it.
+Names and semantics are Modal's where Modal has them (https://modal.com/docs/reference/modal.Image). Unlike Modal's,
+local files are always in the image, as its last layer, and Python packages have to be pinned. build.py builds it.
 """
 
 import json
@@ -277,9 +275,7 @@ class Image:
 
     def context(self) -> dict[str, Path]:
         """The build context: path in it -> file here. Raises ImageError if it is too large, naming what is."""
-        files = {name: path for local in self.local_paths() for name, path in local.files().items()}
-        if self._has_python():
-            files |= _uv_lock(self.root).files()
+        files = {name: path for local in self._context_paths() for name, path in local.files().items()}
         archives = {local.context for local in self.prologue_paths if local.target == "/"}
         check_size({name: path for name, path in files.items() if name not in archives})
         return dict(sorted(files.items()))
@@ -288,24 +284,16 @@ class Image:
         """The local files and folders that it asks for."""
         return [*self.prologue_paths, *(local for step in (*self.steps, *self.last) for local in step.locals)]
 
-    def parts(self) -> dict[str, str]:
-        """What the image is made of, in order: a name for people -> a hash. Where two differ, a rebuild begins."""
-        parts = {f"base {self.base or 'of its own'}": _part(self._base_lines(), self.prologue_paths)}
-        if self._has_python():
-            parts["uv"] = _part(rendering.uv_stage(COMMITTED), [_uv_lock(self.root)])
-        for step in (*self.steps, *self.last):
-            names = ", ".join(local.context or "." for local in step.locals)
-            what = {"apt": "Debian packages", "python": "Python packages", "run": "command", "meta": "setting"}
-            key = f"{what.get(step.kind, 'local files')}: {names or shlex.join(step.text)[:60]}"
-            while key in parts:
-                key += "'"
-            lines = rendering.local_stage(step, "", 0) if step.kind == "add" else []
-            parts[key] = _part([*lines, *rendering.layer(step, COMMITTED, 0)], step.locals)
-        comments = [self.comment, f"{len(self.last)} last", *(step.comment for step in (*self.steps, *self.last))]
-        return parts | {"comments": _part(comments, ())}
+    def _context_paths(self) -> list[LocalPath]:
+        has_python = any(step.kind == "python" for step in self.steps)
+        return [*self.local_paths(), *([_uv_lock(self.root)] if has_python else [])]
 
-    def _has_python(self) -> bool:
-        return any(step.kind == "python" for step in self.steps)
+    def parts(self) -> dict[str, str]:
+        """What the image is made of, by names for people: its Dockerfile, and local files and folders -> a hash."""
+        parts = {"its Dockerfile": content_hash({"": self.dockerfile().encode()})}
+        for local in self._context_paths():
+            parts[local.context or "."] = content_hash(hashed_contents(local.files()))
+        return parts
 
     def digest(self) -> str:
         """sha256 over the Dockerfile and the context: names the image, whatever builder makes it."""
@@ -324,8 +312,3 @@ def _uv_lock(root: Path) -> LocalPath:
     own = root / rendering.UV_LOCK
     ours = Path(__file__).resolve().parents[2] / rendering.UV_LOCK
     return LocalPath(own if own.is_file() else ours, rendering.UV_LOCK, "")
-
-
-def _part(lines: Iterable[str], paths: Iterable[LocalPath]) -> str:
-    files = {name: path for local in paths for name, path in local.files().items()}
-    return content_hash({"": "\n".join(lines).encode(), **hashed_contents(files)})

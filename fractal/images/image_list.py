@@ -51,6 +51,7 @@ def look_up(client: docker.DockerClient, recipe: Recipe) -> ImageState:
     known = client.images.list(name=f"fractal-{recipe.key}")
     current = next((image for image in known if name in image.tags), None)
     older = sorted((image for image in known if name not in image.tags), key=_last_tagged)
+    built = json.loads(older[-1].labels.get(PARTS_LABEL, "{}")) if older else None
     tag, _, digest = recipe.image.base.partition("@")
     return ImageState(
         image=recipe.key,
@@ -61,7 +62,7 @@ def look_up(client: docker.DockerClient, recipe: Recipe) -> ImageState:
         base=tag,
         base_digest=digest or None,
         built_on=current.labels.get(BASE_LABEL) if current else None,
-        rebuild="nothing" if current else why(recipe.image.parts(), _parts(older[-1]) if older else None),
+        rebuild="nothing" if current else why(recipe.image.parts(), built),
         older=len(older),
     )
 
@@ -70,13 +71,8 @@ def why(wanted: dict[str, str], built: dict[str, str] | None) -> str:
     """What a build would do, given what the newest earlier image was made of."""
     if built is None:
         return "everything: none of its images is here"
-    for at, (part, digest) in enumerate(wanted.items()):
-        if built.get(part) != digest:
-            reason = "changed" if part in built else "is new"
-            kept = f"{at} of {len(wanted)} parts are kept"
-            return f"from [{part}] on, which {reason}; {kept}"
-    removed = [part for part in built if part not in wanted]
-    return f"its last steps: [{removed[0]}] is gone" if removed else "its configuration"
+    changed = [part for part in {**wanted, **built} if built.get(part) != wanted.get(part)]
+    return f"what has changed, and what follows: {', '.join(changed)}"
 
 
 def prune(client: docker.DockerClient) -> list[str]:
@@ -93,14 +89,6 @@ def prune(client: docker.DockerClient) -> list[str]:
 
 def _last_tagged(image: Any) -> str:
     return str(image.attrs.get("Metadata", {}).get("LastTagTime", ""))
-
-
-def _parts(image: Any) -> dict[str, str] | None:
-    try:
-        parts = json.loads(image.labels.get(PARTS_LABEL, ""))
-    except ValueError:
-        return None
-    return parts if isinstance(parts, dict) else None
 
 
 def show(*, as_json: bool = False, older: bool = True) -> None:

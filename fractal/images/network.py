@@ -9,12 +9,21 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import docker
+from packaging.utils import canonicalize_name
+
 from fractal.errors import InputError
 from fractal.images import debian
+from fractal.images.docker_client import has_image
+from fractal.images.image import Image
+from fractal.images.rendering import Step
+from fractal.sandbox.host.source import content_hash
 
 # pip's setting -> uv's variable for it; https://docs.astral.sh/uv/reference/environment/
 UV_NAMES = {
@@ -82,18 +91,18 @@ def of_this_machine(*, sources: bool, ca: Path | None = None, wheels: Path | Non
     folder = next((path for path in folders if path.is_dir()), None)
     lines = debian.mirror_arguments(os.environ) if sources else []
     entries = [line if line.startswith("deb ") else f"deb {line} {debian.SUITE} main" for line in lines]
-    return build_secrets(certificates, pip, apt_settings(), entries, folder)
+    # Those settings of apt that mean the same inside a build.
+    apt = debian.apt_settings(r"(https?::Proxy|https?::Verify|Retries)\b")
+    return build_secrets(certificates, pip, apt, entries, folder)
 
 
 def _certificates(bundle: Path) -> bytes:
-    hint = "See --ca, FRACTAL_CA, SSL_CERT_FILE and pip's cert."
-    if not bundle.is_file():
-        raise InputError(f"{bundle}: there is no such file of certificates. {hint}")
-    data = bundle.read_bytes()
-    if b"-----BEGIN CERTIFICATE-----" not in data and b"-----BEGIN TRUSTED CERTIFICATE-----" not in data:
-        raise InputError(f"{bundle}: holds no certificate in PEM's form. {hint}")
-    if len(data) > SECRET_LIMIT_KB * 1000:
-        raise InputError(f"{bundle}: is over {SECRET_LIMIT_KB} kB, a builder's limit. Name your own CA alone. {hint}")
+    data = bundle.read_bytes() if bundle.is_file() else b""
+    if not re.search(b"-----BEGIN (TRUSTED )?CERTIFICATE-----", data) or len(data) > SECRET_LIMIT_KB * 1000:
+        raise InputError(
+            f"{bundle}: no file of certificates in PEM's form, or over {SECRET_LIMIT_KB} kB, a builder's limit. "
+            "Name your own CA alone; see --ca, FRACTAL_CA, SSL_CERT_FILE and pip's cert."
+        )
     return data
 
 
@@ -110,6 +119,33 @@ def pip_settings() -> dict[str, str]:
     return {key: value for section, key, value in settings if section in ("global", "install")} | environment
 
 
-def apt_settings() -> list[str]:
-    """This machine's apt settings about proxies and retries, those that mean the same inside a build."""
-    return debian.apt_settings(r"(https?::Proxy|https?::Verify|Retries)\b")
+def import_wheels(client: docker.DockerClient, folder: Path, image: Image) -> str | None:
+    """Make an image of those wheels in a folder that `image` asks for, which its build mounts.
+
+    Returns its name, None if there are none.
+    """
+    wanted = {name for step in image.steps if step.kind == "python" for name in package_names(step)}
+    files = [file for file in sorted(folder.glob("*.whl")) if canonicalize_name(file.name.split("-")[0]) in wanted]
+    if not files:
+        return None
+    sizes = {file.name: str(file.stat().st_size).encode() for file in files}
+    name = f"fractal-wheels:{content_hash(sizes)[:12]}"
+    if has_image(client, name):
+        return name
+    with tempfile.TemporaryDirectory(prefix="fractal-wheels-") as temporary:
+        archive = Path(temporary, "wheels.tar")
+        with tarfile.open(archive, "w") as tar:
+            for file in files:
+                member = tarfile.TarInfo(file.name)
+                member.size = file.stat().st_size
+                with file.open("rb") as content:
+                    tar.addfile(member, content)
+        repository, tag = name.split(":")
+        client.api.import_image(src=str(archive), repository=repository, tag=tag)
+    return name
+
+
+def package_names(step: Step) -> set[str]:
+    """Canonical names of the Python packages that a step installs."""
+    requirements = "\n".join([*step.text, *(local.source.read_text() for local in step.locals)])
+    return {canonicalize_name(name) for name in re.findall(r"^[A-Za-z0-9][\w.\-]*", requirements, re.MULTILINE)}

@@ -1,8 +1,7 @@
 """A Docker engine behind SSH, and a registry on its loopback for as long as a push lasts.
 
-The registry's blobs stay in the remote volume `fractal-registry`, so that the next push sends only what is missing
-(`docker volume rm fractal-registry` there frees the space). The registry's container ends with the SSH connection,
-however that ends. The shell programs that run on the remote host are in scripts/.
+The registry's blobs stay in the remote volume `fractal-registry`, so that the next push sends only what is missing. Its
+container ends with the SSH connection, however that ends. The programs that run on the remote host are in scripts/.
 """
 
 import contextlib
@@ -73,7 +72,7 @@ def parse_engine(host: str, output: str) -> Engine:
             return Engine(rest[1], rest[0])
     if "absent" in lines:
         message = f"{host} has no Docker. There, on Debian or Ubuntu, run: sudo apt-get install docker.io"
-    elif "Cannot connect to the Docker daemon" in output or "Is the docker daemon running" in output:
+    elif "Cannot connect to the Docker daemon" in output:
         message = f"Docker is installed on {host}, but no engine runs. There, run: sudo systemctl start docker"
     elif "permission denied" in output:
         message = (
@@ -167,11 +166,8 @@ def start_registry(connection: ssh.SshConnection, engine: Engine, image: str) ->
 
 
 def local_ports(host: str) -> Iterator[int]:
-    """Ports at which the tunnel to this host may begin: the same ones each time.
-
-    An engine remembers by host:port what it has sent: with another port, it would send layers under 10 MB again
-    (engine 20.10).
-    """
+    """Ports at which the tunnel to this host may begin: the same ones each time."""
+    # An engine remembers by host:port what it has sent, and would send layers under 10 MB again (engine 20.10).
     first = zlib.crc32(host.encode())
     return (PORTS[(first + 977 * step) % len(PORTS)] for step in range(20))
 

@@ -1,14 +1,8 @@
 """The NVIDIA GPUs of this machine, and whether torch can use them. Standard library only; loads no torch.
 
-    if gpu.has_gpu(): ...
-    for device in gpu.gpus(): print(device.name, device.total_bytes, device.capability)
-    gpu.gpus(fresh=True)[0].free_bytes   # as it is now
-
-Device files exclude quickly; then the driver's own library NVML is asked, which creates no CUDA context, so that a
-process may fork or choose its device afterwards. CUDA_VISIBLE_DEVICES hides GPUs as CUDA does. Nothing here raises:
-an error means no GPU, with the reason in `problem()`.
-
-Calls and structures: NVML API Reference Guide, "Initialization and Cleanup", "System Queries", "Device Queries".
+The driver's own library NVML is asked, which creates no CUDA context, so that a process may fork or choose its device
+afterwards. Nothing here raises: an error means no GPU, with the reason in `problem()`. Calls and structures: NVML API
+Reference Guide, "Initialization and Cleanup", "System Queries", "Device Queries".
 """
 
 from __future__ import annotations
@@ -76,17 +70,14 @@ def problem() -> str:
 
 
 def driver_problem() -> str:
-    """Why torch cannot compute on the GPU that is here, with the remedy, in a line; empty where it can, or has none.
-
-    A driver runs every CUDA of its own major version and of older ones (CUDA Compatibility, "Minor Version
-    Compatibility").
-    """
+    """Why torch cannot compute on the GPU that is here, with the remedy, in a line; empty where it can, or has none."""
+    # A driver runs every CUDA of its own major version and of older ones (CUDA Compatibility, "Minor Version ...").
     reading, needed = _read(), torch_cuda()
     if not has_gpu() or needed is None or reading.cuda is None or reading.cuda[0] >= needed[0]:
         return ""
     return (
-        f"NVIDIA's driver {reading.driver} runs CUDA {_dotted(reading.cuda)}, the installed torch needs "
-        f"{_dotted(needed)}. Upgrade the driver, or set up for the CPU: FRACTAL_ACCELERATOR=cpu make setup."
+        f"NVIDIA's driver {reading.driver} runs CUDA {'.'.join(map(str, reading.cuda))}, the installed torch needs "
+        f"{'.'.join(map(str, needed))}. Upgrade the driver, or set up for the CPU: FRACTAL_ACCELERATOR=cpu make setup."
     )
 
 
@@ -100,10 +91,6 @@ def torch_cuda() -> tuple[int, int] | None:
         return None
     match = re.search(r"^cuda\b.*= *'(\d+)\.(\d+)", text, re.MULTILINE)
     return (int(match[1]), int(match[2])) if match else None
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
 
 
 def visible(all_gpus: tuple[Gpu, ...], environ: Mapping[str, str]) -> tuple[Gpu, ...]:
