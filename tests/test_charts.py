@@ -3,7 +3,6 @@
 import html
 import re
 
-from fractal.records import STATUSES
 from fractal.report import charts
 from fractal.report.facts import Epoch
 from fractal.report.strategies import Curves, StrategyResult
@@ -14,7 +13,6 @@ from fractal.selection.strategies import BASELINE
 
 ONE = Interval(0.5, 0.5, 0.5)
 DRAWN = {
-    "status": lambda: charts.status_bars({name: int(name == "passed") for name in STATUSES}),
     "strategies": lambda: charts.strategy_intervals(
         [StrategyResult("critic", 1, ONE, ONE), StrategyResult("visible_test", 1, Interval(1, 0, 1), ONE)]
     ),

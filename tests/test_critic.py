@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal.critic import calibration, checkpoint
+from fractal.critic import checkpoint, held_out
 from fractal.critic.arrays import Flags, Floats, Groups
 from fractal.critic.head import Head
+from fractal.critic.held_out import auc, within_problem_auc
 from fractal.critic.loss import loss, problem_pairs
 from fractal.critic.prompt import question
-from fractal.critic.ranking import auc, within_problem_auc
 from fractal.records import Problem
 from fractal.selection import metrics
 
@@ -57,7 +57,7 @@ def test_temperature_recovers_what_the_logits_were_multiplied_by(factor: float) 
     rng = np.random.default_rng(6)
     true = rng.normal(size=20_000)
     passed = rng.random(20_000) < 1 / (1 + np.exp(-true))
-    assert calibration.fit_temperature(true * factor, passed) == pytest.approx(factor, rel=0.1)
+    assert held_out.fit_temperature(true * factor, passed) == pytest.approx(factor, rel=0.1)
 
 
 def test_temperature_never_changes_a_ranking() -> None:
@@ -79,7 +79,7 @@ def two_signals(seed: int) -> tuple[Floats, Floats, Flags, Groups]:
 
 def test_the_combination_ranks_better_than_each_of_its_parts() -> None:
     logits, means, passed, groups = two_signals(0)
-    both = calibration.fit_combination(logits, means, passed, groups)
+    both = held_out.fit_combination(logits, means, passed, groups)
     assert both is not None
     assert both.critic > 0
     assert both.mean_logprob > 0
@@ -93,11 +93,11 @@ def test_the_combination_leaves_out_samples_without_a_log_probability() -> None:
     logits, means, passed, groups = two_signals(2)
     some = means.copy()
     some[::2] = np.nan
-    assert calibration.fit_combination(logits, some, passed, groups) == calibration.fit_combination(
+    assert held_out.fit_combination(logits, some, passed, groups) == held_out.fit_combination(
         logits[1::2], means[1::2], passed[1::2], groups[1::2]
     )
-    assert calibration.fit_combination(logits, np.full(320, np.nan), passed, groups) is None
-    assert calibration.fit_combination(logits, means, np.ones(320, dtype=bool), groups) is None
+    assert held_out.fit_combination(logits, np.full(320, np.nan), passed, groups) is None
+    assert held_out.fit_combination(logits, means, np.ones(320, dtype=bool), groups) is None
     assert checkpoint.Combination(1.0, 1.0, 0.0).logit(0.3, None) is None
 
 
@@ -146,8 +146,8 @@ def other_version(folder: Path) -> None:
 
 
 BROKEN = {
-    "head cut short": (cut_short, "head.safetensors: is damaged or was cut short"),
-    "head missing": (lambda f: (f / "head.safetensors").unlink(), "head.safetensors: is missing"),
+    "head cut short": (cut_short, "head.safetensors: is missing, damaged or cut short"),
+    "head missing": (lambda f: (f / "head.safetensors").unlink(), "head.safetensors: is missing, damaged or cut short"),
     "description missing": (lambda f: (f / checkpoint.INFO_FILE).unlink(), "holds no critic"),
     "description cut short": (lambda f: (f / checkpoint.INFO_FILE).write_text('{"mode": "pro'), "not a critic's"),
     "description of something else": (lambda f: (f / checkpoint.INFO_FILE).write_text('{"a": 1}'), "not a critic's"),

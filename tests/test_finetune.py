@@ -163,8 +163,7 @@ def test_a_packed_loss_and_its_gradients_are_those_of_its_groups(
 
 
 def test_how_a_device_is_used() -> None:
-    cpu = {"fused": False, "pinned": False, "packed": False, "watched": True}
-    gpu = {"fused": True, "pinned": True, "packed": True, "watched": False}
+    cpu, gpu = {"fused": False, "packed": False}, {"fused": True, "packed": True}
     assert finetune.placement("cpu", "float32") == finetune.Placement("cpu", autocast=False, **cpu)
     assert finetune.placement("cpu", "bfloat16") == finetune.Placement("cpu", autocast=True, **cpu)
     assert finetune.placement("cuda", "bfloat16") == finetune.Placement("cuda", autocast=True, **gpu)
@@ -441,26 +440,20 @@ class Calls(TorchDispatchMode):
 @pytest.mark.model
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_an_epoch_on_a_gpu_waits_once_and_multiplies_in_bfloat16(mode: Any, qwen: Path, tmp_path: Path) -> None:
-    """All of a GPU's settings but pinned memory, on the CPU. What a watched epoch reads shows that the count counts."""
+    """All of a GPU's settings but pinned memory, on the CPU."""
     examples = examples_of(qwen, tmp_path, problems=8)
-    gpu = replace(finetune.placement("cuda", "bfloat16"), device="cpu", pinned=False)
-    waits = {}
-    for watched in (False, True):
-        model = finetune.TrainableCritic(
-            models.resolve(str(qwen)), TrainingSettings(mode, problems=2), where=replace(gpu, watched=watched)
-        )
-        with Calls() as calls:
-            loss = finetune.train_epoch(model, examples, 1, 1024, 0)
-        waits[watched] = calls.waits
-        assert np.isfinite(loss)
-    assert waits[False] == ["_local_scalar_dense"]  # the mean loss, after the last step
-    assert len(waits[True]) > 4
+    gpu = replace(finetune.placement("cuda", "bfloat16"), device="cpu")
+    settings = TrainingSettings(mode, problems=2)
+    model = finetune.TrainableCritic(models.resolve(str(qwen)), settings, where=gpu)
+    with Calls() as calls:
+        assert np.isfinite(finetune.train_epoch(model, examples, 1, 1024, 0))
+    assert calls.waits == ["_local_scalar_dense"]  # the mean loss, after the last step
     # Of float32 is the outer product of positions and frequencies (rotary embedding), with one inner place.
     assert all(left[-1] == 1 for left, _ in calls.products), calls.products
 
 
 @pytest.mark.model
-def test_a_loss_that_is_no_number_is_found_after_an_unwatched_epoch(
+def test_a_loss_that_is_no_number_is_found_after_the_epoch(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = finetune.batch_loss, [0]
@@ -470,7 +463,7 @@ def test_a_loss_that_is_no_number_is_found_after_an_unwatched_epoch(
         return original(*args) * (float("nan") if calls[0] == 2 else 1.0)
 
     monkeypatch.setattr(finetune, "batch_loss", once)
-    where = replace(finetune.placement("cpu", "float32"), watched=False)
+    where = finetune.placement("cpu", "float32")
     model = finetune.TrainableCritic(models.resolve(str(qwen)), TrainingSettings("lora", problems=1), where=where)
     with pytest.raises(finetune.DivergedError, match=r"epoch 1, step 2 of 5; problems \d+\)"):
         finetune.train_epoch(model, examples_of(qwen, tmp_path), 1, 4096, 0)

@@ -92,7 +92,7 @@ def test_ids_are_unique_and_charts_follow_the_style_sheet():
     reader = Reader(page)
     assert len(reader.ids) == len(set(reader.ids))
     drawn = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(drawn) == 7
+    assert len(drawn) == 6
     used = set(re.findall(r"var\((--\w+)\)", page))
     light, dark = page.split("prefers-color-scheme: dark")
     assert all(f"{name}:" in light for name in used)

@@ -14,7 +14,7 @@ from fractal.rundir import RunDir
 from fractal.selection import stage, strategies
 from fractal.selection.bootstrap import Interval
 from fractal.selection.outcomes import LeftOut, left_out, outcomes, read_outcomes
-from fractal.selection.splits import parse_splits, recorded_splits
+from fractal.selection.splits import measured_splits, parse_splits
 from fractal.selection.strategies import STRATEGIES
 
 settings.register_profile("untimed", deadline=None, max_examples=60)  # a timed assertion is never a test
@@ -26,7 +26,7 @@ def choose(*records):
 
 
 def recompute(folder):
-    splits = recorded_splits(folder.manifest["config"], folder.problems().values(), folder.labels())
+    splits = measured_splits(folder.manifest["config"], folder.problems().values(), folder.labels())
     return strategies.choose(read_outcomes(folder, splits))
 
 
@@ -236,12 +236,12 @@ def test_the_splits_of_the_command_stay_the_run_s_own(tmp_path, capsys):
         problems, labels = list(folder.problems().values()), folder.labels()
         stage.run(folder)
         assert measured(folder) == {"3"}
-        assert recorded_splits(folder.manifest["config"], problems, labels) == ("test",)
+        assert measured_splits(folder.manifest["config"], problems, labels) == ("test",)
         for on in ("test,validation", None):
             stage.run(folder, on)
             assert measured(folder) == {"2", "3"}
         assert "nothing to do" in capsys.readouterr().out
-        assert recorded_splits(folder.manifest["config"], problems, labels) == ("validation", "test")
+        assert measured_splits(folder.manifest["config"], problems, labels) == ("validation", "test")
         assert recompute(folder) == read_jsonl(folder.file("selection.jsonl"), Choice)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ class Example:
     weight: int
 
 
-def dev_problems(task_ids: Iterable[str], seed: int = 0, share: float = DEV_SHARE) -> set[str]:
-    """Which train problems are held out: a `share` of them, by a hash of the id, whatever others there are.
+def dev_problems(task_ids: Iterable[str], seed: int = 0) -> set[str]:
+    """Which train problems are held out: DEV_SHARE of them, by a hash of the id, whatever others there are.
 
     Empty for fewer than five problems.
     """
@@ -36,7 +37,7 @@ def dev_problems(task_ids: Iterable[str], seed: int = 0, share: float = DEV_SHAR
     if len(tasks) < 5:
         return set()
     order = sorted(tasks, key=lambda task: hashlib.sha256(f"dev/{seed}/{task}".encode()).digest())
-    return set(order[: max(1, round(share * len(tasks)))])
+    return set(order[: max(1, round(DEV_SHARE * len(tasks)))])
 
 
 def micro_batches(examples: list[Example], batch_tokens: int) -> list[list[Example]]:
@@ -79,15 +80,20 @@ def pack(groups: list[list[Example]], batch_tokens: int) -> list[list[list[Examp
 
 def steps_of_epoch(examples: list[Example], settings: TrainingSettings, epoch: int) -> list[list[Example]]:
     """The epoch's steps, each with the programs of `settings.problems` problems; epoch and seed decide the order."""
-    by_problem: dict[str, list[Example]] = {}
-    for example in examples:
-        by_problem.setdefault(example.task_id, []).append(example)
-    tasks = sorted(by_problem, key=task_order)
+    problems = by_problem(examples)
+    tasks = sorted(problems, key=task_order)
     order = np.random.default_rng([settings.seed, epoch]).permutation(len(tasks))
     return [
-        [example for i in order[start : start + settings.problems] for example in by_problem[tasks[i]]]
+        [example for i in order[start : start + settings.problems] for example in problems[tasks[i]]]
         for start in range(0, len(tasks), settings.problems)
     ]
+
+
+def by_problem(examples: list[Example]) -> dict[str, list[Example]]:
+    problems: dict[str, list[Example]] = {}
+    for example in examples:
+        problems.setdefault(example.task_id, []).append(example)
+    return problems
 
 
 def loss_weights(
@@ -123,10 +129,7 @@ def examples_of(
     tokenizer: PromptTokenizer, rows: list[tuple[str, str, bool]], keep: Callable[[str], bool] = lambda task: True
 ) -> list[Example]:
     """Training examples from (task_id, question, passed): equal questions once, with their number as weight."""
-    counts: dict[tuple[str, str, bool], int] = {}
-    for row in rows:
-        if keep(row[0]):
-            counts[row] = counts.get(row, 0) + 1
+    counts = Counter(row for row in rows if keep(row[0]))
     return [Example(task, tokenizer.token_ids(text), passed, count) for (task, text, passed), count in counts.items()]
 
 

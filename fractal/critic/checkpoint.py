@@ -1,8 +1,4 @@
-"""A critic's folder: head.safetensors, critic.json, and the weights of one that was fine-tuned.
-
-checkpoint.save(folder, head, info)
-head, info = checkpoint.load(folder)   # BrokenCriticError if a file is missing, cut short or of another version
-"""
+"""A critic's folder: head.safetensors, critic.json, and the weights of one that was fine-tuned."""
 
 import hashlib
 import json
@@ -10,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from fractal.errors import InputError
 from fractal.jsonl import write_whole
 
 if TYPE_CHECKING:
-    import torch
-
     from fractal.critic.head import Head
     from fractal.generate.models import ModelFiles
 
@@ -70,27 +66,30 @@ def save(folder: Path, head: "Head", info: CriticInfo) -> None:
     _write_info(folder, asdict(info) | {"files": files})
 
 
+def update(folder: Path, **fields: Any) -> None:
+    """Change fields of a critic's critic.json."""
+    _write_info(folder, asdict(read_info(folder)) | fields)
+
+
 def remove_file(folder: Path, name: str) -> None:
     """Remove a file of a critic's folder, and its digest from critic.json."""
-    fields = json.loads((folder / INFO_FILE).read_bytes())
-    fields["files"].pop(name, None)
-    _write_info(folder, fields)
-    (folder / name).unlink()
+    files = read_info(folder).files
+    files.pop(name, None)
+    update(folder, files=files)
+    (folder / name).unlink(missing_ok=True)
 
 
 def _write_info(folder: Path, fields: dict[str, Any]) -> None:
-    write_whole(folder / INFO_FILE, (json.dumps(fields, indent=1) + "\n").encode())
+    write_whole(folder / INFO_FILE, (json.dumps(fields, indent=1, default=asdict) + "\n").encode())
 
 
 def read_info(folder: Path) -> CriticInfo:
     """Read critic.json; the folder's other files are not looked at. Raises BrokenCriticError."""
     try:
-        fields = json.loads((folder / INFO_FILE).read_bytes())
-        combination = fields.pop("combination")
-        return CriticInfo(**fields, combination=Combination(**combination) if combination else None)
+        return msgspec.json.decode((folder / INFO_FILE).read_bytes(), type=CriticInfo)
     except FileNotFoundError:
         raise BrokenCriticError(f"{folder}: holds no critic ({INFO_FILE} is missing). {REMEDY}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except msgspec.DecodeError as error:
         raise BrokenCriticError(f"{folder}/{INFO_FILE}: not a critic's: {error}. {REMEDY}") from error
 
 
@@ -98,10 +97,8 @@ def verify(folder: Path) -> CriticInfo:
     """Check a critic's files against critic.json. Raises BrokenCriticError. Loads no library of arrays."""
     info = read_info(folder)
     for name, digest in info.files.items():
-        if not (folder / name).is_file():
-            raise BrokenCriticError(f"{folder}/{name}: is missing. {REMEDY}")
-        if _sha256(folder / name) != digest:
-            raise BrokenCriticError(f"{folder}/{name}: is damaged or was cut short: its sha256 differs. {REMEDY}")
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise BrokenCriticError(f"{folder}/{name}: is missing, damaged or cut short: its sha256 differs. {REMEDY}")
     if info.prompt_version != PROMPT_VERSION:
         raise BrokenCriticError(
             f"{folder}: was made for version {info.prompt_version} of the critic's question, this is version "
@@ -117,40 +114,28 @@ def digest(folder: Path) -> str:
 
 def load(folder: Path) -> "tuple[Head, CriticInfo]":
     """Verify and read a critic. Raises BrokenCriticError."""
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from fractal.critic.head import Head
 
     info = verify(folder)
-    try:
-        arrays = load_file(folder / "head.safetensors")
-        return Head(arrays["weight"], float(arrays["bias"][0])), info
-    except (OSError, SafetensorError, KeyError) as error:
-        raise BrokenCriticError(f"{folder}/head.safetensors: cannot be read: {error}. {REMEDY}") from error
-
-
-def load_tensors(folder: Path, pattern: str) -> "dict[str, torch.Tensor]":
-    """The tensors of a folder's safetensors files by their names."""
-    from safetensors.torch import load_file
-
-    return {name: tensor for file in sorted(folder.glob(pattern)) for name, tensor in load_file(file).items()}
+    arrays = load_file(folder / "head.safetensors")
+    return Head(arrays["weight"], float(arrays["bias"][0])), info
 
 
 def check_base(folder: Path, info: CriticInfo, files: "ModelFiles") -> None:
     """Raise BrokenCriticError unless the model is the one, with the tokenizer, that the critic was made from."""
     from fractal.critic.prompt import tokenizer_digest
 
-    if tokenizer_digest(files.path) != info.tokenizer_sha256:
-        raise BrokenCriticError(
-            f"{folder}: was made with another tokenizer or chat template than {files.name} has now. Give the model "
-            "that it was trained on, or train it again."
-        )
-    if files.digest != info.weights_sha256:
-        raise BrokenCriticError(
-            f"{folder}: was trained on another version of {info.base}: its weights differ now. Give that version, or "
-            "train it again."
-        )
+    for what, now, before in (
+        ("another tokenizer or chat template", tokenizer_digest(files.path), info.tokenizer_sha256),
+        ("other weights", files.digest, info.weights_sha256),
+    ):
+        if now != before:
+            raise BrokenCriticError(
+                f"{folder}: was trained on {info.base} with {what} than {files.name} has now. Give the model "
+                "that it was trained on, or train it again."
+            )
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Last-token states of the critic's prompts: computed once (forward.py), kept on disk by content."""
 
 import hashlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fractal.critic.forward import load_model, read
 from fractal.critic.prompt import PromptTokenizer, TokenizedPrompt, question
 from fractal.generate.memory import read_shape
 from fractal.generate.models import preferred_dtype
+from fractal.jsonl import write_whole
 from fractal.records import Problem, Sample
 
 SHARD = 64  # prompts, at least, whose features are written together
@@ -45,30 +47,23 @@ class Features:
         self._cache = cache
         self._salt = f"{digest}/{PROMPT_VERSION}/{self.layers}/{dtype}/normalised"
         self._known: dict[str, Half] = {}
-        self._shards: dict[
-            str, Path
-        ] = {}  # by key; their states are read when they are needed, those of other models never
+        self._shards: dict[str, Path] = {}  # by key; states are read when they are needed, another model's never
         for shard in sorted(cache.glob("*.npz")):
             if (keys := _read_shard(shard, "keys")) is not None:
                 self._shards |= dict.fromkeys(keys.tolist(), shard)
 
-    def _key(self, text: str) -> str:
-        return hashlib.sha256(f"{self._salt}/{text}".encode("utf-8", "surrogatepass")).hexdigest()
-
     def of(self, pairs: Pairs) -> Half:
         """States (N, layers, width) at the last token of each pair's question, after the model's last norm."""
         texts = [question(problem, sample.code) for problem, sample in pairs]
-        keys = [self._key(text) for text in texts]
+        salted = (f"{self._salt}/{text}".encode("utf-8", "surrogatepass") for text in texts)
+        keys = [hashlib.sha256(data).hexdigest() for data in salted]
         for shard in {self._shards[key]: None for key in keys if key in self._shards and key not in self._known}:
             names, states = _read_shard(shard, "keys"), _read_shard(shard, "states")
             if names is not None and states is not None:
                 self._known |= dict(zip(names.tolist(), states, strict=True))
-        missing = {
-            key: (problem.task_id, text)
-            for key, text, (problem, _) in zip(keys, texts, pairs, strict=True)
-            if key not in self._known
-        }
-        if missing:
+        tasks = [problem.task_id for problem, _ in pairs]
+        asked = dict(zip(keys, zip(tasks, texts, strict=True), strict=True))
+        if missing := {key: question for key, question in asked.items() if key not in self._known}:
             self._compute(missing)
         return np.stack([self._known[key] for key in keys])
 
@@ -91,12 +86,10 @@ class Features:
                 self._write(unwritten)
 
     def _write(self, states: dict[str, Half]) -> None:
-        self._cache.mkdir(parents=True, exist_ok=True)
+        out = io.BytesIO()
+        np.savez(out, keys=np.array(list(states)), states=np.stack(list(states.values())))
         name = hashlib.sha256("".join(states).encode()).hexdigest()[:16]
-        draft = self._cache / f".{name}"
-        with draft.open("wb") as out:
-            np.savez(out, keys=np.array(list(states)), states=np.stack(list(states.values())))
-        draft.replace(self._cache / f"{name}.npz")
+        write_whole(self._cache / f"{name}.npz", out.getvalue())
         self._known |= states
 
 

@@ -1,9 +1,7 @@
 """`--mode lora` and `--mode full`: the language model itself is trained, starting from the zero-shot critic.
 
-Loss: binary cross-entropy plus a pairwise term within each problem. A forward pass holds programs of one problem; on a
-GPU, where a small pass costs as much as a larger one, those of several problems, with the same loss.
-Some of the train problems (the dev problems) are held out and say when to stop. Each epoch is a folder with weights and
-optimiser state: a killed training goes on from the last whole one and, on a CPU, comes to the same weights.
+Each epoch is a folder with weights and optimiser state: a killed training goes on from the last whole one and, on a
+CPU, comes to the same weights.
 """
 
 import shutil
@@ -22,14 +20,7 @@ from transformers import AutoModel, DynamicCache
 from fractal import console
 from fractal.critic import checkpoint
 from fractal.critic.arrays import Array, Floats
-from fractal.critic.batching import (
-    Example,
-    batch_loss,
-    loss_weights,
-    micro_batches,
-    pack,
-    steps_of_epoch,
-)
+from fractal.critic.batching import Example, batch_loss, by_problem, loss_weights, micro_batches, pack, steps_of_epoch
 from fractal.critic.checkpoint import CriticInfo
 from fractal.critic.forward import device, read
 from fractal.critic.head import Head, zero_shot_head
@@ -58,12 +49,10 @@ class DivergedError(Exception):
 class Placement:
     """How training uses a device."""
 
-    device: str  # cpu or cuda
+    device: str  # cpu, or cuda: batches are sent from pinned memory, while it computes
     autocast: bool  # products in bfloat16; what is trained stays float32
     fused: bool  # AdamW in one kernel
-    pinned: bool  # batches are sent from pinned memory, while the device computes
     packed: bool  # several problems in one forward pass; a CPU would pay for the padding
-    watched: bool  # the loss is read after each step; else after the epoch: reading makes the host wait
 
 
 def placement(device: str, dtype: str) -> Placement:
@@ -72,11 +61,7 @@ def placement(device: str, dtype: str) -> Placement:
     No TF32 on a GPU: under autocast no large product is of float32, and it would round what is: the angles of the
     rotary embedding (position times frequency) and the head's logits.
     """
-    on_gpu = device == "cuda"
-    return Placement(device, dtype == "bfloat16", fused=on_gpu, pinned=on_gpu, packed=on_gpu, watched=not on_gpu)
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
+    return Placement(device, autocast=dtype == "bfloat16", fused=device == "cuda", packed=device == "cuda")
 
 
 class TrainableCritic:
@@ -126,7 +111,7 @@ class TrainableCritic:
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device, without waiting for it."""
-        return (tensor.pin_memory() if self.where.pinned else tensor).to(self.where.device, non_blocking=True)
+        return (tensor.pin_memory() if self.where.device == "cuda" else tensor).to(self.where.device, non_blocking=True)
 
     def logits(self, batch: list[Example], pad: int) -> torch.Tensor:
         """(B,) with gradients.
@@ -173,13 +158,14 @@ class TrainableCritic:
         draft.rename(folder)
 
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint that checkpoint.load has verified."""
+        """Continue from a checkpoint that has been verified."""
         if self.settings.mode == "lora":
             from peft import set_peft_model_state_dict
 
             set_peft_model_state_dict(self.backbone, load_file(folder / "adapter_model.safetensors"))
         else:
-            self.backbone.load_state_dict(checkpoint.load_tensors(folder, "model*.safetensors"))
+            shards = folder.glob("model*.safetensors")
+            self.backbone.load_state_dict({name: part for file in shards for name, part in load_file(file).items()})
         state = torch.load(folder / OPTIMISER, map_location=self.where.device, weights_only=True)
         head, _ = checkpoint.load(folder)
         with torch.no_grad():
@@ -201,55 +187,44 @@ def tuned_model(
     return PeftModel.from_pretrained(base, folder).merge_and_unload().to(to or device()).eval()
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
 def fit(
     examples: list[Example],
     files: ModelFiles,
     settings: TrainingSettings,
     target: Path,
     info: CriticInfo,
-    done: int,
-    known: set[int],
-    evaluate: Callable[[TrainableCritic, int, float | None, float | None], bool],
+    evaluate: Callable[[TrainableCritic, int, dict[str, Any]], bool],
 ) -> None:
-    """Train up to `settings.epochs`, from epoch `done` on, the last whole checkpoint in `target`; 0 is none.
+    """Train up to `settings.epochs`, from the last whole checkpoint in `target` on.
 
-    `evaluate(model, epoch, train_loss, seconds)` is called for each epoch that is not in `known` (0 is the untrained
-    model) and returns whether to go on. Raises DivergedError if the loss is no number; the checkpoints before it stay.
+    `evaluate` gets the model, the epoch and its figures, and says whether to go on; it is also called for the epoch
+    from which training starts: 0, the untrained model, or one that was perhaps evaluated before. When memory runs out,
+    FALLBACKS are tried in turn. Raises DivergedError where the loss is no number; the checkpoints before it stay.
     """
     pad = PromptTokenizer(files.path).pad
     shift = prior_shift(np.repeat([e.passed for e in examples], [e.weight for e in examples]))
 
     def attempt(batch_tokens: int, checkpointing: bool) -> None:
-        nonlocal done, known
         with console.quiet("loading the critic's model"):
             model = TrainableCritic(files, settings, checkpointing=checkpointing)
+        done, figures = last_epoch(target, info), {}
         if done:
             model.restore(target / f"epoch-{done}")
+            model.shift = shift
+            figures = checkpoint.read_info(target / f"epoch-{done}").figures
             console.say(f"train: going on after epoch {done}")
-        if not done and 0 not in known:
-            known = known | {0}
-            if not evaluate(model, 0, None, None):
-                return
+        goes_on = evaluate(model, done, figures)
         model.shift = shift
-        if done and done not in known:  # killed between a checkpoint and its evaluation
-            figures = checkpoint.load(target / f"epoch-{done}")[1].figures
-            if not evaluate(model, done, figures["train_loss"], figures["seconds"]):
-                return
-        for epoch in range(done + 1, settings.epochs + 1):
+        while goes_on and done < settings.epochs:
+            done += 1
             begin = time.monotonic()
-            loss = train_epoch(model, examples, epoch, batch_tokens, pad)
-            seconds = time.monotonic() - begin
-            figures = {"train_loss": loss, "seconds": round(seconds, 3)}
-            model.save(target / f"epoch-{epoch}", replace(info, epoch=epoch, figures=figures))
+            loss = train_epoch(model, examples, done, batch_tokens, pad)
+            figures = {"train_loss": loss, "seconds": round(time.monotonic() - begin, 3)}
+            model.save(target / f"epoch-{done}", replace(info, epoch=done, figures=figures))
             for older in target.glob(f"epoch-*/{OPTIMISER}"):
-                if older.parent.name != f"epoch-{epoch}":
+                if older.parent.name != f"epoch-{done}":
                     checkpoint.remove_file(older.parent, OPTIMISER)
-            done, known = epoch, known | {epoch}
-            if not evaluate(model, epoch, loss, round(seconds, 3)):
-                return
+            goes_on = evaluate(model, done, figures)
 
     for number, (divisor, checkpointing) in enumerate(FALLBACKS, 1):
         batch_tokens = settings.batch_tokens // divisor
@@ -272,26 +247,20 @@ def fit(
 
 def last_epoch(target: Path, info: CriticInfo) -> int:
     """The last epoch with a whole checkpoint, its optimiser state, and the same inputs; 0 if there is none."""
-    for folder in sorted(target.glob("epoch-*"), key=lambda folder: -_number(folder)):
+    last = 0
+    for state in target.glob(f"epoch-*/{OPTIMISER}"):
         try:
-            inputs = checkpoint.verify(folder).inputs
+            found = checkpoint.verify(state.parent)
+            last = max(last, found.epoch if found.inputs == info.inputs else 0)
         except checkpoint.BrokenCriticError as error:
             console.warn(f"train: {error} Going on from the checkpoint before it.")
-            continue
-        if inputs == info.inputs and (folder / OPTIMISER).exists():
-            return _number(folder)
-    return 0
-
-
-def _number(folder: Path) -> int:
-    tail = folder.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else 0
+    return last
 
 
 def train_epoch(model: TrainableCritic, examples: list[Example], epoch: int, batch_tokens: int, pad: int) -> float:
     """One pass over all examples; returns the mean loss over its steps. Raises DivergedError.
 
-    Where the placement is not watched, nothing is read from the device before the last step.
+    Nothing is read from the device before the last step: that makes the host wait.
     """
     settings = model.settings
     torch.manual_seed(settings.seed * 1_000_003 + epoch)  # dropout, where there is any: the same after a resumption
@@ -300,37 +269,26 @@ def train_epoch(model: TrainableCritic, examples: list[Example], epoch: int, bat
     share = sum(e.weight for e in examples if e.passed) / sum(e.weight for e in examples)
     losses = torch.zeros(len(steps), dtype=torch.float64, device=model.where.device)
     norms = torch.zeros(len(steps), device=model.where.device)
-
-    def check(first: int, after: int) -> None:
-        finite = (losses[first:after].isfinite() & norms[first:after].isfinite()).tolist()
-        if not all(finite):
-            number = first + finite.index(False)
-            tasks = sorted({e.task_id for e in steps[number]}, key=task_order)[:8]
-            raise DivergedError(
-                f"the loss is no number any more (epoch {epoch}, step {number + 1} of {len(steps)}; problems "
-                f"{', '.join(map(str, tasks))}). Checkpoints of earlier epochs are kept. Try a lower --learning-rate "
-                f"than {settings.rate:g}."
-            )
-
-    begin = time.monotonic()
-    seen = 0
+    before, total = (epoch - 1) * len(steps), settings.epochs * len(steps)
     with console.bar(f"epoch {epoch}", len(examples)) as bar:
         for number, step in enumerate(steps):
             for group in model.optimiser.param_groups:
-                group["lr"] = learning_rate(
-                    (epoch - 1) * len(steps) + number, settings.epochs * len(steps), settings.rate
-                )
+                group["lr"] = learning_rate(before + number, total, settings.rate)
             for batch, part in accumulate(model, step, share, batch_tokens, pad):
                 losses[number] += part
-                seen += len(batch)
-                loss = f"loss {float(losses[number]):.3f}, " if model.where.watched else ""
-                bar.advance(len(batch), f"{loss}{seen / (time.monotonic() - begin):.1f} samples/s")
+                bar.advance(len(batch))
             norms[number] = torch.nn.utils.clip_grad_norm_(model.parameters, CLIP)
-            if model.where.watched:
-                check(number, number + 1)
             model.optimiser.step()
             model.optimiser.zero_grad(set_to_none=True)
-    check(0, len(steps))
+    finite = (losses.isfinite() & norms.isfinite()).tolist()
+    if not all(finite):
+        number = finite.index(False)
+        tasks = sorted({e.task_id for e in steps[number]}, key=task_order)[:8]
+        raise DivergedError(
+            f"the loss is no number any more (epoch {epoch}, step {number + 1} of {len(steps)}; problems "
+            f"{', '.join(tasks)}). Checkpoints of earlier epochs are kept. Try a lower --learning-rate "
+            f"than {settings.rate:g}."
+        )
     return float(losses.mean())
 
 
@@ -341,10 +299,7 @@ def accumulate(
 
     The part is a scalar on the device: to read it is to wait for it.
     """
-    by_problem: dict[str, list[Example]] = {}
-    for example in step:
-        by_problem.setdefault(example.task_id, []).append(example)
-    groups = [group for problem in by_problem.values() for group in micro_batches(problem, batch_tokens)]
+    groups = [group for problem in by_problem(step).values() for group in micro_batches(problem, batch_tokens)]
     total = sum(example.weight for example in step)
     mixed = sum(len({example.passed for example in group}) == 2 for group in groups)
     for packed in pack(groups, batch_tokens if model.where.packed else 0):

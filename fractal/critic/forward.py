@@ -1,8 +1,4 @@
-"""Last-token states of prompts, read by transformers in batches. Nothing is trained or kept here.
-
-The samples of a problem share the tokens of the problem: those are run once, and their keys and values serve all of its
-programs. On a GPU, which a single problem leaves idle, many problems go through the model together.
-"""
+"""Last-token states of prompts, read by transformers in batches; what a problem's prompts begin with is run once."""
 
 from collections.abc import Iterator
 from itertools import groupby

@@ -1,8 +1,7 @@
 """`--mode probe`: a linear head on frozen states of one layer, chosen by cross-validation grouped by problem.
 
-On the last layer it may start from the zero-shot critic: then only what it adds to that is penalised, and a strong
-ridge leaves the zero-shot critic as it is. Everything here is convex: no random start, no chosen epoch. It sees train
-problems only.
+On the last layer it may start from the zero-shot critic: then only what it adds to that is penalised. Everything is
+convex: no random start, no chosen epoch.
 """
 
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ import torch
 from fractal import console
 from fractal.critic.arrays import Array, Flags, Floats, Groups, Half
 from fractal.critic.head import Head
+from fractal.critic.held_out import auc, within_problem_auc
 from fractal.critic.loss import loss, prior_shift, problem_pairs
-from fractal.critic.ranking import auc, within_problem_auc
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # weight of the squared norm of the head, on standardised states
 START_RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # the same, of what is added to the zero-shot critic
@@ -96,7 +95,6 @@ class ProbeChoice:
     within_auc: float | None  # of the held-out folds, over pairs of one problem
     pooled_auc: float | None
     logits: Floats  # (N,) of the held-out folds
-    table: list[dict[str, Any]]  # every combination with its figures
 
 
 def cross_validate(
@@ -110,26 +108,14 @@ def cross_validate(
     tried = [(index, ridge, False) for index in range(len(layers)) for ridge in RIDGES]
     if start is not None:
         tried += [(len(layers) - 1, ridge, True) for ridge in START_RIDGES]
-    table: list[dict[str, Any]] = []
-    held_out: list[Floats] = []
+    choices: list[ProbeChoice] = []
     with console.bar("cross-validation", len(tried)) as bar:
         for index, ridge, started in tried:
             logits = _held_out(states[:, index], passed, groups, ridge, folds, start if started else None)
-            within = within_problem_auc(logits, passed, groups)
-            pooled = auc(logits, passed)
-            row = {"layer": layers[index], "ridge": ridge, "zero_shot_start": started}
-            table.append({**row, "within_auc": within, "pooled_auc": pooled})
-            held_out.append(logits)
+            within, pooled = within_problem_auc(logits, passed, groups), auc(logits, passed)
+            choices.append(ProbeChoice(index, layers[index], ridge, started, within, pooled, logits))
             bar.advance()
-    best = max(
-        range(len(table)),
-        key=lambda i: (_or_chance(table[i]["within_auc"]), _or_chance(table[i]["pooled_auc"]), table[i]["ridge"]),
-    )
-    index, ridge, started = tried[best]
-    row = table[best]
-    return ProbeChoice(
-        index, layers[index], ridge, started, row["within_auc"], row["pooled_auc"], held_out[best], table
-    )
+    return max(choices, key=lambda one: (_or_chance(one.within_auc), _or_chance(one.pooled_auc), one.ridge))
 
 
 def problem_folds(groups: Groups, count: int) -> Groups:
@@ -159,14 +145,7 @@ def _splits(folds: Groups) -> Iterator[tuple[Groups, Groups]]:
         yield np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
 
 
-def _held_out(
-    states: Half,
-    passed: Flags,
-    groups: Groups,
-    ridge: float,
-    folds: Groups,
-    start: Array | None = None,
-) -> Floats:
+def _held_out(states: Half, passed: Flags, groups: Groups, ridge: float, folds: Groups, start: Array | None) -> Floats:
     """Logits (N,) of samples that their fold's head has not seen; 0 where a fold has one class to learn from."""
     logits = np.zeros(len(passed))
     for train, test in _splits(folds):

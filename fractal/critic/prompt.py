@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 from fractal.generate.models import context_length
 from fractal.records import Problem, Sample
 
-ANSWERS = ("Yes", "No")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
@@ -60,11 +59,8 @@ class PromptTokenizer:
 
     def answers(self) -> tuple[int, int]:
         """The tokens with which a reply of "Yes" and one of "No" begin."""
-        yes, no = ANSWERS
-        return self._first_token(yes), self._first_token(no)
-
-    def _first_token(self, text: str) -> int:
-        return int(self._tokenizer(text, add_special_tokens=False)["input_ids"][0])
+        yes, no = (self._tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("Yes", "No"))
+        return int(yes), int(no)
 
 
 def tokenizer_digest(model: Path) -> str:

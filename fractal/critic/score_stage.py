@@ -42,12 +42,11 @@ def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", b
     with folder.stage("score", "scores.jsonl") as entry:
         from fractal.critic import scorers
 
-        scorer: scorers.Scorer
         if backend == "vllm":
-            scorer = scorers.VllmScorer(critic_dir, files)
+            logits = scorers.score_by_vllm(critic_dir, files, pairs)
         else:
-            scorer = scorers.TransformersScorer(critic_dir, files, folder.file("critic/features"))
-        scores = scorers.to_scores(pairs, scorer.score(pairs), info)
+            logits = scorers.score_by_transformers(critic_dir, files, pairs, folder.file("critic/features"))
+        scores = scorers.to_scores(pairs, logits, info)
         wrong = [f"{score.task_id}/{score.sample_id}" for score in scores if not math.isfinite(score.score)]
         if wrong:
             raise InputError(
@@ -68,9 +67,9 @@ def choose_backend(backend: str, mode: str) -> str:
     """
     if backend not in BACKENDS:
         raise InputError(f"--score-backend {backend}: unknown; known: {', '.join(BACKENDS)}.")
-    vllm_problem = why_no_vllm()
-    if backend == "vllm" and vllm_problem:
-        raise InputError(f"--score-backend vllm: {vllm_problem}. Or take transformers.")
+    problem = "a probe is read by transformers alone" if mode == "probe" else why_no_vllm()
+    if backend == "vllm" and problem:
+        raise InputError(f"--score-backend vllm: {problem}. Or take transformers.")
     if backend != "auto":
         return backend
-    return "vllm" if mode != "probe" and gpu.usable() and not vllm_problem else "transformers"
+    return "vllm" if gpu.usable() and not problem else "transformers"

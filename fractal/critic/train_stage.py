@@ -1,10 +1,7 @@
 """Stage 3: the train problems' labels -> critic/. Modes: probe (frozen features), lora and full (fine-tuning).
 
-Problems, never samples, are split: everything that is fitted or chosen (head, layer, ridge, epoch, temperature, weights
-beside the log-probability) sees train problems only, so validation and test problems are all new to the critic.
-Validation problems are only watched.
-
-torch is loaded only when there is something to train (trainer.py).
+Everything that is fitted or chosen sees train problems only; validation problems are only watched. torch is loaded only
+when there is something to train (trainer.py).
 """
 
 import hashlib

@@ -12,17 +12,16 @@ from fractal import console
 from fractal.critic import checkpoint, finetune
 from fractal.critic.arrays import Flags, Floats, Groups
 from fractal.critic.batching import dev_problems, examples_of, mixed_problems
-from fractal.critic.calibration import fit_combination, fit_temperature
 from fractal.critic.checkpoint import CriticInfo
 from fractal.critic.features import Features
 from fractal.critic.head import zero_shot_head
+from fractal.critic.held_out import fit_combination, fit_temperature, within_problem_auc
 from fractal.critic.probe import EPOCHS, HeadFit, compare_splits, cross_validate
 from fractal.critic.prompt import PromptTokenizer, question, tokenizer_digest
-from fractal.critic.ranking import within_problem_auc
 from fractal.critic.training_data import Row, TrainError
 from fractal.critic.training_settings import TrainingSettings
 from fractal.generate.models import ModelFiles
-from fractal.jsonl import write_jsonl, write_whole
+from fractal.jsonl import read_jsonl, write_jsonl, write_whole
 from fractal.records import Problem, Sample, task_order
 
 
@@ -59,8 +58,8 @@ class Trainer:
     def record(
         self,
         epoch: int,
-        train_loss: float | None,
         watched: Floats | None,
+        train_loss: float | None = None,
         dev_within_auc: float | None = None,
         seconds: float | None = None,
     ) -> None:
@@ -86,16 +85,13 @@ class Trainer:
             f"{_figure(row['val_acc'])}, Val AUC within a problem {_figure(row['val_within_auc'])}{dev}"
         )
 
-    def make_best(self, epoch: int, info: CriticInfo) -> None:
+    def make_best(self, epoch: int) -> None:
         """Make an epoch's checkpoint critic/best, whole or not at all."""
-        source = self.folder / f"epoch-{epoch}"
-        head, _ = checkpoint.load(source)
+        checkpoint.verify(self.folder / f"epoch-{epoch}")
         draft = self.folder / ".best"
         shutil.rmtree(draft, ignore_errors=True)
-        without_optimiser = shutil.ignore_patterns(finetune.OPTIMISER)
-        shutil.copytree(source, draft, ignore=without_optimiser, copy_function=_link)
-        (draft / "head.safetensors").unlink()  # written anew, not through the link
-        checkpoint.save(draft, head, replace(info, epoch=epoch))
+        shutil.copytree(self.folder / f"epoch-{epoch}", draft, copy_function=_link)
+        checkpoint.remove_file(draft, finetune.OPTIMISER)  # critic.json is replaced, not written through the link
         best, previous = self.folder / "best", self.folder / ".old"
         shutil.rmtree(previous, ignore_errors=True)
         if best.exists():
@@ -115,10 +111,9 @@ class ProbeTrainer(Trainer):
         states = self.features.of(_pairs(self.rows))
         watched = self.features.of(_pairs(self.watched)) if self.watched else None
         zero_shot = zero_shot_head(self.files.path)
-        self.record(0, None, None if watched is None else zero_shot.logits(watched[:, -1]))
+        self.record(0, None if watched is None else zero_shot.logits(watched[:, -1]))
         chosen = cross_validate(states, passed, groups, self.features.layers, zero_shot.weight)
         start = zero_shot.weight if chosen.start else None
-        write_whole(self.folder / "cross_validation.json", json.dumps(chosen.table, indent=1).encode())
         console.say(
             f"train: layer {chosen.layer}, ridge {chosen.ridge:g}, from "
             f"{'the zero-shot critic' if chosen.start else 'zero'}; held-out train problems: AUC within a problem "
@@ -143,8 +138,8 @@ class ProbeTrainer(Trainer):
         for epoch in range(1, EPOCHS + 1):
             train_loss = fit.epoch()
             checkpoint.save(self.folder / f"epoch-{epoch}", fit.head(), replace(info, epoch=epoch))
-            self.record(epoch, train_loss, None if watched is None else fit.head().logits(watched[:, chosen.index]))
-        self.make_best(EPOCHS, info)  # the last: the loss is convex, nothing is chosen on the validation problems
+            self.record(epoch, None if watched is None else fit.head().logits(watched[:, chosen.index]), train_loss)
+        self.make_best(EPOCHS)  # the last: the loss is convex, nothing is chosen on the validation problems
 
 
 class TuningTrainer(Trainer):
@@ -170,75 +165,56 @@ class TuningTrainer(Trainer):
         held_out = [row for row in self.rows if row[0].task_id in dev]
         dev_prompts = tokenizer.prompts(_pairs(held_out))
         watched_prompts = tokenizer.prompts(_pairs(self.watched))
-        done = finetune.last_epoch(self.folder, self.info)
-        self.history = [row for row in _history(self.folder / "metrics.jsonl") if row["epoch"] <= done]
+        self.history = read_jsonl(self.folder / "metrics.jsonl", dict)
 
-        def evaluate(
-            model: finetune.TrainableCritic, epoch: int, train_loss: float | None, seconds: float | None
-        ) -> bool:
-            dev_auc = None
-            if held_out:
-                logits = model.score(dev_prompts, tokenizer.pad)
-                np.save(self._dev_logits(epoch), logits)
-                dev_auc = within_problem_auc(logits, *_passed_and_groups(held_out))
-            watched = model.score(watched_prompts, tokenizer.pad) if self.watched else None
-            self.record(epoch, train_loss, watched, dev_auc, seconds)
+        def evaluate(model: finetune.TrainableCritic, epoch: int, figures: dict[str, Any]) -> bool:
+            self.history = [row for row in self.history if row["epoch"] <= epoch]
+            if epoch not in (row["epoch"] for row in self.history):
+                dev_auc = None
+                if held_out:
+                    logits, labels = model.score(dev_prompts, tokenizer.pad), _passed_and_groups(held_out)
+                    dev_auc = within_problem_auc(logits, *labels)
+                    if epoch:
+                        temperature = fit_temperature(logits, labels[0])
+                        combination = fit_combination(logits, _mean_logprobs(held_out), *labels)
+                        folder = self.folder / f"epoch-{epoch}"
+                        checkpoint.update(folder, temperature=temperature, combination=combination)
+                watched = model.score(watched_prompts, tokenizer.pad) if self.watched else None
+                self.record(epoch, watched, dev_within_auc=dev_auc, **figures)
             return not self.is_exhausted(settings.patience)
 
         try:
-            if not self.is_exhausted(settings.patience):
-                known = {row["epoch"] for row in self.history}
-                finetune.fit(examples, self.files, settings, self.folder, self.info, done, known, evaluate)
+            finetune.fit(examples, self.files, settings, self.folder, self.info, evaluate)
         except finetune.DivergedError as error:
             if best := self.best_epoch():
-                self.conclude(best, held_out)
+                self.conclude(best)
                 raise TrainError(f"{error} critic/best is epoch {best}'s.", kept=True) from error
             raise TrainError(str(error)) from error
-        self.conclude(self.best_epoch(), held_out)
-
-    def _dev_logits(self, epoch: int) -> Path:
-        return self.folder / f".dev-{epoch}.npy"
+        self.conclude(self.best_epoch())
 
     def is_exhausted(self, patience: int) -> bool:
         """Whether the last `patience` epochs brought nothing better on the dev problems."""
         values = [row["dev_within_auc"] for row in self.history if row["epoch"]]
-        if len(values) <= patience or None in values:
-            return False
-        if max(values[-patience:]) > max(values[:-patience]):
+        if len(values) <= patience or None in values or max(values[-patience:]) > max(values[:-patience]):
             return False
         console.say(f"train: {patience} epochs without a better AUC on the dev problems: stopped early")
         return True
 
     def best_epoch(self) -> int:
         """The epoch with the best AUC on the dev problems, without these the last one; 0 if there is none."""
-        best: tuple[float, int] = (0.0, 0)
-        for row in self.history:
-            if row["epoch"] and (self.folder / f"epoch-{row['epoch']}" / checkpoint.INFO_FILE).exists():
-                best = max(best, (row["dev_within_auc"] or 0.0, row["epoch"]))
-        return best[1]
+        trained = [row for row in self.history if row["epoch"]]
+        return max((row["dev_within_auc"] or 0.0, row["epoch"]) for row in trained)[1] if trained else 0
 
-    def conclude(self, epoch: int, held_out: list[Row]) -> None:
-        """Calibrate the chosen epoch on the dev problems and make it critic/best."""
-        info = checkpoint.verify(self.folder / f"epoch-{epoch}")
+    def conclude(self, epoch: int) -> None:
+        """Make the chosen epoch critic/best."""
         auc_of = {row["epoch"]: row["dev_within_auc"] for row in self.history}
-        if held_out and self._dev_logits(epoch).exists():
-            passed, groups = _passed_and_groups(held_out)
-            logits = np.load(self._dev_logits(epoch))
-            info = replace(
-                info,
-                temperature=fit_temperature(logits, passed),
-                combination=fit_combination(logits, _mean_logprobs(held_out), passed, groups),
-                figures={"dev_within_auc": auc_of[epoch]},
-            )
         zero_shot, best = auc_of.get(0), auc_of[epoch]
         if zero_shot is not None and best is not None and zero_shot >= best:
             console.warn(
                 "train: on the dev problems no epoch is better than the zero-shot critic "
                 f"({_figure(zero_shot)}): training has added nothing."
             )
-        self.make_best(epoch, info)
-        for file in self.folder.glob(".dev-*.npy"):
-            file.unlink()
+        self.make_best(epoch)
 
 
 def _inputs(folder: Path) -> Any:
@@ -272,11 +248,6 @@ def _passed_and_groups(rows: list[Row]) -> tuple[Flags, Groups]:
 def _mean_logprobs(rows: list[Row]) -> Floats:
     """(N,) mean log-probability of a sample's tokens; NaN where the source gave none."""
     return np.array([np.nan if s.mean_logprob is None else s.mean_logprob for _, s, _ in rows])
-
-
-def _history(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"}")]
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

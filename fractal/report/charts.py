@@ -1,13 +1,12 @@
 """Numbers -> inline SVG, for light and dark pages.
 
-matplotlib draws with stand-in colours that are then replaced by CSS variables (`var(--ink)`, ...), so the page's style
-sheet decides, also after the reader switches the scheme. Text stays text. Nothing is read or written.
+matplotlib draws with stand-in colours that are then replaced by CSS variables, so that the page's style sheet decides.
 """
 
 import functools
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import matplotlib
@@ -85,33 +84,16 @@ def chart(title: str) -> Callable[[Callable[[T], Figure]], Callable[[T], str]]:
     return decorate
 
 
-@chart("Labels by status")
-def status_bars(counts: Mapping[str, int]) -> Figure:
-    """Labels by status: one bar each, with count and share. `counts` holds at least one label."""
-    total = sum(counts.values())
-    figure, axes = _figure(0.27 * len(counts) + 0.4)
-    names, values = [spaced(name) for name in counts], list(counts.values())
-    axes.barh(names, values, color=[GREEN if name == "passed" else GREY for name in counts], height=0.66)
-    for row, value in enumerate(values):
-        _note(axes, f"{value:,}  ({value / total:.1%})", (value, row), (4, 0), ha="left", va="center")
-    axes.set_xlim(0, max(values) * 1.32)
-    axes.invert_yaxis()
-    axes.grid(False)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    return figure
-
-
 @chart("Pass rate of each strategy with its interval")
 def strategy_intervals(results: Sequence[StrategyResult]) -> Figure:
-    """One dot with its interval per strategy, and a line at the baseline."""
     figure, axes = _figure(0.34 * len(results) + 0.6)
     for row, result in enumerate(results):
         name, interval = result.strategy, result.pass_rate
         color = SERIES.get(name, (INK, ""))[0]
         axes.plot([interval.low, interval.high], [row, row], color=color, solid_capstyle="round", linewidth=2.4)
         axes.plot([interval.mean], [row], "o", color=color, markersize=7)
-        _note(axes, f"{interval.mean:.1%}", (interval.mean, row), (0, 6), ha="center", va="bottom")
+        at = (interval.mean, row)
+        axes.annotate(f"{interval.mean:.1%}", at, (0, 6), textcoords="offset points", ha="center", fontsize=8.5)
         if name == BASELINE:
             axes.axvline(interval.mean, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
     axes.set_yticks(range(len(results)), [spaced(result.strategy) for result in results])
@@ -145,7 +127,6 @@ def best_of_k(curves: Curves) -> Figure:
 
 @chart("ROC curves of the critic")
 def roc(curves: Sequence[RocCurve]) -> Figure:
-    """True against false positive rate, all samples pooled and within a problem."""
     styles = {"pooled": (ORANGE, "--"), "within problem": (BLUE, "-")}
     figure, axes = _figure(3.6)
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.2)
@@ -245,10 +226,6 @@ def _band(axes: Axes, xs: Sequence[float], intervals: Sequence[Interval], color:
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], *, ha: str, va: str) -> None:
-    axes.annotate(text, at, offset, textcoords="offset points", ha=ha, va=va, fontsize=8.5)
 
 
 def _percent(axes: Axes, side: str) -> None:

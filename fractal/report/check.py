@@ -1,8 +1,7 @@
 """`fractal report --check`: every figure of a report computed again from the run folder, and compared.
 
-Numbers agree if they differ by no more than one part in 10^9, everything else if it is equal. Nothing in the folder is
-written or locked. The choices are made again from labels and scores, the numbers from the choices, and the page, the
-table and summary.json from the numbers. Of a report that other code than this made, only the numbers are compared.
+Choices are made again from labels and scores, and all else from the choices; nothing in the folder is written or
+locked. Of a report that other code than this made, only the numbers are compared.
 """
 
 import itertools
@@ -20,7 +19,7 @@ from fractal.report.criteria import element_name
 from fractal.report.inputs import NUMBERS, PAGE, TABLE, inputs
 from fractal.rundir import RunDir
 from fractal.selection.outcomes import read_outcomes
-from fractal.selection.splits import recorded_splits
+from fractal.selection.splits import measured_splits
 from fractal.selection.strategies import choose
 
 TOLERANCE = 1e-9  # of the larger number
@@ -60,7 +59,7 @@ def compare(folder: RunDir) -> tuple[int, list[str]]:
         numbers = json.loads(stored[NUMBERS])
     except ValueError as error:
         raise InputError(f"{folder.file(NUMBERS)}: is cut short or no JSON: {error}. {_remedy(folder)}") from error
-    splits = recorded_splits(folder.manifest["config"], folder.problems().values(), folder.labels())
+    splits = measured_splits(folder.manifest["config"], folder.problems().values(), folder.labels())
     choices = choose(read_outcomes(folder, splits))
     report = make.make(folder, made_with.get("bill", {}), choices)
     before = [*_leaves(numbers), *_picks(read_jsonl(folder.file("selection.jsonl"), Choice))]

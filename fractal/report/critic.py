@@ -32,21 +32,16 @@ class CriticMetrics:
 
 def measure(evaluated: Mapping[str, Sequence[Outcome]]) -> tuple[CriticMetrics | None, list[RocCurve]]:
     """Metrics, and the ROC curves pooled and within a problem; a curve that does not exist is left out."""
-    scored = [
-        (task, outcome.score, outcome.passed)
-        for task, outcomes in evaluated.items()
-        for outcome in outcomes
-        if outcome.score
-    ]
+    scored = [(outcome.score, outcome.passed) for own in evaluated.values() for outcome in own if outcome.score]
     if not scored:
         return None, []
-    tasks = [task for task, _, _ in scored]
-    logits = [score.score for _, score, _ in scored]
-    probabilities = [score.probability for _, score, _ in scored]
-    passed = [verdict for _, _, verdict in scored]
+    tasks = [score.task_id for score, _ in scored]
+    logits = [score.score for score, _ in scored]
+    probabilities = [score.probability for score, _ in scored]
+    passed = [verdict for _, verdict in scored]
     right: dict[str, list[bool]] = {}
-    for task, score, verdict in scored:
-        right.setdefault(task, []).append((score.probability >= 0.5) == verdict)
+    for score, verdict in scored:
+        right.setdefault(score.task_id, []).append((score.probability >= 0.5) == verdict)
     accuracy_interval = bootstrap_interval(
         [sum(verdicts) / len(verdicts) for verdicts in right.values()],
         weights=[len(verdicts) for verdicts in right.values()],
@@ -72,14 +67,8 @@ def rank_auc(evaluated: Mapping[str, Sequence[Outcome]]) -> dict[str, WithinProb
     """Of each order of samples, over those whose rank is known; an order that knows no rank is left out."""
     aucs = {}
     for strategy in RANKED:
-        tasks, ranks, passed = [], [], []
-        for task, outcomes in evaluated.items():
-            for outcome in outcomes:
-                rank = RANKINGS[strategy](outcome)
-                if rank is not None:
-                    tasks.append(task)
-                    ranks.append(rank)
-                    passed.append(outcome.passed)
-        if ranks:
-            aucs[strategy] = metrics.within_problem_auc(ranks, passed, tasks)
+        ranked = [(RANKINGS[strategy](outcome), outcome) for own in evaluated.values() for outcome in own]
+        known = [(rank, o.passed, o.sample.task_id) for rank, o in ranked if rank is not None]
+        if known:
+            aucs[strategy] = metrics.within_problem_auc(*zip(*known, strict=True))
     return aucs

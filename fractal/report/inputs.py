@@ -9,18 +9,19 @@ from typing import Any
 from fractal.jsonl import encode
 from fractal.rundir import RunDir
 
-RECORDS = ("problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl", "selection.jsonl")
-FILES = (*RECORDS, "outputs.jsonl", "critic/metrics.jsonl", "critic/splits.json")  # all that a report reads
+FILES = (  # all that a report reads
+    "problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl", "selection.jsonl", "outputs.jsonl",
+    "critic/metrics.jsonl", "critic/splits.json",
+)  # fmt: skip
 PAGE, TABLE, NUMBERS = "report/index.html", "report/table.txt", "summary.json"  # what it consists of
 
 
 def inputs(folder: RunDir) -> dict[str, Any]:
     """Digests of records, manifest and code, versions of packages, and the bill until now."""
     manifest = without_report(folder.manifest, {"price_usd_per_hour": None, "cost_usd": None})
-    files = {name: folder.file(name) for name in FILES}
     return {
-        "files": {name: _sha256(file.read_bytes()) for name, file in files.items() if file.exists()},
-        "manifest": _sha256(encode(manifest)),
+        "files": {name: folder.digest(name) for name in FILES},
+        "manifest": hashlib.sha256(encode(manifest)).hexdigest(),
         "code": code_digest(),
         "packages": {name: metadata.version(name) for name in ("matplotlib", "numpy", "pygments")},
         "bill": {name: folder.manifest.get(name) for name in ("price_usd_per_hour", "cost_usd")},
@@ -47,7 +48,3 @@ def without_report(manifest: dict[str, Any], bill: dict[str, Any]) -> dict[str, 
     kept["stages"].pop("report", None)
     kept["config"].pop("report", None)
     return kept | bill
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -18,7 +18,7 @@ from fractal.report.programs import problem_details
 from fractal.report.summary import Summary, build
 from fractal.report.table import as_text, table
 from fractal.rundir import RunDir
-from fractal.selection.splits import recorded_splits
+from fractal.selection.splits import measured_splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def make(folder: RunDir, bill: dict[str, Any], choices: list[Choice]) -> Report:
         labels,
         scores,
         choices,
-        splits=recorded_splits(folder.manifest["config"], problems, labels),
+        splits=measured_splits(folder.manifest["config"], problems, labels),
         split_accuracies=read_split_accuracies(folder),
     )
     fields = summary_fields(summary, bill.get("cost_usd"))

@@ -1,8 +1,6 @@
-"""Summary -> one HTML page that needs nothing else, from page.html.
+"""Summary -> one HTML page that needs nothing else, from page.html, which allows its one script by hash.
 
-Prompts, programs, details and names are foreign: all are escaped, and characters that do not show, or that turn the
-direction of text, are spelt out. The page's policy allows its one script by hash and no request at all; without
-scripts everything can still be read. Pure.
+Foreign text is escaped, and characters that do not show, or that turn the direction of text, are spelt out.
 """
 
 import base64
@@ -21,22 +19,8 @@ from fractal.report.findings import findings, headline
 from fractal.report.number_text import dash, number, percent, plain_span, points, seconds, spaced, span, visible, when
 from fractal.report.programs import CodeFilter, ProblemDetails
 from fractal.report.summary import Summary
-from fractal.selection.strategies import BASELINE
+from fractal.selection.strategies import BASELINE, STRATEGIES
 
-MEANING = {
-    "critic": "highest score of the critic",
-    "random": "any sample, exact expectation",
-    "first": "the first sample",
-    "mean_logprob": "highest log-probability per token",
-    "sum_logprob": "highest log-probability",
-    "shortest": "shortest program",
-    "zero_shot": "the model's own yes or no, before any training",
-    "critic_logprob": "critic and log-probability, weights from train problems",
-    "consensus": "the output most samples agree on, on visible inputs",
-    "visible_test": "any that passes the test in the prompt, exact expectation",
-    "visible_test_critic": "highest score among those that pass it",
-    "oracle": "a passing sample if there is one: the ceiling",
-}
 FILTERS = (dash, measured, number, percent, plain_span, points, seconds, spaced, span, when)
 
 
@@ -64,7 +48,7 @@ def page(
         headline=headline(summary),
         findings=findings(summary),
         charts=_charts(summary),
-        meaning=MEANING,
+        meaning=STRATEGIES,
         opened=details or {},
         verdicts=verdicts,
         manifest=json.dumps(manifest, indent=1, ensure_ascii=False) if manifest else "",
@@ -79,7 +63,6 @@ def _charts(summary: Summary) -> dict[str, Markup]:
     """Chart name -> SVG; a chart without data is left out."""
     curves, critic = summary.curves, summary.critic
     data: dict[Callable[[Any], str], Any] = {
-        charts.status_bars: any(summary.labels_by_status.values()) and summary.labels_by_status,
         charts.strategy_intervals: summary.strategies,
         charts.best_of_k: curves and len(curves.by_strategy[BASELINE]) > 1 and curves,
         charts.reliability: critic and critic.reliability,

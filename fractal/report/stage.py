@@ -1,8 +1,4 @@
-"""Stage 6: everything -> report/index.html, summary.json, a row of LOG.md, and the table on the terminal.
-
-All that it writes follows from the records and the manifest, and from nothing else: `check` computes it again and
-compares.
-"""
+"""Stage 6: everything -> report/index.html, summary.json, a row of LOG.md, and the table on the terminal."""
 
 import sys
 
@@ -16,7 +12,7 @@ def run(folder: RunDir) -> None:
     now = inputs(folder)
     last = folder.manifest["config"].get("report")
     complete = all(folder.file(name).exists() for name in (PAGE, TABLE, NUMBERS))
-    if complete and isinstance(last, dict) and {**last, "bill": None} == {**now, "bill": None}:
+    if complete and last and {**last, "bill": None} == {**now, "bill": None}:
         console.say("report: is there, nothing to do")
         sys.stdout.write(folder.file(TABLE).read_text(encoding="utf-8"))
     else:

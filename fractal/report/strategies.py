@@ -85,7 +85,7 @@ def evaluate(choices: ByStrategy) -> list[StrategyResult]:
     for strategy, own in choices.items():
         tasks = sorted(own, key=task_order)
         values = [own[task].passed for task in tasks]
-        gain = bootstrap.bootstrap_difference(values, [choices[BASELINE][task].passed for task in tasks])
+        gain = bootstrap.bootstrap_interval([own[task].passed - choices[BASELINE][task].passed for task in tasks])
         results.append(StrategyResult(strategy, len(tasks), bootstrap.bootstrap_interval(values), gain))
     return results
 
@@ -104,7 +104,7 @@ def duels(choices: ByStrategy) -> list[Duel]:
             p_value = metrics.picks_test(round(sum(ours)), theirs)
         else:
             p_value = metrics.sign_test(wins, losses)
-        gain = bootstrap.bootstrap_difference(ours, theirs)
+        gain = bootstrap.bootstrap_interval([a - b for a, b in pairs])
         rows.append(Duel(strategy, wins, losses, len(tasks) - wins - losses, gain, p_value))
     return rows
 

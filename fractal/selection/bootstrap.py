@@ -35,7 +35,8 @@ def bootstrap_interval(values: ArrayLike, *, weights: ArrayLike | None = None, r
     """The mean of one value per problem, with its interval. Efron and Tibshirani 1993, chapter 13.
 
     With `weights` (> 0) the mean is weighted and each resample divides by its own weights. The same number of problems
-    gives the same resamples, so vectors of the same problems can be compared.
+    gives the same resamples, so vectors of the same problems can be compared. Of differences, problem by problem, the
+    interval is the paired one: what makes a problem easy or hard for both cancels out.
 
     One problem, or the same value for all, gives low == mean == high: the bootstrap has then seen no variation, which
     does not mean that there is none.
@@ -45,15 +46,6 @@ def bootstrap_interval(values: ArrayLike, *, weights: ArrayLike | None = None, r
     if (numbers == numbers[0]).all():
         return _point(numbers[0])
     return _ratio(numbers * weight, weight, resamples)
-
-
-def bootstrap_difference(values: ArrayLike, baseline: ArrayLike) -> Interval:
-    """The mean of values - baseline, problem by problem, with its paired interval.
-
-    The two hold the same problems in the same order. Both are resampled together, so what makes a problem easy or
-    hard for both cancels out. Degenerate inputs as in `bootstrap_interval`.
-    """
-    return bootstrap_interval(np.subtract(values, baseline))
 
 
 def bootstrap_bands(values: ArrayLike, *, resamples: int = RESAMPLES) -> list[Interval]:

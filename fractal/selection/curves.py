@@ -1,6 +1,7 @@
 """Curves: best of k for every k, ROC over all samples and within a problem, pass rate against coverage."""
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,7 +67,7 @@ def roc(scores: ArrayLike, passed: ArrayLike) -> RocCurve | None:
     return _curve("pooled", *_steps(score, verdict))
 
 
-def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: ArrayLike) -> RocCurve | None:
+def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Hashable]) -> RocCurve | None:
     """The mean of the problems' own ROC curves at each false positive rate, weighted by their pairs c * (n - c).
 
     Vertical averaging, Fawcett 2006 (An introduction to ROC analysis), section 9.1, at every rate where one of the
@@ -78,29 +79,25 @@ def within_problem_roc(scores: ArrayLike, passed: ArrayLike, groups: ArrayLike) 
     for rows in rows_by_group(groups):
         own = verdict[rows]
         if own.any() and not own.all():
-            curves.append((float(own.sum() * (1 - own).sum()), *_corners(score[rows], own)))
+            curves.append((float(own.sum() * (1 - own).sum()), *_steps(score[rows], own)))
     if not curves:
         return None
     # The same rate, i / m, is the same float in every problem, as division rounds correctly.
-    rates = np.unique(np.concatenate([corner for _, corner, _, _ in curves]))
+    rates = np.unique(np.concatenate([wrong for _, wrong, _ in curves]))
     total = math.fsum(weight for weight, *_ in curves)
     lower, upper = np.zeros_like(rates), np.zeros_like(rates)
-    for weight, corner, low, high in curves:
-        at = np.searchsorted(corner, rates, side="right") - 1
-        after = np.minimum(at + 1, len(corner) - 1)
-        hit = corner[at] == rates
-        with np.errstate(invalid="ignore"):
-            part = np.where(hit, 0.0, (rates - corner[at]) / (corner[after] - corner[at]))
-        rising = high[at] + np.where(hit, 0.0, part * (low[after] - high[at]))
-        upper += weight / total * rising
-        lower += weight / total * np.where(hit, low[at], rising)
+    for weight, wrong, right in curves:  # where a curve rises steeply, interp takes the last of the points
+        upper += weight / total * np.interp(rates, wrong, right)
+        lower += weight / total * np.interp(-rates[::-1], -wrong[::-1], right[::-1])[::-1]
     return _curve("within problem", np.repeat(rates, 2), np.ravel(np.column_stack([lower, upper])))
 
 
-def rows_by_group(groups: ArrayLike) -> list[NDArray[np.intp]]:
-    """The row numbers of each group, by rising group."""
-    order = np.argsort(groups, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(np.take(groups, order))) + 1)
+def rows_by_group(groups: Sequence[Hashable]) -> list[NDArray[np.intp]]:
+    """The row numbers of each group, groups in the order in which they first appear."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return [np.array(numbers, dtype=np.intp) for numbers in rows.values()]
 
 
 def _steps(scores: Floats, passed: Floats) -> tuple[Floats, Floats]:
@@ -110,13 +107,6 @@ def _steps(scores: Floats, passed: Floats) -> tuple[Floats, Floats]:
     last = np.r_[np.flatnonzero(scores[1:] != scores[:-1]), len(scores) - 1]  # of each group
     right, wrong = np.cumsum(passed)[last], np.cumsum(1 - passed)[last]
     return np.r_[0.0, wrong / wrong[-1]], np.r_[0.0, right / right[-1]]
-
-
-def _corners(scores: Floats, passed: Floats) -> tuple[Floats, Floats, Floats]:
-    """A ROC curve's false positive rates, and the lowest and highest true positive rate at each."""
-    wrong, right = _steps(scores, passed)
-    rates, first = np.unique(wrong, return_index=True)
-    return rates, right[first], right[np.r_[first[1:], len(wrong)] - 1]
 
 
 def _curve(name: str, false_positive: Floats, true_positive: Floats) -> RocCurve:

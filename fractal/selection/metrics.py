@@ -6,7 +6,7 @@ Intervals are in bootstrap.py, curves in curves.py.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -59,7 +59,7 @@ def auc(scores: ArrayLike, passed: ArrayLike) -> float | None:
     return None if curve is None else curve.area
 
 
-def within_problem_auc(scores: ArrayLike, passed: ArrayLike, groups: ArrayLike) -> WithinProblemAuc:
+def within_problem_auc(scores: ArrayLike, passed: ArrayLike, groups: Sequence[Hashable]) -> WithinProblemAuc:
     """Share of the pairs of a passing and a failing sample of the same problem that the scores order rightly.
 
     `groups` names each sample's problem. All pairs count the same, so a problem counts by its number of pairs
@@ -91,7 +91,7 @@ def majority_accuracy(passed: ArrayLike) -> float:
     return max(share, 1 - share)
 
 
-def problem_mean_accuracy(passed: ArrayLike, groups: ArrayLike) -> float:
+def problem_mean_accuracy(passed: ArrayLike, groups: Sequence[Hashable]) -> float:
     """Accuracy of predicting each problem's own majority label for all of its samples.
 
     What an oracle reaches that knows how hard each problem is and never looks at a program.

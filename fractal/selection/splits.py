@@ -25,27 +25,21 @@ def parse_splits(text: str) -> list[str]:
     return [split for split in SPLITS if split in names]
 
 
-def evaluation_splits(
-    problems: Collection[Problem], labels: Iterable[Label], names: Sequence[str] | None = None
+def measured_splits(
+    config: Mapping[str, Any], problems: Collection[Problem], labels: Iterable[Label]
 ) -> tuple[Split, ...]:
-    """The splits on which strategies are measured: those named, else the first of them that has labels.
+    """The splits on which strategies are measured: those that a run's `config` of selection names.
 
-    By default: test, else validation, else the few-shot prompts, else train. The critic is trained on train problems
-    only, so it is new to all others. In the order of records.SPLITS.
+    By default the first that has labels of test, validation, the few-shot prompts, and train. The critic is trained on
+    train problems only, so it is new to all others. In the order of records.SPLITS.
     """
+    names = config.get("select", {}).get("on")
     if names is not None:
         return tuple(cast(Split, split) for split in SPLITS if split in names)
     labelled = {label.task_id for label in labels}
     present = {problem.split for problem in problems if problem.task_id in labelled}
     order: tuple[Split, ...] = ("test", "validation", "prompt", "train")
     return (next((split for split in order if split in present), "test"),)
-
-
-def recorded_splits(
-    config: Mapping[str, Any], problems: Collection[Problem], labels: Iterable[Label]
-) -> tuple[Split, ...]:
-    """The splits that a run's selection was made on, from its manifest's `config`: the report measures the same."""
-    return evaluation_splits(problems, labels, config.get("select", {}).get("on"))
 
 
 def join_splits(splits: Sequence[str]) -> str:

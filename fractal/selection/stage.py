@@ -5,7 +5,7 @@ from fractal.errors import InputError
 from fractal.jsonl import write_jsonl
 from fractal.rundir import RunDir
 from fractal.selection.outcomes import count_unscored, read_outcomes
-from fractal.selection.splits import SEEN, evaluation_splits, join_splits, parse_splits
+from fractal.selection.splits import SEEN, join_splits, measured_splits, parse_splits
 from fractal.selection.strategies import choose
 
 FILES = ("problems.jsonl", "samples.jsonl", "labels.jsonl", "scores.jsonl", "outputs.jsonl")  # that decide
@@ -28,7 +28,7 @@ def run(folder: RunDir, on: str | None = None) -> None:
     if missing := [split for split in names or () if split not in labelled]:
         known = ", ".join(sorted(labelled)) or "none"
         raise InputError(f"--on {','.join(names or ())}: the run has no labelled {missing[0]} problem, only {known}.")
-    splits = evaluation_splits(problems.values(), labels, names)
+    splits = measured_splits({"select": config}, problems.values(), labels)
     with folder.stage("select", "selection.jsonl"):
         evaluated = read_outcomes(folder, splits)
         choices = choose(evaluated)

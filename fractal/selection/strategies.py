@@ -2,21 +2,6 @@
 
 The verdict of a sample decides whether a pick passed; no strategy but the oracle looks at it to pick, and the two that
 filter look at the verdict on the one test that the prompt shows.
-
-| strategy | picks | from |
-|---|---|---|
-| critic | the highest logit of the critic | Cobbe et al. 2021, arXiv:2110.14168: a verifier ranks samples |
-| random | any: exact expectation | Chen et al. 2021, arXiv:2107.03374: pass@1 |
-| first | sample 0 | one draw, what a user without a choice gets |
-| mean_logprob | the highest log-probability per token | Chen et al. 2021, section 3.3 |
-| sum_logprob | the highest log-probability | Chen et al. 2021, section 3.3 |
-| shortest | the shortest program | guards against a critic that only sees length |
-| zero_shot | logit of Yes minus No before training | Kadavath et al. 2022, arXiv:2207.05221: P(True) |
-| critic_logprob | critic and mean log-probability, fitted on train problems | Ni et al. 2023, arXiv:2302.08468 |
-| consensus | whose outputs on the visible inputs most samples share | Shi et al. 2022, arXiv:2204.11454: MBR-Exec |
-| visible_test | any that passes the visible test: exact expectation | Li et al. 2022, arXiv:2203.07814: filtering |
-| visible_test_critic | the critic's among those | both |
-| oracle | one that passes, if any does | pass@n, the ceiling |
 """
 
 import math
@@ -27,10 +12,20 @@ from fractal.records import Choice
 from fractal.selection.outcomes import Outcome
 
 BASELINE = "random"  # every gain is measured against it
-STRATEGIES: tuple[str, ...] = (
-    "critic", BASELINE, "first", "mean_logprob", "sum_logprob", "shortest", "zero_shot", "critic_logprob", "consensus",
-    "visible_test", "visible_test_critic", "oracle",
-)  # fmt: skip
+STRATEGIES = {  # what each picks, and whose it is
+    "critic": "highest score of the critic",  # Cobbe et al. 2021, arXiv:2110.14168: a verifier ranks samples
+    BASELINE: "any sample, exact expectation",  # Chen et al. 2021, arXiv:2107.03374: pass@1
+    "first": "the first sample",  # what a user without a choice gets
+    "mean_logprob": "highest log-probability per token",  # Chen et al. 2021, section 3.3
+    "sum_logprob": "highest log-probability",  # Chen et al. 2021, section 3.3
+    "shortest": "shortest program",  # guards against a critic that only sees length
+    "zero_shot": "the model's own yes or no, before any training",  # Kadavath et al. 2022, arXiv:2207.05221: P(True)
+    "critic_logprob": "critic and log-probability, weights from train problems",  # Ni et al. 2023, arXiv:2302.08468
+    "consensus": "the output most samples agree on, on visible inputs",  # Shi et al. 2022, arXiv:2204.11454: MBR-Exec
+    "visible_test": "any that passes the test in the prompt, exact expectation",  # Li et al. 2022, arXiv:2203.07814
+    "visible_test_critic": "highest score among those that pass it",
+    "oracle": "a passing sample if there is one: the ceiling",
+}
 
 # Of a problem's samples the highest is picked; None is "nothing known" and ranks last; ties: the lowest sample_id.
 RANKINGS: dict[str, Callable[[Outcome], float | None]] = {

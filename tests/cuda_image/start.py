@@ -97,7 +97,7 @@ def main() -> None:
         outputs = sum(len(done) for done in engine.generate(requests))
     else:
         vllm_pooling.LLM = functools.partial(vllm_pooling.LLM, **options)  # type: ignore[misc]
-        scorer = vllm_pooling.VllmScorer(Path(model()), "bfloat16", 1000)
+        scorer = vllm_pooling.PoolingEngine(Path(model()), "bfloat16", 1000)
         outputs = len(list(scorer.logits([tokens] * 4)))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(
