@@ -41,7 +41,7 @@ def run_folder(path: Path, model: Path, *, per_split: int = 8, n: int = 4) -> Pa
     samples, labels = [], []
     for problem in chosen:
         for i in range(n):
-            good = (problem.task_id + i) % 2 == 0
+            good = (int(problem.task_id) + i) % 2 == 0
             code = (
                 f"{problem.reference.strip()}\n# {i}\n" if good else f"def {problem.entry_point}(*a):\n    return {i}\n"
             )

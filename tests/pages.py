@@ -60,8 +60,8 @@ def run(tests=12, n=8, seed=1, words=HOSTILE, repeat=1):
     """Problems of all splits with samples, labels and scores that know a little."""
     rng = random.Random(seed)
     problems, samples, labels, scores = [], [], [], []
-    for task_id in range(1, tests + 7):
-        split = "train" if task_id <= 4 else "validation" if task_id <= 6 else "test"
+    for number in range(1, tests + 7):
+        task_id, split = str(number), "train" if number <= 4 else "validation" if number <= 6 else "test"
         tests_ = [f"assert f{task_id}('a') == [{i}]" for i in range(3)]
         problems.append(Problem(task_id, f"Write f{task_id}. {words}", "", tests_, "", f"f{task_id}", split))
         easy = rng.random()

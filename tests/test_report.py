@@ -169,7 +169,7 @@ def test_other_splits_do_not_leak_into_the_evaluation():
 def test_a_problem_that_lost_samples_does_not_cut_the_curves_short():
     problems, samples, labels, scores = run()
     lost = [
-        replace(one, status="sandbox_error", passed=False) if one.task_id == 7 and one.sample_id else one
+        replace(one, status="sandbox_error", passed=False) if one.task_id == "7" and one.sample_id else one
         for one in labels
     ]
     summary = build(problems, samples, lost, scores)

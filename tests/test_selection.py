@@ -294,7 +294,7 @@ def test_what_cannot_be_used_is_left_out():
     choices = choose(samples, labels)
     assert {choice.task_id for choice in choices} == {"1"}
     assert (picks(choices)["random"], picks(choices)["first"]) == ((None, 1.0), (1, 1.0))
-    assert left_out(samples, labels) == LeftOut(unlabelled=1, sandbox_error=2, problems=(2, 3))
+    assert left_out(samples, labels) == LeftOut(unlabelled=1, sandbox_error=2, problems=("2", "3"))
     assert (choose([], []), evaluate({})) == ([], [])
 
 

@@ -103,7 +103,7 @@ def test_duels_and_gap_are_the_choices_counted(whole):
             assert duel.p_value == metrics.picks_test(sum(int(a) for a, _ in pairs), [b for _, b in pairs])
         else:
             assert duel.p_value == metrics.sign_test(duel.wins, duel.losses)
-    mean = {name: sum(passed[name, task] for task in range(2, 10)) / 8 for name in ("critic", "random", "oracle")}
+    mean = {name: sum(passed[name, str(task)] for task in range(2, 10)) / 8 for name in ("critic", "random", "oracle")}
     assert measured.gap_closed.mean == pytest.approx(
         (mean["critic"] - mean["random"]) / (mean["oracle"] - mean["random"])
     )
