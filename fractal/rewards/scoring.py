@@ -9,6 +9,7 @@ the process ends. Its errors are raised: an unverified program never gets 0.
 
 import asyncio
 import atexit
+import hashlib
 import json
 import logging
 import os
@@ -183,5 +184,5 @@ def _problem_of_columns(row: Mapping[str, Any]) -> Problem:
         if key not in _rows:
             if len(_rows) >= MAX_PROBLEMS:
                 _rows.clear()
-            _rows[key] = problem_from_row(row, str(len(_rows)))
+            _rows[key] = problem_from_row(row, hashlib.sha256(key.encode()).hexdigest()[:16])
         return _rows[key]
