@@ -1,33 +1,38 @@
-"""The schemas of problem files: our own, and both of MBPP's. Reads text; runs no program."""
+"""The schemas of problem files: which one a record has, and our own. Reads text; runs no program.
 
-import ast
-from collections import Counter
+One module for each family: mbpp.py, evalplus.py, apps.py (with CodeContests), leetcode.py, livecodebench.py. What each
+reads and how results are compared: docs/formats.md.
+"""
+
 from pathlib import Path
 from typing import Any
 
 from fractal.jsonl import Line, decode, decode_object, read_lines
-from fractal.problems.syntax import syntax_tree
-from fractal.records import Problem, Split
+from fractal.problems.apps import problem_from_apps, problem_from_code_contests, problem_from_pairs, stdin_problem
+from fractal.problems.evalplus import problem_from_evalplus, problem_from_humaneval, problem_from_script
+from fractal.problems.leetcode import problem_from_leetcode
+from fractal.problems.livecodebench import problem_from_livecodebench
+from fractal.problems.mbpp import entry_point, mbpp_split, problem_from_mbpp
+from fractal.problems.values import is_arguments
+from fractal.records import Problem
+
+__all__ = ["entry_point", "mbpp_split", "problem_from_mbpp", "problem_of", "read_problems"]
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """The problems of a JSON or JSONL file (gzipped or not), in our own schema or either of MBPP's.
+    """The problems of a JSON or JSONL file (gzipped or not), in our own schema or one of those of docs/formats.md.
 
     Raises RecordError with file, line, field and what was expected; also for a duplicate task_id.
     """
     problems: list[Problem] = []
     seen: dict[str, int] = {}
-    for line in read_lines(path):
-        value = decode_object(line)
-        if "test_list" in value:
-            problem = problem_from_mbpp(line, value)
-        elif "tests" in value or "task_id" in value:
-            problem = _own_problem(line)
-        else:
-            raise line.error(
-                f"no known schema: it has {', '.join(sorted(value)) or 'no keys'}; expected test_list (MBPP's) or "
-                "tests (ours) among them"
-            )
+    lines = read_lines(path)
+    values = [decode_object(line) for line in lines]
+    if all(value.keys() == {"input", "output"} for value in values):  # the tests of one problem
+        inputs, outputs = [value["input"] for value in values], [value["output"] for value in values]
+        return [stdin_problem(lines[0], path.name.split(".")[0], "", inputs, outputs, reference="", test_limit_s=None)]
+    for line, value in zip(lines, values, strict=True):
+        problem = problem_of(line, value)
         if problem.task_id in seen:
             raise line.error(f"task_id {problem.task_id} stands already in {line.kind} {seen[problem.task_id]}")
         seen[problem.task_id] = line.number
@@ -35,92 +40,50 @@ def read_problems(path: Path) -> list[Problem]:
     return problems
 
 
-def mbpp_split(task_id: int) -> Split:
-    """The official split: 1-10 few-shot prompts, 11-510 test, 511-600 validation, the rest train.
-
-    Source: README of google-research/mbpp.
-    """
-    if task_id <= 10:
-        return "prompt"
-    if task_id <= 510:
-        return "test"
-    return "validation" if task_id <= 600 else "train"
+def problem_of(line: Line, value: dict[str, Any]) -> Problem:
+    """The problem of a record in any known schema; its fields say in which. Raises RecordError."""
+    tests = value.get("tests")
+    if "base_input" in value:
+        return problem_from_evalplus(line, value)
+    if isinstance(value.get("test"), str) and "inputs = " in value["test"] and "assertion(" in value["test"]:
+        return problem_from_script(line, value)
+    if "test_list" in value:
+        return problem_from_mbpp(line, value)
+    if "canonical_solution" in value and "test" in value:
+        return problem_from_humaneval(line, value)
+    if "public_test_cases" in value or "private_test_cases" in value:
+        return problem_from_livecodebench(line, value)
+    if "public_tests" in value:
+        return problem_from_code_contests(line, value)
+    if "input_output" in value:
+        if isinstance(value["input_output"], list):
+            return problem_from_pairs(line, value, value["input_output"])
+        return problem_from_apps(line, value)
+    if isinstance(tests, dict) and "functional" in tests:
+        return problem_from_leetcode(line, value)
+    if isinstance(tests, dict) and {"inputs", "outputs"} <= tests.keys():
+        return problem_from_pairs(line, value, tests)
+    for pairs in (tests, value.get("test_cases")):
+        if isinstance(pairs, list) and pairs and all(isinstance(pair, dict) for pair in pairs):
+            return problem_from_pairs(line, value, pairs)
+    if "tests" in value or "task_id" in value:
+        return _own_problem(line)
+    raise line.error(
+        f"no known schema: it has {', '.join(sorted(value)) or 'no keys'}; expected those of a format in "
+        "docs/formats.md, as test_list (MBPP's), base_input (EvalPlus's), input_output (APPS's) or tests (ours)"
+    )
 
 
 def _own_problem(line: Line) -> Problem:
     problem = decode(line, Problem)
     if not problem.tests:
         raise line.error("field tests: is empty, expected at least one test")
+    if problem.kind == "calls" and not all(map(is_arguments, [*problem.tests])):
+        raise line.error("field tests: of calls, expected the JSON text of a list of arguments for each")
+    if problem.expected and len(problem.expected) != len(problem.tests):
+        raise line.error(f"field expected: {len(problem.expected)} for {len(problem.tests)} tests")
+    if problem.kind == "stdin" and not problem.expected and not problem.reference:
+        raise line.error("field expected: is empty, and there is no reference whose output would be expected")
+    if problem.base_tests is not None and not 0 <= problem.base_tests <= len(problem.tests):
+        raise line.error(f"field base_tests: expected from 0 to {len(problem.tests)}, got {problem.base_tests}")
     return problem
-
-
-def _text(line: Line, value: dict[str, Any], *names: str, default: str | None = None) -> str:
-    """The first field of these names, with line ends as \n. Raises RecordError where none is a text or the default."""
-    for name in names:
-        if name in value:
-            if not isinstance(value[name], str):
-                raise line.error(f"field {name}: expected a string, got {type(value[name]).__name__}")
-            return str(value[name]).replace("\r\n", "\n").replace("\r", "\n")
-    if default is None:
-        raise line.error(f"field {' or '.join(names)} is missing")
-    return default
-
-
-def _texts(line: Line, value: dict[str, Any], name: str) -> list[str]:
-    """A list of strings, with line ends as \n; empty where the field is missing. Raises RecordError."""
-    items = value.get(name, [])
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise line.error(f"field {name}: expected a list of strings")
-    return [item.replace("\r\n", "\n").replace("\r", "\n").strip() for item in items]
-
-
-def problem_from_mbpp(line: Line, value: dict[str, Any]) -> Problem:
-    """One problem of MBPP: `text` and `test_setup_code` in the full set, `prompt` and `test_imports` in the sanitized.
-
-    References have CRLF line ends there. `challenge_test_list` is not used: the published results do not use it.
-    """
-    task_id = value.get("task_id")
-    if type(task_id) is not int:
-        raise line.error(f"field task_id: expected an integer, got {type(task_id).__name__}")
-    tests = _texts(line, value, "test_list")
-    if not tests:
-        raise line.error("field test_list: is empty, expected at least one test")
-    reference = _text(line, value, "code")
-    setup_code = _text(line, value, "test_setup_code", default="").strip()
-    setup = "\n".join(filter(None, [*_texts(line, value, "test_imports"), setup_code]))
-    try:
-        entry = entry_point(reference, tests)
-    except ValueError as error:
-        raise line.error(str(error)) from None
-    return Problem(
-        task_id=str(task_id),
-        prompt=_text(line, value, "prompt", "text").strip(),
-        reference=reference.strip("\n") + "\n",
-        tests=tests,
-        setup=setup,
-        entry_point=entry,
-        split=mbpp_split(task_id),
-    )
-
-
-def entry_point(reference: str, tests: list[str]) -> str:
-    """The name that the tests call and the reference defines; functions before classes, the most used first.
-
-    Raises ValueError if there is none, or if a program does not parse.
-    """
-    try:
-        program = syntax_tree(reference)
-        trees = [syntax_tree(test) for test in tests]
-    except ValueError as error:
-        raise ValueError(f"the reference or a test is not Python: {error}") from error
-    functions = {n.name for n in program.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
-    others = {n.name for n in program.body if isinstance(n, ast.ClassDef)}
-    for node in program.body:
-        if isinstance(node, ast.Assign):
-            others |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    used = Counter(n.id for t in trees for n in ast.walk(t) if isinstance(n, ast.Name))
-    for names in (functions, others):
-        for name, _ in used.most_common():
-            if name in names:
-                return name
-    raise ValueError("no name that the tests use is defined in the reference")
