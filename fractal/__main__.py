@@ -82,7 +82,8 @@ ON_HELP = "Splits to measure on, as test,validation. Default: the run's own, els
 On = Annotated[str | None, Option("--on", help=ON_HELP, show_default=False)]
 # Help that is longer than a line, by option.
 HELP = {
-    "problems": "starter (embedded), mbpp, mbpp-sanitized (from the hub), or a JSON or JSONL file, .gz or not. "
+    "problems": "starter (embedded), mbpp, mbpp-sanitized, mbpp+, humaneval, humaneval+, livecodebench, apps, "
+    "code_contests (from the hub), or a JSON or JSONL file, .gz or not (docs/formats.md). "
     "Default: the run's own, else starter.",
     "model": "A folder or a hub id. Default: the run's own, else the embedded smollm2-135m-instruct.",
     "backend": "auto, vllm, transformers, or openai (a served model: give --base-url and its name as --model); "
@@ -95,6 +96,7 @@ HELP = {
     "backends, by /completions. Without it: /chat/completions.",
     "criterion": "What the run is to reach, as 'critic_gain_low > 0' or 'val_accuracy >= 80 %'; may stand several "
     "times. Noted before anything is drawn, judged in the report. Names: fractal report --help.",
+    "tests": "Of sets that have both, as mbpp+ and humaneval+: base, plus or all. Default: all.",
     "allow": "Run although these protections are missing, as memory_limit,pids_limit; they are noted.",
     "socket": "Use the sandbox that listens on this Unix socket (fractal serve); no Docker needed.",
     "http": "Serve HTTP on this port, as 8080, or address, as 0.0.0.0:8080 (then with an access token).",
@@ -109,6 +111,7 @@ class ProblemOptions:
     problems: Annotated[str | None, Option(help=HELP["problems"])] = None
     split: Annotated[str | None, Option(help="Which splits, as train,validation,test. Default: all.")] = None
     limit: Annotated[int | None, Option(help="Keep the first LIMIT problems of each split.")] = None
+    tests: Annotated[str | None, Option(help=HELP["tests"])] = None
 
 
 @dataclass(frozen=True)
@@ -260,10 +263,10 @@ def _problem_set(folder: "RunDir", options: ProblemOptions) -> "ProblemSet":
 
     known = folder.manifest["config"].get("problems")
     if options.problems is None and known is not None:
-        if options.split is not None or options.limit is not None:
-            raise InputError("--split and --limit go with --problems; this run has its problems already.")
+        if (options.split, options.limit, options.tests) != (None, None, None):
+            raise InputError("--split, --limit and --tests go with --problems; this run has its problems already.")
         return ProblemSet(known["name"], list(folder.problems().values()), known["digest"])
-    return load(options.problems or "starter", options.split, options.limit)
+    return load(options.problems or "starter", options.split, options.limit, options.tests)
 
 
 def _record_criteria(folder: "RunDir", options: CriteriaOptions) -> None:
@@ -341,7 +344,8 @@ def adopt(
 def verify(
     *,
     run: Annotated[Path | None, Option("--run", help="A run folder.")] = None,
-    problems: Annotated[Path | None, Option(help="Sandbox-only run: the problems' file.")] = None,
+    problems: Annotated[str | None, Option(help="Sandbox-only run: the problems' file, or a set's name.")] = None,
+    tests: Annotated[str | None, Option(help=HELP["tests"])] = None,
     samples: Annotated[
         Path | None, Option(help="Sandbox-only run: samples, ours or of HumanEval and EvalPlus.")
     ] = None,
@@ -354,12 +358,14 @@ def verify(
     Either --run RUN, or --problems P --samples S --out L.
     """
     limits, keywords = options.limits, options.keywords
-    if run is not None and problems is samples is out is None:
+    if run is not None and problems is None and samples is out is None:
         files = run / "samples.jsonl", run / "labels.jsonl"
     elif run is None and problems and samples and out:
         files = samples, out
     else:
         raise InputError("give either --run RUN, or all of --problems P --samples S --out L.")
+    if run is not None and tests is not None:
+        raise InputError("--tests goes with --problems; a run has its tests already.")
     with _container_ahead(*files, limits, keywords) as ahead:
         from fractal.verify import counts, stage
 
@@ -370,7 +376,7 @@ def verify(
             assert problems is not None
             assert samples is not None
             assert out is not None
-            tally = stage.run_files(problems, samples, out, limits, ahead=ahead, **keywords)
+            tally = stage.run_files(problems, samples, out, limits, tests, ahead=ahead, **keywords)
         console.say(counts.problem_table(tally, complete=by_problem))
         console.say(counts.status_table(tally))
     _report_failed_labels(tally.errors)

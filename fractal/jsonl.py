@@ -23,6 +23,16 @@ from fractal.errors import InputError, OutsideError, RecordError
 
 BLOCK = 1 << 18  # bytes read or written at once
 _encoder = msgspec.json.Encoder()
+# First bytes of files that people give for JSON, and what to do with them.
+OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive, expected JSON or JSONL, gzipped or not. Unpack it and give the file in it.",
+    b"\xff\xfe": "UTF-16 text, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.",
+    b"\xfe\xff": "UTF-16 text, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd, expected JSON or JSONL, gzipped or not. Unpack it: zstd -d.",
+    b"BZh": "compressed with bzip2, expected JSON or JSONL, gzipped or not. Unpack it: bunzip2.",
+    b"\xfd7zX": "compressed with xz, expected JSON or JSONL, gzipped or not. Unpack it: unxz.",
+    b"PAR1": "a Parquet file, expected JSON or JSONL. Convert it: datasets.Dataset.from_parquet(FILE).to_json(OUT).",
+}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -65,7 +75,11 @@ def iter_lines(path: Path, *, own: bool = False, watch: Callable[[float], None] 
     try:
         with path.open("rb", buffering=0) as raw:
             file = io.BufferedReader(raw, BLOCK)
-            gzipped = file.peek(2)[:2] == b"\x1f\x8b"
+            beginning = file.peek(4)[:4]
+            for mark, refused in OTHER_FORMATS.items():
+                if beginning.startswith(mark):
+                    raise RecordError(f"{path}: is {refused}")
+            gzipped = beginning[:2] == b"\x1f\x8b"
             lines: Iterable[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK) if gzipped else file
             size = os.fstat(raw.fileno()).st_size if watch else 0
             for number, data in enumerate(lines, 1):
@@ -112,9 +126,9 @@ def decode(line: Line, kind: type[T]) -> T:
 
 
 def decode_object(line: Line) -> dict[str, Any]:
-    """A line of a foreign format as a plain dict. Raises RecordError."""
+    """A line of a foreign format as a plain dict; NaN and Infinity as Python's json has them. Raises RecordError."""
     try:
-        value = parse(line.data, Any)
+        value = parse(line.data, Any, python=True)
     except MALFORMED as error:
         raise line.error(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -137,18 +151,24 @@ def _elements(data: bytes) -> list[bytes]:
     try:
         return [bytes(raw) for raw in msgspec.json.decode(data, type=list[msgspec.Raw])]
     except msgspec.DecodeError:
-        return [encode(value) for value in parse(data, list[Any])]
+        values = parse(data, Any, python=True)
+        if not isinstance(values, list):
+            raise
+        return [json.dumps(value).encode("ascii") for value in values]
 
 
 MALFORMED = (msgspec.DecodeError, UnicodeError, RecursionError)  # what parse raises
 
 
-def parse(data: bytes, kind: Any) -> Any:
-    """JSON as a value of a type. msgspec refuses escaped lone surrogates, which `encode` writes: json reads those."""
+def parse(data: bytes, kind: Any, *, python: bool = False) -> Any:
+    """JSON as a value of a type. msgspec refuses escaped lone surrogates, which `encode` writes: json reads those.
+
+    `python`: what Python's json writes beyond JSON is read, too: NaN, Infinity, and numbers beyond any float.
+    """
     try:
         return _decoder(kind).decode(data)
     except msgspec.DecodeError as error:
-        if b"\\ud" not in data.lower():
+        if not python and b"\\ud" not in data.lower():
             raise
         try:
             value = json.loads(data)

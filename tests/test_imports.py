@@ -34,11 +34,11 @@ MAY_IMPORT = {
         "server",
         "audit",
     },
-    "problems": set(),
+    "problems": {"sandbox"},  # what calls are made of: inside/protocol.py
     "generate": {"problems", "install"},
     "sandbox": {"install"},
     "verify": {"problems", "generate", "sandbox", "install"},
-    "critic": {"generate", "install"},
+    "critic": {"problems", "generate", "install"},
     "selection": set(),
     "report": {"problems", "generate", "selection"},
     "rewards": {"problems", "generate", "sandbox"},

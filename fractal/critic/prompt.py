@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from fractal.generate.models import context_length
+from fractal.problems.visible import visible_test
 from fractal.records import Problem, Sample
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
@@ -18,8 +19,10 @@ def question(problem: Problem, code: str) -> str:
 
     The problem comes first: its tokens are the same for all samples, so that their states are computed once.
     """
+    example = visible_test(problem)
+    shown = f"It should pass this test and others that are not shown:\n{example}\n\n" if example else ""
     return (
-        f"Task:\n{problem.prompt}\n\nIt should pass this test and others that are not shown:\n{problem.tests[0]}\n\n"
+        f"Task:\n{problem.prompt}\n\n{shown}"
         f"Program:\n```python\n{code.strip()}\n```\n\nDoes the program pass all tests? Answer Yes or No."
     )
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fractal.errors import InputError
 from fractal.generate import models
 from fractal.generate.engine import Request, Sampling
+from fractal.problems.visible import visible_test
 from fractal.records import Problem
 
 VERSION = 2  # goes into the run's configuration: other prompts, other samples
@@ -23,13 +24,18 @@ STOPS = [FENCE_END, "\nassert ", "\nprint(", "\nif __name__", "\n# Test", "\n# E
 
 
 def question(problem: Problem) -> str:
-    """The user's message. Only the first test is shown; the label uses all of them.
+    """The user's message. Only the first test is shown, where it can be; the label uses all of them.
 
     Naming the function doubled SmolLM2-135M's pass rate on the starter set (docs/log.md, 2026-11-24).
     """
-    return (
-        f"{problem.prompt}\nThe function must be named `{problem.entry_point}`. Example of its use:\n{problem.tests[0]}"
-    )
+    example = visible_test(problem)
+    if problem.kind == "stdin":
+        task = f"{problem.prompt}\nThe program must read standard input and write to standard output."
+        return f"{task} Example:\n{example}" if example else task
+    if problem.prefix == problem.prompt != "":
+        return f"Complete this function:\n```python\n{problem.prompt.rstrip()}\n```"
+    task = f"{problem.prompt}\nThe function must be named `{problem.entry_point}`."
+    return f"{task} Example of its use:\n{example}" if example else task
 
 
 def render(problem: Problem, apply_chat_template: Callable[..., Any]) -> str:

@@ -218,7 +218,7 @@ def to_sample(completion: Completion, problem: Problem, sampling: Sampling, mode
         task_id=problem.task_id,
         sample_id=request.sample_id,
         completion=reply,
-        code=extract_code(reply, problem.entry_point),
+        code=extract_code(reply, problem.entry_point, problem.prefix),
         finish_reason="stop" if completion.stopped else "length",
         tokens=completion.tokens,
         sum_logprob=None if completion.sum_logprob is None else round(completion.sum_logprob, 6),

@@ -13,7 +13,9 @@ def problem_from_apps(line: Line, value: dict[str, Any]) -> Problem:
     """One problem; the reference is the first of its solutions that is Python 3."""
     tests = json_field(line, value, "input_output")
     if not isinstance(tests, dict) or not isinstance(tests.get("inputs"), list) or not tests["inputs"]:
-        raise line.error("field input_output: expected JSON text with inputs and outputs; a problem without tests has no verdict")
+        raise line.error(
+            "field input_output: expected JSON text with inputs and outputs; a problem without tests has no verdict"
+        )
     inputs, outputs = tests["inputs"], tests.get("outputs")
     if not isinstance(outputs, list) or len(outputs) != len(inputs):
         raise line.error("field input_output: expected as many outputs as inputs")
@@ -54,7 +56,11 @@ def problem_from_code_contests(line: Line, value: dict[str, Any]) -> Problem:
     inputs, outputs = [], []
     for field in ("public_tests", "private_tests", "generated_tests"):
         tests = value.get(field) or {"input": [], "output": []}
-        if not isinstance(tests, dict) or not isinstance(tests.get("input"), list) or not isinstance(tests.get("output"), list):
+        if (
+            not isinstance(tests, dict)
+            or not isinstance(tests.get("input"), list)
+            or not isinstance(tests.get("output"), list)
+        ):
             raise line.error(f"field {field}: expected input and output, a list of texts each")
         inputs += tests["input"]
         outputs += tests["output"]

@@ -1,7 +1,7 @@
 """HumanEval, and EvalPlus's HumanEval+ and MBPP+, in the files of its releases and in those of the hub.
 
-HumanEval has a check script. The others have calls: arguments as JSON (EvalPlus's releases), where some stand for tuples
-and sets, which TUPLES ... say by task; or a script with the literals (the hub), of which these are read and no code is
+HumanEval has a check script. The others have calls: arguments as JSON (EvalPlus's releases), where some lists stand for
+tuples and sets, by task; or a script with the literals (the hub), of which these are read and no code is
 run. What is expected is what the reference returns, unless the script has it.
 """
 
@@ -55,7 +55,7 @@ def problem_from_evalplus(line: Line, value: dict[str, Any]) -> Problem:
     try:
         tests = [encode_value(change(args) if change else args) for inputs in calls for args in inputs]
     except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise line.error(f"field base_input or plus_input: arguments of {task_id} are not as expected: {error}") from error
+        raise line.error(f"field base_input or plus_input: not the arguments of {task_id}: {error}") from error
     if not tests:
         raise line.error("field base_input: is empty, expected at least one call")
     atol = _tolerance(line, value.get("atol", 0))
@@ -86,9 +86,9 @@ def problem_from_script(line: Line, value: dict[str, Any]) -> Problem:
     inputs, results = (_assigned(line, tree, name) for name in ("inputs", "results"))
     call = _compared_call(tree)
     if inputs is None or call is None:
-        refuse(line, "EvalPlus on the hub", "test", "not the script that is known. Take the file of EvalPlus's release, "
+        refuse(line, "EvalPlus on the hub", "test", "no script that is known. Take the file of EvalPlus's release, "
                "MbppPlus.jsonl or HumanEvalPlus.jsonl: --problems FILE")  # fmt: skip
-    name, atol = call
+    name, atol = value.get("entry_point") or call[0], call[1]
     if results is not None and len(results) != len(inputs):
         raise line.error(f"field test: {len(inputs)} inputs and {len(results)} results")
     prompt = text(line, value, "prompt")
@@ -106,7 +106,7 @@ def problem_from_script(line: Line, value: dict[str, Any]) -> Problem:
         reference=_with_end(reference),
         tests=tests,
         setup="",
-        entry_point=value.get("entry_point") or name if name == "candidate" else name,
+        entry_point=name,
         split=_split(task_id),
         kind="calls",
         expected=expected,
@@ -172,7 +172,7 @@ def _says_whether_found(name: str) -> str:
     return f"\n\n_{name} = {name}\n\n\ndef {name}(*args):\n    return _{name}(*args) is not None\n"
 
 
-# --- arguments of MBPP+: which lists stand for tuples or sets -----------------------------------------------------------
+# --- arguments of MBPP+: which lists stand for tuples or sets ---------------------------------------------------------
 # By task, as evalplus.data.mbpp.mbpp_deserialize_inputs has them (version 0.3.1).
 
 EACH = {2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596, 616, 630, 726, 740, 744, 809}
@@ -233,13 +233,20 @@ def _assigned(line: Line, tree: ast.Module, name: str) -> list[Any] | None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
             try:
-                value = ast.literal_eval(_Numbers().visit(node.value))
+                value = _literal(node.value)
             except (ValueError, TypeError, RecursionError, MemoryError, SyntaxError) as error:
                 raise line.error(f"field test: {name} is no list of literals: {error}") from error
             if not isinstance(value, list):
                 raise line.error(f"field test: {name} is no list")
             return value
     return None
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.literal_eval(_Numbers().visit(node))
 
 
 class _Numbers(ast.NodeTransformer):
@@ -251,13 +258,20 @@ class _Numbers(ast.NodeTransformer):
 
 def _compared_call(tree: ast.Module) -> tuple[str, float] | None:
     """Of `assertion(NAME(*inp), ..., ATOL)`: the name that is called, and the tolerance; None where there is none."""
-    for node in ast.walk(tree):
+    statements = [node for node in tree.body if not isinstance(node, ast.Assign)]  # those hold the literals
+    for node in (node for statement in statements for node in ast.walk(statement)):
         match node:
             case ast.Call(
                 func=ast.Name(id="assertion"),
-                args=[ast.Call(func=ast.Name(id=name), args=[ast.Starred()]), _, ast.Constant(value=int() | float() as atol)],
+                args=[
+                    ast.Call(func=ast.Name(id=name), args=[ast.Starred()]),
+                    _,
+                    ast.Constant(value=int() | float() as atol),
+                ],
             ):
                 return name, float(atol)
-            case ast.Call(func=ast.Name(id="assertion"), args=[ast.Call(func=ast.Name(id=name), args=[ast.Starred()]), _]):
+            case ast.Call(
+                func=ast.Name(id="assertion"), args=[ast.Call(func=ast.Name(id=name), args=[ast.Starred()]), _]
+            ):
                 return name, 0.0
     return None

@@ -30,14 +30,18 @@ def problem_from_livecodebench(line: Line, value: dict[str, Any]) -> Problem:
         tests += _cases(line, value, field)
     kinds = {test.get("testtype") for test in tests}
     if kinds not in ({"stdin"}, {"functional"}):
-        refuse(line, "LiveCodeBench", "testtype", f"expected stdin or functional, one for all tests, got {sorted(map(str, kinds))}")
+        refuse(
+            line,
+            "LiveCodeBench",
+            "testtype",
+            f"expected stdin or functional, one for all tests, got {sorted(map(str, kinds))}",
+        )
     metadata = json_field(line, value, "metadata", {})
     starter = text(line, value, "starter_code", default="")
     inputs = [_text(line, test, "input") for test in tests]
     outputs = [_text(line, test, "output") for test in tests]
-    name = ""
+    name = metadata.get("func_name") if isinstance(metadata, dict) and kinds == {"functional"} else ""
     if kinds == {"functional"}:
-        name = metadata.get("func_name") if isinstance(metadata, dict) else None
         if not isinstance(name, str):
             raise line.error("field metadata: expected func_name, the method that the tests call")
         try:
@@ -67,8 +71,9 @@ def _cases(line: Line, value: dict[str, Any], field: str) -> list[dict[str, Any]
         try:
             source = unpickled_text(base64.b64decode(source, validate=True))
         except (ValueError, binascii.Error, zlib.error) as error:
-            raise line.error(f"LiveCodeBench, field {field}: neither JSON text nor a pickled text: {error}. Pickled objects "
-                             "are never loaded") from error  # fmt: skip
+            raise line.error(
+                f"LiveCodeBench, field {field}: neither JSON text nor a pickled text: {error}. No pickle is ever loaded"
+            ) from error
     cases = json_field(line, {field: source}, field, [])
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
         raise line.error(f"field {field}: expected a list of input, output and testtype")

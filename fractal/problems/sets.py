@@ -1,19 +1,41 @@
-"""Problem sets by name: the embedded starter set, MBPP from the hub, and files (formats.py reads those)."""
+"""Problem sets by name: the embedded starter set, the hub's, and files (formats.py reads those)."""
 
 import hashlib
-import json
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fractal.errors import InputError, OutsideError, RecordError
 from fractal.jsonl import Line, encode
-from fractal.problems.formats import problem_from_mbpp, read_problems
+from fractal.problems.formats import problem_of, read_problems
 from fractal.records import SPLITS, Problem, task_order
 
 STARTER = Path(__file__).with_name("starter.jsonl")
-HUB = "google-research-datasets/mbpp"
-HUB_CONFIGS = {"mbpp": "full", "mbpp-sanitized": "sanitized"}
+TESTS = ("all", "base", "plus")
+
+
+class HubSet(NamedTuple):
+    """Where a set is on the hub."""
+
+    repository: str
+    config: str | None = None
+    split: str | None = None  # None: all
+
+
+HUB_SETS = {
+    "mbpp": HubSet("google-research-datasets/mbpp", "full"),
+    "mbpp-sanitized": HubSet("google-research-datasets/mbpp", "sanitized"),
+    "mbpp+": HubSet("evalplus/mbppplus"),
+    "humaneval": HubSet("openai/openai_humaneval"),
+    "humaneval+": HubSet("evalplus/humanevalplus"),
+    "livecodebench": HubSet("livecodebench/code_generation_lite", "release_latest"),
+    "apps": HubSet("codeparrot/apps"),
+    "code_contests": HubSet("deepmind/code_contests", None, "test"),
+}
+
+
+BY_SPLIT = ("apps", "code_contests")  # sets whose own train split is ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +50,20 @@ class ProblemSet:
         return {p.task_id: p for p in self.problems}
 
 
-def load(source: str, splits: str | None = None, limit: int | None = None) -> ProblemSet:
-    """The problems of `starter`, `mbpp`, `mbpp-sanitized` or a file; `splits` as "train,validation", None for all.
+def load(source: str, splits: str | None = None, limit: int | None = None, tests: str | None = None) -> ProblemSet:
+    """The problems of `starter`, a set of HUB_SETS or a file; `splits` as "train,validation", None for all.
 
-    `limit` keeps the first problems of each split, in order of task_id. Raises InputError, or OutsideError where the
-    hub does not answer.
+    `limit` keeps the first problems of each split, in order of task_id; `tests` "base" or "plus" those tests alone.
+    Raises InputError, or OutsideError where the hub does not answer.
     """
     wanted = parse_splits(splits)
     if source == "starter":
         problems = read_problems(STARTER)
-    elif source in HUB_CONFIGS:
+    elif source in HUB_SETS and not Path(source).is_file():
         problems = from_hub(source)
     else:
         problems = read_problems(Path(source))
+    problems = chosen_tests(source, problems, tests or "all")
     if wanted is not None:
         have = sorted({p.split for p in problems})
         problems = [p for p in problems if p.split in wanted]
@@ -57,8 +80,30 @@ def load(source: str, splits: str | None = None, limit: int | None = None) -> Pr
                 kept.append(problem)
         problems = kept
     problems = sorted(problems, key=lambda p: task_order(p.task_id))
-    name = source if source == "starter" or source in HUB_CONFIGS else Path(source).name
+    name = source if source == "starter" or source in HUB_SETS else Path(source).name
     return ProblemSet(name, problems, digest(problems))
+
+
+def chosen_tests(source: str, problems: list[Problem], tests: str) -> list[Problem]:
+    """The problems with their base tests alone, or their plus tests. Raises InputError where a set has no such."""
+    if tests not in TESTS:
+        raise InputError(f"--tests {tests}: expected {', '.join(TESTS)}.")
+    if tests == "all":
+        return problems
+    chosen = []
+    for problem in problems:
+        count = problem.base_tests
+        if count is None:
+            if tests == "base":
+                return problems  # all are base tests
+            raise InputError(
+                f"--tests plus: problem {problem.task_id} of {source} has no plus tests. Leave --tests out."
+            )
+        part = slice(count) if tests == "base" else slice(count, None)
+        kept = replace(problem, tests=problem.tests[part], expected=problem.expected[part], base_tests=None)
+        if kept.tests:
+            chosen.append(kept)
+    return chosen
 
 
 def digest(problems: list[Problem]) -> str:
@@ -87,21 +132,24 @@ def parse_splits(text: str | None) -> set[str] | None:
 
 
 def from_hub(name: str) -> list[Problem]:
-    """MBPP by the `datasets` library. Raises OutsideError when the hub cannot be reached and nothing is cached."""
+    """A set by the `datasets` library. Raises OutsideError when the hub cannot be reached and nothing is cached."""
     import datasets  # two seconds of import, and only this function needs it
 
-    remedy = f"Check the network, or give a file: --problems PATH (the files of {HUB})."
+    hub, config, only = HUB_SETS[name]
+    remedy = f"Check the network, or give a file: --problems PATH (JSON or JSONL with the rows of {hub})."
     try:
-        parts = datasets.load_dataset(HUB, HUB_CONFIGS[name])
+        parts = datasets.load_dataset(hub, config)
     except Exception as error:  # datasets raises what its many back ends raise
         raise OutsideError(f"{name}: the data set cannot be had from the hub: {_first_line(error)} {remedy}") from error
     problems = []
     for split in parts:
-        for number, row in enumerate(parts[split], 1):
-            line = Line(Path(f"{HUB}:{split}"), number, "element", json.dumps(row).encode())
-            problems.append(problem_from_mbpp(line, row))
+        if only in (None, split):
+            for number, row in enumerate(parts[split], 1):
+                line = Line(Path(f"{hub}:{split}"), number, "element", b"")
+                problem = problem_of(line, row)
+                problems.append(replace(problem, split="train") if split == "train" and name in BY_SPLIT else problem)
     if len({p.task_id for p in problems}) != len(problems):
-        raise RecordError(f"{HUB}: a task_id stands twice.")
+        raise RecordError(f"{hub}: a task_id stands twice.")
     return problems
 
 

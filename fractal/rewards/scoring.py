@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 from fractal.errors import InputError
 from fractal.generate.extraction import extract_code
-from fractal.generate.sample_files import known_id
 from fractal.problems import sets
+from fractal.problems.task_ids import known_id
 from fractal.records import Label, Problem, Sample
 from fractal.rewards.endpoints import Endpoints
 from fractal.rewards.rows import problem_from_row, reply_text

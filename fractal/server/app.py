@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 import fractal
 from fractal.errors import InputError
 from fractal.generate.extraction import extract_code
-from fractal.generate.sample_files import known_id
+from fractal.problems.task_ids import known_id
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.client import SandboxError, Verifier
 from fractal.server import sandbox_fusion

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from fractal.errors import InputError
 from fractal.generate.extraction import extract_code
-from fractal.generate.sample_files import known_id
+from fractal.problems.task_ids import known_id
 from fractal.records import Label, Problem, Sample
 from fractal.rewards.rows import problem_from_row
 from fractal.sandbox.host.client import Verifier

@@ -6,15 +6,17 @@ know three statuses; ours that they lack become "fail". Nothing here runs a prog
 
 import datetime
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fractal.errors import RecordError
-from fractal.generate.sample_files import PREFIX, known_id, read_sample_lines
+from fractal.generate.sample_files import PREFIX, foreign_id, read_sample_lines
 from fractal.jsonl import MALFORMED, decode_object, iter_lines, parse
-from fractal.records import Label, Problem, Sample, Status, code_sha256
+from fractal.problems.task_ids import TaskIds
+from fractal.records import Label, Problem, Sample, Status, TestStatus, code_sha256
 
 Verdict = Literal["pass", "fail", "timeout"]
 VERDICTS: dict[Verdict, Status] = {"pass": "passed", "fail": "failed", "timeout": "timeout"}
@@ -30,7 +32,7 @@ def to_humaneval(pairs: Iterable[tuple[Sample, Label]], prefix: str = PREFIX) ->
     for sample, label in pairs:
         result = {"passed": "passed", "timeout": "timed out"}.get(label.status)
         yield {
-            "task_id": f"{prefix}{sample.task_id}",
+            "task_id": foreign_id(sample.task_id, prefix),
             "completion": sample.code,
             "solution": sample.code,
             "sample_id": sample.sample_id,
@@ -68,15 +70,30 @@ def to_evalplus(
     digest = hashlib.md5(problems_file, usedforsecurity=False).hexdigest()
     numbered: dict[str, list[tuple[int, EvalPlusEntry]]] = {}
     for sample, label in pairs:
-        tests = problems[sample.task_id].tests
-        wrong = [t for t, result in zip(tests, label.tests, strict=False) if result not in ("passed", "not_run")]
-        status: Verdict = "pass" if label.passed else "timeout" if label.status == "timeout" else "fail"
-        entry = EvalPlusEntry(f"{prefix}{sample.task_id}", sample.code, status, None, wrong, [])
+        entry = _entry(sample, label, problems[sample.task_id], prefix)
         numbered.setdefault(sample.task_id, []).append((sample.sample_id, entry))
     ordered = {
         task: [entry for _, entry in sorted(entries, key=lambda pair: pair[0])] for task, entries in numbered.items()
     }
-    return EvalPlusResults(now, digest, {f"{prefix}{task}": entries for task, entries in ordered.items()})
+    return EvalPlusResults(now, digest, {foreign_id(task, prefix): entries for task, entries in ordered.items()})
+
+
+def _entry(sample: Sample, label: Label, problem: Problem, prefix: str) -> EvalPlusEntry:
+    """Base and plus statuses where the problem has both groups. Calls end at the first that fails: after a base test
+    that fails, no plus test has run, and the plus status is the base's."""
+    name, count = foreign_id(sample.task_id, prefix), problem.base_tests
+    whole: Verdict = "pass" if label.passed else "timeout" if label.status == "timeout" else "fail"
+    wrong = [i for i, result in enumerate(label.tests) if result not in ("passed", "not_run")]
+    failed = [json.loads(problem.tests[i]) if problem.kind == "calls" else problem.tests[i] for i in wrong]
+    if count is None:
+        return EvalPlusEntry(name, sample.code, whole, None, failed, [])
+    is_base_passed = label.passed or (
+        0 < count <= label.tests.count("passed") and set(label.tests[:count]) == {"passed"}
+    )
+    base_wrong = sum(i < count for i in wrong)
+    return EvalPlusEntry(
+        name, sample.code, "pass" if is_base_passed else whole, whole, failed[:base_wrong], failed[base_wrong:]
+    )
 
 
 # --- read -------------------------------------------------------------------------------------------------------------
@@ -107,8 +124,9 @@ def from_evalplus(path: Path, problems: Mapping[str, Problem]) -> Iterator[tuple
     except MALFORMED as error:
         raise RecordError(f"{path}: not EvalPlus's results: {error}. Is it a file *_eval_results.json?") from error
     seen: set[str] = set()
+    task_ids = TaskIds(problems)
     for name, entries in results.eval.items():
-        task_id = known_id(name, problems)
+        task_id = task_ids.find(name)
         if task_id is None:
             raise RecordError(f"{path}: field eval: problem {name!r} is not among the problems. Give those it is of.")
         if task_id in seen:
@@ -120,7 +138,12 @@ def from_evalplus(path: Path, problems: Mapping[str, Problem]) -> Iterator[tuple
             )
             sample = Sample(task_id, number, entry.solution, entry.solution, "unknown", 0, None, None, "unknown")
             origin = f"EvalPlus: base {entry.base_status}, plus {entry.plus_status}"
-            yield sample, _imported_label(sample, VERDICTS[verdict], origin, problems)
+            label = _imported_label(sample, VERDICTS[verdict], origin, problems)
+            count = problems[task_id].base_tests or 0
+            if entry.base_status == "pass" and not label.passed:
+                base: list[TestStatus] = ["passed"] * count
+                label = replace(label, tests=base + label.tests[count:])
+            yield sample, label
 
 
 def _imported_label(sample: Sample, status: Status, origin: str, problems: Mapping[str, Problem]) -> Label:

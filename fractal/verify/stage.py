@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from fractal import console
 from fractal.errors import InputError
-from fractal.problems.formats import read_problems
+from fractal.problems import sets
 from fractal.rundir import RunDir
 from fractal.sandbox.host import lacking
 from fractal.sandbox.host.container import Sandbox
@@ -55,11 +55,13 @@ def run(folder: RunDir, limits: Limits, overlap: Overlap | None = None, **option
     return tally
 
 
-def run_files(problems: Path, samples: Path, out: Path, limits: Limits, **options: Any) -> Tally:
-    """The sandbox-only run: three files, no run folder. Resumes `out`."""
-    _check_names(problems, samples, out)
+def run_files(
+    problems: Path | str, samples: Path, out: Path, limits: Limits, tests: str | None = None, **options: Any
+) -> Tally:
+    """The sandbox-only run: no run folder. Resumes `out`. `problems`: a file, or a set's name; `tests` as sets.load."""
+    _check_names(Path(problems), samples, out)
     with _exclusive(out):
-        source = SampleFile(samples, {p.task_id: p for p in read_problems(problems)})
+        source = SampleFile(samples, sets.load(str(problems), tests=tests).by_id())
         plan = make_plan(source, out)
         if not plan.todo:
             return _report_nothing_to_do(out)
