@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from fractal.errors import InputError
 
-NAME = re.compile(r"(?:(?P<set>[A-Za-z].*?)[/_\- ])?0*(?P<number>[0-9]+)", re.DOTALL)
+NAME = re.compile(r"(?:(?P<set>[A-Za-z](?:.*?[^/_\- ])?)[/_\- ])?0*(?P<number>[0-9]+)", re.DOTALL)
 
 
 class TaskIds:
