@@ -16,7 +16,7 @@ import pytest
 from fractal.errors import InputError
 from fractal.problems.formats import read_problems
 from fractal.records import Label, Problem, Sample
-from fractal.sandbox.host import engine
+from fractal.sandbox.host import engine, launch
 from fractal.sandbox.host.conformance import run_conformance
 from fractal.sandbox.host.container import Sandbox, SandboxError
 from fractal.sandbox.host.limits import Limits
@@ -169,6 +169,25 @@ def test_nothing_is_left_after_many_samples(image: str) -> None:
     assert Counter(label.status for label in first) == {"passed": 25, "crashed": 50, "failed": 25}
 
 
+def test_a_container_asked_for_ahead_is_taken_once_and_gone_at_the_end(image: str) -> None:
+    with launch.ContainerAhead(image=image) as ahead:
+        with Sandbox(image=image, ahead=ahead) as first, Sandbox(image=image, ahead=ahead) as second:
+            used = [first._connection.container, second._connection.container]
+            assert judge(first, CORRECT).passed
+            assert judge(second, CORRECT).passed
+        assert first.image_id == second.image_id != ""
+    with launch.ContainerAhead(image=image) as unused:
+        pass
+    assert unused._started is not None
+    assert used[0] != used[1]
+    there = {container["Id"] for container in engine.request("GET", "/containers/json?all=1")}
+    assert there.isdisjoint([*used, unused._started.container])
+    with launch.ContainerAhead(image="fractal-sandbox:none"):
+        pass  # whoever needs no container hears of no error
+    with launch.ContainerAhead(image="none:1") as ahead, pytest.raises(SandboxError, match=r"fractal\.images\.build"):
+        Sandbox(image="none:1", ahead=ahead).__enter__()
+
+
 @pytest.mark.docker
 def test_an_unknown_image_says_how_to_build_it() -> None:
     with pytest.raises(SandboxError, match=r"fractal\.images\.build"), Sandbox(image="fractal-sandbox:none"):
@@ -180,8 +199,6 @@ def test_an_unknown_image_says_how_to_build_it() -> None:
 def test_a_dropped_protection_is_found_out(
     image: str, dropped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fractal.sandbox.host import launch
-
     full = launch.hardening
     monkeypatch.setattr(launch, "hardening", lambda *a: {**full(*a), **dropped})
     with pytest.raises(SandboxError, match="not safe"), Sandbox(image=image):
@@ -189,8 +206,6 @@ def test_a_dropped_protection_is_found_out(
 
 
 def test_a_named_protection_may_be_missing_and_that_is_noted(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fractal.sandbox.host import launch
-
     full = launch.hardening
     monkeypatch.setattr(launch, "hardening", lambda *a: {**full(*a), "ReadonlyRootfs": False})
     with Sandbox(image=image, allow=["read_only_root", "writable"]) as sandbox:
@@ -294,14 +309,16 @@ def test_own_processes_only(sandbox: Sandbox) -> None:
 def test_what_a_deadline_leaves_undecided_is_dropped_and_delays_nobody(place: dict[str, Any]) -> None:
     sleepers = [sample(f"import time\ndef f(x):\n    time.sleep(600)\n    return {n}\n", n) for n in range(30)]
     with Sandbox(limits=Limits(cpu_s=60.0, wall_s=100.0), slots=2, **place) as sandbox:
-        labels = list(sandbox.verify([sample(CORRECT), *sleepers], {1: problem()}, deadline_s=1.5))
+        labels = list(sandbox.verify([sample(CORRECT), *sleepers], {"1": problem()}, deadline_s=1.5))
         assert [label.status for label in labels] == ["passed"] + ["sandbox_error"] * 30
         assert labels[1].detail == "not decided within 1.5 s"
         # Without the cancellation both slots would sleep for minutes.
-        labels = list(sandbox.verify([sample(f"{CORRECT}\n#{n}", n) for n in range(9)], {1: problem()}, deadline_s=10))
+        labels = list(
+            sandbox.verify([sample(f"{CORRECT}\n#{n}", n) for n in range(9)], {"1": problem()}, deadline_s=10)
+        )
         assert [label.status for label in labels] == ["passed"] * 9
         late = list(
-            sandbox.verify([sample(f"# {n}\n{CORRECT}n = {n}") for n in range(3)], {1: problem()}, deadline_s=0)
+            sandbox.verify([sample(f"# {n}\n{CORRECT}n = {n}") for n in range(3)], {"1": problem()}, deadline_s=0)
         )
         assert {label.detail for label in late} == {"not decided within 0 s"}
 
@@ -309,8 +326,8 @@ def test_what_a_deadline_leaves_undecided_is_dropped_and_delays_nobody(place: di
 def test_a_call_that_is_left_early_frees_the_sandbox(place: dict[str, Any]) -> None:
     sleepers = [sample(f"import time\ndef f(x):\n    time.sleep(600)\n    return {n}\n", n) for n in range(30)]
     with Sandbox(limits=Limits(cpu_s=60.0, wall_s=100.0), slots=2, **place) as sandbox:
-        for label in sandbox.verify([sample(CORRECT), *sleepers], {1: problem()}):
+        for label in sandbox.verify([sample(CORRECT), *sleepers], {"1": problem()}):
             assert label.passed
             break
-        (label,) = sandbox.verify([sample(CORRECT + "n = 1")], {1: problem()}, deadline_s=10)
+        (label,) = sandbox.verify([sample(CORRECT + "n = 1")], {"1": problem()}, deadline_s=10)
         assert label.passed

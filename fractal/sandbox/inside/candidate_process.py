@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from typing import Any
@@ -34,7 +33,7 @@ class Slot:
         state = os.statvfs(scratch)
         self._files, self._blocks = state.f_files - state.f_ffree, state.f_blocks - state.f_bfree
         self._control: socket.socket | None = None
-        self._zygote: subprocess.Popen[bytes] | None = None
+        self._zygote = 0  # its process id; 0: none
 
     def control(self) -> socket.socket:
         """The line to a living zygote; a fresh one is started where there is none."""
@@ -43,19 +42,20 @@ class Slot:
             here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "zygote.py")
             numbers = [str(n) for n in (theirs.fileno(), self.uid, self.shared_uid)]
             command = [sys.executable, "-s", "-P", "-B", here, *numbers, self.folder]
-            self._zygote = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            theirs.set_inheritable(True)  # this one alone beside 0, 1 and 2
+            self._zygote = os.posix_spawn(sys.executable, command, os.environ)
             theirs.close()
             self._control = ours
         return self._control
 
     def end_zygote(self) -> None:
         """End the zygote (its candidates die with it); the next sample gets a fresh one."""
-        if self._zygote is not None:
-            self._zygote.kill()
-            self._zygote.wait()
+        if self._zygote:
+            os.kill(self._zygote, signal.SIGKILL)
+            os.waitpid(self._zygote, 0)
         if self._control is not None:
             self._control.close()
-        self._zygote = self._control = None
+        self._zygote, self._control = 0, None
 
     def request(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         control = self.control()

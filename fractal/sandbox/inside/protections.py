@@ -8,7 +8,6 @@ import ctypes
 import errno
 import os
 import stat
-from pathlib import Path
 from typing import Any
 
 from fractal.sandbox.inside import packages
@@ -20,10 +19,10 @@ DOCKER_SOCKETS = ("/var/run/docker.sock", "/run/docker.sock")
 
 def inspect_container() -> dict[str, dict[str, Any]]:
     """Each protection by name: whether it is in force, and what was found."""
-    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    status = dict(line.split(":\t", 1) for line in _read("/proc/self/status").splitlines() if ":\t" in line)
     capabilities = int(status["CapEff"], 16) | int(status["CapBnd"], 16)
-    networks = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    networks = [line.split(":")[0].strip() for line in _read("/proc/net/dev").splitlines() if ":" in line]
+    mounts = [line.split() for line in _read("/proc/self/mounts").splitlines()]
     scratch = [m for m in mounts if m[1].startswith("/scratch/")]
     weak = [m[1] for m in scratch if not {"noexec", "nosuid", "nodev"} <= set(m[3].split(","))]
     writable = [m[1] for m in mounts if "rw" in m[3].split(",") and m not in scratch and _open_to_all(m[1])]
@@ -90,6 +89,11 @@ def candidate_protections(seen: Any, uid: int, limits: dict[str, Any]) -> dict[s
     return {name: {"ok": ok, "found": text} for name, (ok, text) in checks.items()}
 
 
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
 def _read_only(folder: str) -> bool:
     """By trying, as root: not every runtime tells in the mount's flags."""
     path = os.path.join(folder, f".check-{os.getpid()}")
@@ -111,7 +115,7 @@ def _limit(controller: str, v2: str, v1: str) -> int | None:
     """This container's cgroup limit, or None where there is none (or no file tells)."""
     for path in (f"/sys/fs/cgroup/{v2}", f"/sys/fs/cgroup/{controller}/{v1}"):
         try:
-            text = Path(path).read_text().strip()
+            text = _read(path).strip()
         except OSError:
             continue
         return int(text) if text.isdigit() and int(text) < 1 << 60 else None
