@@ -22,6 +22,7 @@ from fractal.errors import InputError, OutsideError
 from fractal.images import lock, network, recipes
 from fractal.images.build_errors import without_passwords
 from fractal.images.recipes import Recipe
+from fractal.install import docker_engine
 from fractal.jsonl import write_whole
 from fractal.sandbox.host import engine
 from fractal.sandbox.host.source import content_hash
@@ -110,7 +111,7 @@ def _machine() -> str:
     try:
         machine = str(engine.request("GET", "/info").get("Architecture"))
     except (engine.RequestError, OSError) as error:
-        raise PackagesError(f"--packages: the Docker engine does not say its processor: {error}.") from error
+        raise PackagesError(docker_engine.problem() or f"--packages: the Docker engine fails: {error}.") from error
     return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
 
 
