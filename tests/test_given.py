@@ -131,3 +131,58 @@ def test_any_graph_crosses_and_comes_back_as_the_same_objects(edges: list[tuple[
 def test_objects_that_no_honest_end_sends_are_protocol_errors(body: Any) -> None:
     with pytest.raises(ProtocolError):
         End(True).receive(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "np.arange(6).reshape(2, 3)",
+        "np.array([1.5, np.nan, np.inf])",
+        "np.array([[True], [False]])",
+        "np.array(['a', 'bcd'])",
+        "np.array([b'a', b'bcd'])",
+        "np.array([1 + 2j], dtype='>c8')",
+        "np.array(['2024-01-01'], dtype='M8[D]')",
+        "np.array(5)",
+        "np.zeros((0, 3))",
+        "np.float64(1.5)",
+        "np.int32(-3)",
+        "np.bool_(True)",
+        "np.array([None, 'a', [1]], dtype=object)",
+    ],
+)
+def test_arrays_cross_by_value(text: str) -> None:
+    import numpy as np
+
+    value = eval(text)
+    judge, candidate = End(True), End(False)
+    (there,) = judge.receive(candidate.send([value]))
+    assert type(there) is type(value)
+    np.testing.assert_array_equal(there, value)
+    assert there.dtype == value.dtype
+    assert there.shape == value.shape
+
+
+@pytest.mark.parametrize("text", ["np.zeros(2, dtype='i4,f8')", "np.matrix([1])"])
+def test_arrays_of_their_own_kinds_stay(text: str) -> None:
+    import numpy as np
+
+    assert np
+    assert End(False).encoder.encode(eval(text)) == {"x": [0, "object", True]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"na": ["|O8", [1], "AAAAAAAAAAA="]},
+        {"na": ["<i4", [3], "AAAA"]},
+        {"na": ["<i4", [1 << 40], "AAAAAA=="]},
+        {"na": ["<i4", [-1], "AAAAAA=="]},
+        {"na": ["<i4,<f8", -1, "AAAAAA=="]},
+        {"na": ["<U99999999999", [0], ""]},
+        {"no": [[2], [1]]},
+    ],
+)
+def test_arrays_that_no_honest_end_sends_are_protocol_errors(body: Any) -> None:
+    with pytest.raises(ProtocolError):
+        End(True).receive(json.dumps(body).encode())

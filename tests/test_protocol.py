@@ -148,7 +148,7 @@ def test_any_tags_decode_to_plain_values_or_a_protocol_error(value: Any) -> None
         out = protocol.Decoder(lambda reference: reference).decode(json.dumps(value).encode())
     except ProtocolError:
         return
-    assert isinstance(out, allowed) or type(out).__name__.endswith("iterator")
+    assert isinstance(out, allowed) or type(out).__name__.endswith("iterator") or type(out).__module__ == "numpy"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,17 @@ def test_names_from_an_import_are_the_judges_own() -> None:
     assert found.own == {"pi": math.pi, "root": math.sqrt}
 
 
+def test_a_package_that_the_reference_imports_is_the_judges_own_where_a_test_uses_it() -> None:
+    import numpy
+
+    reference = "import numpy as np\nimport os.path\nimport no_such_module as x\ndef f(x): return x"
+    found = prepare(problem(reference, "assert np.allclose(f(1), os.path.sep) and x.y"))
+    assert found.own["np"] is numpy
+    assert found.own["os"].__name__ == "os"
+    assert "x" not in found.own
+    assert set(found.names) == {"f", "np", "os", "x"}
+
+
 def test_names_that_setup_or_test_bind_are_not_looked_up_in_the_program() -> None:
     found = prepare(problem("def f(x): return x", "for case in data:\n    assert f(case) == case", setup="data = [1]"))
     assert found.names == ["f"]

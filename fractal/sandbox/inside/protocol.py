@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from fractal.sandbox.inside import set_order
+from fractal.sandbox.inside import arrays, set_order
 
 HEADER = struct.Struct(">I")
 MAX_FRAME = 64 << 20  # bytes; room for a result of 50 MB, small enough for a judge per core
@@ -210,6 +210,8 @@ class Encoder:
             return self._named_tuple(value, kind, depth)
         if kind in (type, types.BuiltinFunctionType) and value.__module__ == "builtins" and value.__name__ in SHARED:
             return {"n": value.__name__}
+        if (array := arrays.encode(value, lambda elements: self._all(elements, depth))) is not None:
+            return array
         base = plain_base(kind)
         if base is not None:
             return self._encode(base(value), depth)
@@ -388,6 +390,8 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "nt": _named_tuple,
     "n": builtin_named,
     "it": iter,
+    "na": arrays.decode_array,
+    "no": arrays.decode_objects,
 }
 
 

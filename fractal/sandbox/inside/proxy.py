@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fractal.sandbox.inside import exceptions, streams
+from fractal.sandbox.inside import arrays, exceptions, streams
 from fractal.sandbox.inside.objects import ObjectTable, hides
 from fractal.sandbox.inside.protocol import (
     Decoder,
@@ -385,7 +385,7 @@ def text_of(value: Any) -> str:
 
 
 def _mutable(value: Any) -> bool:
-    if isinstance(value, list | dict | set | bytearray | deque):
+    if isinstance(value, list | dict | set | bytearray | deque) or arrays.is_changeable(value):
         return True
     return isinstance(value, tuple) and any(map(_mutable, value))
 
@@ -420,3 +420,5 @@ def update(old: Any, new: Any) -> None:
     elif isinstance(old, tuple):
         for a, b in zip(old, new, strict=False):
             update(a, b)
+    elif arrays.is_changeable(old):
+        arrays.overwrite(old, new)

@@ -85,7 +85,7 @@ def prepare(problem: dict[str, Any]) -> Suite:
         elif isinstance(node, ast.Assign):
             defined |= {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            imported |= _own_imports(node)
+            imported |= _own_imports(node) or _imported_here(node, used - bound)
     names = {n for n in used if n in defined or (n not in bound and not hasattr(builtins, n))}
     own = {name: value for name, value in imported.items() if name in names}
     programs = names - own.keys() | {entry_point}
@@ -171,6 +171,23 @@ def _names(trees: list[ast.Module]) -> tuple[set[str], set[str]]:
             elif isinstance(node, ast.ExceptHandler) and node.name:
                 bound.add(node.name)
     return used, bound
+
+
+def _imported_here(node: ast.Import | ast.ImportFrom, used: set[str]) -> dict[str, Any]:
+    """What an import of the reference binds, from the judge's own installed packages, where tests use the name.
+
+    With NumPy in the image, a test's `np` is not the program's: that could answer `np.allclose` as it likes.
+    """
+    found = [alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in used]
+    namespace: dict[str, Any] = {}
+    try:
+        for alias in found:
+            line = ast.Import([alias]) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, [alias], 0)
+            exec(ast.unparse(line), namespace)
+    except Exception:  # not installed, or one of the problem's own modules
+        return {}
+    namespace.pop("__builtins__", None)
+    return namespace
 
 
 def _own_imports(node: ast.Import | ast.ImportFrom) -> dict[str, Any]:
