@@ -43,10 +43,11 @@ ROLES = ("", "assistant", "model", "Assistant")
 MAX_DEPTH = 3  # of tags in tags: <answer><pre><code>
 NEAR = 200  # characters of a line on each side in which quotes are looked for
 
-BEGIN_LINE = re.compile(r"^[ \t]*\[(?:BEGIN|PYTHON|ANSWER|CODE|SOLUTION)\][ \t]*\n?", re.MULTILINE)
-END_MARK = re.compile(
-    r"\[(?:DONE|END|/?TESTS?|/(?:PYTHON|ANSWER|CODE|SOLUTION))\]|\[(?:BEGIN|PYTHON|ANSWER|CODE|SOLUTION)\]"
-)
+# MBPP's marks in its paper's prompt, and CodeLlama's; at the beginning of a line.
+BEGIN_LINE = re.compile(r"^ {0,3}\[(?:BEGIN|PYTHON|ANSWER|CODE|SOLUTION)\][ \t]*\n?", re.MULTILINE)
+END_LINE = re.compile(r"^ {0,3}\[(?:DONE|END|/?TESTS?|BEGIN|/?(?:PYTHON|ANSWER|CODE|SOLUTION))\]", re.MULTILINE)
+GLUED_DONE = re.compile(r"\[DONE\][ \t]*$", re.MULTILINE)
+NAME_DONE = re.compile(r"(?<!\[)\bDONE\b")
 TAG = re.compile(
     r"<(?P<name>answer|final_answer|solution|code|python|pre(?![^<>]*>\s*<code))(?: [^<>\n]*)?>"
     r"(?P<content>.*?)(?:</(?P=name)>|\Z)",
@@ -158,9 +159,11 @@ def _from(text: str, start: int, end: int) -> str:
 
 def _between_brackets(text: str, defines: Callable[[str], object]) -> str:
     """The first part between [BEGIN] and [DONE] that has the definition, or what stands before the first [DONE]."""
+    if "[DONE]" in text and not NAME_DONE.search(text):
+        text = GLUED_DONE.sub("\n[DONE]", text)
     starts = [begin.end() for begin in BEGIN_LINE.finditer(text)]
     for start in [*starts, 0]:
-        end = END_MARK.search(text, start)
+        end = END_LINE.search(text, start)
         part = text[start : end.start()] if end else text[start:]
         if (starts or end) and defines(part):
             return part

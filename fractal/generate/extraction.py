@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fractal.generate import names
 from fractal.generate.answer import INVISIBLE, answer
 from fractal.generate.fences import LINE_WITH_FENCE, Block, fenced_blocks, indented_blocks
-from fractal.generate.self_tests import comment_start, first_line, root_name, without_self_tests
+from fractal.generate.self_tests import comment_start, first_line, is_main_block, root_name, without_self_tests
 from fractal.problems.syntax import syntax_tree
 
 # Lines before which a program with a syntax error further down may be cut: self-tests, their comments, definitions,
@@ -31,7 +31,8 @@ CODE_SPAN = re.compile(r"(?<!`)(`{1,3})(?!`)(?:python[ \t])?([^`\n]+)\1")
 MAX_TRIES = 50  # starting lines, or cuts, that are tried
 MAX_PARSED = 500_000  # characters for which all of them are
 
-MISSING, STUB, BROKEN, WHOLE = range(4)  # what a program has of the entry point's definition
+# What a program has of the entry point's definition. ASSIGNED: `f = g(x)`, which may be a use, too.
+MISSING, STUB, BROKEN, ASSIGNED, WHOLE = range(5)
 
 
 class Program(NamedTuple):
@@ -93,19 +94,19 @@ def _find_program(text: str, entry_point: str) -> tuple[Program, list[Program]]:
     blocks = [block for block in fenced_blocks(text) if block.code.strip()]
     programs = [_read(block.code, entry_point) for block in blocks]
     others: list[Program] = []
-    chosen = _last_whole(programs)
+    chosen = _last(programs, WHOLE)
     if chosen is None:
         others = list(_unfenced_programs(text, blocks, entry_point))
-        chosen = _last_whole(others)
+        chosen = _last(others, WHOLE) or _last([*programs, *others], ASSIGNED)
     if chosen is None:
-        chosen = next((p for p in _in_rare_forms(text, blocks, entry_point) if p.definition == WHOLE), whole)
+        chosen = next((p for p in _in_rare_forms(text, blocks, entry_point) if p.definition >= ASSIGNED), whole)
     if chosen is None:
         return _least_bad(text, blocks, programs, others), []
     return chosen, [p for p in programs if p.tree and p is not chosen] if len(programs) + len(others) > 1 else []
 
 
-def _last_whole(programs: list[Program]) -> Program | None:
-    return next((program for program in reversed(programs) if program.definition == WHOLE), None)
+def _last(programs: list[Program], definition: int) -> Program | None:
+    return next((program for program in reversed(programs) if program.definition == definition), None)
 
 
 def _least_bad(text: str, blocks: list[Block], programs: list[Program], others: list[Program]) -> Program:
@@ -154,12 +155,14 @@ def _definition(tree: ast.Module, entry_point: str) -> int:
     root, method = root_name(entry_point), entry_point.rpartition(".")[2] if "." in entry_point else ""
     definition = MISSING
     for statement in tree.body:
+        if is_main_block(statement):
+            continue
         for node in names.executed(statement):
             if isinstance(node, names.DEFINITIONS) and node.name == root:
                 definition = _of_definition(node, method)
             elif isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) and node.value:
-                if root in names.bound_names(node):
-                    definition = STUB if _says_nothing(node.value) else WHOLE
+                if root in names.bound_names(node) and root not in names.read_names(node.value):
+                    definition = _of_value(node.value)
             elif isinstance(node, ast.ImportFrom) and root in names.bound_names(node):
                 definition = max(definition, STUB)
     return definition
@@ -178,8 +181,10 @@ def _of_definition(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, 
     return STUB if empty else WHOLE
 
 
-def _says_nothing(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant) and value.value in (None, ...)
+def _of_value(value: ast.expr) -> int:
+    if isinstance(value, ast.Lambda):
+        return WHOLE
+    return ASSIGNED if isinstance(value, ast.Call | ast.Name | ast.Attribute | ast.Subscript | ast.IfExp) else STUB
 
 
 def _before_the_break(code: str, entry_point: str) -> str:

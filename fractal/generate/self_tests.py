@@ -72,7 +72,7 @@ def _at_a_glance(tree: ast.Module, entry: str) -> list[ast.stmt] | None:
             defined = True
         if _is_plain(node, defined):
             continue
-        if not defined or not (_only_tries(node, entry) or (_is_main_block(node) and node is tree.body[-1])):
+        if not defined or not (_only_tries(node, entry) or (is_main_block(node) and node is tree.body[-1])):
             return None
         drop.append(node)
     return drop
@@ -107,7 +107,15 @@ def _only_tries(node: ast.stmt, entry: str) -> bool:
     return all(n.id == entry or n.id in names.BUILTINS for n in ast.walk(node) if isinstance(n, ast.Name))
 
 
-def _is_main_block(node: ast.stmt) -> bool:
+def _is_use(node: ast.stmt, entry: str) -> bool:
+    """Whether it is `f = f(1)`, behind which there is no function any more."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id=target)], value=ast.Call(func=ast.Name(id=called))):
+            return target == called == entry
+    return False
+
+
+def is_main_block(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test))
 
 
@@ -176,11 +184,13 @@ class _SelfTests:
         return [drop[i] for i in sorted(drop)]
 
     def _goes(self, i: int, node: ast.stmt, lost: set[str], *, after: bool) -> bool:
+        if after and _is_use(node, self.entry):
+            return True
         if isinstance(node, ast.Import | ast.ImportFrom) or self.entry in self.binds[i]:
             return False
         if isinstance(node, names.DEFINITIONS):
             return after and bool(self.reads[i] & (TEST_MODULES | {"TestCase"})) and node.name not in self.needed
-        if _is_main_block(node):
+        if is_main_block(node):
             return True
         parts = list(names.executed(node))
         tries = self._tries(parts) or bool(self.reads[i] & lost)
