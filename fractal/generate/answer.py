@@ -41,6 +41,7 @@ SPECIAL_TOKEN = re.compile(
 )
 ROLES = ("", "assistant", "model", "Assistant")
 MAX_DEPTH = 3  # of tags in tags: <answer><pre><code>
+QUOTES = ("'", '"', "`")
 NEAR = 200  # characters of a line on each side in which quotes are looked for
 
 # MBPP's marks in its paper's prompt, and CodeLlama's; at the beginning of a line.
@@ -95,21 +96,20 @@ def _program_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _outside_programs(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    """Matches that stand neither in a program nor, on their line, in quotes."""
+    """Matches that stand neither in a program nor in quotes."""
     spans: list[tuple[int, int]] | None = None
     for match in pattern.finditer(text):
         if spans is None:
             spans = _program_spans(text)
-        list_of_a_name = match[0][0] == "[" and text[match.start() - 1 : match.start()] in (
-            "",
-            "\n",
-        )  # Python, too: a list
+        at_line_start = match.start() == 0 or text[match.start() - 1] == "\n"
+        list_of_a_name = match[0].startswith("[") and at_line_start  # [THINK] alone is Python, too
         inside = any(start <= match.start() < end for start, end in spans) and not list_of_a_name
         if not inside and not _quoted(text, match):
             yield match
 
 
 def _quoted(text: str, match: re.Match[str]) -> bool:
+    """Whether a quote or backtick touches the mark, and the same stands on its other side in the line."""
     line_start = text.rfind("\n", 0, match.start()) + 1
     line_end = text.find("\n", match.end())
     line_end = line_end if line_end >= 0 else len(text)
@@ -117,7 +117,7 @@ def _quoted(text: str, match: re.Match[str]) -> bool:
     after = text[match.end() : min(line_end, match.end() + NEAR)]
     if "```" in before + after:
         return False
-    return any(before.count(quote) % 2 and after.count(quote) % 2 for quote in "'\"`")
+    return (after[:1] in QUOTES and after[:1] in before) or (before[-1:] in QUOTES and before[-1:] in after)
 
 
 def _without_reasoning(text: str) -> str:
