@@ -96,13 +96,17 @@ DRAFTS = st.lists(st.sampled_from([*PIECES, "def f(a):", "    return -a", "f = -
 MARKS = st.sampled_from([("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<reasoning>", "</reasoning>")])
 
 
-@given(DRAFTS, MARKS)
+WORDS = st.sampled_from(["", "Let's do it", "It's this", 'say "a', "call `f", "I wrote 'b"])
+
+
+@given(DRAFTS, MARKS, WORDS, WORDS)
 @settings(max_examples=300, deadline=None)
-def test_reasoning_is_no_answer(draft: str, marks: tuple[str, str]) -> None:
+def test_reasoning_is_no_answer(draft: str, marks: tuple[str, str], words: str, more: str) -> None:
     begin, end = marks
     reply = f"```python\n{F}```"
     assert extract_code(f"{begin}\n{draft}\n{end}\n{reply}", "f") == F
     assert extract_code(f"{draft}\n{end}\n{reply}", "f") == F, "the prompt opened it"
+    assert extract_code(f"{begin} {words} {end} {more}\n{reply}", "f") == F, "on one line"
     assert "f" not in extract_code(f"{begin}\n{draft}", "f"), "cut"
 
 
