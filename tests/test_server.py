@@ -189,6 +189,42 @@ def test_submit_refuses_what_it_cannot_keep(url: str, change: dict[str, Any], st
     assert (answer.status_code, words in answer.text) == (status, True), answer.text
 
 
+@pytest.mark.sandbox
+@pytest.mark.parametrize(
+    ("code", "stdin", "expected"),
+    [
+        ("print(int(input()) * 2)", "21\n", ("Success", "Finished", 0, "42\n", "")),
+        (
+            "import sys\nprint('a')\nprint('b', file=sys.stderr)\nsys.exit(3)",
+            None,
+            ("Failed", "Finished", 3, "a\n", "b\n"),
+        ),
+        ("import os\nos._exit(0)", "", ("Success", "Finished", 0, "", "")),
+        ("while True: pass", "", ("Failed", "TimeLimitExceeded", None, "", "")),
+        ("import os\nos.kill(os.getpid(), 9)", "", ("Failed", "Finished", -9, "", "")),
+    ],
+)
+def test_run_code_reports_output_and_exit_code(
+    url: str, code: str, stdin: str | None, expected: tuple[object, ...]
+) -> None:
+    answer = post(url, "/run_code", {"code": code, "language": "python", "stdin": stdin, "run_timeout": 10}).json()
+    run = answer["run_result"]
+    assert (answer["status"], run["status"], run["return_code"], run["stdout"], run["stderr"]) == expected
+
+
+@pytest.mark.sandbox
+def test_run_code_shows_tracebacks_and_refuses_what_it_cannot_keep(url: str) -> None:
+    raised = post(url, "/run_code", {"code": "print(1)\nraise ValueError('no')", "language": "python"}).json()[
+        "run_result"
+    ]
+    assert (raised["return_code"], raised["stdout"], "ValueError: no" in raised["stderr"]) == (1, "1\n", True)
+    broken = post(url, "/run_code", {"code": "def f(:", "language": "python"}).json()
+    assert (broken["status"], broken["run_result"]["return_code"]) == ("Failed", 1)
+    assert "SyntaxError" in broken["run_result"]["stderr"] or "invalid syntax" in broken["run_result"]["stderr"]
+    for change in ({"language": "cpp"}, {"files": {"a": "eA=="}}, {"fetch_files": ["a"]}, {"args": ["-v"]}):
+        assert post(url, "/run_code", {"code": "1", "language": "python"} | change).status_code == 422
+
+
 # --- the gate -----------------------------------------------------------------------------------------------------------
 
 

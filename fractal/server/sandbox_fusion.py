@@ -1,5 +1,8 @@
 """SandboxFusion's requests and answers, for Python, as far as they can be kept honestly.
 
+`/run_code`: a script is run on an input. What it prints and its exit code are reported as they are; they are the
+program's own words, and a program that is wrong can exit with 0.
+
 `/submit`: a reply is judged against the tests of its problem. The answer's `accepted` is our verdict; no exit code
 stands behind it, so `return_code` is null. What would change a verdict and is not kept here is refused: other
 languages, an extraction of the client's own.
@@ -16,7 +19,7 @@ from fractal.generate.extraction import extract_code
 from fractal.problems.task_ids import known_id
 from fractal.records import Label, Problem, Sample
 from fractal.rewards.rows import problem_from_row
-from fractal.sandbox.host.client import Verifier
+from fractal.sandbox.host.client import Verdict, Verifier
 
 LIMITS_NOTE = "not used: the server's own limits of CPU time, wall time and memory hold"
 Id = int | str
@@ -41,6 +44,20 @@ class RunCodeResponse(BaseModel):
     run_result: CommandRunResult | None = None
     executor_pod_name: str | None = None
     files: dict[str, str] = {}
+
+
+class RunCodeRequest(BaseModel):
+    """A script, and what it reads."""
+
+    code: str
+    language: str
+    stdin: str | None = None
+    compile_timeout: Annotated[float | None, Field(description=LIMITS_NOTE)] = None
+    run_timeout: Annotated[float | None, Field(description=LIMITS_NOTE)] = None
+    memory_limit_MB: Annotated[int | None, Field(description=LIMITS_NOTE)] = None
+    files: Annotated[dict[str, str | None], Field(description="refused: a script has no files here")] = {}
+    fetch_files: Annotated[list[str], Field(description="refused")] = []
+    args: Annotated[list[str], Field(description="refused")] = []
 
 
 class TestConfig(BaseModel):
@@ -91,6 +108,16 @@ def make_router(verifier: Verifier, problems: dict[str, Problem], problems_name:
     """The endpoints; `problems` are those of the data set `problems_name`."""
     router = APIRouter(tags=["SandboxFusion"])
 
+    @router.post("/run_code")
+    def run_code(request: RunCodeRequest) -> RunCodeResponse:
+        """Run one script. Success means that it exited with 0, and says nothing about its being right."""
+        if request.language != "python":
+            raise HTTPException(422, f"language {request.language}: this server runs Python alone")
+        for name in ("files", "fetch_files", "args"):
+            if getattr(request, name):
+                raise HTTPException(422, f"{name}: a script has no files and no arguments here")
+        return _ran(verifier.run_script(request.code, request.stdin or "", deadline_s))
+
     @router.post("/submit")
     def submit(request: SubmitRequest) -> EvalResult:
         """Judge one reply."""
@@ -103,6 +130,22 @@ def make_router(verifier: Verifier, problems: dict[str, Problem], problems_name:
         return _result(request.id, code, problem, label)
 
     return router
+
+
+def _ran(verdict: Verdict) -> RunCodeResponse:
+    if verdict.status == "sandbox_error":
+        raise HTTPException(503, f"the program was not run: {verdict.detail}")
+    output, errors, code = verdict.values or ["", verdict.detail, "1" if verdict.status == "syntax_error" else ""]
+    run = CommandRunResult(
+        status="TimeLimitExceeded" if verdict.status == "timeout" else "Finished",
+        execution_time=verdict.seconds,
+        return_code=int(code) if code else None,
+        stdout=output,
+        stderr=errors,
+    )
+    return RunCodeResponse(
+        status="Success" if run.return_code == 0 else "Failed", message=verdict.detail, run_result=run
+    )
 
 
 def _problem(request: SubmitRequest, problems: dict[str, Problem], problems_name: str) -> Problem:

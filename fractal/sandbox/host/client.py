@@ -74,7 +74,9 @@ class Verdict(msgspec.Struct):
     limit: str = ""  # which limit a timeout means: "cpu" or "wall"
     retry: bool = False  # a fault of the sandbox's: the program is run again
     slowest_s: float = 0.0  # CPU seconds of the test that took longest, of a script
-    values: list[str] = []  # what a reference returned, for a problem that has no expected values of its own
+    # What a reference returned, for a problem that has no expected values; of a script: its output, its standard error
+    # and its exit code ("" where it was ended).
+    values: list[str] = []
     fit: bool = False  # its byte code cannot tell line numbers and the like: comments and layout do not matter
 
 
@@ -333,6 +335,25 @@ class Verifier:
                     yield label
         finally:
             batches.close()
+
+    def run_script(self, code: str, text: str, deadline_s: float | None = None) -> Verdict:
+        """Run a program as a script that reads `text`, and say what it does; no verdict on it, whatever its status.
+
+        Its status is passed where it ended by itself, whatever its exit code.
+        """
+        problem = Problem("script", "", "", [text], "", "", "test", kind="stdin", expected=[""])
+        inbox: Inbox = queue.SimpleQueue()
+        job = self.job(problem, code, inbox)
+        job.record = True
+        self._send([job])
+        try:
+            verdicts = inbox.get(timeout=deadline_s)
+        except queue.Empty:
+            self._cancel(inbox)
+            return Verdict("sandbox_error", detail=f"not decided within {deadline_s:g} s")
+        if isinstance(verdicts, Exception):
+            raise verdicts
+        return verdicts[0][1]
 
     def _remember(self, program: bytes, verdict: Verdict, digest: str) -> None:
         with self._lock:

@@ -33,7 +33,7 @@ from fractal.sandbox.inside.protocol import (
 )
 from fractal.sandbox.inside.proxy import DETAIL, CandidateEndedError, ProgramExitedError, text_of
 from fractal.sandbox.inside.proxy_types import Proxy
-from fractal.sandbox.inside.scripts import run_script
+from fractal.sandbox.inside.scripts import record_script, run_script
 from fractal.sandbox.inside.suite import Suite, prepare
 
 SHARED_CPU_S = 0.25  # a program that takes longer goes on from the start in a process of its own
@@ -99,6 +99,11 @@ class Judge:
         cpu_s = slowest_s = 0.0
         for number, (text, expected) in enumerate(suite.scripts or [], 1):
             deadline = time.monotonic() + limits["wall_s"]
+            if suite.record:
+                outcome.values, run = record_script(self.slot, compiled, text, limits, deadline)
+                self._wipe()
+                outcome.status, run.output = run.ended or "passed", b""
+                return _verdict(suite, outcome, run, time.monotonic() - begin, False)
             status, detail, run = run_script(self.slot, compiled, text, expected, suite.atol, limits, deadline)
             self._wipe()
             cpu_s, slowest_s = cpu_s + run.cpu_s(), max(slowest_s, run.cpu_s())

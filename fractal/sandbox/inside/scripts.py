@@ -20,7 +20,28 @@ def run_script(
 
     `compiled` is what a candidate compiled; `deadline` by time.monotonic, for this test.
     """
-    files = ScriptFiles(text, most=2 * len(expected.encode("utf-8", "surrogatepass")) + SPARE_OUTPUT)
+    most = 2 * len(expected.encode("utf-8", "surrogatepass")) + SPARE_OUTPUT
+    run, files = _run(slot, compiled, text, most, limits, deadline)
+    status, detail = _status(run, files, expected, atol)
+    return status, detail, run
+
+
+def record_script(
+    slot: Slot, compiled: str, text: str, limits: dict[str, Any], deadline: float
+) -> tuple[list[str], ProgramRun]:
+    """What a script does, without a verdict: standard output, standard error, and its exit code or "".
+
+    A program can exit with any code and print anything: neither says that it is right.
+    """
+    run, files = _run(slot, compiled, text, SPARE_OUTPUT, limits, deadline)
+    code = "" if run.exit_code is None or files.overflow else str(run.exit_code)
+    return [files.output.decode("utf-8", "replace"), run.output.decode("utf-8", "replace"), code], run
+
+
+def _run(
+    slot: Slot, compiled: str, text: str, most: int, limits: dict[str, Any], deadline: float
+) -> tuple[ProgramRun, ScriptFiles]:
+    files = ScriptFiles(text, most)
     try:
         candidate = CandidateProcess(slot, limits, shared=False, script=files)
         try:
@@ -31,8 +52,7 @@ def run_script(
             candidate.end()
     finally:
         files.close()
-    status, detail = _status(run, files, expected, atol)
-    return status, detail, run
+    return run, files
 
 
 def _status(run: ProgramRun, files: ScriptFiles, expected: str, atol: float) -> tuple[str, str]:

@@ -49,6 +49,7 @@ class Suite:
     calls: Calls | None = None  # instead of tests
     scripts: list[tuple[str, str]] | None = None  # instead of tests: what is read, and what is to be printed
     atol: float = 0.0  # of scripts
+    record: bool = False  # a script is not judged: the verdict's values say what it does
 
     @property
     def size(self) -> int:
@@ -64,7 +65,8 @@ def prepare(problem: dict[str, Any]) -> Suite:
     ProtocolError for calls.
     """
     if problem["kind"] == "stdin":
-        return Suite(scripts=[*zip(problem["tests"], problem["expected"], strict=True)], atol=problem["atol"])
+        scripts = [*zip(problem["tests"], problem["expected"], strict=True)]
+        return Suite(scripts=scripts, atol=problem["atol"], record=problem["record"])
     setup = ast.parse(problem["setup"])
     try:
         reference = ast.parse(problem["reference"])
