@@ -146,11 +146,8 @@ class CandidateEndpoint:
             kind = "iterator"
         elif type(value) is types.CoroutineType:
             kind = "coroutine"
-        try:
-            truth = bool(value)
-        except Exception:
-            truth = True
-        return {"x": [self.table.put(value), kind, truth]}
+        settled = not hasattr(type(value), "__bool__") and not hasattr(type(value), "__len__")
+        return {"x": [self.table.put(value), kind, True if settled else None]}
 
     def _dataclass_data(self, kind: type) -> list[Any] | None:
         """A dataclass as data: name, fields, and which methods were generated."""
@@ -314,6 +311,10 @@ class CandidateEndpoint:
             return self.encode(getattr(target, rest[0]))
         if op == "set":
             return setattr(target, rest[0], rest[1])
+        if op == "delete":
+            return delattr(target, rest[0])
+        if op == "bool":
+            return bool(target)
         if op == "item":
             return self.encode(target[rest[0]])
         if op == "setitem":

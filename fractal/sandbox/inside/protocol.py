@@ -7,6 +7,7 @@ tuple). Decoding builds exact built-in values and nothing else: it cannot run co
 is not plain crosses as a reference to an object that stays at its owner.
 """
 
+import array
 import collections
 import datetime
 import decimal
@@ -293,6 +294,8 @@ ENCODERS: dict[type, Callable[[Encoder, Any, int], Any]] = {
     datetime.time: lambda e, v, d: {"ti": v.isoformat()} if _plain_zone(v) else e._refer(v),
     datetime.timedelta: lambda e, v, d: {"td": [v.days, v.seconds, v.microseconds]},
     type({}.keys()): lambda e, v, d: {"dk": e._all(v, d)},
+    type({}.values()): lambda e, v, d: {"dv": e._all(v, d)},
+    array.array: lambda e, v, d: {"ar": [v.typecode, v.tobytes().decode("latin-1")]},
     type({}.items()): lambda e, v, d: {"di": [[e._encode(k, d + 1), e._encode(x, d + 1)] for k, x in v]},
 }
 
@@ -387,6 +390,8 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "td": lambda v: datetime.timedelta(*v),
     "dk": _keys,
     "di": lambda v: dict(pairs(v)).items(),
+    "dv": lambda v: dict(enumerate(v)).values(),
+    "ar": lambda v: array.array(v[0], v[1].encode("latin-1")),
     "nt": _named_tuple,
     "n": builtin_named,
     "it": iter,

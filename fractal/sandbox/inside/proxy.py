@@ -58,6 +58,7 @@ class JudgeEndpoint:
         self._decode = Decoder(self._resolve).decode
         self._proxies: dict[int, Proxy] = {}
         self._classes: dict[int, type[BaseException]] = {}  # exception classes of the program's, by its numbers
+        self._functions: dict[int, Callable[..., Any]] = {}  # that call what the test passes; by id, kept alive by them
         self._records: dict[int, RecordProxy] = {}  # objects that the test made and that have crossed
         self._coroutines: dict[int, Coroutine[Any, Any, Any]] = {}
         self._drawn: dict[int, tuple[deque[Any], bool, int]] = {}
@@ -88,6 +89,8 @@ class JudgeEndpoint:
             return {"ex": self._failure(value)}
         if isinstance(value, types.FunctionType):
             return {"x": [self._table.put(value), "function", True]}
+        if callable(value) and not isinstance(value, type):  # a method, a partial, a mock: it crosses as a function
+            return {"x": [self._table.put(self._as_function(value)), "function", True]}
         if hasattr(value, "__next__"):
             return {"it": [self._encoder.encode(item) for item in value]}
         raise Unencodable(f"a test passes a {type(value).__name__}, which cannot cross into the sandbox")
@@ -111,7 +114,7 @@ class JudgeEndpoint:
         if "mk" in data:
             return self._records[data["mk"][1]]
         number, kind, truth = data["id"], data["kind"], data["truth"]
-        if type(kind) is not str or type(truth) is not bool or number < 0:
+        if type(kind) is not str or not (truth is None or type(truth) is bool) or number < 0:
             raise ValueError("not a reference")
         if number not in self._proxies:
             self._proxies[number] = Proxy(self, number, kind[:80], truth)
@@ -206,6 +209,12 @@ class JudgeEndpoint:
             return ["r", result]
         except Exception as error:
             return self._failure(error)
+
+    def _as_function(self, value: Any) -> Callable[..., Any]:
+        known = self._functions.get(id(value))
+        if known is None:
+            known = self._functions[id(value)] = streams.calling(value)
+        return known
 
     def _failure(self, error: Exception) -> list[Any]:
         """An exception of the test's as data: of its arguments and attributes, those that are plain."""

@@ -31,7 +31,7 @@ class Proxy:
 
     __slots__ = ("_endpoint", "_kind", "_number", "_truth")
 
-    def __init__(self, endpoint: Endpoint, number: int, kind: str, truth: bool) -> None:
+    def __init__(self, endpoint: Endpoint, number: int, kind: str, truth: bool | None) -> None:
         for name, value in (("_endpoint", endpoint), ("_number", number), ("_kind", kind), ("_truth", truth)):
             object.__setattr__(self, name, value)
 
@@ -49,6 +49,9 @@ class Proxy:
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._endpoint.ask("set", self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._endpoint.ask("delete", self, name)
 
     def __getitem__(self, key: Any) -> Any:
         return self._endpoint.ask("item", self, key)
@@ -72,8 +75,8 @@ class Proxy:
         return self._endpoint.next(self)
 
     def __bool__(self) -> bool:
-        truth: bool = self._truth
-        return truth
+        truth: bool | None = self._truth  # None: it may change
+        return self._endpoint.ask("bool", self) is True if truth is None else truth
 
     def __str__(self) -> str:
         return str(self._endpoint.ask("str", self))

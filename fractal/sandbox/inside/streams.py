@@ -41,7 +41,7 @@ class Patched:
 
     def __init__(self) -> None:
         self.functions = {
-            n: _calling(getattr(builtins, n)) for n in FUNCTIONS if getattr(builtins, n) is not _FUNCTIONS[n]
+            n: calling(getattr(builtins, n)) for n in FUNCTIONS if getattr(builtins, n) is not _FUNCTIONS[n]
         }
         self.captured = [n for n in STREAMS if getattr(sys, n) is not _STREAMS[n]]
         self.text: str | None = None
@@ -68,7 +68,7 @@ class Patched:
             sys.stdin.read(len(self.text) - left)
 
 
-def _calling(function: Any) -> Callable[..., Any]:
+def calling(function: Any) -> Callable[..., Any]:
     """A function that can cross, for a mock, say."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
