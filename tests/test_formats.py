@@ -132,7 +132,7 @@ def test_each_schema_is_known_by_its_fields(tmp_path: Path) -> None:
     assert (taco.task_id, taco.reference) == ("3", contest.reference)
     assert human.tests == ["def check(candidate):\n    assert candidate(1) == 2\n\ncheck(f)"]
     assert (human.prefix, human.reference) == (HUMAN["prompt"], HUMAN["prompt"] + HUMAN["canonical_solution"])
-    assert (leet.entry_point, leet.prefix) == ("Solution().f", IMPORTS)
+    assert (leet.entry_point, leet.prefix) == ("Solution", IMPORTS)
     assert [visible_test(p) for p in (plus, human, leet)] == ["", "", ""]
     assert visible_test(live) == "Input:\n1\nOutput:\n2"
     assert "standard input" in question(live)

@@ -34,7 +34,8 @@ def question(problem: Problem) -> str:
         return f"{task} Example:\n{example}" if example else task
     if problem.prefix == problem.prompt != "":
         return f"Complete this function:\n```python\n{problem.prompt.rstrip()}\n```"
-    task = f"{problem.prompt}\nThe function must be named `{problem.entry_point}`."
+    what = "class" if problem.entry_point == "Solution" else "function"
+    task = f"{problem.prompt}\nThe {what} must be named `{problem.entry_point}`."
     return f"{task} Example of its use:\n{example}" if example else task
 
 

@@ -25,7 +25,7 @@ def problem_from_leetcode(line: Line, value: dict[str, Any]) -> Problem:
         reference=f"{IMPORTS}\n{reference.rstrip()}\n" if reference.strip() else "",
         tests=[script],
         setup="",
-        entry_point=called[1].strip(),
+        entry_point=re.split(r"[(.\s]", called[1].strip())[0],  # the class, which must be there before a test runs
         split="test",
         prefix=IMPORTS,
     )
