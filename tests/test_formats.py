@@ -292,7 +292,13 @@ def test_a_completion_continues_the_prompt_and_a_solution_stands_alone(tmp_path:
     whole = "def f(x):\n    return 2 * x\n"
     rows = [
         ({"task_id": "HumanEval/0", "completion": "    return x + x\n"}, HUMAN["prompt"] + "    return x + x\n"),
-        ({"task_id": "humaneval_0", "completion": whole}, whole),
+        ({"task_id": "humaneval_0", "completion": whole}, HUMAN["prompt"] + whole),
+        (
+            {"task_id": "humaneval_0", "completion": whole + "n = int(input())"},
+            HUMAN["prompt"] + whole + "n = int(input())",
+        ),
+        ({"task_id": "humaneval_0", "completion": f"Sure:\n```python\n{whole}```\n"}, whole),
+        ({"task_id": "humaneval_0", "completion": f"Here it is:\n\n{whole}"}, whole),
         ({"task_id": "0", "solution": "    return x + x\n"}, "    return x + x\n"),
         ({"task_id": "1", "solution": LEET["solutions"]}, f"{IMPORTS}\n{LEET['solutions']}"),
     ]

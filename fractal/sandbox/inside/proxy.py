@@ -67,6 +67,7 @@ class JudgeEndpoint:
         self.entry: object = None
         self.after_call: Callable[[], None] | None = None  # lets the test see the program's globals as they are now
         self.requests = 0  # that the tests made of the program
+        self.references = 0  # to objects, in what the program sent
         self.raised: list[BaseException] = []  # exceptions that came from the candidate, to tell them from the test's
         self.texts: dict[int, str] = {}  # what they say, by id: str() of one could ask the candidate
 
@@ -96,6 +97,7 @@ class JudgeEndpoint:
         raise Unencodable(f"a test passes a {type(value).__name__}, which cannot cross into the sandbox")
 
     def _resolve(self, reference: Reference) -> Any:
+        self.references += 1
         data = reference.data
         if "own" in data:
             return self._table.get(data["own"])
@@ -233,10 +235,6 @@ class JudgeEndpoint:
             self.ahead.popleft()
             if self.reply()[0] != "skipped":
                 raise ProtocolError("a call that was not waited with")
-
-    def has_proxies(self) -> bool:
-        """Whether anything that the program returned has stayed with it."""
-        return bool(self._proxies)
 
     def ask(self, op: str, target: Proxy, *rest: Any) -> object:
         self._cancel_ahead()
