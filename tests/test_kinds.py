@@ -187,6 +187,8 @@ def test_a_call_that_hangs_is_the_one_that_timed_out(sandbox: Any) -> None:
     hangs = problem("calls", [f"[{i}]" for i in range(40)], [f"{i}.0" for i in range(40)])
     label = label_of(sandbox, hangs, code)
     assert (label.status, label.tests[:5]) == ("timeout", ["passed"] * 3 + ["timeout", "not_run"]), label
+    raises = label_of(sandbox, hangs, code.replace("return x", "return x if x != 2 else 1 / 0"))
+    assert (raises.status, raises.tests[:4]) == ("error", ["passed"] * 2 + ["error", "not_run"]), raises
 
 
 @pytest.mark.sandbox

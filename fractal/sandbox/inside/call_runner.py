@@ -59,7 +59,7 @@ class CallRunner:
         """
         before = self._endpoint.references
         message = self._endpoint.decode(answer)
-        if message[0] != "r" or self._endpoint.references > before:
+        if self._endpoint.references > before:
             self.receive_all()
         return self._endpoint.value(message)
 
