@@ -47,9 +47,9 @@ def test_requests_wait_for_the_engine_or_the_engine_for_them() -> None:
     from fractal.generate.vllm_processes import Requests
 
     stream = BytesIO()
-    requests = [Request(i, 0, [1, 2], i) for i in range(5)]
+    requests = [Request("", i, [1, 2], i) for i in range(5)]
     for some in (requests[:2], requests[2:]):
-        write_frame(stream, Requests([(one.task_id, one.prompt, one.seed) for one in some]))
+        write_frame(stream, Requests([(one.sample_id, one.prompt, one.seed) for one in some]))
     incoming = RequestReader(read_frames(BytesIO(stream.getvalue())))
     taken: list[Request] = []
     while (some := incoming.take(2, True)) is not None:
@@ -93,7 +93,7 @@ for _ in range(300):
     answers.append(ids + ([tokenizer.eos_token_id] if dice.random() < 0.3 else []))
 options = {"distributed_executor_backend": sys.argv[2], "additional_config": {"answers": answers}}
 engine = VllmEngine(path, Sampling(max_tokens=40), "float32", 100, 32, options=options)
-requests = [Request(i // 4, i % 4, [1, 2 + i // 4, 3], i) for i in range(400)]
+requests = [Request(str(i // 4), i % 4, [1, 2 + i // 4, 3], i) for i in range(400)]
 
 def draw(source):
     return {(c.request.task_id, c.request.sample_id): (c.text, c.stopped, c.tokens, c.sum_logprob) for d in source.generate(requests) for c in d}

@@ -40,6 +40,7 @@ class Stand:
     def __init__(self, **_: Any) -> None:
         self.image = self.image_id = "none"
         self.no_sharing = ""
+        self.packages: list[str] = []
         self.checks: dict[str, Any] = {"seen": {"ok": True}}
         self.closed = threading.Event()
 

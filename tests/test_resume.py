@@ -28,6 +28,7 @@ class Stand:
 
     image = image_id = "none"
     no_sharing = ""
+    packages: list[str] = []
     checks: dict[str, Any] = {}
     ran: list[tuple[str, int]] = []
     stop_after: int | None = None  # raise KeyboardInterrupt then
@@ -43,7 +44,8 @@ class Stand:
         for number, one in enumerate(samples):
             if number == self.stop_after:
                 raise KeyboardInterrupt
-            Stand.ran.append((one.task_id, one.sample_id))
+            if one.model != "reference":  # of a problem that nothing solved
+                Stand.ran.append((one.task_id, one.sample_id))
             yield label(one)
 
 

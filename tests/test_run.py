@@ -110,7 +110,7 @@ def test_another_configuration_is_refused_by_field(run):
 def test_the_problems_stay_and_a_digest_tells_a_change(run):
     with RunDir(run) as folder:
         folder.set_problems([])
-        assert folder.problems() == {1: PROBLEM}
+        assert folder.problems() == {"1": PROBLEM}
         digests = {folder.digest("problems.jsonl", "scores.jsonl")}
         for text in ("", "1", "2"):
             folder.file("scores.jsonl").write_text(text)

@@ -106,7 +106,7 @@ def test_a_probe_reads_with_transformers_and_others_with_vllm_where_there_is_a_g
 
 @pytest.mark.skipif(why_no_vllm() is not None, reason="vLLM is not here")
 def test_weights_are_linked_and_only_those_that_the_index_names(run: Path, qwen: Path, tmp_path: Path) -> None:
-    from fractal.critic.vllm_pooling import export
+    from fractal.critic.vllm_export import export
 
     base = tmp_path / "base"
     shutil.copytree(qwen, base)

@@ -33,7 +33,7 @@ def results(problem: Problem, program: str) -> list[bool]:
 
 
 def test_ids_count_from_one():
-    assert [problem.task_id for problem in PROBLEMS] == list(range(1, 73))
+    assert [problem.task_id for problem in PROBLEMS] == [str(number) for number in range(1, 73)]
 
 
 def test_entry_points_and_prompts_are_unique():

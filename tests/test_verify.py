@@ -154,7 +154,8 @@ def test_what_could_not_be_judged_is_listed_and_redone_in_place(place: Path) -> 
     code, out, err = finish(command(place))
     assert code == 1
     assert "30 lost" in out
-    errors = err.splitlines()
+    named, *errors = err.splitlines()
+    assert "1 of 2 problems cannot be solved as they are, their own reference fails: 2 (sandbox_error: " in named
     assert errors[0].startswith("sandbox_error: task_id 2, sample_id 0: ")
     assert len([line for line in errors if line.startswith("sandbox_error: ")]) == 20
     assert errors[20] == "... and 10 more"

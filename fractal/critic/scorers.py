@@ -65,7 +65,8 @@ def score_by_vllm(folder: Path, files: models.ModelFiles, pairs: Pairs, dtype: s
 
     One engine, which is slow to start, reads all pairs twice: with the base model's weights and with the critic's.
     """
-    from fractal.critic.vllm_pooling import PoolingEngine, export
+    from fractal.critic.vllm_export import export
+    from fractal.critic.vllm_pooling import PoolingEngine
 
     head, info = checkpoint.load(folder)
     # A problem's samples stand together: the common prefix of their prompts is read once.

@@ -1,16 +1,12 @@
 """Scoring with vLLM's pooling runner: a sequence classification model in, its labels' logits for each text out."""
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from fractal.critic.arrays import Array
 from fractal.generate import memory
 from fractal.generate.vllm import GPU_KERNELS, ON_GPU, batch_and_memory  # first: it sets vLLM's environment
 
@@ -18,36 +14,6 @@ from vllm import LLM, PoolingParams, TokensPrompt  # isort: skip
 
 CHUNK = 4096 if ON_GPU else 256  # texts handed over at once; on a CPU these take a minute
 STEP_TOKENS = 16384 if ON_GPU else 4096  # tokens of one engine step
-
-
-TOKENIZER_PREFIXES = ("tokenizer", "vocab", "merges", "special_tokens", "chat_template")
-
-
-def export(base: Path, heads: Array, target: Path) -> None:
-    """Write the model in `base` with linear heads into the new folder `target`: one label for each of `heads` (L, D).
-
-    The base's weights, gigabytes, are linked; only heads and configuration are written. The heads have no bias: vLLM
-    cannot exchange the weights of a model whose head has one (PoolingEngine.exchange).
-    """
-    target.mkdir()
-    index = base / "model.safetensors.index.json"  # a folder may hold the same weights in other files, too
-    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else None
-    for file in base.iterdir():
-        if file.suffix == ".safetensors" and (names is None or file.name in names):
-            (target / file.name).symlink_to(file.absolute())
-        elif file.name.startswith(TOKENIZER_PREFIXES):
-            shutil.copy(file, target / file.name)
-    save_file({"score.weight": heads}, target / "score.safetensors", metadata={"format": "pt"})
-    config: dict[str, Any] = json.loads((base / "config.json").read_bytes())
-    labels = {str(i): f"head {i}" for i in range(len(heads))}
-    config |= {
-        "architectures": [config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")],
-        "num_labels": len(heads),
-        "id2label": labels,
-        "label2id": {name: int(i) for i, name in labels.items()},
-        "problem_type": "multi_label_classification",  # one label alone means regression
-    }
-    (target / "config.json").write_text(json.dumps(config, indent=1))
 
 
 class PoolingEngine:
