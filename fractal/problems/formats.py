@@ -49,7 +49,7 @@ def problem_of(line: Line, value: dict[str, Any]) -> Problem:
         return problem_from_script(line, value)
     if "test_list" in value:
         return problem_from_mbpp(line, value)
-    if "canonical_solution" in value and "test" in value:
+    if "canonical_solution" in value:
         return problem_from_humaneval(line, value)
     if "public_test_cases" in value or "private_test_cases" in value:
         return problem_from_livecodebench(line, value)
@@ -82,8 +82,10 @@ def _own_problem(line: Line) -> Problem:
         raise line.error("field tests: of calls, expected the JSON text of a list of arguments for each")
     if problem.expected and len(problem.expected) != len(problem.tests):
         raise line.error(f"field expected: {len(problem.expected)} for {len(problem.tests)} tests")
-    if problem.kind == "stdin" and not problem.expected and not problem.reference:
-        raise line.error("field expected: is empty, and there is no reference whose output would be expected")
+    if problem.kind == "stdin" and not problem.expected:
+        raise line.error("field expected: is empty, expected what is to be printed for each of the tests")
+    if problem.kind == "calls" and not problem.expected and not problem.reference:
+        raise line.error("field expected: is empty, and there is no reference that says what is expected")
     if problem.base_tests is not None and not 0 <= problem.base_tests <= len(problem.tests):
         raise line.error(f"field base_tests: expected from 0 to {len(problem.tests)}, got {problem.base_tests}")
     return problem
