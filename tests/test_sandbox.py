@@ -119,6 +119,13 @@ def test_a_slow_reference_raises_the_limit(image: str) -> None:
     assert (first.status, second.status) == ("passed", "timeout")
 
 
+def test_a_program_may_be_given_more_memory_than_the_judge_has(image: str) -> None:
+    large = "def f(x):\n    return x * (len(bytearray(1500 << 20)) >> 20) // 750\n"
+    with Sandbox(limits=Limits(cpu_s=5, wall_s=20, memory_mib=2048), image=image) as sandbox:
+        (label,) = sandbox.verify([sample(large)], {"1": problem(["assert f(1) == 2"])})
+    assert label.status == "passed", label
+
+
 def test_a_container_killed_in_the_middle_loses_nothing(image: str) -> None:
     slow = "import time\ndef f(x):\n    time.sleep(0.05)\n    return x * 2\n"
     samples = [sample(slow + f"#{i}", i) for i in range(60)]

@@ -342,7 +342,8 @@ def _describe(name: str, text: str) -> str:
 
 def work(sock: socket.socket, slot: Slot) -> None:
     """Samples in, verdicts out, one at a time; first, what the check of a candidate found."""
-    resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY, JUDGE_MEMORY))
+    # The soft limit alone: candidates, which descend from here, may be given more.
+    resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     judge = Judge(slot)
     suites: dict[bytes, Suite | str] = {}
     sock.sendall(pack(inspect_candidate(judge), READY))
