@@ -141,7 +141,8 @@ def turn(plan: Plan, contestant: str) -> Turn:
         return Turn(0, contestant, done, tokens, time.perf_counter() - begin, start_s=begin - called)
     if contestant == "vllm":
         from fractal.critic.head import zero_shot_head
-        from fractal.critic.vllm_pooling import PoolingEngine, export
+        from fractal.critic.vllm_export import export
+        from fractal.critic.vllm_pooling import PoolingEngine
 
         texts = [prompt.token_ids for prompt in prompts]
         with tempfile.TemporaryDirectory() as folder:
