@@ -142,6 +142,11 @@ def _with_its_length(number: re.Match[str]) -> str:
     return f"{len(digits):09}{digits}"
 
 
+def digest_id(task_id: str) -> str | int:
+    """A task_id as it enters digests: a number as an integer, as it did when every task_id was one."""
+    return int(task_id) if task_id.isdecimal() else task_id
+
+
 def code_sha256(code: str) -> str:
     """By which a Label names the program that it is of."""
     return hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()

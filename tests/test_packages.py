@@ -126,6 +126,6 @@ def test_an_image_with_packages_is_locked_built_named_and_used(
         (lock,) = (tmp_path / "cache").rglob("packages.lock")
         assert "slowly==1.0" in lock.read_text()
         assert "--hash=sha256:" in lock.read_text()
-        client.images.remove(name)
+        client.images.remove(name, force=True)
     finally:
         client.close()

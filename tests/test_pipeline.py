@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fractal.jsonl import read_jsonl
-from fractal.records import Choice, Label, Output, Problem, Sample, Score
+from fractal.records import Choice, Label, Output, Problem, Sample, Score, digest_id, task_order
 
 pytestmark = [pytest.mark.docker, pytest.mark.model, pytest.mark.long, pytest.mark.timeout(1800)]
 N = 6
@@ -61,7 +61,7 @@ def test_every_sample_is_there_once_with_its_label_and_score(finished: Path) -> 
     assert len(expected) == 24 * N
     for name, kind in (("samples", Sample), ("labels", Label), ("scores", Score)):
         found = [(one.task_id, one.sample_id) for one in read_jsonl(finished / f"{name}.jsonl", kind)]
-        assert sorted(found) == expected, name
+        assert sorted(found, key=lambda key: (task_order(key[0]), key[1])) == expected, name
     labels = read_jsonl(finished / "labels.jsonl", Label)
     assert {label.passed for label in labels} == {True, False}
     assert not [label for label in labels if label.status == "sandbox_error"]
@@ -89,9 +89,9 @@ def test_the_critic_saw_train_problems_only(finished: Path) -> None:
 
     split = {p.task_id: p.split for p in read_jsonl(finished / "problems.jsonl", Problem)}
     samples = {(s.task_id, s.sample_id): s for s in read_jsonl(finished / "samples.jsonl", Sample)}
-    labels = sorted(read_jsonl(finished / "labels.jsonl", Label), key=lambda v: (v.task_id, v.sample_id))
+    labels = sorted(read_jsonl(finished / "labels.jsonl", Label), key=lambda v: (task_order(v.task_id), v.sample_id))
     seen = b"".join(
-        encode((v.task_id, v.sample_id, s.code, v.passed, s.sum_logprob, s.tokens))
+        encode((digest_id(v.task_id), v.sample_id, s.code, v.passed, s.sum_logprob, s.tokens))
         for v in labels
         for s in [samples[v.task_id, v.sample_id]]
         if split[v.task_id] == "train"

@@ -285,7 +285,7 @@ def diagnose(job: Job, tail: str) -> str | None:
         return "Docker on the instance has no GPU. Run: invoke wait, which repairs the NVIDIA toolkit."
     if "No space left on device" in tail or "no space left on the disk" in tail:
         return "The disk of the instance is full. Make room (invoke ssh), then run the same command: it goes on."
-    if job.exit_code > 128:
+    if job.exit_code - 128 in signal.valid_signals():
         reason = (signal.strsignal(job.exit_code - 128) or "").lower()
         return f"The process died ({reason}). The same command goes on where it stopped."
     return None

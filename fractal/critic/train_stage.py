@@ -14,6 +14,7 @@ from fractal.critic.training_settings import TrainingSettings
 from fractal.errors import InputError
 from fractal.generate import models
 from fractal.jsonl import encode
+from fractal.records import digest_id
 from fractal.rundir import RunDir
 
 MODES = ("probe", "lora", "full")
@@ -47,7 +48,9 @@ def run(folder: RunDir, base: str | None = None, mode: str = "probe", **settings
     source = folder.model_path(base)
     files = models.resolve(source)
     folder.keep_model_path(files.name, source)
-    facts = b"".join(encode((s.task_id, s.sample_id, s.code, v.passed, s.sum_logprob, s.tokens)) for _, s, v in rows)
+    facts = b"".join(
+        encode((digest_id(s.task_id), s.sample_id, s.code, v.passed, s.sum_logprob, s.tokens)) for _, s, v in rows
+    )
     config: dict[str, Any] = {
         "mode": mode,
         "base": files.name,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fractal.errors import InputError, OutsideError, RecordError
 from fractal.jsonl import Line, encode
 from fractal.problems.formats import problem_of, read_problems
-from fractal.records import SPLITS, Problem, task_order
+from fractal.records import SPLITS, Problem, digest_id, task_order
 
 STARTER = Path(__file__).with_name("starter.jsonl")
 TESTS = ("all", "base", "plus")
@@ -115,8 +115,7 @@ def digest(problems: list[Problem]) -> str:
         own = {f.name: own[f.name] for f in fields(problem) if f.default is MISSING or own[f.name] != f.default}
         if not problem.expected:
             own.pop("expected", None)
-        number = problem.task_id
-        total.update(encode(own | {"task_id": int(number) if number.isdecimal() else number}))
+        total.update(encode(own | {"task_id": digest_id(problem.task_id)}))
     return total.hexdigest()
 
 
