@@ -147,7 +147,9 @@ def to_host(client: docker.DockerClient, name: str, host: str, *, say: Say, ssh_
             registry = remote_engine.start_registry(connection, engine, registry_image)
             tag = image.id[7:19]
             say(f"{name} goes to {host}")
-            with temporary_tag(client, image.id, f"127.0.0.1:{registry.local_port}/{REMOTE_REPOSITORY}", tag):
+            with temporary_tag(
+                client, image.id, f"127.0.0.1:{registry.local_port}/{REMOTE_REPOSITORY}", tag, ours=True
+            ):
                 digest = send_through_tunnel(client, name, connection, engine, registry, tag, progress)
             say(f"{host} takes it from its own loopback")
             reference = f"127.0.0.1:{registry.remote_port}/{REMOTE_REPOSITORY}@{digest}"
@@ -207,14 +209,19 @@ def target(name: str, registry: str) -> tuple[str, str]:
 
 
 @contextmanager
-def temporary_tag(client: docker.DockerClient, image_id: str, repository: str, tag: str) -> Iterator[None]:
-    """Tag an image meanwhile; what the tag and the push add to its names is removed again."""
+def temporary_tag(
+    client: docker.DockerClient, image_id: str, repository: str, tag: str, ours: bool = False
+) -> Iterator[None]:
+    """Tag an image meanwhile; what the tag and the push add to its names is removed again.
+
+    `ours`: nobody else names images so, and what a killed push left of such names is removed, too.
+    """
 
     def names() -> set[str]:
         attrs = client.images.get(image_id).attrs
         return {*(attrs["RepoTags"] or ()), *(attrs["RepoDigests"] or ())}
 
-    before = names()
+    before = set() if ours else names()
     try:
         client.api.tag(image_id, repository, tag)
         yield
