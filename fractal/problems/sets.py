@@ -2,9 +2,9 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fractal.errors import InputError, OutsideError, RecordError
 from fractal.jsonl import Line, encode
@@ -111,10 +111,8 @@ def digest(problems: list[Problem]) -> str:
     runs that were made when a problem had no others, and an integer for its name, know theirs still."""
     total = hashlib.sha256()
     for problem in sorted(problems, key=lambda p: task_order(p.task_id)):
-        own = {f.name: getattr(problem, f.name) for f in fields(problem)}
-        own = {f.name: own[f.name] for f in fields(problem) if f.default is MISSING or own[f.name] != f.default}
-        if not problem.expected:
-            own.pop("expected", None)
+        defaults: dict[str, Any] = {f.name: [] if f.default_factory is list else f.default for f in fields(problem)}
+        own = {name: value for name in defaults if (value := getattr(problem, name)) != defaults[name]}
         total.update(encode(own | {"task_id": digest_id(problem.task_id)}))
     return total.hexdigest()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fractal.sandbox.inside import streams
-from fractal.sandbox.inside.calls import Calls, prepare_calls
+from fractal.sandbox.inside.calls import Calls, prepare_calls, refuse_object
 from fractal.sandbox.inside.given import Given, find_given
 from fractal.sandbox.inside.protocol import Encoder, Unencodable, pack
 
@@ -121,7 +121,7 @@ def _ahead(tests: list[ast.Module], entry_point: str, programs: set[str]) -> lis
                 break
             args = tuple(ast.literal_eval(value) for value in call.args)
             kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-            encode = Encoder(_refuse).encode
+            encode = Encoder(refuse_object).encode
             frame = pack(["q", "ahead", entry_point, [*map(encode, args)], [[k, encode(v)] for k, v in kwargs.items()]])
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, Unencodable):
             break
@@ -130,10 +130,6 @@ def _ahead(tests: list[ast.Module], entry_point: str, programs: set[str]) -> lis
             break
         calls.append(Ahead(args, kwargs, frame))
     return calls
-
-
-def _refuse(value: Any) -> dict[str, Any]:
-    raise Unencodable(type(value).__name__)
 
 
 ALWAYS = (ast.Call, ast.keyword, ast.UnaryOp, ast.BinOp, ast.Subscript, ast.Attribute, ast.List, ast.Tuple, ast.Set)
