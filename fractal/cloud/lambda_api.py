@@ -81,6 +81,7 @@ class RateLimiter:
                     log(f"Lambda allows one {kind} in {interval_s:.0f} s: the next is sent in {delay_s:.0f} s.")
                 time.sleep(max(0.0, delay_s))
                 stamp.touch()
+                os.utime(stamp, (now := time.time(), now))  # a touch alone is stamped by the kernel's coarse clock
         except (OSError, NotImplementedError):  # an instance must be terminated on a full disk, too
             time.sleep(interval_s)
 
