@@ -73,9 +73,9 @@ OPTIONS = {
     "cap_add": ["SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE"],  # --privileged is refused where the host lacks a capability
     "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],
     "device_cgroup_rules": ["a *:* rwm"],
-    "volumes": ["/var/lib/docker"],  # overlay2 does not stack on overlay2
     "init": True,
 }
+VOLUMES = ("/var/lib/docker",)  # overlay2 does not stack on overlay2
 START_TIMEOUT_S = 60
 
 
@@ -98,6 +98,7 @@ class Condition:
     cloud_init: Literal["done", "degraded", "error", "absent"] = "done"
     cloud_init_s: float = 0.0  # until it is done; a user-data script runs after that
     ssh_after_s: float = 0.0  # sshd does not listen before
+    file_systems: Literal["mounted", "read-only", "absent"] = "mounted"  # those that the instance was launched with
     disk_mib: int = 0  # for the engine's images and /home together; 0: as large as the host's
 
     def settings(self) -> str:
@@ -186,9 +187,12 @@ class Machine:
         condition: Condition = GOOD,
         public_key: str | None = None,
         labels: Mapping[str, str] | None = None,
+        file_systems: Mapping[str, str] | None = None,
         wait: bool = True,
     ) -> None:
         """`public_key`: who is let in, instead of a key made for this machine (`folder`/key).
+
+        `file_systems`: volumes of the host's engine by where they are mounted; they outlive the machine.
 
         `engine=False`: Docker is installed and not started. `wait=False`: back as soon as it has an address, while it
         boots.
@@ -197,6 +201,7 @@ class Machine:
         self.condition = condition if engine else replace(condition, docker="stopped")
         self._public_key = public_key
         self._labels = {LABEL: "machine", **(labels or {})}
+        self._file_systems = file_systems or {}
         self._wait = wait
 
     def __enter__(self) -> Self:
@@ -225,9 +230,15 @@ class Machine:
             words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "fractal-test-key", "-f", self.folder / "key"]
             subprocess.run(words, check=True)
             key = (self.folder / "key.pub").read_text()
+        mode = {"mounted": "rw", "read-only": "ro", "absent": ""}[self.condition.file_systems]
+        volumes = [f"{volume}:{path}:{mode}" for path, volume in self._file_systems.items() if mode]
         try:
             self.container = self.client.containers.create(
-                ensure_image(self.client), [START], labels=self._labels | {FOLDER: str(self.folder)}, **OPTIONS
+                ensure_image(self.client),
+                [START],
+                labels=self._labels | {FOLDER: str(self.folder)},
+                volumes=[*VOLUMES, *volumes],
+                **OPTIONS,
             )
             self.put(f"/home/{USER}/.ssh/authorized_keys", f"{key.strip()}\n".encode(), 0o644)
             self.put("/etc/machine.conf", self.condition.settings().encode(), 0o644)

@@ -4,7 +4,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -354,8 +354,8 @@ class Boxes:
     def __init__(self, broken: bool = False) -> None:
         self.broken, self.made = broken, list[Box]()
 
-    def start(self, instance_id: str, public_key: str) -> Box:
-        assert public_key == PUBLIC_KEY
+    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str]) -> Box:
+        assert (public_key, file_systems) == (PUBLIC_KEY, {})
         time.sleep(0.2)
         if self.broken:
             raise RuntimeError("no engine")

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from fractal.cloud import guard, instance
+from fractal.cloud import file_system, guard, instance
 from fractal.cloud.account import Account
 from fractal.cloud.instance import current
 from fractal.cloud.lambda_api import from_env
 from fractal.cloud.lambda_errors import AuthError, CloudError, ConnectionLostError
 from fractal.cloud.lambda_types import InstanceType, Offer, Region
 from fractal.cloud.launch import Candidate, LaunchRequest, candidates, check_request, launch
+from fractal.cloud.ledger import FileSystemMount
 from fractal.cloud.reconcile import terminate
 from fractal.errors import InputError, OutsideError
 from tests.conftest import ROOT, until
@@ -252,6 +253,9 @@ def test_all_of_the_request_arrives(rented: Renting) -> None:
     assert body["file_system_names"] == ["models"]
     assert body["region_name"] == "us-east-1"
     assert body["ssh_key_names"] == ["mine"]
+    (entry,) = rented.ledger.entries()
+    assert entry.file_systems == (FileSystemMount("models", "/lambda/nfs/models"),)
+    assert file_system.folder(entry) == "/lambda/nfs/models/fractal"
     rented.terminate_all()
 
 
@@ -269,6 +273,9 @@ def test_a_second_launch_uses_the_first_and_says_so(rented: Renting) -> None:
     for request, text in ((LaunchRequest((A100,)), A100), (LaunchRequest((TYPE,), ("us-east-1",)), "us-east-1")):
         with pytest.raises(InputError, match=f"is alive, and you ask for {text}.*invoke terminate"):
             rented.launch(request)
+    rented.cloud.add_file_system("models", "us-west-1")
+    with pytest.raises(InputError, match=r"was launched without the file system models.*invoke terminate"):
+        rented.launch(LaunchRequest((TYPE,), ("us-west-1",), file_systems=("models",)))
     rented.ledger.change(first.name, asked_at=time.time() - 2 * 3600)
     with pytest.raises(InputError, match="past the limits you give"):
         rented.launch(LaunchRequest((TYPE,), max_hours=1.0))

@@ -113,7 +113,7 @@ def test_a_factory_starts_many_at_once_and_leaves_nothing(tmp_path: Path) -> Non
 
     def start(number: int) -> Running:
         begin = time.monotonic()
-        one = machines.start(f"many-{number}", key)
+        one = machines.start(f"many-{number}", key, {})
         times.append((begin, time.monotonic()))
         return one
 
@@ -146,7 +146,7 @@ def test_what_a_killed_owner_left_is_removed_by_the_next(tmp_path: Path) -> None
     (tmp_path / "key.pub").write_text(make_key(tmp_path))
     code = (
         "import pathlib, sys, time; from tests.fake_lambda.machines import Machines\n"
-        f"Machines().start('orphan', pathlib.Path({str(tmp_path / 'key.pub')!r}).read_text()); print('up', flush=True)\n"
+        f"Machines().start('orphan', pathlib.Path({str(tmp_path / 'key.pub')!r}).read_text(), {{}}); print('up', flush=True)\n"
         "time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -10,6 +10,7 @@ import msgspec
 
 InstanceId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,100}\Z")]
 Address = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F.:]*\Z")]  # it goes into a configuration file of ssh
+MountPoint = Annotated[str, msgspec.Meta(pattern=r"^/[A-Za-z0-9_./-]+\Z")]  # it goes into Docker's SOURCE:TARGET
 
 
 class Region(msgspec.Struct, frozen=True):
@@ -62,3 +63,4 @@ class ImageInfo(msgspec.Struct, frozen=True):
 class FileSystem(msgspec.Struct, frozen=True):
     name: str
     region: Region
+    mount_point: MountPoint  # where an instance has it that was launched with its name

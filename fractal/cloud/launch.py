@@ -16,7 +16,7 @@ from fractal.cloud.account import Account
 from fractal.cloud.lambda_api import Client
 from fractal.cloud.lambda_errors import CapacityError, CloudError, LaunchUnknownError
 from fractal.cloud.lambda_types import Offer
-from fractal.cloud.ledger import Entry, Process
+from fractal.cloud.ledger import Entry, FileSystemMount, Process
 from fractal.cloud.ssh_keys import Key
 from fractal.errors import InputError, OutsideError
 
@@ -42,6 +42,13 @@ class LaunchRequest:
         return {"max_hours": self.max_hours, "max_dollars": self.max_dollars, "max_price_usd": self.max_price_usd}
 
 
+class Offered(NamedTuple):
+    """What Lambda has for a request."""
+
+    types: dict[str, Offer]  # all instance types, by name
+    file_systems: tuple[FileSystemMount, ...]  # those of the request
+
+
 class Candidate(NamedTuple):
     """A type and region that has capacity now. The fields are named as in a ledger entry."""
 
@@ -50,8 +57,8 @@ class Candidate(NamedTuple):
     price_cents_per_hour: int
 
 
-def check_request(client: Client, request: LaunchRequest) -> dict[str, Offer]:
-    """What Lambda offers now, by name. Raises InputError with the list of valid values if the request is not valid.
+def check_request(client: Client, request: LaunchRequest) -> Offered:
+    """What Lambda has now. Raises InputError with the list of valid values if the request is not valid.
 
     A lack of capacity is no error here.
     """
@@ -78,15 +85,15 @@ def check_request(client: Client, request: LaunchRequest) -> dict[str, Offer]:
     check("region", request.regions, regions | {image.region.name for image in images})
     if request.image is not None and all(request.image != image.id for image in images):
         check("image", [request.image], {image.family for image in images})
+    systems = {system.name: system for system in client.file_systems()} if request.file_systems else {}
     if request.file_systems:
-        systems = {system.name: system.region.name for system in client.file_systems()}
         check("file system", request.file_systems, systems)
-        where = ",".join(sorted({systems[name] for name in request.file_systems}))
+        where = ",".join(sorted({systems[name].region.name for name in request.file_systems}))
         if ",".join(request.regions) != where:  # the launch must not end up in another
             raise InputError(
                 f"{', '.join(request.file_systems)}: the file system is in {where}: give --region={where}."
             )
-    return offers
+    return Offered(offers, tuple(FileSystemMount(name, systems[name].mount_point) for name in request.file_systems))
 
 
 def affordable(request: LaunchRequest, offers: Mapping[str, Offer]) -> list[Offer]:
@@ -122,7 +129,7 @@ def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_afte
 
     Raises InputError where the request cannot be met or another process launches, CloudError where Lambda cannot.
     """
-    offers = check_request(account.client, request)
+    offered = check_request(account.client, request)
     ledger = account.ledger
     with ledger.lock("launch", "launching an instance", timeout_s=0):
         for entry in ledger.open_entries():
@@ -135,7 +142,7 @@ def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_afte
                 reconcile.terminate(account, entry, "was being terminated")
             elif reconcile.record_status(account, entry, found).state == "launched":
                 return _reuse(account, entry, request, terminate_after)
-        return _launch_first_available(account, request, offers, key, terminate_after)
+        return _launch_first_available(account, request, offered, key, terminate_after)
 
 
 def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_after: bool) -> Entry:
@@ -146,6 +153,8 @@ def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_aft
         misfit = f"you ask for {', '.join(request.types)}"
     elif request.regions and entry.region not in request.regions:
         misfit = f"you ask for {', '.join(request.regions)}"
+    elif lacking := set(request.file_systems) - {system.name for system in entry.file_systems}:
+        misfit = f"was launched without the file system {', '.join(sorted(lacking))}, which cannot be attached later"
     elif limited.too_expensive:
         misfit = f"costs more than the {request.max_price_usd:.2f} USD/h"
     elif (limited.ends_at() or math.inf) <= now:
@@ -161,15 +170,16 @@ def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_aft
 
 
 def _launch_first_available(
-    account: Account, request: LaunchRequest, offers: dict[str, Offer], key: Key, terminate_after: bool
+    account: Account, request: LaunchRequest, offered: Offered, key: Key, terminate_after: bool
 ) -> Entry:
     """Ask for each candidate in the user's order; then wait for capacity, as long as requested."""
     begin, logged_at, lost = time.monotonic(), -math.inf, 0
+    offers = offered.types
     while True:
         entry: Entry | None = None
         for candidate in candidates(request, offers):
             if entry is None:
-                entry = _add_intent(account, request, candidate, key, terminate_after)
+                entry = _add_intent(account, request, offered.file_systems, candidate, key, terminate_after)
             else:  # the request before was refused: the name is free, and its guard watches
                 entry = account.ledger.change(entry.name, asked_at=time.time(), **candidate._asdict())
             entry = _request_launch(account, entry, request)
@@ -203,7 +213,12 @@ def _launch_first_available(
 
 
 def _add_intent(
-    account: Account, request: LaunchRequest, candidate: Candidate, key: Key, terminate_after: bool
+    account: Account,
+    request: LaunchRequest,
+    file_systems: tuple[FileSystemMount, ...],
+    candidate: Candidate,
+    key: Key,
+    terminate_after: bool,
 ) -> Entry:
     """Write the intent to the ledger and start its guard: no launch without one."""
     entry = Entry(
@@ -215,6 +230,7 @@ def _add_intent(
         key_file=str(key.file),
         asked_at=time.time(),
         **request.limits,
+        file_systems=file_systems,
         owner=Process.current(),
         terminate_after=terminate_after,
     )

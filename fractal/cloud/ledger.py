@@ -57,6 +57,14 @@ class Process:
         return started is not None and abs(started - self.started) < 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class FileSystemMount:
+    """A file system of Lambda's that the launch request names."""
+
+    name: str
+    mount_point: str  # absolute path on the instance
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One instance, from the intent to its end."""
@@ -73,6 +81,7 @@ class Entry:
     max_hours: float | None
     max_dollars: float | None
     max_price_usd: float | None  # per hour
+    file_systems: tuple[FileSystemMount, ...] = ()
     state: State = "intended"
     id: str | None = None
     ip: str | None = None  # as last seen

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal.cloud import ssh_config
+from fractal.cloud import file_system, ssh_config
 from fractal.cloud.account import Log
 from fractal.cloud.lambda_errors import CloudError
 from fractal.cloud.ledger import Entry
@@ -82,6 +82,7 @@ class _Checks:
         with self._login() as link:
             self._wait_cloud_init(link)
             self._check_docker(link)
+            self._check_file_system(link)
             self._install_rsync(link)
             if self._entry.type_name.startswith("cpu_"):
                 self._log("this type has no GPU: none is checked")
@@ -160,6 +161,10 @@ class _Checks:
         if "joined" in lines:  # it may call sudo, so this opens nothing; the next login has the new group
             self.result.repaired.append("its user was added to the group docker")
         self._docker = "sudo -n docker" if "joined" in lines else "docker"
+
+    def _check_file_system(self, link: ssh.SshConnection) -> None:
+        if problem := file_system.prepare(link.run, self._entry):
+            raise self._error(f"{problem}. Look at what is mounted there", file_system.LIST_MOUNTS)
 
     def _install_rsync(self, link: ssh.SshConnection) -> None:
         done = link.run(script("install_rsync"), f"{REPAIR_TIMEOUT_S:.0f}", timeout_s=4 * REPAIR_TIMEOUT_S)

@@ -5,10 +5,11 @@
 Each is labelled with the process that owns it: what a killed one has left, the next `Machines` removes.
 """
 
+import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,7 @@ import psutil
 from tests.machine import FOLDER, GOOD, LABEL, Condition, Machine, ensure_image
 
 INSTANCE = "fractal.instance"
+FILE_SYSTEM = "file-system"  # value of the label LABEL of a volume that stands for a file system
 OWNER = "fractal.owner"
 
 
@@ -41,7 +43,7 @@ def is_alive(mark: str) -> bool:
 
 
 def sweep() -> list[str]:
-    """Remove machines, with their disks, whose owner is dead; the names of their instances."""
+    """Remove machines, with their disks, and file systems whose owner is dead; the names of the instances."""
     removed = []
     client = docker.from_env()
     try:
@@ -55,6 +57,10 @@ def sweep() -> list[str]:
                     continue  # another sweep has it
                 shutil.rmtree(container.labels.get(FOLDER, ""), ignore_errors=True)
                 removed.append(container.labels.get(INSTANCE, container.name))
+        for volume in client.volumes.list(filters={"label": f"{LABEL}={FILE_SYSTEM}"}):
+            if not is_alive(volume.attrs["Labels"][OWNER]):
+                with contextlib.suppress(docker.errors.APIError):
+                    volume.remove()
     finally:
         client.close()
     return removed
@@ -88,11 +94,12 @@ class Running:
 
 
 class Machines:
-    """Starts a machine for each instance; those that still run are ended on leaving."""
+    """Starts a machine for each instance; on leaving, those that still run are ended, and file systems removed."""
 
     def __init__(self, condition: Condition = GOOD) -> None:
         self.condition = condition  # of the next one that starts
         self.running: dict[str, Running] = {}  # by instance id
+        self._file_systems: dict[str, str] = {}  # by name: a volume of the engine, which outlives the machines
         self._lock = threading.Lock()
         sweep()
         client = docker.from_env()
@@ -101,12 +108,17 @@ class Machines:
         finally:
             client.close()
 
-    def start(self, instance_id: str, public_key: str) -> Running:
-        """Back in about half a second, as soon as the machine has an address; it is still booting then."""
+    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str]) -> Running:
+        """Back in about half a second, as soon as the machine has an address; it is still booting then.
+
+        `file_systems`: their names by where they are mounted.
+        """
+        volumes = {path: self._volume(name) for path, name in file_systems.items()}
         machine = Machine(
             condition=self.condition,
             public_key=public_key,
             labels={INSTANCE: instance_id, OWNER: owner(os.getpid())},
+            file_systems=volumes,
             wait=False,
         )
         machine.start()
@@ -114,6 +126,18 @@ class Machines:
         with self._lock:
             self.running[instance_id] = running
         return running
+
+    def _volume(self, name: str) -> str:
+        """The volume that stands for the file system of this name."""
+        with self._lock:
+            if name not in self._file_systems:
+                client = docker.from_env()
+                try:
+                    labels = {LABEL: FILE_SYSTEM, OWNER: owner(os.getpid())}
+                    self._file_systems[name] = str(client.volumes.create(labels=labels).name)
+                finally:
+                    client.close()
+            return self._file_systems[name]
 
     def stop_all(self) -> None:
         with self._lock:
@@ -130,3 +154,9 @@ class Machines:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop_all()
+        client = docker.from_env()
+        try:
+            for volume in self._file_systems.values():
+                client.volumes.get(volume).remove()
+        finally:
+            client.close()

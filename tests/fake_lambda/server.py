@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -72,7 +72,8 @@ class Running(Protocol):
 
 
 class MachineFactory(Protocol):
-    def start(self, instance_id: str, public_key: str) -> Running: ...
+    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str]) -> Running:
+        """`file_systems`: their names by where they are mounted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -650,7 +651,8 @@ class FakeLambda:
 
     def _start_machine(self, one: Rented, public_key: str) -> None:
         assert self._machines is not None
-        machine = self._machines.start(one.id, public_key)
+        mounted = {self._file_systems[name]["mount_point"]: name for name in one.file_system_names}
+        machine = self._machines.start(one.id, public_key, mounted)
         with self._lock:
             one.machine, one.ip = machine, machine.ip
 
