@@ -96,6 +96,7 @@ class Condition:
     docker_group: bool = False  # whether ubuntu may call docker without sudo
     rsync: bool = True
     cloud_init: Literal["done", "degraded", "error", "absent"] = "done"
+    host_key: Literal["taken", "ignored"] = "taken"  # what cloud-init does with the one in the user data
     cloud_init_s: float = 0.0  # until it is done; a user-data script runs after that
     ssh_after_s: float = 0.0  # sshd does not listen before
     file_systems: Literal["mounted", "read-only", "absent"] = "mounted"  # those that the instance was launched with
@@ -112,6 +113,7 @@ class Condition:
             "docker_group": "yes" if self.docker_group else "no",
             "rsync": "yes" if self.rsync else "no",
             "cloud_init": self.cloud_init,
+            "host_key": self.host_key,
             "cloud_init_s": self.cloud_init_s,
             "ssh_after_s": self.ssh_after_s,
             "disk_mib": self.disk_mib,
@@ -186,13 +188,15 @@ class Machine:
         engine: bool = True,
         condition: Condition = GOOD,
         public_key: str | None = None,
+        user_data: str = "",
         labels: Mapping[str, str] | None = None,
         file_systems: Mapping[str, str] | None = None,
         wait: bool = True,
     ) -> None:
         """`public_key`: who is let in, instead of a key made for this machine (`folder`/key).
 
-        `file_systems`: volumes of the host's engine by where they are mounted; they outlive the machine.
+        `file_systems`: volumes of the host's engine by where they are mounted; they outlive the machine. `user_data`: for
+        cloud-init, which takes a host key in the form that Fractal gives it, and runs a script.
 
         `engine=False`: Docker is installed and not started. `wait=False`: back as soon as it has an address, while it
         boots.
@@ -200,6 +204,7 @@ class Machine:
         self.alias = alias
         self.condition = condition if engine else replace(condition, docker="stopped")
         self._public_key = public_key
+        self._user_data = user_data
         self._labels = {LABEL: "machine", **(labels or {})}
         self._file_systems = file_systems or {}
         self._wait = wait
@@ -241,6 +246,7 @@ class Machine:
                 **OPTIONS,
             )
             self.put(f"/home/{USER}/.ssh/authorized_keys", f"{key.strip()}\n".encode(), 0o644)
+            self.put("/var/lib/cloud/instance/user-data.txt", self._user_data.encode(), 0o600)
             self.put("/etc/machine.conf", self.condition.settings().encode(), 0o644)
             self.container.start()
         except docker.errors.APIError as error:

@@ -77,6 +77,8 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"image": "lambda-stack-24-04"}, "image: must be an object"),
     ({"image": {"id": "a", "family": "b"}}, "image: give either id or family"),
     ({"image": {"family": 5}}, "image: give either id or family"),
+    ({"user_data": {"ssh_keys": {}}}, "user_data: must be a string"),
+    ({"user_data": "x" * 1_000_001}, "user_data: must have 0 to 1000000"),
     ({"quantity": 1}, "quantity: unknown field"),
 ]
 UNKNOWN_NAMES: list[dict[str, Any]] = [
@@ -354,8 +356,8 @@ class Boxes:
     def __init__(self, broken: bool = False) -> None:
         self.broken, self.made = broken, list[Box]()
 
-    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str]) -> Box:
-        assert (public_key, file_systems) == (PUBLIC_KEY, {})
+    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str], user_data: str) -> Box:
+        assert (public_key, file_systems, user_data) == (PUBLIC_KEY, {}, "")
         time.sleep(0.2)
         if self.broken:
             raise RuntimeError("no engine")

@@ -32,6 +32,7 @@ from fractal.cloud.lambda_errors import (
     NotFoundError,
 )
 from fractal.cloud.lambda_types import Region
+from fractal.cloud.ssh_keys import make_host_key
 from fractal.errors import InputError, OutsideError
 from tests.conftest import until
 from tests.fake_lambda.server import FakeLambda, Fault, cut, delay, garbage, hang, lose_answer, ok, status, tear
@@ -381,6 +382,18 @@ def test_the_key_is_in_no_error_and_no_log(cloud: FakeLambda, caplog: pytest.Log
             assert caught.value.__context__ is None
     assert no_secret(repr(client))
     assert no_secret(caplog.text)
+
+
+def test_a_host_key_that_the_api_repeats_is_in_no_error(cloud: FakeLambda, client: Client) -> None:
+    user_data = make_host_key().user_data
+    private = [line.strip() for line in user_data.splitlines() if line.startswith("    ") and "-----" not in line]
+    assert len(private) == 5
+    for repeated in (user_data, " ".join(user_data.split()), json.dumps(user_data)):
+        cloud.script(LAUNCH, status(400, "global/invalid-parameters", f"user_data: {repeated[:290]}"))
+        with pytest.raises(ApiError, match="user_data") as caught:
+            launch(client, user_data=user_data)
+        assert not [line for line in private if line in str(caught.value)]
+        assert "***" in str(caught.value)
 
 
 def no_secret(text: str) -> bool:

@@ -259,6 +259,25 @@ def test_all_of_the_request_arrives(rented: Renting) -> None:
     rented.terminate_all()
 
 
+@pytest.mark.usefixtures("no_guard")
+def test_each_launch_gives_the_instance_a_host_key_whose_private_half_stays_nowhere_here(rented: Renting) -> None:
+    rented.cloud.set_capacity(TYPE, "us-west-1", 0, advertised=True)
+    entries = []
+    for _ in range(2):
+        entries.append(rented.launch())
+        rented.terminate_all()
+    texts = [call.body["user_data"] for call in rented.cloud.requests if call.path.endswith("/launch")]
+    assert len(texts) == 4
+    assert (texts[0], texts[2]) == (texts[1], texts[3])  # asked again in the next region
+    for entry, text in zip(entries, texts[1::2], strict=True):
+        assert text.startswith("#cloud-config\nssh_deletekeys: true\nssh_keys:\n  ed25519_private: |\n    -----BEGIN")
+        assert text.endswith(f"  ed25519_public: {entry.host_key}\n")
+    assert entries[0].host_key != entries[1].host_key
+    here = [file.read_text() for file in rented.ledger.folder.rglob("*") if file.is_file()] + rented.logged
+    private = {line.strip() for text in texts for line in text.splitlines() if line.startswith("    ")}
+    assert not [line for line in private for text in here if line in text]
+
+
 # --- a second launch
 
 

@@ -15,7 +15,9 @@ from fractal.cloud.lambda_errors import CloudError
 from fractal.cloud.ledger import Entry
 from fractal.cloud.readiness import Readiness
 from fractal.cloud.remote_host import Driver
+from fractal.cloud.ssh_keys import make_host_key
 from tests.machine import GOOD, Condition, Machine, Unavailable
+from tests.test_ledger import entry as ledger_entry
 
 pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
 
@@ -29,17 +31,19 @@ def entry(machine: Machine, ip: str = "") -> Entry:
 
 
 class Instance:
-    """A simulated machine and a state folder."""
+    """A simulated machine, the host key that was made for it, and a state folder."""
 
-    def __init__(self, machine: Machine, folder: Path) -> None:
-        self.machine, self.folder, self.logged = machine, folder, list[str]()
+    def __init__(self, machine: Machine, folder: Path, host_key: str | None = None) -> None:
+        self.machine, self.folder, self.host_key, self.logged = machine, folder, host_key, list[str]()
 
-    def wait_ready(self, **changes: str) -> Readiness:
+    def wait_ready(self, **changes: object) -> Readiness:
         """`changes`: fields of the entry."""
         self.update_alias()
-        return readiness.wait_ready(
-            self.folder, replace(entry(self.machine), **changes), self.logged.append, self.update_alias
-        )
+        rented = replace(entry(self.machine), **{"host_key": self.host_key, **changes})  # type: ignore[arg-type]
+        return readiness.wait_ready(self.folder, rented, self.logged.append, self.update_alias)
+
+    def known_keys(self) -> list[str]:
+        return ssh_config.known_hosts(self.folder).read_text().splitlines()
 
     def update_alias(self) -> str:
         ssh_config.write(self.folder, entry(self.machine))
@@ -63,14 +67,16 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "LOGIN_TIMEOUT_S", 4.0)
     monkeypatch.setattr(readiness, "PORT_TIMEOUT_S", 15.0)
     monkeypatch.setattr(readiness, "ADDRESS_POLL_S", 1.0)
+    monkeypatch.setattr(readiness, "MADE_KEY_TIMEOUT_S", 1.0)
 
 
 @pytest.fixture
 def instance(request: pytest.FixtureRequest, tmp_path: Path, short: None) -> Iterator[Instance]:
     """With a machine of its own, in the condition that the test asks for."""
+    host_key = make_host_key()
     try:
-        with Machine(condition=getattr(request, "param", GOOD)) as machine:
-            yield Instance(machine, tmp_path)
+        with Machine(condition=getattr(request, "param", GOOD), user_data=host_key.user_data) as machine:
+            yield Instance(machine, tmp_path, host_key.public)
     except Unavailable as error:
         pytest.skip(str(error))
 
@@ -85,20 +91,49 @@ def test_a_good_machine_and_what_may_change_of_it(instance: Instance) -> None:
     found = instance.wait_ready()
     assert found.driver == Driver("580.95.05", ("NVIDIA A100-SXM4-80GB",))
     assert found.repaired == ["its user was added to the group docker"]
-    pinned = ssh_config.known_hosts(instance.folder).read_text()
-    assert all(line.startswith("i-1 ") for line in pinned.splitlines())
+    proven = instance.known_keys()
+    assert proven == [f"i-1 {instance.host_key}"]
+    assert "the host key of i-1 is the one that was made for it: the first contact is proven" in instance.logged
     assert instance.wait_ready().repaired == []
     instance.machine.restart(new_ip=True)
     assert instance.wait_ready().repaired == []
-    assert ssh_config.known_hosts(instance.folder).read_text() == pinned
+    assert instance.known_keys() == proven
     instance.machine.restart(new_host_key=True)
     begin = time.monotonic()
     said = instance.fails("not the one of its first contact")
     assert time.monotonic() - begin < 3.5
     subprocess.run(said.split("forget the old one: ")[1].split(". It is")[0].split(), check=True, capture_output=True)
     assert instance.wait_ready().repaired == []
+    assert set(instance.known_keys()).isdisjoint(proven)
+    assert any("did not take that one. Pinned at first contact" in text for text in instance.logged)
     instance.machine.put("/home/ubuntu/.ssh/authorized_keys", b"", 0o600)
     instance.fails("does not let us in", str(instance.machine.folder / "key"), "'mine'")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("instance", [Condition(host_key="ignored", docker_group=True)], indirect=True)
+def test_an_image_that_ignores_the_host_key_is_pinned_and_that_is_said(instance: Instance) -> None:
+    with pytest.raises(CloudError, match=r"does not show the host key that was made for i-1.*--strict-host-key"):
+        instance.wait_ready(strict_host_key=True)
+    assert not ssh_config.known_hosts(instance.folder).exists()
+    instance.wait_ready()
+    pinned = instance.known_keys()
+    assert " ".join(instance.machine.host_key().split()[:2]) in {line.removeprefix("i-1 ") for line in pinned}
+    assert [text for text in instance.logged if "its image did not take that one. Pinned at first contact" in text]
+    instance.machine.restart(new_host_key=True)
+    instance.fails("not the one of its first contact")
+
+
+def test_the_made_host_key_is_waited_for_while_the_image_shows_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sshd may start before cloud-init has put the key in place."""
+    shown = [[], ["ssh-rsa AAAA", "ssh-ed25519 OWN"], ["ssh-ed25519 OWN"], ["ssh-ed25519 MADE"]]
+    monkeypatch.setattr(readiness, "_scan_host_keys", lambda ip: shown.pop(0))
+    monkeypatch.setattr(readiness, "POLL_S", 0.01)
+    rented = replace(ledger_entry(), id="i-1", ip="127.0.0.2", host_key="ssh-ed25519 MADE")
+    readiness._Checks(tmp_path, rented, lambda _: None)._pin_host_key("127.0.0.2")
+    assert ssh_config.known_hosts(tmp_path).read_text() == "i-1 ssh-ed25519 MADE\n"
 
 
 @pytest.mark.long
@@ -259,7 +294,7 @@ def test_a_machine_that_boots_again_in_the_middle_is_followed_to_its_new_address
     assert instance.machine.ip != before
     assert found.driver.gpus
     assert any("starting again" in text for text in instance.logged)
-    assert len([text for text in instance.logged if "is pinned" in text]) == 1
+    assert len([text for text in instance.logged if "the host key of" in text]) == 1
 
 
 @pytest.mark.long

@@ -154,10 +154,12 @@ class Client:
         name: str,
         image: str | None = None,
         file_systems: Iterable[str] = (),
+        user_data: str | None = None,
     ) -> str:
         """Rent one instance and return its id. It is billed from now on, until `terminate`.
 
-        `image` is an image's id, or a family such as lambda-stack-24-04. Raises LaunchUnknownError where it may have
+        `image` is an image's id, or a family such as lambda-stack-24-04. `user_data` is for cloud-init, 1 MB at most;
+        what it holds is kept out of errors. Raises LaunchUnknownError where it may have
         happened although no usable response came; after any other error it certainly did not happen.
         """
         body: dict[str, object] = {
@@ -170,6 +172,8 @@ class Client:
             body["image"] = {"id" if IMAGE_ID.fullmatch(image) else "family": image}
         if file_systems := list(file_systems):
             body["file_system_names"] = file_systems
+        if user_data is not None:
+            body["user_data"] = user_data
         request = f"Lambda, launch of {name}"
         try:
             data = self._request("POST", "/instance-operations/launch", body, request, launch=True)
@@ -239,7 +243,8 @@ class Client:
                     stream=True,
                 ) as response:
                     content = b"".join(_chunks(response, deadline))
-                    return response_data(response.status_code, response.headers, content, request, self._key)
+                    secrets = (self._key, *_secrets((body or {}).get("user_data", "")))
+                    return response_data(response.status_code, response.headers, content, request, secrets)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             failure = network_error(error, request, urlsplit(self.url).netloc)
         raise failure
@@ -255,6 +260,11 @@ def from_env(folder: Path, *, log: Log | None = None) -> Client:
     key = os.environ.get("LAMBDA_API_KEY", "").strip()
     url = os.environ.get("FRACTAL_LAMBDA_URL", "").strip() or URL
     return Client(key, url, RateLimiter(folder), log=log)
+
+
+def _secrets(user_data: str) -> list[str]:
+    """What an error must not repeat: the lines of keys, whose breaks may be lost on the way."""
+    return re.findall(r"[A-Za-z0-9+/=]{16,}", user_data)
 
 
 def _chunks(response: requests.Response, deadline: float) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """How a request to Lambda's API fails: the class of each error, its remedy, and whether another try may help."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -79,8 +79,8 @@ def network_error(error: Exception, request: str, host: str) -> ConnectionLostEr
     return ConnectionLostError(f"{request}: {what}", remedy, retryable=retryable, had_no_effect=had_no_effect)
 
 
-def response_data(status: int, headers: Mapping[str, str], body: bytes, request: str, key: str) -> Any:
-    """The field `data` of an HTTP response. Raises ApiError. `request` names it; `key` is kept out of messages."""
+def response_data(status: int, headers: Mapping[str, str], body: bytes, request: str, secrets: Collection[str]) -> Any:
+    """The field `data` of an HTTP response. Raises ApiError. `request` names it; `secrets` are kept out of messages."""
     try:
         content = parse(body, dict[str, Any])
     except (msgspec.DecodeError, ValueError, RecursionError):
@@ -90,7 +90,7 @@ def response_data(status: int, headers: Mapping[str, str], body: bytes, request:
     details = content.get("error")
     texts: dict[str, str] = {}
     if isinstance(details, dict):
-        texts = {name: _one_line(text, key) for name, text in details.items() if isinstance(text, str)}
+        texts = {name: _one_line(text, secrets) for name, text in details.items() if isinstance(text, str)}
     raise _response_error(status, headers, texts, request)
 
 
@@ -127,10 +127,11 @@ def _response_error(status: int, headers: Mapping[str, str], texts: Mapping[str,
     return kind(reason, remedy, code=code, had_no_effect=True)
 
 
-def _one_line(text: str, key: str) -> str:
-    """A server's text as one printable line without the key."""
-    if len(key) >= 8:  # a shorter one is no secret, and may be part of ordinary words
-        text = text.replace(key, "***")
+def _one_line(text: str, secrets: Collection[str]) -> str:
+    """A server's text as one printable line without the secrets."""
+    for secret in secrets:
+        if len(secret) >= 8:  # a shorter one is no secret, and may be part of ordinary words
+            text = text.replace(secret, "***")
     return "".join(char for char in " ".join(text.split()) if char.isprintable())[:300]
 
 

@@ -17,7 +17,7 @@ from fractal.cloud.lambda_api import Client
 from fractal.cloud.lambda_errors import CapacityError, CloudError, LaunchUnknownError
 from fractal.cloud.lambda_types import Offer
 from fractal.cloud.ledger import Entry, FileSystemMount, Process
-from fractal.cloud.ssh_keys import Key
+from fractal.cloud.ssh_keys import HostKey, Key, make_host_key
 from fractal.errors import InputError, OutsideError
 
 LOST_MAX = 2  # launches without a response before giving up
@@ -35,11 +35,13 @@ class LaunchRequest:
     max_dollars: float | None = None
     image: str | None = None  # a family, or an id
     file_systems: tuple[str, ...] = ()
+    strict_host_key: bool = False  # refuse an instance that shows another host key than the one made for it
 
     @property
-    def limits(self) -> dict[str, Any]:
+    def entry_fields(self) -> dict[str, Any]:
         """Those fields that a ledger entry has, too."""
-        return {"max_hours": self.max_hours, "max_dollars": self.max_dollars, "max_price_usd": self.max_price_usd}
+        names = ("max_hours", "max_dollars", "max_price_usd", "strict_host_key")
+        return {name: getattr(self, name) for name in names}
 
 
 class Offered(NamedTuple):
@@ -148,7 +150,7 @@ def launch(account: Account, request: LaunchRequest, key: Key, *, terminate_afte
 def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_after: bool) -> Entry:
     """The living instance, under this request's limits. Raises InputError if it does not fit the request."""
     what = f"{entry.name} ({entry.type_name} in {entry.region}, {entry.usd_per_hour:.2f} USD/h)"
-    limited, now, misfit = replace(entry, **request.limits), time.time(), ""
+    limited, now, misfit = replace(entry, **request.entry_fields), time.time(), ""
     if entry.type_name not in request.types:
         misfit = f"you ask for {', '.join(request.types)}"
     elif request.regions and entry.region not in request.regions:
@@ -162,7 +164,7 @@ def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_aft
     if misfit:
         raise InputError(f"{what} is alive, and {misfit}. Ask for what it is, or end it first: invoke terminate.")
     owner = Process.current()
-    entry = account.ledger.change(entry.name, **request.limits, terminate_after=terminate_after, owner=owner)
+    entry = account.ledger.change(entry.name, **request.entry_fields, terminate_after=terminate_after, owner=owner)
     if not guard.alive(account.ledger, entry.name):  # `update` could not start one, and logged why
         guard.start(account, entry.name)
     account.log(f"{what} is alive and used again, no other is launched; {reconcile.end_text(entry)}.")
@@ -179,10 +181,11 @@ def _launch_first_available(
         entry: Entry | None = None
         for candidate in candidates(request, offers):
             if entry is None:
-                entry = _add_intent(account, request, offered.file_systems, candidate, key, terminate_after)
+                host_key = make_host_key()
+                entry = _add_intent(account, request, offered.file_systems, candidate, key, host_key, terminate_after)
             else:  # the request before was refused: the name is free, and its guard watches
                 entry = account.ledger.change(entry.name, asked_at=time.time(), **candidate._asdict())
-            entry = _request_launch(account, entry, request)
+            entry = _request_launch(account, entry, request, host_key)
             if entry.state == "launched":
                 with contextlib.suppress(CloudError):  # not listed yet, or no network: `wait_active` checks it again
                     entry = reconcile.record_status(account, entry, account.client.instance(str(entry.id)))
@@ -218,6 +221,7 @@ def _add_intent(
     file_systems: tuple[FileSystemMount, ...],
     candidate: Candidate,
     key: Key,
+    host_key: HostKey,
     terminate_after: bool,
 ) -> Entry:
     """Write the intent to the ledger and start its guard: no launch without one."""
@@ -229,7 +233,8 @@ def _add_intent(
         ssh_key=key.name,
         key_file=str(key.file),
         asked_at=time.time(),
-        **request.limits,
+        host_key=host_key.public,
+        **request.entry_fields,
         file_systems=file_systems,
         owner=Process.current(),
         terminate_after=terminate_after,
@@ -245,7 +250,7 @@ def _add_intent(
     return entry
 
 
-def _request_launch(account: Account, entry: Entry, request: LaunchRequest) -> Entry:
+def _request_launch(account: Account, entry: Entry, request: LaunchRequest, host_key: HostKey) -> Entry:
     """Send one request.
 
     The entry is then launched; still intended where there was no capacity; or ended, without an instance. After an
@@ -262,6 +267,7 @@ def _request_launch(account: Account, entry: Entry, request: LaunchRequest) -> E
                 name=entry.name,
                 image=request.image,
                 file_systems=request.file_systems,
+                user_data=host_key.user_data,
             )
         except CapacityError:
             account.log(f"No capacity for {entry.type_name} in {entry.region}.")

@@ -91,6 +91,8 @@ class Entry:
     end_reason: str | None = None
     owner: Process | None = None  # the client that uses it now
     terminate_after: bool = False  # its client terminates it when the command ends
+    host_key: str | None = None  # public half of the host key that was made for it; None: an earlier version's launch
+    strict_host_key: bool = False  # no other one is accepted
     rescue: tuple[str, ...] = ()  # command that the guard runs before it terminates the instance at a limit
     rescue_s: float = 300.0  # timeout of that command
     timeline: tuple[Event, ...] = ()

@@ -59,6 +59,7 @@ def launch_request(options: Options) -> LaunchRequest:
         max_dollars=_number(options["max_dollars"], "--max-dollars", "dollars"),
         image=options["family"] or None,
         file_systems=_list(options["file_system"]),
+        strict_host_key=options["strict_host_key"],
     )
 
 

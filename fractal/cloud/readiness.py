@@ -22,6 +22,7 @@ from fractal.jsonl import write_whole
 
 PORT_TIMEOUT_S = float(os.environ.get("FRACTAL_READY_TIMEOUT_S", "600"))  # large types boot for minutes
 KEY_TIMEOUT_S = 60.0
+MADE_KEY_TIMEOUT_S = 20.0  # sshd may answer before cloud-init has put the instance's own key in place
 LOGIN_TIMEOUT_S = 120.0  # cloud-init installs the user's key
 CLOUD_INIT_TIMEOUT_S = 900.0
 ANSWER_TIMEOUT_S = 20.0  # of a running engine
@@ -94,19 +95,41 @@ class _Checks:
         return CloudError(f"{problem}: {self._ssh} {command}. {BILLED}.")
 
     def _pin_host_key(self, ip: str) -> None:
-        """The key of the first contact is the instance's from then on; ssh compares it at each login."""
+        """Know the host key before the first login: the one that was made for the instance, else the first one seen.
+
+        It is the instance's from then on; ssh compares it at each login.
+        """
         path = ssh_config.known_hosts(self._folder)
         lines = path.read_text().splitlines() if path.exists() else []
-        id = self._entry.id
+        id, made = self._entry.id, self._entry.host_key
         if any(line.startswith(f"{id} ") for line in lines):
             return
-        deadline = time.time() + KEY_TIMEOUT_S
-        while not (keys := _scan_host_keys(ip)):
-            if time.time() > deadline:
+        keys = self._wait_host_keys(ip)
+        how = "is pinned, as seen at its first contact"
+        if made in keys:
+            keys, how = [made], "is the one that was made for it: the first contact is proven"
+        elif self._entry.strict_host_key:
+            raise CloudError(
+                f"{ip} does not show the host key that was made for {id}: its image did not take it, or someone "
+                f"intercepts the connection. Nothing was sent there, as --strict-host-key wants it. {BILLED}."
+            )
+        elif made is not None:
+            how = "is not the one that was made for it: its image did not take that one. Pinned at first contact"
+        write_whole(path, "".join(f"{line}\n" for line in [*lines, *(f"{id} {key}" for key in keys)]).encode())
+        self._log(f"the host key of {id} {how}")
+
+    def _wait_host_keys(self, ip: str) -> list[str]:
+        """The keys that sshd shows, once the one made for the instance is among them; after a while, any."""
+        made, deadline = self._entry.host_key, time.time() + KEY_TIMEOUT_S
+        any_from: float | None = None
+        while True:
+            if keys := _scan_host_keys(ip):
+                any_from = any_from or time.time() + (MADE_KEY_TIMEOUT_S if made else 0.0)
+                if made in keys or time.time() >= any_from:
+                    return keys
+            elif time.time() > deadline:
                 raise ssh.SshConnectionError(f"{ip}: no sshd shows its host key within {KEY_TIMEOUT_S:.0f} s.")
             time.sleep(POLL_S)
-        write_whole(path, "".join(f"{line}\n" for line in [*lines, *(f"{id} {key}" for key in keys)]).encode())
-        self._log(f"the host key of {id} is pinned, as seen at its first contact")
 
     def _login(self) -> ssh.SshConnection:
         """Connect. Raises SshConnectionError if the instance does not answer, CloudError if it refuses the login."""

@@ -1,8 +1,11 @@
-"""The ssh key for a new instance: its private half is on this machine, its public half is registered at Lambda."""
+"""The ssh keys of a new instance: the user's, whose public half Lambda knows, and the host key that is made for it."""
 
 import os
 import subprocess
+import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +14,7 @@ from fractal.cloud.ledger import Ledger
 from fractal.errors import InputError, OutsideError
 
 NOT_KEYS = (".pub", ".cert", "-cert")
+MEMORY = Path("/dev/shm")
 
 
 class Key(NamedTuple):
@@ -18,6 +22,34 @@ class Key(NamedTuple):
 
     name: str  # at Lambda
     file: Path  # the private half, on this machine
+
+
+@dataclass(frozen=True, slots=True)
+class HostKey:
+    """An Ed25519 host key. Its private half is in this process's memory alone, and leaves with the launch request."""
+
+    public: str  # type and key material, as in known_hosts
+    private: str = field(repr=False)  # in OpenSSH's format, with the last line's end
+
+    @property
+    def user_data(self) -> str:
+        """The cloud-config that gives the key, and no other, to the instance (cloud-init's module ssh)."""
+        return (
+            "#cloud-config\nssh_deletekeys: true\nssh_keys:\n  ed25519_private: |\n"
+            f"{textwrap.indent(self.private, '    ')}  ed25519_public: {self.public}\n"
+        )
+
+
+def make_host_key() -> HostKey:
+    """A new one. ssh-keygen writes to files only: they lie in memory where there is such a folder, for a moment."""
+    try:
+        with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
+            file = Path(folder) / "key"
+            if _keygen("-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(file)) is None:
+                raise OutsideError(f"{folder}: ssh-keygen makes no key there. Check owner and disk.")
+            return HostKey(_blob(Path(f"{file}.pub").read_text()), file.read_text())
+    except OSError as error:
+        raise OutsideError(f"No host key can be made: {error.strerror}. Check the temporary folder.") from error
 
 
 def find_key(account: Account, *, register: bool = False, ask: Callable[[str], bool] | None = None) -> Key:

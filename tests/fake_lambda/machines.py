@@ -108,7 +108,7 @@ class Machines:
         finally:
             client.close()
 
-    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str]) -> Running:
+    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str], user_data: str = "") -> Running:
         """Back in about half a second, as soon as the machine has an address; it is still booting then.
 
         `file_systems`: their names by where they are mounted.
@@ -117,6 +117,7 @@ class Machines:
         machine = Machine(
             condition=self.condition,
             public_key=public_key,
+            user_data=user_data,
             labels={INSTANCE: instance_id, OWNER: owner(os.getpid())},
             file_systems=volumes,
             wait=False,

@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 
 PREFIX = "/api/v1"
 BODY_MAX = 2_000_000
+USER_DATA_MAX = 1_000_000
 OTHER_IPS = "127.0.0.{}"  # where an instance without a machine moves to
 HTML = b"<html><head><title>503</title></head><body>Service temporarily unavailable</body></html>"
 REGIONS = {
@@ -72,8 +73,8 @@ class Running(Protocol):
 
 
 class MachineFactory(Protocol):
-    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str]) -> Running:
-        """`file_systems`: their names by where they are mounted."""
+    def start(self, instance_id: str, public_key: str, file_systems: Mapping[str, str], user_data: str) -> Running:
+        """`file_systems`: their names by where they are mounted. `user_data`: for cloud-init."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,6 +465,7 @@ class FakeLambda:
             "name": _text(0, 64),
             "image": _object,
             "file_system_names": _texts(0, 1),
+            "user_data": _text(0, USER_DATA_MAX),
         }
         _check(body, fields, required=("region_name", "instance_type_name", "ssh_key_names"))
         region, type = body["region_name"], body["instance_type_name"]
@@ -503,7 +505,7 @@ class FakeLambda:
         self._rented[one.id] = one
         self.launched.append(one.id)
         if self._machines is not None:
-            self._work(one, self._start_machine, one, key["public_key"])
+            self._work(one, self._start_machine, one, key["public_key"], body.get("user_data", ""))
         return {"instance_ids": [one.id]}
 
     def _check_image(self, image: dict[str, Any]) -> None:
@@ -649,10 +651,10 @@ class FakeLambda:
         one.thread = threading.Thread(target=run, name=f"machine {one.id}", daemon=True)
         one.thread.start()
 
-    def _start_machine(self, one: Rented, public_key: str) -> None:
+    def _start_machine(self, one: Rented, public_key: str, user_data: str) -> None:
         assert self._machines is not None
         mounted = {self._file_systems[name]["mount_point"]: name for name in one.file_system_names}
-        machine = self._machines.start(one.id, public_key, mounted)
+        machine = self._machines.start(one.id, public_key, mounted, user_data)
         with self._lock:
             one.machine, one.ip = machine, machine.ip
 
