@@ -347,12 +347,16 @@ LAUNCH_HELP = {"type": "instance types, the best first, as gpu_1x_a100_sxm4,gpu_
                "wait_for_capacity": "look for capacity for so many hours", "max_hours": "end it after so many hours; default 4",
                "max_dollars": "end it when it has cost so much", "family": "the image family of the instance, as lambda-stack-24-04",
                "file_system": "names of file systems to attach", "register_key": "make an SSH key and register it, without asking",
+               "watchdog": "a service on the instance, with your API key in its memory, ends it also while this machine sleeps",
+               "idle_minutes": "the watchdog ends it when nothing ran for so long; default 60",
+               "guard_minutes": "the watchdog ends it when this machine was not seen for so long; default 720",
                "strict_host_key": "refuse an instance whose image did not take the host key made for it"}  # fmt: skip
 
 
 @task(positional=[], help=LAUNCH_HELP)
 def launch(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4", max_dollars="", family="",
-           file_system="", register_key=False, strict_host_key=False):  # fmt: skip
+           file_system="", register_key=False, watchdog=False, idle_minutes="", guard_minutes="",
+           strict_host_key=False):  # fmt: skip
     """Rent an instance and wait until it is ready. It costs money until `invoke terminate`.
 
     Examples: invoke launch; invoke launch --type=gpu_1x_a10 --max-price=1 --wait-for-capacity=6; invoke launch build push run
@@ -362,6 +366,7 @@ def launch(c, type="", region="", max_price="", wait_for_capacity="", max_hours=
 
     options = dict(type=type, region=region, max_price=max_price, wait_for_capacity=wait_for_capacity, max_hours=max_hours,
                    max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key,
+                   watchdog=watchdog, idle_minutes=idle_minutes, guard_minutes=guard_minutes,
                    strict_host_key=strict_host_key)  # fmt: skip
     if c.config.run.dry:
         print(f"launch: would rent {describe(launch_request(options))}")
@@ -375,7 +380,7 @@ def launch(c, type="", region="", max_price="", wait_for_capacity="", max_hours=
                            "to": "push by way of this registry; default: FRACTAL_REGISTRY, else over ssh"})  # fmt: skip
 def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4", max_dollars="", family="", file_system="",
        register_key=False, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", more="",
-       image="", to="", strict_host_key=False):  # fmt: skip
+       image="", to="", watchdog=False, idle_minutes="", guard_minutes="", strict_host_key=False):  # fmt: skip
     """launch, build, push and run in one; the instance is ended on every way out.
 
     Example: invoke up --problems=mbpp-sanitized --split=train,validation --model=Qwen/Qwen2.5-Coder-1.5B-Instruct -n 50 --max-dollars=5
@@ -384,6 +389,7 @@ def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4",
 
     options = dict(type=type, region=region, max_price=max_price, wait_for_capacity=wait_for_capacity, max_hours=max_hours,
                    max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key,
+                   watchdog=watchdog, idle_minutes=idle_minutes, guard_minutes=guard_minutes,
                    strict_host_key=strict_host_key, run=run, stage=stage, problems=problems, model=model, n=n,
                    split=split, limit=limit, more=more, image=image,
                    to=to or os.environ.get("FRACTAL_REGISTRY", ""), terminate=True)  # fmt: skip

@@ -45,6 +45,7 @@ PACKAGES = (
     "iptables",
     "openssh-server",
     "procps",
+    "python3",
     "rsync",
     "sudo",
 )

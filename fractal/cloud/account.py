@@ -24,6 +24,8 @@ class Timing:
     guard_tick_s: float = 2.0  # a guard looks at clock and ledger: a laptop that wakes up is noticed within this
     guard_poll_s: float = 60.0  # a guard asks the API
     guard_retry_s: float = 5.0  # a guard's wait after a failure
+    heartbeat_s: float = 120.0  # a guard tells the instance's watchdog that it is alive
+    watchdog_tick_s: float = 15.0  # a watchdog looks
     guard_linger_s: float = 900.0  # a guard looks for a launch that seems not to have happened this much longer
     request_interval_s: float = REQUEST_INTERVAL_S  # of a guard's client
 

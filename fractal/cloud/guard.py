@@ -23,6 +23,7 @@ from fractal.cloud.account import Account, Timing
 from fractal.cloud.lambda_api import Client, RateLimiter
 from fractal.cloud.lambda_errors import AuthError, CloudError
 from fractal.cloud.ledger import Entry, Ledger, limits_text, state_dir
+from fractal.cloud.watchdog import Heartbeat
 from fractal.errors import InputError, OutsideError
 from fractal.jsonl import parse
 
@@ -102,6 +103,7 @@ class Guard:
         self._name = name
         self._timing = account.timing
         self._lock = lock
+        self._heartbeat = Heartbeat(account.ledger.folder, account.timing.heartbeat_s, log)
         self._refused = 0  # consecutive requests that the API refused for the key
         self._clock_offset_s = -math.inf  # the largest that was seen between wall clock and steady clock
         self._entry: Entry | None = None  # as last read: a ledger that breaks later stops no guard
@@ -133,9 +135,12 @@ class Guard:
             return True
         left_s = self._seconds_left(entry)
         if self._end_reason is None and left_s is not None and self._is_due(entry, left_s):
-            self._end_reason = f"limit reached: {limits_text(entry.max_hours, entry.max_dollars)}"
+            reason = f"limit reached: {limits_text(entry.max_hours, entry.max_dollars)}"
+            self._end_reason = reconcile.reason_to_record(self._account, entry, reason)
         if self._end_reason is not None:
             return not self._terminate(entry, self._end_reason)
+        if entry.watchdog is not None and entry.ready_at is not None:
+            self._heartbeat.beat(entry)
         self._poll()
         return True
 

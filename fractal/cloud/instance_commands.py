@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fractal import console
-from fractal.cloud import guard, instance, jobs, options, reconcile, ssh_config
+from fractal.cloud import guard, instance, jobs, options, reconcile, ssh_config, watchdog
 from fractal.cloud.account import Account
 from fractal.cloud.cost import cost_table
 from fractal.cloud.launch import LaunchRequest, check_request
@@ -33,7 +33,7 @@ def launch(session: Session, task_options: Options, *, wait: bool = True) -> Non
     if terminate_after:
         session.to_terminate.add(entry.name)
     if wait and not session.has_later("launch", "build", "push", "run"):
-        session.make_ready(account, instance.current(account))
+        session.start_watchdog(session.make_ready(account, instance.current(account)))
     elif not entry.ready_at:
         log("it boots while the next task runs")
 
@@ -52,6 +52,7 @@ def wait(session: Session) -> None:
     """Run the readiness checks, with their repairs."""
     account = session.account()
     entry = session.make_ready(account, instance.current(account), again=True)
+    session.start_watchdog(entry)
     log(f"{entry.type_name} at {entry.ip}: ssh {ssh_config.ALIAS}; end it: invoke terminate")
 
 
@@ -102,6 +103,8 @@ def ps(session: Session) -> None:
         log("it is not ready yet: invoke wait")
         return
     with session.remote(entry) as (remote, _):
+        if entry.watchdog is not None:
+            console.say(f"{entry.name}: {watchdog.read_state(remote) or 'NO WATCHDOG runs there'}")
         listed_jobs = jobs.list_jobs(remote)
         for job in listed_jobs:
             state = job.state if not job.ended else f"ended with {job.exit_code}"

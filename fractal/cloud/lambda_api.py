@@ -125,6 +125,11 @@ class Client:
         self._backoff_s = backoff_s
         self._trust_env = self.url.startswith("https:")  # a proxy's loopback is another one
 
+    @property
+    def key(self) -> str:
+        """For a watchdog alone, which asks the API by itself."""
+        return self._key
+
     def instance_types(self) -> dict[str, Offer]:
         """All types that Lambda offers, by name, with the regions that have capacity now."""
         return self._get("/instance-types", dict[str, Offer])

@@ -16,7 +16,7 @@ from fractal.cloud.account import Account
 from fractal.cloud.lambda_api import Client
 from fractal.cloud.lambda_errors import CapacityError, CloudError, LaunchUnknownError
 from fractal.cloud.lambda_types import Offer
-from fractal.cloud.ledger import Entry, FileSystemMount, Process
+from fractal.cloud.ledger import Entry, FileSystemMount, Process, Watchdog
 from fractal.cloud.ssh_keys import HostKey, Key, make_host_key
 from fractal.errors import InputError, OutsideError
 
@@ -35,6 +35,7 @@ class LaunchRequest:
     max_dollars: float | None = None
     image: str | None = None  # a family, or an id
     file_systems: tuple[str, ...] = ()
+    watchdog: Watchdog | None = None  # on the instance, too, something ends it
     strict_host_key: bool = False  # refuse an instance that shows another host key than the one made for it
 
     @property
@@ -165,6 +166,8 @@ def _reuse(account: Account, entry: Entry, request: LaunchRequest, terminate_aft
         raise InputError(f"{what} is alive, and {misfit}. Ask for what it is, or end it first: invoke terminate.")
     owner = Process.current()
     entry = account.ledger.change(entry.name, **request.entry_fields, terminate_after=terminate_after, owner=owner)
+    if request.watchdog is not None:
+        entry = account.ledger.change(entry.name, watchdog=request.watchdog)
     if not guard.alive(account.ledger, entry.name):  # `update` could not start one, and logged why
         guard.start(account, entry.name)
     account.log(f"{what} is alive and used again, no other is launched; {reconcile.end_text(entry)}.")
@@ -234,6 +237,7 @@ def _add_intent(
         key_file=str(key.file),
         asked_at=time.time(),
         host_key=host_key.public,
+        watchdog=request.watchdog,
         **request.entry_fields,
         file_systems=file_systems,
         owner=Process.current(),

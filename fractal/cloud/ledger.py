@@ -65,6 +65,14 @@ class FileSystemMount:
     mount_point: str  # absolute path on the instance
 
 
+@dataclass(frozen=True, slots=True)
+class Watchdog:
+    """When the service on the instance ends it, beside the limits of the entry; None: never for that."""
+
+    idle_s: float | None = 3600.0  # nothing ran for so long
+    guard_s: float | None = 43200.0  # the operator's guard was not seen for so long
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One instance, from the intent to its end."""
@@ -93,6 +101,7 @@ class Entry:
     terminate_after: bool = False  # its client terminates it when the command ends
     host_key: str | None = None  # public half of the host key that was made for it; None: an earlier version's launch
     strict_host_key: bool = False  # no other one is accepted
+    watchdog: Watchdog | None = None  # the one that is to be on duty on the instance
     rescue: tuple[str, ...] = ()  # command that the guard runs before it terminates the instance at a limit
     rescue_s: float = 300.0  # timeout of that command
     timeline: tuple[Event, ...] = ()
@@ -188,13 +197,13 @@ class Ledger:
     def end(self, name: str, reason: str, *, expected: Entry | None = None, instead_of: Collection[str] = ()) -> bool:
         """Mark the instance as ended; whether anything was written.
 
-        The first reason is kept, unless it is one of `instead_of`.
+        The first reason is kept, unless it begins with one of `instead_of`.
         """
         with self._editing() as entries:
             index = self._index(entries, name)
             entry = entries[index]
             if entry.state == "ended":
-                if entry.end_reason not in instead_of:
+                if not (entry.end_reason or "").startswith(tuple(instead_of)):
                     return False
                 entries[index] = replace(entry, end_reason=reason)
                 return True

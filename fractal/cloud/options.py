@@ -1,5 +1,6 @@
 """The options of the tasks that use a rented instance, checked before money is spent. Touches no network."""
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal.cloud.launch import LaunchRequest
-from fractal.cloud.ledger import limits_text
+from fractal.cloud.ledger import Watchdog, limits_text
 from fractal.errors import InputError
 from fractal.images import containers
 from fractal.problems import sets
@@ -59,6 +60,7 @@ def launch_request(options: Options) -> LaunchRequest:
         max_dollars=_number(options["max_dollars"], "--max-dollars", "dollars"),
         image=options["family"] or None,
         file_systems=_list(options["file_system"]),
+        watchdog=_watchdog(options),
         strict_host_key=options["strict_host_key"],
     )
 
@@ -68,7 +70,23 @@ def describe(request: LaunchRequest) -> str:
     price = f" for {request.max_price_usd:g} $/h at most" if request.max_price_usd else ""
     limit = limits_text(request.max_hours, request.max_dollars)
     types, regions = ", ".join(request.types or PREFERRED_TYPES), ", ".join(request.regions) or "any region"
-    return f"the first available of {types} in {regions}{price}; ended after {limit}"
+    watchdog = ", by a watchdog on it, too" if request.watchdog else ""
+    return f"the first available of {types} in {regions}{price}; ended after {limit}{watchdog}"
+
+
+def _watchdog(options: Options) -> Watchdog | None:
+    """None unless the user asks for it, with --watchdog or for all launches in the environment. Raises InputError."""
+    always = os.environ.get("FRACTAL_WATCHDOG", "")
+    if always not in ("", "0", "1"):
+        raise InputError(f"FRACTAL_WATCHDOG={always}: expected 1 for a watchdog on each instance, else 0.")
+    idle = _number(options["idle_minutes"], "--idle-minutes", "minutes")
+    guard = _number(options["guard_minutes"], "--guard-minutes", "minutes")
+    if not options["watchdog"] and always != "1":
+        if idle or guard:
+            raise InputError("--idle-minutes and --guard-minutes are for a watchdog: give --watchdog, too.")
+        return None
+    default = Watchdog()
+    return Watchdog(idle * 60 if idle else default.idle_s, guard * 60 if guard else default.guard_s)
 
 
 def run_request(options: Options, pipeline: Pipeline) -> RunRequest:

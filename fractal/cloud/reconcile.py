@@ -3,21 +3,24 @@
 Nothing here launches. What is unknown stays open in the ledger: an entry ends only when the API says so.
 """
 
+import contextlib
 import time
 
 from fractal.cloud.account import Account
 from fractal.cloud.lambda_api import Client
 from fractal.cloud.lambda_errors import INSTANCES_PAGE, AuthError, CloudError, NotFoundError
 from fractal.cloud.lambda_types import Instance
-from fractal.cloud.ledger import Entry, Process
+from fractal.cloud.ledger import Entry, Process, limits_text
 from fractal.errors import InputError, OutsideError
 
 ENDED = ("terminated", "preempted")
 NEVER_LAUNCHED = "never launched: no machine of this name came up"
 ENDED_OUTSIDE = "ended from outside"
 DISAPPEARED = "gone: ended from outside, and forgotten"
-# Written by a process that only saw the end: replaced by the reason of the process that requested it.
-UNEXPLAINED = (ENDED_OUTSIDE, DISAPPEARED)
+ENDED_WATCHDOG = "ended by its watchdog or from outside"
+DISAPPEARED_WATCHDOG = "gone: ended by its watchdog or from outside, and forgotten"
+# A reason that begins so is of a process that only saw the end: that of the process which requested it replaces it.
+UNEXPLAINED = (ENDED_OUTSIDE, DISAPPEARED, ENDED_WATCHDOG, DISAPPEARED_WATCHDOG)
 
 
 def refresh(account: Account) -> list[Instance]:
@@ -64,11 +67,11 @@ def record_status(account: Account, entry: Entry, instance: Instance | None) -> 
     if instance is None:
         if time.time() < visible_from(account, entry):
             return entry
-        reason = DISAPPEARED
+        reason = unexplained(entry, gone=True)
     elif instance.status == "preempted":
         reason = "preempted: Lambda took the machine back"
     elif instance.status == "terminated":
-        reason = ENDED_OUTSIDE
+        reason = unexplained(entry)
     else:
         return account.ledger.change(
             entry.name,
@@ -149,6 +152,7 @@ def terminate(account: Account, entry: Entry, reason: str = "invoke terminate") 
         entry = resolve_launch(account, entry)
     if entry.state == "launched":
         assert entry.id is not None
+        reason = reason_to_record(account, entry, reason)
         terminate_instance(account, entry.id, describe(entry), visible_from(account, entry))
         try:
             account.ledger.end(entry.name, reason, instead_of=UNEXPLAINED)
@@ -194,6 +198,29 @@ def terminate_instance(account: Account, id: str, what: str, visible_from: float
         time.sleep(timing.poll_s)
 
 
+def unexplained(entry: Entry, *, gone: bool = False) -> str:
+    """Why an instance ended that no process here ended, as far as can be known; `gone`: the API does not know it.
+
+    What its watchdog knew is lost with the instance, and the API does not say who ended it.
+    """
+    if entry.watchdog is None:
+        return DISAPPEARED if gone else ENDED_OUTSIDE
+    ends_at = entry.ends_at()
+    due = ends_at is not None and time.time() >= ends_at
+    limit = f"its limit ({limits_text(entry.max_hours, entry.max_dollars)}) was due" if due else "no limit was due"
+    return f"{DISAPPEARED_WATCHDOG if gone else ENDED_WATCHDOG}; {limit}"
+
+
+def reason_to_record(account: Account, entry: Entry, reason: str) -> str:
+    """`reason`, to be asked before the request to terminate: not if the instance's watchdog was first."""
+    if entry.watchdog is not None:
+        with contextlib.suppress(CloudError):
+            found = get_instance(account.client, entry)
+            if found is not None and found.status in (*ENDED, "terminating"):
+                return unexplained(entry)
+    return reason
+
+
 def describe(entry: Entry) -> str:
     return f"{entry.name} ({entry.type_name}, {entry.id})"
 
@@ -216,7 +243,7 @@ def has_client(entry: Entry) -> bool:
 
 def presumed_ended(entry: Entry) -> bool:
     """Whether it was marked as ended because it was not found, not because its end was seen."""
-    return entry.end_reason in (NEVER_LAUNCHED, DISAPPEARED)
+    return (entry.end_reason or "").startswith((NEVER_LAUNCHED, DISAPPEARED, DISAPPEARED_WATCHDOG))
 
 
 def _by_name(listed: list[Instance]) -> dict[str, Instance]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from rich.prompt import Confirm
 
 from fractal import console
-from fractal.cloud import instance, lambda_api, options, readiness, reconcile, ssh_config
+from fractal.cloud import instance, lambda_api, options, readiness, reconcile, ssh_config, watchdog
 from fractal.cloud.account import Account
 from fractal.cloud.cost import bill
 from fractal.cloud.lambda_errors import ConnectionLostError
@@ -115,7 +115,15 @@ class Session:
         ready = self.make_ready(account, entry or instance.current(account))
         config = ssh_config.config_file(self.ledger.folder)
         with Remote(config, lambda: present_address(account, ready), log) as remote:
+            if ready.watchdog is not None:
+                watchdog.keep(account, remote, ready)
             yield remote, ready
+
+    def start_watchdog(self, entry: Entry) -> None:
+        """Where the entry of a ready instance has one, and the command needs no connection for anything else."""
+        if entry.watchdog is not None:
+            with self.remote(entry):
+                pass
 
     def make_ready(self, account: Account, entry: Entry, *, again: bool = False) -> Entry:
         """Wait until the instance is ready, unless it was before; `again`: also then."""
