@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ BASE_LABEL, PARTS_LABEL = "fractal.base", "fractal.parts"
 BOOTSTRAPPED = "bootstrapped"  # how a base's origin ends that was made here from Debian's packages
 OTHER_BASE = "Load it, or name another one with --base."
 LOCK_TIMEOUT_S = 3600  # for another process that builds the same image
+BINFMT = Path("/proc/sys/fs/binfmt_misc")  # which programs run those of other processors
+EMULATORS = {"arm64": "qemu-aarch64", "amd64": "qemu-x86_64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,25 @@ class Options:
     ca: Path | None = None  # certificates, PEM
     wheels: Path | None = None  # a folder of wheels
     no_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """What builds images for an engine. As it stands: this machine."""
+
+    build: Callable[[buildkit.BuildRequest, str, Path], tuple[str, int]]  # returns the image's id, and steps run
+    bootstrap: Callable[[debian.Kind, Path], str]  # makes a base of this kind; its name
+    host: str = ""  # where, if not here
+    cache: str = ""  # a registry's repository there that keeps layers
+
+
+def local_builder(client: docker.DockerClient) -> Builder:
+    """Builds with a docker command of this machine. Raises BuildError where there is none that can."""
+    command = buildkit.find_command()
+    return Builder(
+        lambda request, name, log: buildkit.build(command, request, name, log),
+        lambda kind, log: debian.bootstrap(client, kind, log),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,39 +92,61 @@ def ensure_sandbox_image(client: docker.DockerClient, say: Say) -> Built:
     return ensure(client, recipe, say)
 
 
-def ensure(client: docker.DockerClient, recipe: Recipe, say: Say, options: Options | None = None) -> Built:
-    """The recipe's image; built if the engine does not have it. Raises BuildError or InputError."""
+def ensure(
+    client: docker.DockerClient,
+    recipe: Recipe,
+    say: Say,
+    options: Options | None = None,
+    builder: Builder | None = None,
+) -> Built:
+    """The recipe's image; built if the engine does not have it, by `builder`, or by this machine.
+
+    Raises BuildError or InputError.
+    """
     start = time.monotonic()
     options = options or Options()
     name = recipe.name
+    host = builder.host if builder else ""
     try:
         if present := existing(client, recipe, name, options, start):
             return present
         folder = platformdirs.user_cache_path("fractal") / "images"
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"{name.replace(':', '-')}.log"
-        with build_lock(folder / f"{recipe.key}.lock", name, say):
+        with build_lock(folder / f"{recipe.key}{host and '-'}{host}.lock", name, say):
             if present := existing(client, recipe, name, options, start):  # built by another process meanwhile
                 return present
             log.write_text("")
-            return build(client, recipe, name, say, options, log, start)
+            return build(client, builder or local_builder(client), recipe, name, say, options, log, start)
     except apt.AptError as error:
         raise BuildError(str(error)) from error
     except (docker.errors.DockerException, requests.RequestException) as error:
         if is_disk_full(str(error)):
             raise BuildError(f"Making {name}: {DISK_FULL}") from error
-        remedy = docker_engine.problem() or "Run the command again."
-        raise BuildError(f"The Docker engine failed while making {name}: {first_line(error)}. {remedy}") from error
+        remedy = (None if host else docker_engine.problem()) or "Run the command again."
+        engine = f"The Docker engine of {host}" if host else "The Docker engine"
+        raise BuildError(f"{engine} failed while making {name}: {first_line(error)}. {remedy}") from error
     except OSError as error:
         raise BuildError(f"Cannot make {name}: {error}. Mend that and run the command again.") from error
 
 
 def build(
-    client: docker.DockerClient, recipe: Recipe, name: str, say: Say, options: Options, log: Path, start: float
+    client: docker.DockerClient,
+    builder: Builder,
+    recipe: Recipe,
+    name: str,
+    say: Say,
+    options: Options,
+    log: Path,
+    start: float,
 ) -> Built:
     """Build, pin the configuration, and only then give the image its name. `start`: a time of time.monotonic()."""
-    command = buildkit.find_command()
-    base = choose_base(client, recipe, options.base, say, log)
+    platform = foreign_platform(client, recipe, builder.host)
+    if platform:  # the builder pulls it itself: the engine's own tag may name the one of another processor
+        given = given_base(recipe, options.base)
+        base = Base(given or recipe.image.base, f"{given or recipe.image.base} {'given' if given else 'pulled'}")
+    else:
+        base = choose_base(client, recipe, options.base, say, log, builder)
     settings = network.Network()
     bootstrapped = base.origin.endswith(BOOTSTRAPPED)
     if not bootstrapped or recipe.with_apt:  # the small base has all that the sandbox needs
@@ -114,15 +158,40 @@ def build(
     labels = {BASE_LABEL: base.origin, PARTS_LABEL: json.dumps(recipe.image.parts())}
     if recipe.packages:
         labels[PACKAGES_LABEL] = ",".join(recipe.packages)
-    request = buildkit.BuildRequest(recipe.image, rendering, base.name, labels, settings.secrets, options.no_cache)
+    cache = f"{builder.cache}:{recipe.key}-{recipe.processor}" if builder.cache else ""
+    request = buildkit.BuildRequest(
+        recipe.image, rendering, base.name, labels, settings.secrets, options.no_cache, platform, cache
+    )
     try:
-        image_id, steps = buildkit.build(command, request, name, log)
+        image_id, steps = builder.build(request, name, log)
+        if cache:  # as the builder made it, it tells later builds which layers it has; the pinned one does not
+            client.api.tag(image_id, builder.cache, cache.rpartition(":")[2])
         image_config.pin(client, image_id, name)
         image = client.images.get(name)
     finally:
         if wheels is not None:
             remove_unused(client, wheels)
     return Built(name, image.id, base.origin, image.attrs["Size"], True, steps, time.monotonic() - start)
+
+
+def foreign_platform(client: docker.DockerClient, recipe: Recipe, host: str) -> str:
+    """What `docker build --platform` is given: "" for the engine's own processor. Raises BuildError for one that the
+    engine cannot emulate.
+    """
+    own = str(client.version()["Arch"])
+    if recipe.processor == own:
+        return ""
+    processors = recipes.PROCESSORS
+    wanted, has = processors.get(recipe.processor, recipe.processor), processors.get(own, own)
+    if host:
+        raise BuildError(f"{recipe.name} is for {wanted}, and {host} has {has}. Leave --for out, or build --on=here.")
+    # Docker's engines for other systems bring an emulator; on Linux the kernel says whether there is one.
+    if sys.platform == "linux" and not any(BINFMT.glob(f"*{EMULATORS.get(recipe.processor, '')}*")):
+        raise BuildError(
+            f"{recipe.name} is for {wanted}, this machine has {has} and no emulator for that. Build it on an instance "
+            "that has one: --on=there; or, slow, run: apt-get install qemu-user-static binfmt-support."
+        )
+    return f"linux/{recipe.processor}"
 
 
 def existing(client: docker.DockerClient, recipe: Recipe, name: str, options: Options, start: float) -> Built | None:
@@ -168,7 +237,14 @@ def given_base(recipe: Recipe, option: str | None) -> str | None:
     return option or os.environ.get(variable)
 
 
-def choose_base(client: docker.DockerClient, recipe: Recipe, option: str | None, say: Say, log: Path) -> Base:
+def choose_base(
+    client: docker.DockerClient,
+    recipe: Recipe,
+    option: str | None,
+    say: Say,
+    log: Path,
+    builder: Builder | None = None,
+) -> Base:
     """The base to build on, pulled or made if need be; reports which and why. Raises BuildError, BootstrapError."""
     public = recipe.image.base
     if not public:
@@ -187,13 +263,15 @@ def choose_base(client: docker.DockerClient, recipe: Recipe, option: str | None,
     replaceable = public.partition("@")[0] in recipes.BASE.values()  # by one made here: our own bases alone
     kind = debian.KINDS["whole" if recipe.with_apt else "small"]
     if replaceable and has_image(client, kind.name):
-        return chosen(kind.name, BOOTSTRAPPED, "made here earlier from Debian's packages")
+        return chosen(kind.name, BOOTSTRAPPED, "made earlier from Debian's packages")
     if not (failure := pull(client, public)):
         return chosen(public, "pulled", "pulled from a registry")
     if not replaceable:
         raise BuildError(f"The base {public} cannot be pulled: {failure}. {OTHER_BASE}")
-    say(f"{recipe.key}: no registry gives us {public} ({failure}): making a base from Debian's packages, half a minute")
-    return Base(debian.bootstrap(client, kind, log), f"{kind.name} {BOOTSTRAPPED}")
+    whom = (builder and builder.host) or "us"
+    say(f"{recipe.key}: no registry gives {whom} {public} ({failure}): a base of Debian's packages is made")
+    made = builder.bootstrap(kind, log) if builder else debian.bootstrap(client, kind, log)
+    return Base(made, f"{kind.name} {BOOTSTRAPPED}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,21 +289,29 @@ def main(argv: list[str] | None = None) -> int:
     return report_errors(lambda: build_all(given.image, options, as_json=given.json))
 
 
-def build_all(keys: str, options: Options, *, as_json: bool = False, dry: bool = False) -> None:
+def build_all(
+    keys: str, options: Options, *, processor: str = recipes.NATIVE, as_json: bool = False, dry: bool = False
+) -> None:
     """Build images one after the other and print a line for each. Raises InputError, BuildError."""
-    chosen = recipes.choose(keys)
+    chosen = recipes.choose(keys, processor)
     if dry:
         for recipe in chosen:
             print(f"image: would build {recipe.name}, if the engine does not have it")
         return
     with closing(connect()) as client:
         for recipe in chosen:
-            image = ensure(client, recipe, note, options)
-            if as_json:
-                print(image.as_json(), flush=True)
-                continue
-            done = f"built in {image.seconds:.0f} s, {image.layers_built} steps run" if image.built else "is there"
-            print(f"image: {image.name} {done}, {image.bytes / 1e6:,.0f} MB, base {image.base}", flush=True)
+            show(ensure(client, recipe, note, options), as_json=as_json)
+
+
+def show(image: Built, *, host: str = "", as_json: bool = False) -> None:
+    """Print a line about an image that is now here, or on the host."""
+    if as_json:
+        print(image.as_json(), flush=True)
+        return
+    on = f"on {host}" if host else ""
+    done = f"built {on}{' ' * bool(on)}in {image.seconds:.0f} s, {image.layers_built} steps run"
+    done = done if image.built else f"is {on or 'there'}"
+    print(f"image: {image.name} {done}, {image.bytes / 1e6:,.0f} MB, base {image.base}", flush=True)
 
 
 if __name__ == "__main__":

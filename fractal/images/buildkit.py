@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,8 @@ PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # prctl.h
 DOCKERFILE = "Dockerfile.rendered"
+# The engine's own builder, whichever the user has made current, so that the image lands in the engine.
+ENVIRONMENT = {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
 
 
 def find_command() -> str:
@@ -63,6 +65,8 @@ class BuildRequest:
     labels: Mapping[str, str]
     secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     no_cache: bool = False
+    platform: str = ""  # "linux/arm64", where it is not the engine's own
+    cache: str = ""  # an image in a registry whose layers may be taken, and which layers are taken from later
 
     @property
     def build_arguments(self) -> dict[str, str]:
@@ -72,6 +76,8 @@ class BuildRequest:
             arguments["BASE"] = self.base
         if self.image.forced:
             arguments["FRACTAL_FORCE"] = str(time.time())
+        if self.cache:
+            arguments["BUILDKIT_INLINE_CACHE"] = "1"
         return arguments
 
 
@@ -92,47 +98,57 @@ def write_context(image: Image, folder: Path) -> None:
         os.utime(path, (0, 0), follow_symlinks=False)
 
 
+def write_files(request: BuildRequest, folder: Path) -> None:
+    """Write what `command_line` names into a folder: the Dockerfile, context/, and in secrets/ a file for each."""
+    Path(folder, DOCKERFILE).write_text(request.image.dockerfile(request.rendering))
+    write_context(request.image, Path(folder, "context"))
+    Path(folder, "secrets").mkdir(0o700)
+    for key, secret in request.secrets.items():
+        Path(folder, "secrets", key).write_bytes(secret)
+
+
+def command_line(request: BuildRequest, arguments: Iterable[str], folder: str) -> list[str]:
+    """The arguments of `docker` for the folder of `write_files`, where it writes the image's id into the file id.
+
+    `arguments`: names of build arguments. Their values come from its environment: a proxy may have a password.
+    `folder`: a new one each time: of a folder that it knows, BuildKit takes files of equal size and time as unchanged.
+    """
+    argv = ["build", "--progress=plain", f"--iidfile={folder}/id", f"--file={folder}/{DOCKERFILE}"]
+    for key in arguments:
+        argv += ["--build-arg", key]
+    for key, value in request.labels.items():
+        argv += ["--label", f"{key}={value}"]
+    for key in request.secrets:
+        argv += ["--secret", f"id={key},src={folder}/secrets/{key}"]
+    argv += [f"--platform={request.platform}"] * bool(request.platform)
+    argv += [f"--cache-from={request.cache}"] * bool(request.cache)
+    argv += ["--no-cache"] * request.no_cache
+    return [*argv, f"{folder}/context"]
+
+
 def build(command: str, request: BuildRequest, name: str, log: Path) -> tuple[str, int]:
     """Build with a docker command. Returns the image's id and how many steps were run. Raises BuildError."""
     with tempfile.TemporaryDirectory(prefix="fractal-build-") as folder:
-        argv = [command, "build", "--progress=plain", f"--iidfile={folder}/id", f"--file={folder}/{DOCKERFILE}"]
-        for key in request.build_arguments:  # their values come from its environment: a proxy may have a password
-            argv += ["--build-arg", key]
-        for key, value in request.labels.items():
-            argv += ["--label", f"{key}={value}"]
-        for key, secret in request.secrets.items():
-            Path(folder, key).write_bytes(secret)
-            argv += ["--secret", f"id={key},src={folder}/{key}"]
-        argv += ["--no-cache"] * request.no_cache
-        # The engine's own builder, whichever the user has made current, so that the image lands in the engine.
-        settings = {"DOCKER_BUILDKIT": "1", "BUILDX_BUILDER": "default", "SOURCE_DATE_EPOCH": "0"}
-        output = BuildOutput()
-        Path(folder, DOCKERFILE).write_text(request.image.dockerfile(request.rendering))
-        write_context(request.image, Path(folder, "context"))
+        write_files(request, Path(folder))
+        arguments = request.build_arguments
         child = subprocess.Popen(
-            [*argv, f"{folder}/context"],
+            [command, *command_line(request, arguments, folder)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | request.build_arguments | settings,
+            env=os.environ | arguments | ENVIRONMENT,
             start_new_session=True,  # Ctrl-C reaches it once, from this process
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         assert child.stdout is not None
+        output = BuildOutput()
         try:
-            with log.open("a") as out, console.activity(name) as show:
-                for raw_line in io.TextIOWrapper(child.stdout, errors="replace"):
-                    line = without_passwords(raw_line)
-                    out.write(line)
-                    out.flush()
-                    output.read(line)
-                    show(output.current)
+            output.read_all(io.TextIOWrapper(child.stdout, errors="replace"), name, log)
             code = child.wait()
         finally:
             stop(child)
         if code:
-            message = error_message(output.failure(), output.failed_step)
-            raise BuildError(f"Building {name} failed: {message} The whole story: {log}")
+            raise output.error(name, log)
         return Path(folder, "id").read_text().strip(), output.steps_run
 
 
@@ -163,6 +179,21 @@ class BuildOutput:
         self._output: dict[str, list[str]] = {}  # number of a step -> lines that its command printed
         self._failed = ""
         self._last_lines: list[str] = []
+
+    def read_all(self, lines: Iterable[str], name: str, log: Path) -> None:
+        """Read lines until they end, into the log as well, and show what is being done."""
+        with log.open("a") as out, console.activity(name) as show:
+            for raw_line in lines:
+                line = without_passwords(raw_line)
+                out.write(line)
+                out.flush()
+                self.read(line)
+                show(self.current)
+
+    def error(self, name: str, log: Path) -> BuildError:
+        """The error of a build that failed. `name`: what was being built, and where if not here."""
+        message = error_message(self.failure(), self.failed_step)
+        return BuildError(f"Building {name} failed: {message} The whole story: {log}")
 
     def read(self, line: str) -> None:
         line = line.rstrip()

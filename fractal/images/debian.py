@@ -5,7 +5,6 @@ Two kinds: `small` for the sandbox, without what Python's standard library does 
 """
 
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -21,10 +20,10 @@ from typing import IO
 import docker
 
 from fractal.errors import OutsideError
+from fractal.images.base_archive import EMPTY, normalize
 from fractal.install import apt
 
 SUITE = "bookworm"
-EMPTY = ("etc/hostname", "etc/hosts", "etc/resolv.conf")  # the engine mounts its own there, and would make them
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +109,16 @@ def bootstrap(client: docker.DockerClient, kind: Kind, log: Path) -> str:
         mirrors = mirror_arguments(os.environ)
         run([*argv, SUITE, str(whole), *mirrors], log)
         with tarfile.open(whole) as old, tarfile.open(filtered, "w", format=tarfile.GNU_FORMAT) as new:
-            # A mirror of this network reaches the builds as a secret.
-            normalize(old, new, kind.left_out + r"|etc/apt/sources\.list" * bool(mirrors), kind.modes, start)
+            normalize(old, new, left_out(kind, own_sources=bool(mirrors)), kind.modes, start)
         reply = str(client.api.import_image(src=str(filtered), repository=repository, tag=tag))
         if '"error"' in reply:
             raise BootstrapError(f"The engine does not take the base image: {reply.strip()[-300:]}")
     return kind.name
+
+
+def left_out(kind: Kind, *, own_sources: bool) -> str:
+    """The pattern of what a base does not keep. A mirror of this network reaches the builds as a secret."""
+    return kind.left_out + r"|etc/apt/sources\.list" * own_sources
 
 
 def run(argv: list[str], log: Path) -> None:
@@ -146,26 +149,3 @@ def reason(output: IO[str]) -> str:
     """The first error in mmdebstrap's output: the later ones follow from it."""
     lines = [line.strip() for line in output if line.strip()]
     return next((line for line in lines if line.startswith(("E:", "Err:"))), (lines or ["no output"])[-1])[:300]
-
-
-def normalize(old: tarfile.TarFile, new: tarfile.TarFile, left_out: str, modes: int, start: int) -> None:
-    """Copy what is not left out. What was written since `start` (a Unix time) gets the time 0 and no trace of the day.
-
-    Older times stay: Python's compiled files know those of their sources.
-    """
-    drop = re.compile(left_out)
-    for member in old:
-        name = member.name.removeprefix("./")
-        if drop.match(name) or name in EMPTY:
-            continue
-        member.mode &= modes
-        if member.mtime >= start:
-            member.mtime = 0
-        content = old.extractfile(member) if member.isreg() else None
-        if content is not None and re.fullmatch("etc/shadow-?", name):
-            # The third field is the day on which the account was made.
-            text = re.sub(rb"(?m)^([^:]*:[^:]*:)\d*:", rb"\1:", content.read())
-            member.size, content = len(text), io.BytesIO(text)
-        new.addfile(member, content)
-    for name in EMPTY:
-        new.addfile(tarfile.TarInfo(f"./{name}"))

@@ -68,7 +68,7 @@ def reproducible_configuration(attrs: Mapping[str, Any], history: list[dict[str,
         created_by = re.sub(r"\bFRACTAL_FORCE=[\d.]+", "FRACTAL_FORCE=", line["CreatedBy"])
         pinned: dict[str, Any] = {"created": EPOCH, "created_by": created_by, "comment": line.get("Comment", "")}
         pinned = {key: value for key, value in pinned.items() if value}
-        if line["Size"] == 0 and WITHOUT_LAYER.match(line["CreatedBy"]):
+        if not _makes_layer(line):
             pinned["empty_layer"] = True
         lines.append(pinned)
     if sum("empty_layer" not in line for line in lines) != len(layers):
@@ -82,3 +82,13 @@ def reproducible_configuration(attrs: Mapping[str, Any], history: list[dict[str,
         "os": attrs["Os"],
         "rootfs": {"type": "layers", "diff_ids": layers},
     }
+
+
+def layer_history(history: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The history's lines of those instructions that made the `count` layers of an image, the lowest first."""
+    lines = [line for line in reversed(history) if _makes_layer(line)]
+    return lines if len(lines) == count else [{"CreatedBy": "a layer", "Size": 1}] * count
+
+
+def _makes_layer(line: Mapping[str, Any]) -> bool:
+    return line["Size"] != 0 or not WITHOUT_LAYER.match(line["CreatedBy"])

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import docker
@@ -50,7 +50,8 @@ def look_up(client: docker.DockerClient, recipe: Recipe) -> ImageState:
     name = recipe.name
     known = client.images.list(name=f"fractal-{recipe.key}")
     current = next((image for image in known if name in image.tags), None)
-    older = sorted((image for image in known if name not in image.tags), key=_last_tagged)
+    present = {replace(recipe, processor=processor).name for processor in recipes.PROCESSORS}
+    older = sorted((image for image in known if not present & {*image.tags}), key=_last_tagged)
     built = json.loads(older[-1].labels.get(PARTS_LABEL, "{}")) if older else None
     tag, _, digest = recipe.image.base.partition("@")
     return ImageState(
@@ -80,7 +81,8 @@ def prune(client: docker.DockerClient) -> list[str]:
     removed = []
     for recipe in recipes.recipes().values():
         images = client.images.list(name=f"fractal-{recipe.key}")
-        for name in {tag for image in images for tag in image.tags} - {recipe.name}:
+        present = {replace(recipe, processor=processor).name for processor in recipes.PROCESSORS}
+        for name in {tag for image in images for tag in image.tags} - present:
             with suppress(docker.errors.APIError):  # a container uses it
                 client.images.remove(name)
                 removed.append(name)

