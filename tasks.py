@@ -88,21 +88,24 @@ BUILD_HELP = {"image": "sandbox, pipeline-cpu, pipeline, several with commas, or
               "json": "a JSON object for each image: image, digest, seconds, layers_built, bytes",
               "base": "build on this image instead of the recipe's base",
               "ca": "your network's certificates (PEM file): a secret of the build, never in a layer",
-              "wheels": "a folder of wheels to take Python packages from", "cache": "--no-cache: build every layer anew"}  # fmt: skip
+              "wheels": "a folder of wheels to take Python packages from", "cache": "--no-cache: build every layer anew",
+              "on": "here, there (on the rented instance, by its own Docker), or auto: in a chain with an instance, where it is ready sooner",
+              "for_": "the processor: amd64 or arm64; default: that of the machine which runs the image"}  # fmt: skip
 
 
 @task(positional=[], help=BUILD_HELP)
-def build(c, image="", json=False, base="", ca="", wheels="", cache=True):
+def build(c, image="", json=False, base="", ca="", wheels="", cache=True, on="auto", for_=""):
     """Build an image if the engine does not have it.
 
-    Examples: invoke build; invoke build --image=pipeline-cpu; invoke build --image=all --json
+    Examples: invoke build; invoke build --image=pipeline-cpu; invoke build --image=all --json; invoke build --on=there
     Settings of pip and apt, SSL_CERT_FILE, FRACTAL_BASE_IMAGE, FRACTAL_WHEELS and FRACTAL_DEBIAN_MIRROR are heard.
     """
     from fractal.cloud import run_commands
     from fractal.images.build import Options
 
     options = Options(base or None, Path(ca) if ca else None, Path(wheels) if wheels else None, not cache)
-    _do(lambda: run_commands.build(_session(), image, options, as_json=json, dry=c.config.run.dry))
+    dry = c.config.run.dry
+    _do(lambda: run_commands.build(_session(), image, options, on=on, processor=for_, as_json=json, dry=dry))
 
 
 @task(positional=[], help={"image": "sandbox, pipeline-cpu, pipeline, several with commas, or all",
@@ -377,10 +380,11 @@ def launch(c, type="", region="", max_price="", wait_for_capacity="", max_hours=
 
 
 @task(positional=[], help={**LAUNCH_HELP, **WORK_HELP, "image": "pipeline (default) or pipeline-cpu",
-                           "to": "push by way of this registry; default: FRACTAL_REGISTRY, else over ssh"})  # fmt: skip
+                           "to": "push by way of this registry; default: FRACTAL_REGISTRY, else over ssh",
+                           "on": BUILD_HELP["on"]})  # fmt: skip
 def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4", max_dollars="", family="", file_system="",
        register_key=False, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", more="",
-       image="", to="", watchdog=False, idle_minutes="", guard_minutes="", strict_host_key=False):  # fmt: skip
+       image="", to="", on="auto", watchdog=False, idle_minutes="", guard_minutes="", strict_host_key=False):  # fmt: skip
     """launch, build, push and run in one; the instance is ended on every way out.
 
     Example: invoke up --problems=mbpp-sanitized --split=train,validation --model=Qwen/Qwen2.5-Coder-1.5B-Instruct -n 50 --max-dollars=5
@@ -392,7 +396,7 @@ def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4",
                    watchdog=watchdog, idle_minutes=idle_minutes, guard_minutes=guard_minutes,
                    strict_host_key=strict_host_key, run=run, stage=stage, problems=problems, model=model, n=n,
                    split=split, limit=limit, more=more, image=image,
-                   to=to or os.environ.get("FRACTAL_REGISTRY", ""), terminate=True)  # fmt: skip
+                   to=to or os.environ.get("FRACTAL_REGISTRY", ""), on=on, terminate=True)  # fmt: skip
     if c.config.run.dry:
         print(f"up: would rent {describe(launch_request(options))}")
         build(c, image=f"{image or 'pipeline'},sandbox")

@@ -39,10 +39,12 @@ from fractal.install import apt
 USER = "ubuntu"
 PACKAGES = (
     "ca-certificates",
+    "debian-archive-keyring",
     "docker.io",
     "e2fsprogs",
     "iproute2",
     "iptables",
+    "mmdebstrap",
     "openssh-server",
     "procps",
     "python3",

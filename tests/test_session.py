@@ -131,15 +131,20 @@ WRONG: list[tuple[tuple[str, ...], str]] = [  # of a chain that begins with laun
     (("--max-dollars=0",), "--max-dollars"),
     (("--max-dollars=nan",), "--max-dollars"),
     (("--wait-for-capacity=x",), "--wait-for-capacity"),
-    (("--type=gpu_1x_gh200",), "--type=gpu_1x_gh200: its processor is an Arm"),
-    (("--type=gpu_1x_a10,gpu_1x_gh200",), "--type=gpu_1x_gh200: its processor is an Arm"),
+    (("--type=gpu_1x_gh200", "push"), "--type=gpu_1x_gh200: its processor is Arm"),
+    (("--type=gpu_1x_a10,gpu_1x_gh200", "build", "--on=here", "push"), "--type=gpu_1x_gh200: its processor is Arm"),
+    (("--type=gpu_1x_a10", "build", "--for=arm64", "push"), "--type=gpu_1x_a10: its processor is x86-64"),
+    (("build", "--for=arm64", "push"), "its processor is x86-64"),
+    (("build", "--for=riscv64", "push"), "expected amd64 or arm64"),
+    (("build", "--on=moon", "push"), "expected auto, here, there"),
+    (("build", "--on=there", "push", "--to=registry.example/team"), "not at registry.example/team"),
 ]
 
 
 def test_a_wrong_option_anywhere_is_refused_before_money_is_spent(invoke: Invoke, fake: FakeLambda) -> None:
     for arguments, text in WRONG:
         invoke("launch", *arguments).check(2, text)
-    invoke("up", "--type=gpu_1x_gh200").check(2, "its processor is an Arm")
+    invoke("up", "--type=gpu_1x_gh200", "--on=here").check(2, "its processor is Arm")
     assert fake.requests == []
 
 
@@ -201,7 +206,8 @@ def test_no_engine_here_is_said_before_money_is_spent(
     if docker_engine.problem():
         pytest.skip("no engine")
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
-    invoke("launch", "--register-key", "build", "push", "run").check(3, "Docker")
+    invoke("launch", "--register-key", "build", "--on=here", "push", "run").check(3, "Docker")
+    invoke("launch", "--register-key", "push", "run").check(3, "Docker")
     assert fake.launches == 0
 
 

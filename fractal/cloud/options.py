@@ -11,13 +11,14 @@ from typing import Any
 from fractal.cloud.launch import LaunchRequest
 from fractal.cloud.ledger import Watchdog, limits_text
 from fractal.errors import InputError
-from fractal.images import containers
+from fractal.images import containers, recipes
 from fractal.problems import sets
 
 # A100 with 80 GB, the project's first; what is listed at https://lambda.ai/service/gpu-cloud as next in price and size.
 PREFERRED_TYPES = ("gpu_1x_a100_sxm4", "gpu_1x_a100", "gpu_1x_h100_pcie", "gpu_1x_a10")
 ARM = ("gh200", "gb200", "gb300")  # in a type's name: Grace is NVIDIA's Arm processor; the API has no field for it
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+BUILD_PLACES = ("auto", "here", "there")
 PROBLEM_SETS = ("starter", "mbpp", "mbpp-sanitized")
 
 Options = Mapping[str, Any]  # of one task, by name, as Invoke gives them
@@ -44,15 +45,9 @@ class RunRequest:
 
 def launch_request(options: Options) -> LaunchRequest:
     """Raises InputError."""
-    types = _list(options["type"])
-    if arm := [name for name in types if any(text in name for text in ARM)]:
-        raise InputError(
-            f"--type={arm[0]}: its processor is an Arm, and our images are for x86-64 only. Name another type, as "
-            f"{PREFERRED_TYPES[0]}."
-        )
     wait_hours = _number(options["wait_for_capacity"], "--wait-for-capacity", "hours")
     return LaunchRequest(
-        types=types,
+        types=_list(options["type"]),
         regions=_list(options["region"]),
         max_price_usd=_number(options["max_price"], "--max-price", "dollars an hour"),
         wait_s=(wait_hours or 0.0) * 3600,
@@ -63,6 +58,31 @@ def launch_request(options: Options) -> LaunchRequest:
         watchdog=_watchdog(options),
         strict_host_key=options["strict_host_key"],
     )
+
+
+def processor(type_name: str) -> str:
+    """The processor of an instance type, as Docker names it."""
+    return "arm64" if any(text in type_name for text in ARM) else "amd64"
+
+
+def check_build(on: str, processor: str) -> None:
+    """Raises InputError for a --on or a --for of `invoke build` that is not valid."""
+    if on not in BUILD_PLACES:
+        raise InputError(f"--on={on}: expected {', '.join(BUILD_PLACES)}.")
+    if processor not in ("", *recipes.PROCESSORS):
+        raise InputError(f"--for={processor}: expected {' or '.join(recipes.PROCESSORS)}.")
+
+
+def check_processor(types: Iterable[str], on: str, built_for: str) -> None:
+    """Raises InputError for instance types that the images will not run on. `built_for`: the option --for, or ""."""
+    built_for = built_for or (recipes.NATIVE if on == "here" else "")
+    for name in types:
+        if built_for and processor(name) != built_for:
+            has, other = recipes.PROCESSORS[processor(name)], recipes.PROCESSORS.get(built_for, built_for)
+            raise InputError(
+                f"--type={name}: its processor is {has}, and the images would be built for {other}. Build them on the "
+                f"instance (--on=there), or with --for={processor(name)}, or name another type."
+            )
 
 
 def describe(request: LaunchRequest) -> str:

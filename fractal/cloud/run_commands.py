@@ -12,9 +12,9 @@ from pathlib import Path
 import docker.errors
 
 from fractal import console
-from fractal.cloud import instance, instance_commands, jobs, ssh_config, transfer
+from fractal.cloud import file_system, instance, instance_commands, jobs, remote_build, ssh_config, transfer
 from fractal.cloud.ledger import Entry, Process
-from fractal.cloud.options import RUN_NAME, Options, RunRequest, run_request
+from fractal.cloud.options import RUN_NAME, Options, RunRequest, check_build, run_request
 from fractal.cloud.remote_host import Remote
 from fractal.cloud.session import Session, log
 from fractal.errors import InputError, OutsideError
@@ -31,30 +31,69 @@ def up(session: Session, options: Options) -> int:
     keys = f"{request.image},sandbox"
     options = {**options, "terminate": True}
     instance_commands.launch(session, options, wait=False)
-    build(session, keys, images.Options(), as_json=False, dry=False)
+    build(session, keys, images.Options(), on=options["on"])
     push(session, keys, options["to"], ssh_config.ALIAS, as_json=False, dry=False)
     return run(session, options)
 
 
-def build(session: Session, image: str, build_options: images.Options, *, as_json: bool, dry: bool) -> None:
-    """Build images; before a push, what it sends by default."""
+def build(
+    session: Session,
+    image: str,
+    build_options: images.Options,
+    *,
+    on: str = "auto",
+    processor: str = "",
+    as_json: bool = False,
+    dry: bool = False,
+) -> None:
+    """Build images, here or on the instance; before a push, what it sends by default. Raises InputError, OutsideError.
+
+    `on`: here, there, or auto: where they are ready sooner. `processor`: "amd64" or "arm64"; "": the instance's.
+    """
+    check_build(on, processor)
     pushed = session.options_of("push") if session.has_later("build", "push") else None
     keys = image or (pushed["image"] if pushed else "sandbox")
-    with contextlib.nullcontext() if dry else session.timed("build"):
-        images.build_all(keys, build_options, as_json=as_json, dry=dry)
+    there = session.builds_there(on)
+    processor = processor or (session.processor if there else recipes.NATIVE)
+    if dry or not there:
+        with contextlib.nullcontext() if dry else session.timed("build"):
+            images.build_all(keys, build_options, processor=processor, as_json=as_json, dry=dry)
+        return
+    with session.remote() as (remote, entry), session.timed("build"):
+        uplink = remote_build.uplink(remote) if on == "auto" else 0.0
+        for recipe in recipes.choose(keys, processor):
+            if recipe.accelerator == "cuda":
+                remote.driver.environment()  # an image of several GB that does not run there is not built
+            if on == "auto":
+                choice = remote_build.choose(remote, recipe, uplink)
+                log(f"{recipe.key}: {choice.reason}: {'there' if choice.there else 'here'}")
+                if not choice.there:
+                    images.build_all(recipe.key, build_options, processor=processor, as_json=as_json)
+                    continue
+            built = remote_build.ensure(remote, recipe, build_options, file_system.folder(entry) or "")
+            images.show(built, host=remote.host, as_json=as_json)
+            if built.built and (line := remote_build.compare(remote, built.name)):
+                log(line)
+            session.built_there.add(recipe.key)
+            session.pushed[recipe.key] = built.name
 
 
 def push(session: Session, image: str, registry: str, host: str, *, as_json: bool, dry: bool) -> None:
     """Push to the registry, or to the host; the host `lambda` is the rented instance, if there is one."""
-    config = None
+    config, chosen = None, recipes.choose(image)
     if not registry and host == ssh_config.ALIAS and session.ledger.open_entries() and not dry:
+        chosen = recipes.choose(image, session.processor)
         with session.remote() as (remote, _):
-            for recipe in recipes.choose(image):
+            present = session.built_there | remote_build.only_there(remote, chosen)
+            for recipe in (recipe for recipe in chosen if recipe.key in present):
+                log(f"{session.image_name(recipe.key)} is on {host}, where it was built")
+            chosen = [recipe for recipe in chosen if recipe.key not in present]
+            for recipe in chosen:
                 if recipe.accelerator == "cuda":
                     remote.driver.environment(_base_label(session.image_name(recipe.key)))
         config = ssh_config.config_file(session.ledger.folder)
     with contextlib.nullcontext() if dry else session.timed("push"):
-        session.pushed.update(image_push.push_all(image, registry, host, as_json=as_json, dry=dry, ssh_config=config))
+        session.pushed.update(image_push.push_all(chosen, registry, host, as_json=as_json, dry=dry, ssh_config=config))
 
 
 def run(session: Session, options: Options) -> int:

@@ -4,6 +4,7 @@ All other state is in the ledger, on the instance and in the run's folder: any c
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -40,7 +41,8 @@ class Session:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.tasks: list[tuple[str, Options]] = []
-        self.pushed: dict[str, str] = {}  # names of the images that were pushed, by the recipes' keys
+        self.pushed: dict[str, str] = {}  # names of the images that were pushed or built there, by the recipes' keys
+        self.built_there: set[str] = set()  # keys of those that were built on the instance
         self.to_terminate: set[str] = set()  # names of the instances to terminate when the command ends
         self.ledger = Ledger(state_dir())
 
@@ -68,7 +70,10 @@ class Session:
         """Raises InputError for the first option of any task that is not valid. Touches no network."""
         for name, task_options in self.tasks:
             if name in ("launch", "up"):
-                options.launch_request(task_options)
+                self._check_types(options.launch_request(task_options).types)
+            if name in ("build", "up"):
+                options.check_build(task_options["on"], task_options.get("for_", ""))
+                self.builds_there(task_options["on"])
             if name == "build" and task_options["image"]:
                 recipes.choose(task_options["image"])
             if name == "push":
@@ -79,6 +84,45 @@ class Session:
                 options.more_arguments(task_options["more"])
             if name == "up" or (name == "run" and self.runs_on_instance(task_options["where"])):
                 options.run_request(task_options, self.pipeline)
+
+    def _check_types(self, types: Sequence[str]) -> None:
+        """Raises InputError for an instance type whose processor the images of this command line would not fit."""
+        living = [entry.type_name for entry in self.ledger.open_entries()]
+        types = types or living or options.PREFERRED_TYPES
+        if build := self.options_of("build") or self.options_of("up"):
+            options.check_build(build["on"], build.get("for_", ""))
+            place = "there" if self.builds_there(build["on"]) else "here"
+            options.check_processor(types, place, build.get("for_", ""))
+            if any(options.processor(name) == "arm64" for name in types):
+                packages = ", ".join(recipes.WITHOUT_ARM_WHEEL)
+                log(f"on an Arm processor {packages} is built from its source: there is no wheel of it")
+        elif self.options_of("push"):
+            options.check_processor(types, "here", "")
+
+    def _registry(self) -> str:
+        """The registry by way of which this command line brings images to the instance; "" if it does not."""
+        pushed = self.options_of("push") or self.options_of("up")
+        if pushed is None or pushed.get("host"):
+            return ""
+        return pushed["to"] or os.environ.get("FRACTAL_REGISTRY", "")
+
+    def builds_there(self, on: str) -> bool:
+        """Whether `build` may use the instance: it is asked to, or later tasks of this command line need images there.
+
+        Images for a registry are built here. Raises InputError.
+        """
+        if registry := self._registry():
+            if on == "there":
+                raise InputError(
+                    f"--on=there: the images would be on the instance, not at {registry}. Leave --on out, or --to and "
+                    "FRACTAL_REGISTRY."
+                )
+            return False
+        if on != "auto" or self.options_of("launch") or self.options_of("up"):
+            return on != "here"
+        pushed, run = self.options_of("push"), self.options_of("run")
+        needed = (pushed and pushed["host"] in ("", ssh_config.ALIAS)) or (run and self.runs_on_instance(run["where"]))
+        return bool(needed and self.ledger.open_entries())
 
     def options_of(self, name: str) -> Options | None:
         """The options of the first task of that name; None if the command line has none."""
@@ -96,9 +140,15 @@ class Session:
         rents = self.options_of("launch") is not None
         return where == "lambda" or (where == "auto" and (rents or bool(self.ledger.open_entries())))
 
+    @property
+    def processor(self) -> str:
+        """Of the rented instance, as Docker names it; without one, of this machine."""
+        entries = self.ledger.open_entries()
+        return options.processor(entries[-1].type_name) if entries else recipes.NATIVE
+
     def image_name(self, key: str) -> str:
         """The image that this command has pushed, though its sources were edited since; else that of the sources."""
-        (recipe,) = recipes.choose(key)
+        (recipe,) = recipes.choose(key, self.processor)
         return self.pushed.get(key, recipe.name)
 
     def account(self) -> Account:
@@ -165,7 +215,9 @@ class Session:
         names = {name for name, _ in self.tasks}
         if not {"launch", "up"} & names:
             return
-        if {"build", "push", "up"} & names and (problem := docker_engine.problem()):
+        build = self.options_of("build") or self.options_of("up")
+        here = (build is not None and not self.builds_there(build["on"])) or ("push" in names and build is None)
+        if here and (problem := docker_engine.problem()):
             raise OutsideError(problem)
         for program, package in (("ssh", "openssh-client"), ("rsync", "rsync")):
             if shutil.which(program) is None:

@@ -22,10 +22,11 @@ from docker.models.images import Image
 
 from fractal.console import activity, note
 from fractal.errors import InputError
-from fractal.images import recipes, remote_engine, ssh
+from fractal.images import remote_engine, ssh
 from fractal.images.build import ensure
 from fractal.images.docker_client import Say, connect, first_line, request_timeout
 from fractal.images.push_errors import HOST, PushConnectionError, PushError, error_from_engine, without_secrets
+from fractal.images.recipes import Recipe
 from fractal.images.registry_program import RegistryProgramError
 from fractal.install import docker_engine
 
@@ -141,7 +142,7 @@ def to_host(client: docker.DockerClient, name: str, host: str, *, say: Say, ssh_
             if engine.platform != platform:
                 raise PushError(
                     f"{name} is made for {platform}, and {host} is {engine.platform}: nothing was sent. "
-                    f"Build it over there: DOCKER_HOST=ssh://{host} invoke build."
+                    "Build it there: invoke build --on=there."
                 )
             registry_image = remote_engine.ensure_registry_image(connection, engine, say)
             registry = remote_engine.start_registry(connection, engine, registry_image)
@@ -297,7 +298,13 @@ def reported_digest(event: dict[str, Any]) -> str | None:
 
 
 def push_all(
-    keys: str, registry: str, host: str, *, as_json: bool = False, dry: bool = False, ssh_config: Path | None = None
+    chosen: list[Recipe],
+    registry: str,
+    host: str,
+    *,
+    as_json: bool = False,
+    dry: bool = False,
+    ssh_config: Path | None = None,
 ) -> dict[str, str]:
     """Push our own images, built where they are missing: to the registry, or, without one, to the host.
 
@@ -305,10 +312,10 @@ def push_all(
     """
     say = partial(note, what="push")
     names = {}
-    chosen = recipes.choose(keys)
     if dry:
         for recipe in chosen:
             print(f"push: would send {recipe.name} to {registry or host}, as far as it is not there")
+    if dry or not chosen:
         return {}
     with closing(connect()) as client:
         for recipe in chosen:

@@ -170,14 +170,14 @@ class SshConnection:
             )
         return done
 
-    def stream(self, script: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def stream(self, script: str, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """Run a script whose output, standard error included, is read as it comes. The caller waits for its end.
 
-        Raises SshConnectionError if it does not start.
+        `stdin`: PIPE if the caller writes its input. Raises SshConnectionError if it does not start.
         """
         process = subprocess.Popen(
             [*self._shared_client(), "--", self.host, remote_command(f"exec 2>&1\n{script}", *arguments)],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
