@@ -352,8 +352,8 @@ def test_a_projects_folder_goes_there_without_what_git_ignores(
 
 def test_an_input_is_sent_once(remote: Remote, logged: list[str], tmp_path: Path) -> None:
     (tmp_path / "my problems.jsonl").write_text("{}\n")
-    place = transfer.send_input(remote, tmp_path / "my problems.jsonl", logged.append)
-    assert transfer.send_input(remote, tmp_path / "my problems.jsonl", logged.append) == place
+    place = transfer.send_input(remote, tmp_path / "my problems.jsonl", "fractal", logged.append)
+    assert transfer.send_input(remote, tmp_path / "my problems.jsonl", "fractal", logged.append) == place
     assert len(logged) == 1
     assert remote.check("read", f"cat 'fractal/inputs/{place}'") == "{}\n"
 

@@ -39,6 +39,7 @@ from tests.renting import end_guards, key_pair
 
 pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
 KEY = "secret-key"
+ANY = LaunchRequest(types=("gpu_1x_a10",))
 
 
 class RentedInstance:
@@ -56,13 +57,13 @@ class RentedInstance:
         limiter = RateLimiter(self.folder, request_s=0, launch_s=0)
         return Account(Client(KEY, self.fake.url, limiter, patience_s=5), self.ledger, print)
 
-    def rent(self) -> Entry:
+    def rent(self, request: LaunchRequest = ANY) -> Entry:
         """Launch, wait until it is ready, send the images."""
         account = self.account()
         key = key_pair(self.folder)
         self.fake.add_ssh_key(f"mine{time.time_ns()}", Path(f"{key}.pub").read_text().strip())
         os.environ |= {**self.environment, "FRACTAL_SSH_KEY": str(key)}  # the guard's
-        entry = launch(account, LaunchRequest(types=("gpu_1x_a10",)), find_key(account))
+        entry = launch(account, request, find_key(account))
         entry = wait_active(account, entry)
         ssh_config.write(self.ledger.folder, entry)
         readiness.wait_ready(self.ledger.folder, entry, print, lambda: str(entry.ip))
@@ -406,6 +407,27 @@ def test_a_driver_too_old_for_the_image_is_an_error_before_anything_is_sent(rent
         assert "invoke terminate" in line
     assert (pushed.returncode, code) == (3, 3)
     assert rented.containers() == []
+
+
+@pytest.mark.long
+def test_what_lies_on_a_file_system_is_there_for_the_next_instance(rented: RentedInstance, run: Path) -> None:
+    rented.fake.add_file_system("models", "us-west-1")
+    request = LaunchRequest(types=("gpu_1x_a10",), regions=("us-west-1",), file_systems=("models",))
+    terminate(rented.account(), rented.entry)
+    said = []
+    for number in range(2):
+        rented.rent(request)
+        code, out, err = rented.call(run.with_name(f"{run.name}-{number}"), n=2)
+        assert code == 0, err
+        said.append(out + err)
+        terminate(rented.account(), rented.entry)
+    first, second = said
+    assert "huggingface/weights none" in first
+    assert "kernels none" in first
+    assert "model is on the instance: 4 files" in first
+    assert "huggingface/weights kept" in second
+    assert "kernels kept" in second
+    assert "is on the instance" not in second
 
 
 @pytest.mark.long

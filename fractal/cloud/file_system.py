@@ -3,13 +3,18 @@
 It holds what a next instance in the region need not fetch again: weights, compiled kernels, inputs by their content.
 """
 
+import hashlib
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from fractal.cloud.ledger import Entry
-from fractal.cloud.remote_host import script
+from fractal.cloud.remote_host import Remote, script
+from fractal.images import recipes
+from fractal.images.recipes import CACHE
 
 PREPARE_TIMEOUT_S = 120.0  # of a network's file system that is slow, with files of another user
+WEIGHTS = ("huggingface", "fractal")  # folders of CACHE with what is the same on any machine
 LIST_MOUNTS = "findmnt --types nfs,nfs4,virtiofs"
 
 
@@ -36,3 +41,24 @@ def prepare(run: Callable[..., subprocess.CompletedProcess[str]], entry: Entry) 
     if answer == "absent":
         return f"The file system {system.name} is not mounted at {system.mount_point} on the instance"
     return f"The file system {system.name} cannot be written on the instance ({answer})"
+
+
+def cache_binds(remote: Remote, entry: Entry, accelerator: str) -> tuple[str, ...]:
+    """The binds of a job's cache on the file system, SOURCE:TARGET; none without one. Raises RemoteError.
+
+    Weights are any instance's. All else is for those of the same GPU, processor and locked packages: vLLM, torch and
+    Triton compile kernels for them, and not every library says so in the names of its files.
+    """
+    if (root := folder(entry)) is None:
+        return ()
+    locks = [(recipes.ROOT / lock).read_bytes() for lock in recipes.LOCKS[accelerator]]
+    name = kernels_name(remote.driver.gpus, locks)
+    kernels = remote.check("make the folder of kernels", script("make_kernel_folder"), f"{root}/cache/kernels/{name}")
+    binds = tuple(f"{root}/cache/{weights}:{CACHE}/{weights}" for weights in WEIGHTS)
+    return (f"{kernels.strip()}:{CACHE}", *binds)
+
+
+def kernels_name(gpus: Sequence[str], locks: Iterable[bytes]) -> str:
+    """The part of the name of a folder of compiled kernels that GPU and locked packages decide."""
+    gpu = re.sub("[^A-Za-z0-9]+", "-", gpus[0]).strip("-")[:60] if gpus else "cpu"
+    return f"{gpu}-{hashlib.sha256(b''.join(locks)).hexdigest()[:8]}"

@@ -19,7 +19,7 @@ import docker
 import docker.errors
 from filelock import FileLock, Timeout
 
-from fractal.cloud import transfer
+from fractal.cloud import file_system, transfer
 from fractal.cloud.ledger import Entry
 from fractal.cloud.options import RunRequest, local_path
 from fractal.cloud.remote_host import ROOT, Remote, RemoteError, script
@@ -80,12 +80,16 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
     uses_cuda = recipe.accelerator == "cuda" and gpus
     if uses_cuda:
         remote.driver.environment()  # checked before the inputs are sent, which may be large
+    if problem := file_system.prepare(remote.run, entry):
+        raise RemoteError(f"{problem}. Look there: invoke ssh")
+    root = file_system.folder(entry) or f"{user.home}/{ROOT}"
+    cache = file_system.cache_binds(remote, entry, recipe.accelerator or "cpu")
     for option in ("--problems", "--model"):
         if path := local_path(arguments, option):
-            arguments[arguments.index(option) + 1] = f"{INPUTS}/{transfer.send_input(remote, path, log)}"
+            arguments[arguments.index(option) + 1] = f"{INPUTS}/{transfer.send_input(remote, path, root, log)}"
     model = hub_token.model_of(arguments, request.folder)
     if "--model" not in arguments and model in (None, hub_token.EMBEDDED_MODEL):
-        transfer.send_model(remote, session.pipeline.embedded_model(), log)  # images hold no weights
+        transfer.send_model(remote, session.pipeline.embedded_model(), root, log)  # images hold no weights
     pipeline, sandbox = session.image_name(request.image), session.image_name("sandbox")
     pushed = session.options_of("push") or session.options_of("up")
     registry = (pushed["to"] if pushed else "") or os.environ.get("FRACTAL_REGISTRY", "")
@@ -104,9 +108,10 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
             gpus=gpus,
             binds=(
                 f"{user.home}/{ROOT}/runs/{name}:{recipes.WORK}/runs/{name}",
-                f"{user.home}/{ROOT}/inputs:{INPUTS}:ro",
-                f"{user.home}/{ROOT}/models:{containers.MODELS}:ro",
+                f"{root}/inputs:{INPUTS}:ro",
+                f"{root}/models:{containers.MODELS}:ro",
             ),
+            cache=cache,
             environment=environment,
             token=token,
         )

@@ -91,7 +91,8 @@ def describe(request: LaunchRequest) -> str:
     limit = limits_text(request.max_hours, request.max_dollars)
     types, regions = ", ".join(request.types or PREFERRED_TYPES), ", ".join(request.regions) or "any region"
     watchdog = ", by a watchdog on it, too" if request.watchdog else ""
-    return f"the first available of {types} in {regions}{price}; ended after {limit}{watchdog}"
+    systems = f" with the file system {', '.join(request.file_systems)}" if request.file_systems else ""
+    return f"the first available of {types} in {regions}{price}{systems}; ended after {limit}{watchdog}"
 
 
 def _watchdog(options: Options) -> Watchdog | None:

@@ -219,7 +219,7 @@ def periodic_fetch(remote: Remote, folder: Path) -> Iterator[None]:
 
 
 def input_path(path: Path) -> str:
-    """Where a local file or folder is kept on the instance, below ~/fractal/inputs: the same content, the same path."""
+    """Where a local file or folder is kept on the instance, below inputs/: the same content, the same path."""
     total = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -228,22 +228,25 @@ def input_path(path: Path) -> str:
     return f"{total.hexdigest()[:12]}/{path.name}"
 
 
-def send_input(remote: Remote, path: Path, log: Log) -> str:
-    """Send a problems file or a model's folder, once; returns its path below ~/fractal/inputs."""
+def send_input(remote: Remote, path: Path, root: str, log: Log) -> str:
+    """Send a problems file or a model's folder, unless it is there; returns its path below ROOT/inputs.
+
+    `root`: Fractal's folder there, in the home or on a file system.
+    """
     name = input_path(path)
-    remote.check("make a folder", 'mkdir -p "fractal/inputs/$1"', name.split("/")[0])
-    _send(remote, path, f"inputs/{name}", log)
+    remote.check("make a folder", 'mkdir -p "$1"', f"{root}/inputs/{name.split('/')[0]}")
+    _send(remote, path, f"{root}/inputs/{name}", log)
     return name
 
 
-def send_model(remote: Remote, folder: Path, log: Log) -> None:
-    """Send a model that was prepared here to ~/fractal/models, where FRACTAL_MODELS refers to."""
-    _send(remote, folder, f"models/{folder.name}", log)
+def send_model(remote: Remote, folder: Path, root: str, log: Log) -> None:
+    """Send a model that was prepared here to ROOT/models, where FRACTAL_MODELS refers to."""
+    _send(remote, folder, f"{root}/models/{folder.name}", log)
 
 
 def _send(remote: Remote, path: Path, target: str, log: Log) -> None:
     slash = "/" if path.is_dir() else ""
     options = ["--stats", "--copy-links", "--chmod=Da+rx,Fa+r"]  # readable for any user of the container
-    stats = transferred(remote.rsync(*options, f"{path}{slash}", f"{remote.host}:{ROOT}/{target}{slash}"))
+    stats = transferred(remote.rsync(*options, f"{path}{slash}", f"{remote.host}:{target}{slash}"))
     if not stats.startswith("0 files"):
         log(f"{path.name} is on the instance: {stats}")

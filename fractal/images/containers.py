@@ -50,6 +50,7 @@ class Setup:
     gpus: bool = False
     network: bool = True
     binds: tuple[str, ...] = ()  # SOURCE:TARGET:MODE
+    cache: tuple[str, ...] = ()  # binds of CACHE and of folders in it, instead of the user's volume
     environment: Mapping[str, str] = field(default_factory=dict)
     entrypoint: tuple[str, ...] = ()
     workdir: str = WORK
@@ -58,8 +59,9 @@ class Setup:
 
 def host_options(setup: Setup) -> dict[str, Any]:
     """Options of the Docker SDK's create_host_config. No Docker socket, no capability, no new privilege."""
+    cache = setup.cache or (f"{cache_volume(setup.user)}:{CACHE}",)
     return {
-        "binds": [f"{cache_volume(setup.user)}:{CACHE}", f"{setup.sidecar}:{Path(SOCKET).parent}", *setup.binds],
+        "binds": [*cache, f"{setup.sidecar}:{Path(SOCKET).parent}", *setup.binds],
         "network_mode": "bridge" if setup.network else "none",
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
@@ -249,7 +251,8 @@ def _create(
         environment["HF_TOKEN_PATH"] = hub_token.PATH
     if size:
         environment |= {"TERM": os.environ.get("TERM", "xterm"), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
-    chown_cache(client, image, setup.user)
+    if not setup.cache:
+        chown_cache(client, image, setup.user)
     logs = docker.types.LogConfig(type=docker.types.LogConfig.types.JSON, config={"max-size": "1000g"})  # never cut
     created = client.api.create_container(
         image,
