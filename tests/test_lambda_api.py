@@ -103,6 +103,13 @@ def test_an_image_can_be_named_by_its_id(cloud: FakeLambda, client: Client) -> N
     assert cloud.requests[-1].body["image"] == {"id": image.id}
 
 
+def test_how_far_lambdas_clock_is_off_is_known(cloud: FakeLambda, client: Client) -> None:
+    for offset_s in (0.0, -7200.0, 5 * 365 * 86400.0):
+        cloud.clock_offset_s = offset_s
+        client.instances()
+        assert abs(client.clock_offset_s - offset_s) < 30
+
+
 def test_keys_and_file_systems_are_listed(cloud: FakeLambda, client: Client) -> None:
     assert client.add_ssh_key("other", PUBLIC_KEY).public_key == PUBLIC_KEY
     assert {key.name for key in client.ssh_keys()} == {"mine", "other"}

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fractal.cloud import readiness, ssh_config
+from fractal.cloud import prerequisites, readiness, ssh_config
 from fractal.cloud.lambda_errors import CloudError
-from fractal.cloud.ledger import Entry
+from fractal.cloud.ledger import Entry, FileSystemMount
+from fractal.cloud.prerequisites import Address
 from fractal.cloud.readiness import Readiness
 from fractal.cloud.remote_host import Driver
 from fractal.cloud.ssh_keys import make_host_key
@@ -68,6 +69,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "PORT_TIMEOUT_S", 15.0)
     monkeypatch.setattr(readiness, "ADDRESS_POLL_S", 1.0)
     monkeypatch.setattr(readiness, "MADE_KEY_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(prerequisites, "addresses", list)
 
 
 @pytest.fixture
@@ -256,6 +258,41 @@ def test_what_breaks_is_named_and_after_its_repair_all_is_well(
     shared.machine.sh(
         'for i in $(seq 30); do [ -z "$(docker ps -aq --filter name=gpu-probe)" ] && exit 0; sleep 0.5; done; exit 1'
     )
+
+
+SLOW_DATE = "#!/bin/sh\nexec /bin/date -d '5 years ago' \"$@\"\n"
+
+
+def test_closed_networks_and_a_wrong_clock_are_said_and_stop_nothing(
+    shared: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [
+        Address("the model hub", "http://hub.invalid/", "give --model a folder"),
+        Address("the package index", "http://127.0.0.1:1/simple", "build here"),
+    ]
+    monkeypatch.setattr(prerequisites, "addresses", lambda: asked)
+    shared.machine.put("/usr/local/bin/date", SLOW_DATE.encode(), 0o755)
+    try:
+        found = shared.wait_ready()
+    finally:
+        shared.machine.sh("rm /usr/local/bin/date")
+    assert found.driver.gpus
+    assert found.free_bytes > 0
+    (reach,) = [line for line in shared.logged if "does not reach" in line]
+    assert "the model hub (http://hub.invalid/: " in reach
+    assert "the package index (http://127.0.0.1:1/simple: " in reach
+    assert "Without it: give --model a folder; build here." in reach
+    (clock,) = [line for line in shared.logged if "clock" in line]
+    assert "days behind Lambda's" in clock
+    shared.logged.clear()
+    monkeypatch.setattr(prerequisites, "addresses", list)
+    shared.wait_ready()
+    assert not [line for line in shared.logged if "reach" in line or "clock" in line]
+
+
+def test_a_file_system_that_is_not_mounted_stops_before_anything_is_sent(shared: Instance) -> None:
+    with pytest.raises(CloudError, match=r"models is not mounted at /lambda/nfs/models .*findmnt.*invoke terminate"):
+        shared.wait_ready(file_systems=(FileSystemMount("models", "/lambda/nfs/models"),))
 
 
 @pytest.mark.long

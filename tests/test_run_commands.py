@@ -409,6 +409,20 @@ def test_a_driver_too_old_for_the_image_is_an_error_before_anything_is_sent(rent
     assert rented.containers() == []
 
 
+FULL_DF = b"#!/bin/sh\nprintf 'Filesystem 1024-blocks Used Available Capacity Mounted\\n/dev/vda1 9 9 2048 99%% /\\n'\n"
+
+
+def test_too_little_disk_is_an_error_before_anything_is_sent(rented: RentedInstance) -> None:
+    rented.machine.machine.put("/usr/local/bin/df", FULL_DF, 0o755)
+    try:
+        pushed = rented.invoke("push", "--image=sandbox")
+    finally:
+        rented.machine.machine.sh("rm /usr/local/bin/df")
+    assert pushed.returncode == 3
+    assert "The instance has 0.0 GB of free disk, 1.0 GB are needed: sandbox" in pushed.stderr
+    assert "invoke terminate" in pushed.stderr
+
+
 @pytest.mark.long
 def test_what_lies_on_a_file_system_is_there_for_the_next_instance(rented: RentedInstance, run: Path) -> None:
     rented.fake.add_file_system("models", "us-west-1")

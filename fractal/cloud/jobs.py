@@ -19,7 +19,7 @@ import docker
 import docker.errors
 from filelock import FileLock, Timeout
 
-from fractal.cloud import file_system, transfer
+from fractal.cloud import file_system, prerequisites, transfer
 from fractal.cloud.ledger import Entry
 from fractal.cloud.options import RunRequest, local_path
 from fractal.cloud.remote_host import ROOT, Remote, RemoteError, script
@@ -97,6 +97,7 @@ def start_job(session: Session, remote: Remote, entry: Entry, request: RunReques
     environment = {
         "FRACTAL_MODELS": containers.MODELS,
         "FRACTAL_PRICE_USD_PER_HOUR": f"{entry.usd_per_hour:.4f}",
+        "HF_ENDPOINT": prerequisites.hub(),
     }
     if token := hub_token.find(request.arguments, request.folder):
         log(f"your Hugging Face token goes into the job's container, as a file; {hub_token.SWITCH}=1 keeps it here")

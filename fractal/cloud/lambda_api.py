@@ -5,6 +5,8 @@ Reference: https://docs-api.lambda.ai/api/cloud. A request that is safe to repea
 is unknown it raises LaunchUnknownError, and the caller looks for the instance's name.
 """
 
+import contextlib
+import email.utils
 import hashlib
 import os
 import random
@@ -118,6 +120,7 @@ class Client:
         self.url = url.rstrip("/")
         self.account = hashlib.sha256(key.encode()).hexdigest()[:12]  # identifies the account without the key
         self.log = log
+        self.clock_offset_s = 0.0  # Lambda's clock minus this machine's, to a second, as of the last response
         self._key = key
         self._rate_limiter = rate_limiter
         self._patience_s = patience_s
@@ -247,6 +250,9 @@ class Client:
                     allow_redirects=False,
                     stream=True,
                 ) as response:
+                    with contextlib.suppress(OverflowError, TypeError, ValueError):  # no Date, or another form
+                        lambda_time = email.utils.parsedate_to_datetime(response.headers.get("Date", ""))
+                        self.clock_offset_s = lambda_time.timestamp() - time.time()
                     content = b"".join(_chunks(response, deadline))
                     secrets = (self._key, *_secrets((body or {}).get("user_data", "")))
                     return response_data(response.status_code, response.headers, content, request, secrets)

@@ -3,6 +3,7 @@
 If the connection is lost in between, as when the instance boots again, the checks start again at its present address.
 """
 
+import math
 import os
 import shlex
 import socket
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fractal.cloud import file_system, ssh_config
+from fractal.cloud import file_system, prerequisites, ssh_config
 from fractal.cloud.account import Log
 from fractal.cloud.lambda_errors import CloudError
 from fractal.cloud.ledger import Entry
@@ -41,21 +42,25 @@ class Readiness:
 
     driver: Driver = field(default_factory=Driver)
     repaired: list[str] = field(default_factory=list)
+    free_bytes: float = math.nan  # of disk for images and models
 
     def __str__(self) -> str:
         gpus = f"{', '.join(self.driver.gpus)}; driver {self.driver.version}" if self.driver.gpus else "no GPU known"
-        return f"{gpus}; repaired: {', '.join(self.repaired) or 'nothing'}"
+        disk = f"{self.free_bytes / 1e9:.0f} GB of free disk" if self.free_bytes >= 0 else "free disk unknown"
+        return f"{gpus}; {disk}; repaired: {', '.join(self.repaired) or 'nothing'}"
 
 
-def wait_ready(folder: Path, entry: Entry, log: Log, refresh: Callable[[], str]) -> Readiness:
+def wait_ready(
+    folder: Path, entry: Entry, log: Log, refresh: Callable[[], str], *, lambda_offset_s: float = 0.0
+) -> Readiness:
     """Run the checks until all pass. The alias has to refer to the instance already.
 
     `refresh` updates the alias to the instance's present address and returns it; it raises if the instance is gone. It
-    is called when the connection was lost, and at intervals while the port is closed. Raises CloudError or SshError
-    with the remedy.
+    is called when the connection was lost, and at intervals while the port is closed. `lambda_offset_s`: Lambda's clock
+    minus this machine's. Raises CloudError or SshError with the remedy.
     """
     assert entry.ip is not None
-    checks, ip = _Checks(folder, entry, log), entry.ip
+    checks, ip = _Checks(folder, entry, log, lambda_offset_s), entry.ip
     for attempt in range(1, ATTEMPTS + 1):
         try:
             checks.run(wait_port(ip, 22, log, refresh))
@@ -71,9 +76,9 @@ def wait_ready(folder: Path, entry: Entry, log: Log, refresh: Callable[[], str])
 
 
 class _Checks:
-    def __init__(self, folder: Path, entry: Entry, log: Log) -> None:
+    def __init__(self, folder: Path, entry: Entry, log: Log, lambda_offset_s: float) -> None:
         self.result = Readiness()
-        self._folder, self._entry, self._log = folder, entry, log
+        self._folder, self._entry, self._log, self._lambda_offset_s = folder, entry, log, lambda_offset_s
         self._docker = "docker"  # the command that works in this login
         # For messages; `invoke ssh` would run the checks first, and stop at the same one.
         self._ssh = f"ssh -F {shlex.quote(str(ssh_config.config_file(folder)))} {ssh_config.ALIAS}"
@@ -89,6 +94,7 @@ class _Checks:
                 self._log("this type has no GPU: none is checked")
             else:
                 self._check_gpu(link)
+            self._probe_prerequisites(link)
 
     def _error(self, problem: str, command: str) -> CloudError:
         """`problem` ends with what the command, which the user runs there, is for."""
@@ -196,6 +202,15 @@ class _Checks:
             raise self._error(f"{problem}. Install it", "sudo apt-get install -y rsync")
         if done.stdout == "repaired\n":
             self.result.repaired.append("rsync was installed")
+
+    def _probe_prerequisites(self, link: ssh.SshConnection) -> None:
+        """Warn about what the instance does not reach, and about clocks. How much disk is needed is known later."""
+        asked = prerequisites.addresses()
+        began = time.time()
+        found = prerequisites.probe(link.run, [address.url for address in asked])
+        self.result.free_bytes = found.free_bytes
+        for line in prerequisites.warnings(found, asked, here=began, lambda_offset_s=self._lambda_offset_s):
+            self._log(line)
 
     def _check_gpu(self, link: ssh.SshConnection) -> None:
         works, output = self._probe_gpu(link)

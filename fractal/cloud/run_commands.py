@@ -7,12 +7,22 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import docker.errors
 
 from fractal import console
-from fractal.cloud import file_system, instance, instance_commands, jobs, remote_build, ssh_config, transfer
+from fractal.cloud import (
+    file_system,
+    instance,
+    instance_commands,
+    jobs,
+    prerequisites,
+    remote_build,
+    ssh_config,
+    transfer,
+)
 from fractal.cloud.ledger import Entry, Process
 from fractal.cloud.options import RUN_NAME, Options, RunRequest, check_build, run_request
 from fractal.cloud.remote_host import Remote
@@ -21,6 +31,7 @@ from fractal.errors import InputError, OutsideError
 from fractal.images import build as images
 from fractal.images import docker_client, recipes
 from fractal.images import push as image_push
+from fractal.images.recipes import Recipe
 
 FETCH_RETRIES_S = (20.0, 60.0, 180.0)  # before an instance is terminated although its results are not all here
 
@@ -70,6 +81,7 @@ def build(
                 if not choice.there:
                     images.build_all(recipe.key, build_options, processor=processor, as_json=as_json)
                     continue
+            check_disk(session, remote, entry, [recipe], {})
             built = remote_build.ensure(remote, recipe, build_options, file_system.folder(entry) or "")
             images.show(built, host=remote.host, as_json=as_json)
             if built.built and (line := remote_build.compare(remote, built.name)):
@@ -83,7 +95,7 @@ def push(session: Session, image: str, registry: str, host: str, *, as_json: boo
     config, chosen = None, recipes.choose(image)
     if not registry and host == ssh_config.ALIAS and session.ledger.open_entries() and not dry:
         chosen = recipes.choose(image, session.processor)
-        with session.remote() as (remote, _):
+        with session.remote() as (remote, entry):
             present = session.built_there | remote_build.only_there(remote, chosen)
             for recipe in (recipe for recipe in chosen if recipe.key in present):
                 log(f"{session.image_name(recipe.key)} is on {host}, where it was built")
@@ -91,9 +103,25 @@ def push(session: Session, image: str, registry: str, host: str, *, as_json: boo
             for recipe in chosen:
                 if recipe.accelerator == "cuda":
                     remote.driver.environment(_base_label(session.image_name(recipe.key)))
+            if chosen:
+                check_disk(session, remote, entry, chosen, _sizes(session, chosen))
         config = ssh_config.config_file(session.ledger.folder)
     with contextlib.nullcontext() if dry else session.timed("push"):
         session.pushed.update(image_push.push_all(chosen, registry, host, as_json=as_json, dry=dry, ssh_config=config))
+
+
+def check_disk(
+    session: Session, remote: Remote, entry: Entry, chosen: Iterable[Recipe], sizes: Mapping[str, float]
+) -> None:
+    """Raises RemoteError if the instance has too little disk for the images and the model of the run that follows.
+
+    `sizes`: bytes of images that are known, by the recipes' keys. A model on a file system needs no disk.
+    """
+    later = session.options_of("run") or session.options_of("up")
+    model = later["model"] if later and not entry.file_systems else ""
+    found = prerequisites.probe(remote.run)
+    needed = prerequisites.needed_bytes((recipe.key for recipe in chosen), found, sizes, model)
+    prerequisites.check_disk(found, needed)
 
 
 def run(session: Session, options: Options) -> int:
@@ -277,6 +305,19 @@ def _stage_seconds(folder: Path) -> list[tuple[str, float]]:
         return [(name, float(stage["seconds"])) for name, stage in stages.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _sizes(session: Session, chosen: Iterable[Recipe]) -> dict[str, float]:
+    """Bytes of those images that the local engine has, by the recipes' keys."""
+    sizes = {}
+    client = docker_client.connect()
+    try:
+        for recipe in chosen:
+            with contextlib.suppress(docker.errors.ImageNotFound):
+                sizes[recipe.key] = float(client.images.get(session.image_name(recipe.key)).attrs["Size"])
+    finally:
+        client.close()
+    return sizes
 
 
 def _base_label(name: str) -> str:

@@ -183,7 +183,13 @@ class Session:
         active = instance.wait_active(account, entry)
         ssh_config.write(account.ledger.folder, active)
         with self.timed("ready", active):
-            found = readiness.wait_ready(account.ledger.folder, active, log, lambda: present_address(account, active))
+            found = readiness.wait_ready(
+                account.ledger.folder,
+                active,
+                log,
+                lambda: present_address(account, active),
+                lambda_offset_s=account.client.clock_offset_s,
+            )
         log(f"{ssh_config.ALIAS} is ready: {found}")
         try:
             found.driver.environment()

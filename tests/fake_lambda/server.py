@@ -220,6 +220,7 @@ class FakeLambda:
         self.ip_before_active = ip_before_active
         self.keep_terminated_s = keep_terminated_s
         self.latency_s = latency_s
+        self.clock_offset_s = 0.0  # its clock minus the true time
         self.account_inactive = False
         self.requests: list[Call] = []
         self.launched: list[str] = []  # ids, in order
@@ -851,6 +852,10 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.shutdown(socket.SHUT_RDWR)
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        """For the header Date."""
+        return super().date_time_string(time.time() + self.server.cloud.clock_offset_s)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
