@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -164,8 +165,12 @@ def test_a_prompt_too_long_for_the_context_is_skipped_and_counted(
     monkeypatch.setattr(stage, "load_engine", lambda *_: engine)
     long = list(starter.problems)
     long[2] = replace(long[2], prompt="word " * 9000)
+    began = time.time()
     with RunDir(tmp_path / "run", create=True) as folder:
         stage.run(folder, ProblemSet("x", long, "d"), models.EMBEDDED, Sampling(n=2), "transformers")
+        start_up = folder.manifest["stages"]["generate"]["start_up"]
+        assert began <= start_up["first_sample_at"] <= time.time()
+        assert min(start_up["weights_seconds"], start_up["load_seconds"]) >= 0
         assert list(folder.manifest["stages"]["generate"]["skipped"]) == [str(long[2].task_id)]
     assert "1 problems skipped" in capsys.readouterr().err
     assert {r.task_id for r in engine.asked} == {p.task_id for p in long} - {long[2].task_id}

@@ -184,7 +184,7 @@ def seen(run: Path, count: int) -> Callable[[], bool]:
 
 def test_a_run_comes_home_whole(rented: RentedInstance, run: Path) -> None:
     code, out, err = rented.call(run)
-    assert (code, out.count("sample ")) == (0, 60)
+    assert (code, sum(line.startswith("sample ") for line in out.splitlines())) == (0, 60)
     assert "begin 1000 0.7500 True -" in out  # the owner of the files, the price, the sidecar's socket
     assert "digests equal" in err
     assert "goes on and costs" in err
@@ -442,6 +442,9 @@ def test_what_lies_on_a_file_system_is_there_for_the_next_instance(rented: Rente
     assert "huggingface/weights kept" in second
     assert "kernels kept" in second
     assert "is on the instance" not in second
+    for text in said:
+        assert "from launch to first sample" in text
+        assert "nothing, with the file system models" in text
 
 
 @pytest.mark.long

@@ -152,8 +152,9 @@ def _run_and_follow(session: Session, remote: Remote, entry: Entry, request: Run
     if job is None:
         collect_ended_jobs(remote, folder.parent)
         jobs.remove_orphaned_sandboxes(remote)
-        transfer.exchange(remote, folder, log)
-        job = jobs.start_job(session, remote, entry, request, user)
+        with session.timed("inputs", entry):
+            transfer.exchange(remote, folder, log)
+            job = jobs.start_job(session, remote, entry, request, user)
     else:
         log(f"{job} runs already: following it")
     log_file = jobs.log_file(folder, job)
@@ -169,7 +170,7 @@ def _run_and_follow(session: Session, remote: Remote, entry: Entry, request: Run
     _fetch_all(remote, folder, retries_s=FETCH_RETRIES_S if entry.name in session.to_terminate else ())
     _log_diagnosis(ended, log_file)
     jobs.remove(remote, job)
-    session.show_bill(entry.name, _stage_seconds(folder))
+    session.show_bill(entry.name, _stage_seconds(folder), _start_up(folder))
     report = folder / "report/index.html"
     console.say(f"run: {folder}; report: {report if report.exists() else 'none yet'}; logs: {folder / 'logs'}")
     return ended.exit_code
@@ -305,6 +306,14 @@ def _stage_seconds(folder: Path) -> list[tuple[str, float]]:
         return [(name, float(stage["seconds"])) for name, stage in stages.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _start_up(folder: Path) -> dict[str, object]:
+    """When and after what generation began, by the run's manifest; empty if it does not say."""
+    try:
+        return dict(json.loads((folder / "manifest.json").read_bytes())["stages"]["generate"]["start_up"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _sizes(session: Session, chosen: Iterable[Recipe]) -> dict[str, float]:

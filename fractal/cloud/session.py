@@ -9,13 +9,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.prompt import Confirm
 
 from fractal import console
-from fractal.cloud import instance, lambda_api, options, readiness, reconcile, ssh_config, watchdog
+from fractal.cloud import first_minutes, instance, lambda_api, options, readiness, reconcile, ssh_config, watchdog
 from fractal.cloud.account import Account
 from fractal.cloud.cost import bill
 from fractal.cloud.lambda_errors import ConnectionLostError
@@ -211,9 +211,14 @@ class Session:
                 for billed in [entry] if entry else self.ledger.open_entries()[-1:]:
                     self.ledger.add_event(billed.name, what, began, time.time() - began)
 
-    def show_bill(self, name: str, stages: Sequence[tuple[str, float]] = ()) -> None:
+    def show_bill(
+        self, name: str, stages: Sequence[tuple[str, float]] = (), start_up: Mapping[str, object] | None = None
+    ) -> None:
+        """Show what the instance cost so far; with `start_up`, also its way to the first sample."""
         entry = self.ledger.find(name)
         assert entry is not None
+        if phases := first_minutes.phases(entry, start_up or {}):
+            console.say(first_minutes.table(entry, phases))
         console.say(bill(entry, stages))
 
     def _check_programs(self) -> None:

@@ -64,6 +64,7 @@ def run(
         raise InputError(f"--engines {engines}: goes with --backend vllm, and here {backend} draws. Leave it out.")
     files: models.ModelFiles | None = None
     dtype = None
+    began = time.monotonic()
     if backend == "openai":
         if server is None:
             raise InputError(
@@ -81,6 +82,7 @@ def run(
         name = files.name
         source = {"model": name, "revision": files.revision, "weights_sha256": files.digest}
         address = {}
+    weights_seconds = round(time.monotonic() - began, 3)
     folder.configure("problems", {"name": problem_set.name, "digest": problem_set.digest})
     config = source | {"backend": backend, "dtype": dtype, "prompt_version": prompts.VERSION} | address
     folder.configure("generate", config | asdict(sampling), free=("n", "base_url"))
@@ -104,7 +106,7 @@ def run(
             f"generate: {len(missing)} samples of {len({p.task_id for p, _ in missing})} problems with {name} "
             f"({backend}{f', {dtype}' if dtype else ''}); {len(done)} are there"
         )
-        process = None
+        began, process = time.monotonic(), None
         if backend == "vllm":  # it imports vLLM while the prompts are tokenised here
             with console.quiet("starting vLLM"):
                 process = cleanup.enter_context(EngineProcess())
@@ -123,6 +125,10 @@ def run(
             else:
                 assert server is not None
                 engine = connect(model, sampling, server)
+            entry["start_up"] = {
+                "weights_seconds": weights_seconds,  # until they were found, or fetched from the hub
+                "load_seconds": round(time.monotonic() - began, 3),  # until the engine was ready
+            }
             try:
                 draw(engine, requests, problem_set.by_id(), path, sampling, name, entry, follower)
             finally:
@@ -180,7 +186,7 @@ def draw(
     entry: dict[str, Any],
     follower: SampleFollower | None = None,
 ) -> None:
-    """Append samples to `path` as they finish; counts go to `entry`, the stage's entry in the manifest.
+    """Append samples to `path` as they finish; counts and times go to `entry`, the stage's entry in the manifest.
 
     Raises KeyboardInterrupt after a signal, once all finished samples are written.
     """
@@ -192,6 +198,8 @@ def draw(
             if follower:
                 follower.update(bar, len(requests), 0)
             for completions in engine.generate(requests, interrupt.received):
+                if not count:
+                    entry.setdefault("start_up", {})["first_sample_at"] = round(time.time(), 3)
                 out.write(to_sample(c, problems[c.request.task_id], sampling, model) for c in completions)
                 count += len(completions)
                 tokens += sum(completion.tokens for completion in completions)
