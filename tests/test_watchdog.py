@@ -624,3 +624,46 @@ def test_limits_extended_by_a_second_launch_hold(unguarded: Rented) -> None:
         assert unguarded.is_on_duty()
         unguarded.invoke("terminate")
     assert unguarded.entry.end_reason == "invoke terminate"
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated machine has the load of its host: here it does not count."""
+    text = watchdog.PROGRAM.read_text()
+    assert "BUSY_LOAD = 0.5 " in text
+    program = tmp_path / "program.py"
+    program.write_text(text.replace("BUSY_LOAD = 0.5 ", "BUSY_LOAD = 1e9 "))
+    monkeypatch.setattr(watchdog, "PROGRAM", program)
+
+
+@pytest.mark.long
+@pytest.mark.docker
+@pytest.mark.cloud
+def test_what_keeps_a_real_machine_from_being_idle(alone: None, unguarded: Rented) -> None:
+    machine = unguarded.machine
+
+    def state() -> dict[str, Any]:
+        return dict(json.loads(machine.sh("python3 /run/fractal-watchdog/watchdog.py status")))
+
+    def sees(what: str) -> None:
+        until(lambda: state()["running"] == what if not what else state()["running"].startswith(what))
+
+    sees("")
+    machine.sh("docker create --name queued --label fractal.job=1 fractal-gpu-probe sh")
+    sees("a job")
+    machine.sh("docker rm queued")
+    sees("")
+    config = str(ssh_config.config_file(unguarded.ledger.folder))
+    shell = subprocess.Popen(["ssh", "-F", config, ssh_config.ALIAS, "sleep 100"])
+    sees("an ssh session")
+    shell.kill()
+    shell.wait()
+    sees("")
+    machine.sh("sed -i 's/value=0 unit/value=37 unit/' /usr/bin/nvidia-smi")
+    sees("the GPU")
+    machine.sh("sed -i 's/value=37 unit/value=0 unit/' /usr/bin/nvidia-smi")
+    unguarded.ledger.change(unguarded.entry.name, watchdog=Watchdog(idle_s=3.0))
+    unguarded.invoke("ps")
+    until(lambda: state()["reason"] == "nothing ran for 0.05 minutes")
+    assert "ending the instance: nothing ran" in unguarded.invoke("ps")
+    unguarded.invoke("terminate")
