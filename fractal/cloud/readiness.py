@@ -76,7 +76,7 @@ def wait_ready(
 
 
 class _Checks:
-    def __init__(self, folder: Path, entry: Entry, log: Log, lambda_offset_s: float) -> None:
+    def __init__(self, folder: Path, entry: Entry, log: Log, lambda_offset_s: float = 0.0) -> None:
         self.result = Readiness()
         self._folder, self._entry, self._log, self._lambda_offset_s = folder, entry, log, lambda_offset_s
         self._docker = "docker"  # the command that works in this login
