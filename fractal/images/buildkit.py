@@ -190,10 +190,10 @@ class BuildOutput:
                 self.read(line)
                 show(self.current)
 
-    def error(self, name: str, log: Path) -> BuildError:
-        """The error of a build that failed. `name`: what was being built, and where if not here."""
-        message = error_message(self.failure(), self.failed_step)
-        return BuildError(f"Building {name} failed: {message} The whole story: {log}")
+    def error(self, name: str, log: Path, host: str = "") -> BuildError:
+        """The error of a build that failed. `name`: what was being built; `host`: where, if not here."""
+        message = error_message(self.failure(), self.failed_step, host)
+        return BuildError(f"Building {name}{' on ' * bool(host)}{host} failed: {message} The whole story: {log}")
 
     def read(self, line: str) -> None:
         line = line.rstrip()
