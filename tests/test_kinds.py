@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fractal.jsonl import write_jsonl
+from fractal.problems.formats import read_problems
 from fractal.records import Label, Problem, Sample
 from fractal.sandbox.host.limits import DEFAULT_LIMITS
 from fractal.sandbox.inside.calls import is_right, prepare_calls
@@ -240,6 +241,40 @@ def test_a_test_s_own_limit_is_longer_than_the_default(sandbox: Any) -> None:
     slow = "import time\nwhile time.process_time() < 1.2:\n    pass\nprint(1)\n"
     assert label_of(sandbox, problem("stdin", [""], ["1"]), slow).status == "timeout"
     assert label_of(sandbox, problem("stdin", ["\n"], ["1"], test_limit_s=6.0), slow).status == "passed"
+
+
+UNITTEST = """
+import unittest
+class TestCases(unittest.TestCase):
+    def test_double(self):
+        self.assertEqual(task_func(2), 4)
+    def test_text(self):
+        with self.assertRaises(TypeError):
+            task_func(None)
+"""
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(
+    ("body", "status", "detail"),
+    [
+        ("return x * 2", "passed", ""),
+        ("return x + x if x else 0", "failed", "test_text: AssertionError: TypeError not raised"),
+        ("return str(x) * 2", "failed", "test_double: AssertionError: '22' != 4"),
+        ("import os; os._exit(0)", "crashed", "left with exit code 0"),
+        ("import sys; sys.exit(0)", "failed", "SystemExit(0)"),  # unittest catches it, as in plain evaluation
+        ("while x: pass", "timeout", "CPU time over"),
+        ("import unittest; unittest.TestCase.assertEqual = print; return 5", "failed", "test_double"),
+    ],
+)
+def test_a_unittest_class_is_one_test(sandbox: Any, tmp_path: Path, body: str, status: str, detail: str) -> None:
+    head = "def task_func(x):\n"
+    record = {"task_id": "BigCodeBench/1", "complete_prompt": head, "canonical_solution": "    return x * 2\n",
+              "test": UNITTEST, "entry_point": "task_func", "libs": "[]"}  # fmt: skip
+    (tmp_path / "bigcodebench.jsonl").write_text(json.dumps(record))
+    (read,) = read_problems(tmp_path / "bigcodebench.jsonl")
+    label = label_of(sandbox, read, f"{head}    {body}\n")
+    assert (label.status, detail in label.detail) == (status, True), label.detail
 
 
 @pytest.mark.sandbox

@@ -1,7 +1,7 @@
 """The schemas of problem files: which one a record has, and our own. Reads text; runs no program.
 
-One module for each family: mbpp.py, evalplus.py, apps.py (with CodeContests), leetcode.py, livecodebench.py. What each
-reads and how results are compared: docs/formats.md.
+One module for each family: mbpp.py, evalplus.py, apps.py (with CodeContests), bigcodebench.py, leetcode.py,
+livecodebench.py. What each reads and how results are compared: docs/formats.md.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 from fractal.jsonl import Line, decode, decode_object, read_lines
 from fractal.problems.apps import problem_from_apps, problem_from_code_contests, problem_from_pairs, stdin_problem
+from fractal.problems.bigcodebench import problem_from_bigcodebench
 from fractal.problems.evalplus import problem_from_evalplus, problem_from_humaneval, problem_from_script
 from fractal.problems.leetcode import problem_from_leetcode
 from fractal.problems.livecodebench import problem_from_livecodebench
@@ -49,6 +50,8 @@ def problem_of(line: Line, value: dict[str, Any]) -> Problem:
         return problem_from_script(line, value)
     if "test_list" in value:
         return problem_from_mbpp(line, value)
+    if "complete_prompt" in value:
+        return problem_from_bigcodebench(line, value)
     if "canonical_solution" in value:
         return problem_from_humaneval(line, value)
     if "public_test_cases" in value or "private_test_cases" in value:

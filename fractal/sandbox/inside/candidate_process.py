@@ -16,6 +16,7 @@ from fractal.sandbox.inside.proxy import CandidateEndedError, Channel, JudgeEndp
 
 OUTPUT_KEPT = 2000  # bytes of a program's output
 AFTER_FAILURE_CPU_S = 0.25  # what the tests after the first that failed may take: they no longer decide
+AFTER_CALL_CPU_S = 0.01  # the calls under way tell nothing: their end is waited for where that is cheaper than a fork
 AFTER_FAILURE_WALL_S = 2.0
 CPUCLOCK_SCHED = 2
 
@@ -262,9 +263,9 @@ class ProgramRun:
         code: int | None = self._candidate.exit.get("exit") if not self.limit else None
         return code
 
-    def decided(self) -> None:
-        """A test has failed: the others are run for what they tell, within a little more time."""
-        self._cpu_limit_s = self.cpu_s() + AFTER_FAILURE_CPU_S
+    def decided(self, more_cpu_s: float) -> None:
+        """A test has failed: what else is under way gets a little more time."""
+        self._cpu_limit_s = self.cpu_s() + more_cpu_s
         self._deadline = time.monotonic() + AFTER_FAILURE_WALL_S
 
     def stuck(self) -> None:

@@ -16,7 +16,13 @@ from typing import Any
 from fractal.sandbox.inside import protections, sharing, streams
 from fractal.sandbox.inside.call_runner import CallRunner
 from fractal.sandbox.inside.calls import Calls
-from fractal.sandbox.inside.candidate_process import CandidateProcess, ProgramRun, Slot
+from fractal.sandbox.inside.candidate_process import (
+    AFTER_CALL_CPU_S,
+    AFTER_FAILURE_CPU_S,
+    CandidateProcess,
+    ProgramRun,
+    Slot,
+)
 from fractal.sandbox.inside.protocol import (
     FORGET,
     JUDGE_MEMORY,
@@ -249,7 +255,7 @@ def _run_tests(run: ProgramRun, suite: Suite, names: dict[str, Any], results: li
         if status != "passed" and verdict.status == "passed":
             verdict.status, verdict.detail = status, f"test {number}: {detail}"
             if status in ("failed", "error"):
-                run.decided()
+                run.decided(AFTER_FAILURE_CPU_S)
         if run.ended is not None or status == "crashed":
             break
         if left and len(run.endpoint.ahead) == left:  # the test ended before its call: take the answer out of the way
@@ -275,7 +281,7 @@ def _run_calls(run: ProgramRun, suite: Suite, calls: Calls, results: list[str]) 
         if status != "passed":
             outcome.status, outcome.detail = status, f"test {number + 1}: {detail}"
             if status in ("failed", "error"):
-                run.decided()
+                run.decided(AFTER_CALL_CPU_S)
                 _run_code(run, runner.receive_all)
             break
     outcome.values = runner.values
@@ -300,22 +306,29 @@ def _run_code(run: ProgramRun, code: Callable[[], None]) -> tuple[str, str]:
     except ProtocolError as error:
         run.plain = False
         return "error", f"the program sent what is not a value: {error}"
-    except AssertionError as error:
+    except Exception as error:
+        if run.ended is not None:  # unittest, say, swallowed it
+            return run.ended, run.detail
+        return _raised(run, error)
+    if run.ended is not None:  # a bare `except:` in the test swallowed it
+        return run.ended, run.detail
+    return "passed", ""
+
+
+def _raised(run: ProgramRun, error: Exception) -> tuple[str, str]:
+    """What an exception that left the tests means for the program."""
+    if isinstance(error, AssertionError):
         text = _text(run, error)
         if not any(error is raised for raised in run.endpoint.raised):
             return "failed", f"assertion false{': ' + text if text else ''}"[:DETAIL]
         return "error", _describe("AssertionError", text)
-    except MemoryError as error:
+    if isinstance(error, MemoryError):
         run.plain = False
         if any(error is raised for raised in run.endpoint.raised):
             return "memory", "MemoryError"
         return "error", "MemoryError while the test looked at the result"
-    except Exception as error:
-        _not_plain(run, type(error).__name__)
-        return "error", _describe(type(error).__name__, _text(run, error))
-    if run.ended is not None:  # a bare `except:` in the test swallowed it
-        return run.ended, run.detail
-    return "passed", ""
+    _not_plain(run, type(error).__name__)
+    return "error", _describe(type(error).__name__, _text(run, error))
 
 
 def _not_plain(run: ProgramRun, name: Any) -> None:

@@ -129,11 +129,13 @@ def _reason_in(text: bytes, names: tuple[str, ...]) -> str:
                 return f"name {name}"
         elif operation in _NAMED:
             name = names[argument]
-            if name in FORBIDDEN_GLOBALS or (name[:2] == "__" and (name != "__name__" or operation != _LOAD_NAME)):
+            own = operation == _DUNDER_USES.get(name)
+            if (name in FORBIDDEN_GLOBALS or name[:2] == "__") and not own:
                 return f"name {name}"
         elif operation == _MODULE and names[argument] not in MODULES:
             return f"module {names[argument]}"
     return ""
 
 
-_LOAD_NAME = opcode.opmap["LOAD_NAME"]
+# A program may ask for its name, and the text that it begins with goes into its own globals.
+_DUNDER_USES = {"__name__": opcode.opmap["LOAD_NAME"], "__doc__": opcode.opmap["STORE_NAME"]}
