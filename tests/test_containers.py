@@ -16,7 +16,7 @@ import pytest
 
 from fractal.errors import InputError
 from fractal.generate import models
-from fractal.images import containers, hub_token, recipes
+from fractal.images import containers, enter_job, hub_token, recipes
 from fractal.images.containers import Setup, host_options
 from fractal.images.docker_client import connect
 from fractal.images.sidecar import ContainerError
@@ -146,8 +146,8 @@ def test_a_token_is_a_file_of_the_job_and_seen_nowhere_else(image: str, token: s
         inspected = client.api.inspect_container(container.id)
         for shown in (make_setup("v"), inspected, container.logs()):
             assert TOKEN not in str(shown)
-        assert (f"HF_TOKEN_PATH={hub_token.PATH}" in inspected["Config"]["Env"]) == bool(token)
-        other = container.exec_run(["cat", hub_token.PATH], user="1235:5678")
+        assert (f"HF_TOKEN_PATH={enter_job.TOKEN}" in inspected["Config"]["Env"]) == bool(token)
+        other = container.exec_run(["cat", enter_job.TOKEN], user="1235:5678")
         assert other.exit_code != 0
     finally:
         containers.end(client, job)

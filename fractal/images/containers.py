@@ -5,6 +5,7 @@
 Pure functions decide the options of `docker run`; `run` starts both containers, prints their output, and ends them.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -23,7 +24,7 @@ import requests
 
 from fractal.console import note
 from fractal.errors import InputError
-from fractal.images import driver_compatibility, hub_token, recipes, sidecar
+from fractal.images import driver_compatibility, enter_job, hub_token, recipes, sidecar
 from fractal.images.build import BASE_LABEL, ensure
 from fractal.images.docker_client import Say, connect, first_line
 from fractal.images.recipes import CACHE, ROOT, USER, WORK, Recipe
@@ -54,7 +55,10 @@ class Setup:
     environment: Mapping[str, str] = field(default_factory=dict)
     entrypoint: tuple[str, ...] = ()
     workdir: str = WORK
-    token: str = field(default="", repr=False)  # of the model hub; becomes a file, not a part of the configuration
+    token: str = field(default="", repr=False)  # of the model hub; becomes a file in memory
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables of the command's environment
+    job: str = ""  # its place among the machine's jobs: queue_bind is among `binds`
+    after: tuple[str, ...] = ()  # jobs whose end it waits for
 
 
 def host_options(setup: Setup) -> dict[str, Any]:
@@ -67,8 +71,23 @@ def host_options(setup: Setup) -> dict[str, Any]:
         "security_opt": ["no-new-privileges"],
         "shm_size": SHARED_MEMORY,
         "init": True,  # reaps what vLLM leaves, and hands signals on
+        **({"tmpfs": {enter_job.SECRETS: _secrets_options(setup.user)}} if _has_secrets(setup) else {}),
         **({"device_requests": [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]} if setup.gpus else {}),
     }
+
+
+def _has_secrets(setup: Setup) -> bool:
+    return bool(setup.token or setup.secrets)
+
+
+def _secrets_options(user: str) -> str:
+    uid, _, gid = user.partition(":")
+    return f"rw,noexec,nosuid,nodev,size=1m,mode=0700,uid={uid},gid={gid}"
+
+
+def queue_bind(folder: str) -> str:
+    """The folder of the engine's machine that holds its jobs' locks (enter_job.py), as one of `Setup.binds`."""
+    return f"{folder}:{enter_job.QUEUE}"
 
 
 def cache_volume(user: str) -> str:
@@ -218,9 +237,9 @@ def start(
         sidecar.start(client, name, sandbox)
         manifest_facts = provenance(client, pipeline, sandbox, recipe)
         setup = make_setup(name)
-        client.api.start(
-            _create(client, pipeline, list(command), setup, manifest_facts, f"fractal-job-{job}", labels, size)
-        )
+        created = _create(client, pipeline, list(command), setup, manifest_facts, f"fractal-job-{job}", labels, size)
+        client.api.start(created)
+        deliver_secrets(client, created, setup)
     except (docker.errors.DockerException, requests.RequestException) as error:
         end(client, job)
         raise _start_error(pipeline, error) from error
@@ -248,7 +267,12 @@ def _create(
 ) -> str:
     environment = {"FRACTAL_SOCKET": SOCKET, **provenance, **setup.environment}
     if setup.token:
-        environment["HF_TOKEN_PATH"] = hub_token.PATH
+        environment["HF_TOKEN_PATH"] = enter_job.TOKEN
+    entrypoint = list(setup.entrypoint)
+    if setup.job or _has_secrets(setup):
+        settings = {"job": setup.job, "after": setup.after if setup.job else None, "secrets": _has_secrets(setup)}
+        inner = entrypoint or client.images.get(image).attrs["Config"]["Entrypoint"] or []
+        entrypoint = ["python3", "-c", Path(enter_job.__file__).read_text(), json.dumps(settings), *inner]
     if size:
         environment |= {"TERM": os.environ.get("TERM", "xterm"), "COLUMNS": str(size.columns), "LINES": str(size.lines)}
     if not setup.cache:
@@ -262,18 +286,36 @@ def _create(
         tty=size is not None,
         environment=environment,
         working_dir=setup.workdir,
-        entrypoint=list(setup.entrypoint) or None,
+        entrypoint=entrypoint or None,
         labels={LABEL: "1", **session_label(), **labels},
         host_config=client.api.create_host_config(**host_options(setup), log_config=logs),
     )
     identity: str = created["Id"]
-    if setup.token:
-        try:
-            client.api.put_archive(identity, "/", hub_token.archive(setup.token, setup.user))
-        except BaseException:
-            client.api.remove_container(identity, force=True)
-            raise
     return identity
+
+
+def deliver_secrets(client: docker.DockerClient, container: str, setup: Setup) -> None:
+    """Write the secrets into the memory of a container that has just started, and waits for them (enter_job.py).
+
+    They travel as the standard input of a process there: no image, configuration, log or list of processes has them.
+    Raises ContainerError.
+    """
+    if not _has_secrets(setup):
+        return
+    data = json.dumps({"token": setup.token, "environment": dict(setup.secrets)}).encode()
+    part = f"{enter_job.SECRETS}/part"
+    write = f"umask 077; head -c {len(data)} > {part} && mv {part} {enter_job.DELIVERED}"
+    process = client.api.exec_create(container, ["sh", "-c", write], stdin=True, user=setup.user)["Id"]
+    stream = client.api.exec_start(process, socket=True)
+    try:
+        connection = getattr(stream, "_sock", stream)  # docker-py wraps a Unix socket for reading only
+        connection.sendall(data)
+        while connection.recv(4096):
+            pass
+    finally:
+        stream.close()
+    if code := client.api.exec_inspect(process)["ExitCode"]:
+        raise ContainerError(f"The job's secrets cannot be handed over: exit code {code}. Run the command again.")
 
 
 def terminal() -> os.terminal_size | None:
@@ -290,6 +332,7 @@ def _follow(
     try:
         stream = client.api.attach(created, stdout=True, stderr=True, stream=True, logs=True, demux=True)
         client.api.start(created)
+        deliver_secrets(client, created, setup)
         for out, err in stream:
             for data, output in ((out, sys.stdout), (err, sys.stderr)):
                 if data:
@@ -300,7 +343,14 @@ def _follow(
         client.api.remove_container(created, force=True)
 
 
-def run_stages(key: str, run_folder: Path, arguments: Iterable[str], *, gpus: bool = False) -> int:
+def run_stages(
+    key: str,
+    run_folder: Path,
+    arguments: Iterable[str],
+    *,
+    gpus: bool = False,
+    secrets: Mapping[str, str] | None = None,  # environment variables of the stages
+) -> int:
     """`fractal run` in an image; the run's folder is this machine's. Returns the exit code."""
     recipe = pipeline(key)
     folder = prepare_run(run_folder)
@@ -314,7 +364,9 @@ def run_stages(key: str, run_folder: Path, arguments: Iterable[str], *, gpus: bo
 
         def make_setup(volume: str) -> Setup:
             setup = run_setup(volume, folder, gpus=on_gpu)
-            return replace(setup, environment={**setup.environment, **compatibility}, token=token)
+            return replace(
+                setup, environment={**setup.environment, **compatibility}, token=token, secrets=secrets or {}
+            )
 
         return run(client, recipe, command, make_setup, note)
 
