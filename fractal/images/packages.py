@@ -1,4 +1,5 @@
-"""Sandbox images with Python packages for the programs: `--packages numpy==2.3.5,pandas==2.3.3`.
+"""Images with more Python packages: `--packages numpy==2.3.5,pandas==2.3.3` for the programs in a sandbox, `--package`
+for a user's command in the pipeline's image, whose own packages keep their versions.
 
 What is asked for is resolved once, by uv, with hashes and for wheels alone, and locked in the user's cache. The lock is
 part of the image, whose name follows from its content: asked for again, nothing is resolved and nothing built.
@@ -10,7 +11,9 @@ import re
 import subprocess
 import tempfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import platformdirs
 from packaging.requirements import InvalidRequirement, Requirement
@@ -22,7 +25,7 @@ from fractal.errors import InputError, OutsideError
 from fractal.images import lock, network, recipes
 from fractal.images.build_errors import without_passwords
 from fractal.images.recipes import Recipe
-from fractal.install import docker_engine
+from fractal.install import docker_engine, setup
 from fractal.jsonl import write_whole
 from fractal.sandbox.host import engine
 from fractal.sandbox.host.source import content_hash
@@ -35,13 +38,24 @@ class PackagesError(OutsideError):
     """There is no image with these packages: one line with the remedy."""
 
 
+class Target(NamedTuple):
+    """What packages are resolved for."""
+
+    machine: str  # processor, as wheels name it
+    option: str = "--packages"  # that asked for them
+    python: str = "3.11"
+    constraints: tuple[Path, ...] = ()  # requirements files that bound versions, and
+    overrides: tuple[Path, ...] = ()  # that replace what other packages ask for
+    without: tuple[str, ...] = ()  # packages that are left out, with what only they need
+
+
 def image_for(text: str) -> str:
     """The name of the sandbox image with these packages; locked and built if it is not there.
 
     Raises InputError for what is not pinned, PackagesError, BuildError.
     """
     packages = parse(text)
-    found = recipe(packages, lock_file(packages))
+    found = recipe(packages, lock_file(packages, Target(_machine())))
     try:
         engine.image(found.name)
     except (engine.RequestError, OSError):  # to be built; what is wrong with the engine, build says
@@ -52,32 +66,30 @@ def image_for(text: str) -> str:
     return found.name
 
 
-def parse(text: str) -> tuple[str, ...]:
+def parse(text: str, option: str = "--packages") -> tuple[str, ...]:
     """NAME==VERSION, several with commas, sorted and with canonical names. Raises InputError for anything else."""
     found: dict[str, str] = {}
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
-        raise InputError(f"--packages {text!r}: names no package. Write NAME==VERSION, several with commas.")
+        raise InputError(f"{option} {text!r}: names no package. Write NAME==VERSION, several with commas.")
     for word in words:
         shown = without_passwords(word)
         if word.startswith("-"):
-            raise InputError(
-                f"--packages: {shown} is an option. Write NAME==VERSION; indexes belong in pip's settings."
-            )
+            raise InputError(f"{option}: {shown} is an option. Write NAME==VERSION; indexes belong in pip's settings.")
         try:
             requirement = Requirement(word)
         except InvalidRequirement:
-            raise InputError(f"--packages: {shown} is not NAME==VERSION. Write one, such as numpy==2.3.5.") from None
+            raise InputError(f"{option}: {shown} is not NAME==VERSION. Write one, such as numpy==2.3.5.") from None
         name = canonicalize_name(requirement.name)
         if requirement.url or requirement.marker:
-            raise InputError(f"--packages: {shown} has a URL or a marker. Write {name}==VERSION.")
+            raise InputError(f"{option}: {shown} has a URL or a marker. Write {name}==VERSION.")
         pins = list(requirement.specifier)
         if len(pins) != 1 or pins[0].operator != "==" or not _is_version(pins[0].version):
-            raise InputError(f"--packages: {shown} is not pinned. Write {name}==VERSION.")
+            raise InputError(f"{option}: {shown} is not pinned. Write {name}==VERSION.")
         extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
         pinned = f"{name}{extras}=={pins[0].version}"
         if found.setdefault(name, pinned) != pinned:
-            raise InputError(f"--packages: {name} stands twice. Name one version.")
+            raise InputError(f"{option}: {name} stands twice. Name one version.")
     return tuple(sorted(found.values()))
 
 
@@ -94,15 +106,44 @@ def recipe(packages: tuple[str, ...], locked: Path) -> Recipe:
     return Recipe("sandbox-packages", recipes.sandbox(packages, locked), "", True, packages=packages)
 
 
-def lock_file(packages: tuple[str, ...]) -> Path:
+def pipeline_recipe(key: str, packages: tuple[str, ...], machine: str) -> Recipe:
+    """The pipeline's image of this key with these packages as a layer more; they are locked for this processor.
+
+    Raises InputError for another version of a package that the image has, PackagesError.
+    """
+    (pipeline,) = recipes.choose(key)
+    assert pipeline.accelerator is not None
+    locks = [recipes.ROOT / name for name in recipes.LOCKS[pipeline.accelerator]]
+    present = dict(re.findall(r"^([\w.\-]+)==([^\s;]+)", "".join(path.read_text() for path in locks), re.MULTILINE))
+    present["torch"] = setup.TORCH[pipeline.accelerator]
+    for package in packages:
+        name, _, version = package.partition("==")
+        has = present.get(name.partition("[")[0], version)
+        if Version(has) != Version(version):
+            raise InputError(f"--package={package}: the image has {has}, which the rest of it needs. Leave it out.")
+    target = Target(
+        machine,
+        "--package",
+        recipes.PYTHON[pipeline.accelerator],
+        constraints=tuple(locks),
+        overrides=(recipes.ROOT / f"docker/{pipeline.accelerator}.overrides.txt",),
+        without=("torch",) if pipeline.accelerator == "cpu" else (),  # the image's build of it is not on PyPI
+    )
+    locked = lock_file(packages, target)
+    image = recipes.pipeline(pipeline.accelerator, locked)
+    return replace(pipeline, key=f"{key}-packages", image=image, packages=packages)
+
+
+def lock_file(packages: tuple[str, ...], target: Target) -> Path:
     """The lock of these packages, resolved if it has not been before. Raises PackagesError."""
-    machine = _machine()
-    key = content_hash({"packages": "\n".join(packages).encode(), "machine": machine.encode()})[:16]
-    path = platformdirs.user_cache_path("fractal") / "packages" / key / LOCK
+    facts = {"packages": "\n".join(packages).encode(), "machine": target.machine.encode()}
+    if files := (*target.constraints, *target.overrides):
+        facts |= {"python": target.python.encode(), **{path.name: path.read_bytes() for path in files}}
+    path = platformdirs.user_cache_path("fractal") / "packages" / content_hash(facts)[:16] / LOCK
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with console.activity(f"packages: {', '.join(packages)}"):
-            write_whole(path, resolve(packages, machine).encode())
+            write_whole(path, resolve(packages, target).encode())
     return path
 
 
@@ -115,13 +156,18 @@ def _machine() -> str:
     return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
 
 
-def resolve(packages: tuple[str, ...], machine: str) -> str:
+def resolve(packages: tuple[str, ...], target: Target) -> str:
     """Everything that these packages need, with versions and hashes. Raises PackagesError with uv's reason."""
+    asked = f"{target.option} {','.join(packages)}"
     with tempfile.TemporaryDirectory(prefix="fractal-packages-") as name:
         folder = Path(name)
-        source, out = folder / "packages.in", folder / "packages.txt"
+        source, out, without = folder / "packages.in", folder / "packages.txt", folder / "without.txt"
         source.write_text("\n".join(packages) + "\n")
-        options = ["--only-binary", ":all:", "--python-version", "3.11", "--python-platform", f"{machine}-{GLIBC}"]
+        without.write_text("".join(f"{name}; python_version < '3'\n" for name in target.without))  # never true
+        options = ["--only-binary", ":all:", "--python-version", target.python]
+        options += ["--python-platform", f"{target.machine}-{GLIBC}"]
+        options += [word for path in target.constraints for word in ("--constraint", str(path))]
+        options += [word for path in (*target.overrides, without) for word in ("--override", str(path))]
         settings, environment = _network()
         command = [lock.install_uv(folder), "pip", "compile", *options, *lock.OUTPUT_OPTIONS, *settings]
         command += [str(source), "-o", str(out)]
@@ -131,9 +177,9 @@ def resolve(packages: tuple[str, ...], machine: str) -> str:
                 command, cwd=folder, env=variables, capture_output=True, text=True, timeout=lock.UV_TIMEOUT_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise PackagesError(f"--packages {','.join(packages)}: uv failed: {error}. Check the network.") from error
+            raise PackagesError(f"{asked}: uv failed: {error}. Check the network.") from error
         if done.returncode:
-            raise PackagesError(f"--packages {','.join(packages)}: {_reason(done.stderr)}")
+            raise PackagesError(f"{asked}: {_reason(done.stderr, target.python)}")
         return out.read_text()
 
 
@@ -153,11 +199,11 @@ def _network() -> tuple[list[str], dict[str, str]]:
     return options, {name: value for name, value in environment.items() if value}
 
 
-def _reason(output: str) -> str:
+def _reason(output: str, python: str) -> str:
     """One line of what uv says, with what to do."""
     text = " ".join(without_passwords(output).split())
     if match := re.search(r"there is no version of (\S+==\S+?),? and|there are no versions of (\S+)", text):
-        return f"no index has {match[1] or match[2]} for Python 3.11. Check name and version."
+        return f"no index has {match[1] or match[2]} for Python {python}. Check name and version."
     if match := re.search(r"(\S+) was not found in the package registry", text):
         return f"no index has a package {match[1]}. Check its name."
     if match := re.search(r"Because (\S+) has no usable wheels", text):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASES_LOCK = "docker/images.lock"
 BASE = {"cuda": "nvidia/cuda:13.0.1-base-ubuntu24.04", "cpu": "debian:bookworm-slim"}
 LOCKS = {accelerator: tuple(f"docker/{name}" for name in names) for accelerator, names in setup.LOCKS.items()}
+PYTHON = {"cuda": "3.12", "cpu": "3.11"}  # of the bases: Ubuntu 24.04, Debian 12
 CACHE, WORK = "/cache", "/work"  # volumes: models and compiled kernels; runs
 MINIMUM_DRIVER = (580, 65)  # of the CUDA image, without compat libraries: the driver that CUDA 13.0 came with
 USER = "1000:1000"  # as the first user of Ubuntu and Debian, so that results belong to them; any other works too
@@ -104,8 +105,11 @@ def choose(key: str, processor: str = NATIVE) -> list[Recipe]:
     return [replace(RECIPES[word](), processor=processor) for word in keys]
 
 
-def pipeline(accelerator: Literal["cuda", "cpu"]) -> Image:
-    """The stages with everything that they need, and no weights: these lie in a volume."""
+def pipeline(accelerator: Literal["cuda", "cpu"], locked: Path | None = None) -> Image:
+    """The stages with everything that they need, and no weights: these lie in a volume.
+
+    `locked`: the lock file of packages for a user's own command, in a layer above those of the image without them.
+    """
     what = {
         "cuda": f"The pipeline on an NVIDIA GPU (driver {'.'.join(map(str, MINIMUM_DRIVER))} or newer): "
         "vLLM, torch, transformers and Fractal's stages.",
@@ -123,6 +127,7 @@ def pipeline(accelerator: Literal["cuda", "cpu"]) -> Image:
             f"mkdir -m 1777 -p {CACHE} {WORK} {WORK}/runs",
             comment="Models, compiled kernels and runs lie in volumes, which any user may write to.",
         )
+        .pipe(lambda image: image if locked is None else image.uv_sync(locked, extra_options="--only-binary :all:"))
         .env(_environment(accelerator))
         .user(USER)
         .workdir(WORK)
