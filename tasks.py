@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
 BENCHES = ("verify", "images", "generate", "critic", "gpu")
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
-RENTS = {"launch", "up", "run"}  # tasks that make a chain one that may cost money
+RENTS = {"launch", "up", "run", "exec"}  # tasks that make a chain one that may cost money
 
 
 class Chain(Executor):
@@ -27,9 +27,18 @@ class Chain(Executor):
         def execute():
             results.update(super(Chain, self).execute(*tasks))
 
-        asked = [(one.name, one.as_kwargs) for one in tasks]
+        asked = [
+            (one.name, {**one.as_kwargs, "command": _command()} if one.name == "exec" else one.as_kwargs)
+            for one in tasks
+        ]
         _do(lambda: _session().run_tasks(asked, execute, dry=self.config.run.dry), "lambda")
         return results
+
+
+def _command():
+    """The words behind the two dashes; Invoke itself joins them with spaces."""
+    words = program.argv or []
+    return words[words.index("--") + 1 :] if "--" in words else []
 
 
 @functools.cache
@@ -185,14 +194,15 @@ def demo_cloud(c, run="", n="", limit=""):
     )
 
 
-def _contained(c, image, run, words, gpus=False):
+def _contained(c, image, run, words, gpus=False, secret=()):
     """`fractal run` in one of our images; its exit code is ours."""
+    from fractal.cloud.options import secret_values
     from fractal.images import containers
 
     if c.config.run.dry:
         print(f"containers of {image} and sandbox: fractal run --run {run} {' '.join(map(str, words))}")
         return
-    _do(lambda: containers.run_stages(image, Path(run), words, gpus=gpus))
+    _do(lambda: containers.run_stages(image, Path(run), words, gpus=gpus, secrets=secret_values(secret)))
 
 
 def _do(work, what="image"):
@@ -205,16 +215,17 @@ def _do(work, what="image"):
 
 WORK_HELP = {**RUN_HELP, "problems": "starter, mbpp, mbpp-sanitized or a file", "model": "folder or hub id",
              "n": "samples per problem", "split": "as train,validation", "limit": "problems of each split",
+             "secret": "names of environment variables here that the job gets, as WANDB_API_KEY",
              "more": "further options of fractal run, as --more='--seed 1 --temperature 0.6'"}  # fmt: skip
 
 
-@task(positional=[], help={**WORK_HELP,
+@task(positional=[], iterable=["secret"], help={**WORK_HELP,
                            "image": "there: pipeline (default) or pipeline-cpu; here: run in this image beside a sandbox container",
                            "gpus": "here, with --image: all of the machine's GPUs; default: if there are any",
                            "where": "lambda, here, or auto: the rented instance if one is rented",
                            "terminate": "end the instance after the run, on every way out"})  # fmt: skip
 def run(c, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", more="", image="", gpus=False,
-        where="auto", terminate=False):  # fmt: skip
+        secret=None, where="auto", terminate=False):  # fmt: skip
     """Run the stages, on the rented instance if one is rented, else here; what is done is not repeated.
 
     Examples: invoke launch build push run --stage=all --terminate; invoke run --problems=mbpp -n 50; invoke run --where=here
@@ -223,7 +234,7 @@ def run(c, run="runs/default", stage="all", problems="", model="", n="", split="
     from fractal.cloud.options import more_arguments, run_request
 
     options = dict(run=run, stage=stage, problems=problems, model=model, n=n, split=split, limit=limit, more=more,
-                   image=image, terminate=terminate, where=where)  # fmt: skip
+                   image=image, secret=secret, terminate=terminate, where=where)  # fmt: skip
     if _session().runs_on_instance(where):
         if c.config.run.dry:
             arguments = " ".join(run_request(options, _session().pipeline).arguments)
@@ -235,7 +246,7 @@ def run(c, run="runs/default", stage="all", problems="", model="", n="", split="
         return
     given = [*_options(problems=problems, model=model, n=n, split=split, limit=limit), *more_arguments(more)]
     if image:
-        _contained(c, image, run, ["--stage", stage, *given], gpus)
+        _contained(c, image, run, ["--stage", stage, *given], gpus, secret)
         return
     _fractal(c, "run", "--run", run, "--stage", stage, *given)
 
@@ -380,12 +391,12 @@ def launch(c, type="", region="", max_price="", wait_for_capacity="", max_hours=
     _do(lambda: instance_commands.launch(_session(), options), "launch")
 
 
-@task(positional=[], help={**LAUNCH_HELP, **WORK_HELP, "image": "pipeline (default) or pipeline-cpu",
+@task(positional=[], iterable=["secret"], help={**LAUNCH_HELP, **WORK_HELP, "image": "pipeline (default) or pipeline-cpu",
                            "to": "push by way of this registry; default: FRACTAL_REGISTRY, else over ssh",
                            "on": BUILD_HELP["on"]})  # fmt: skip
 def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4", max_dollars="", family="", file_system="",
        register_key=False, run="runs/default", stage="all", problems="", model="", n="", split="", limit="", more="",
-       image="", to="", on="auto", watchdog=False, idle_minutes="", guard_minutes="", strict_host_key=False):  # fmt: skip
+       image="", secret=None, to="", on="auto", watchdog=False, idle_minutes="", guard_minutes="", strict_host_key=False):  # fmt: skip
     """launch, build, push and run in one; the instance is ended on every way out.
 
     Example: invoke up --problems=mbpp-sanitized --split=train,validation --model=Qwen/Qwen2.5-Coder-1.5B-Instruct -n 50 --max-dollars=5
@@ -396,7 +407,7 @@ def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4",
                    max_dollars=max_dollars, family=family, file_system=file_system, register_key=register_key,
                    watchdog=watchdog, idle_minutes=idle_minutes, guard_minutes=guard_minutes,
                    strict_host_key=strict_host_key, run=run, stage=stage, problems=problems, model=model, n=n,
-                   split=split, limit=limit, more=more, image=image,
+                   split=split, limit=limit, more=more, image=image, secret=secret,
                    to=to or os.environ.get("FRACTAL_REGISTRY", ""), on=on, terminate=True)  # fmt: skip
     if c.config.run.dry:
         print(f"up: would rent {describe(launch_request(options))}")
@@ -408,6 +419,40 @@ def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4",
     from fractal.cloud import run_commands
 
     _do(lambda: run_commands.up(_session(), options), "up")
+
+
+@task(name="exec", positional=[], iterable=["fetch", "include", "package", "secret"],
+      help={"name": "of the folder below runs/; default: from the script and the time", "resume": "go on with the job of this name",
+            "fetch": "files that come home as the job makes them, as 'checkpoints_*,*.png'",
+            "include": "files to send that git does not track, as 'data/*.jsonl'",
+            "package": "Python packages that the image lacks, as wandb==0.22.3", "secret": WORK_HELP["secret"],
+            "image": "pipeline (default) or pipeline-cpu", "beside": "start at once; default: after the jobs that are there",
+            "terminate": "end the instance after the command, on every way out"})  # fmt: skip
+def execute(c, name="", resume="", fetch=None, include=None, package=None, secret=None, image="", beside=False,
+            terminate=False):  # fmt: skip
+    """Run a command of yours on the rented instance, in the pipeline's image, with the files that git tracks here.
+
+    Examples: invoke exec -- python experiments/train_my_critic.py --lr 1e-4
+    invoke exec --fetch='checkpoints_*,*.png' --package=wandb==0.22.3 --secret=WANDB_API_KEY -- python train.py
+    invoke launch build push exec --terminate -- python train.py
+    It goes on if this command ends: invoke logs --follow. Options may be repeated, or hold several with commas.
+    """
+    options = dict(command=_command(), name=name, resume=resume, fetch=fetch, include=include, package=package,
+                   secret=secret, image=image, beside=beside, terminate=terminate)  # fmt: skip
+    if c.config.run.dry:
+        print(f"exec: on the rented instance, {image or 'pipeline'}: {shlex.join(options['command'])}")
+        return
+    from fractal.cloud import exec_commands
+
+    _do(lambda: exec_commands.execute(_session(), options), "exec")
+
+
+@task(help={"pattern": "a regular expression, as 'Val Acc'", "run": "a run folder; default: all below runs/"})
+def grep(c, pattern, run=""):
+    """Look for lines in what jobs have printed, here and on the instance. Example: invoke grep 'Val Acc'"""
+    from fractal.cloud import exec_commands
+
+    _on_instance(c, "grep", exec_commands.grep, pattern, run)
 
 
 def _on_instance(c, what, command, *values, **options):
@@ -485,12 +530,12 @@ def fetch(c, run=""):
     _on_instance(c, "fetch", run_commands.fetch, run)
 
 
-@task
-def stop(c):
-    """End the job on the instance; what it finished comes home."""
+@task(positional=[], help={"job": "as invoke ps names it; default: all"})
+def stop(c, job=""):
+    """End the jobs on the instance, also those that wait; what they finished comes home."""
     from fractal.cloud import run_commands
 
-    _on_instance(c, "stop", run_commands.stop)
+    _on_instance(c, "stop", run_commands.stop, job)
 
 
 @task

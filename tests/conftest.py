@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 GROUPS = {
     "docker": "attacks bench bench_generate bench_images containers cuda_image extraction image images losses outputs "
     "kinds overlap packages parity pipeline repeat rewards sandbox scan server sidecar verify",
-    "ssh": "build_there demo_cloud file_system guard instance killed launch machine push readiness remote run_commands session ssh_config ssh_keys "
+    "ssh": "build_there demo_cloud file_system guard guide instance killed launch machine push readiness remote run_commands session ssh_config ssh_keys "
     "watchdog",
 }
 GROUP_OF = {f"test_{name}": group for group, names in GROUPS.items() for name in names.split()}

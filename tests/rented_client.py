@@ -34,6 +34,7 @@ def main() -> int:
     options = {
         "run": job["run"], "stage": job.get("stage", "all"), "problems": "", "model": job["model"], "n": str(job["n"]),
         "split": "", "limit": "", "more": job.get("more", ""), "image": job.get("image", "pipeline-cpu"), "where": "lambda",
+        "secret": job.get("secret", ()),
         "terminate": job.get("terminate", False),
     }  # fmt: skip
     session = Session(pipeline())

@@ -28,6 +28,16 @@ def test_the_engines_words_become_jobs() -> None:
     assert jobs.parse("") == []
 
 
+def test_a_job_waits_for_those_before_it_that_have_not_ended() -> None:
+    labels = jobs.job_labels("b", "mine", ("python", "a b.py"), is_command=True, after=("all-1", "gone"))
+    (waiting,) = jobs.parse(line("running", **labels))
+    assert (waiting.is_command, waiting.after, waiting.command) == (True, ("all-1", "gone"), "python 'a b.py'")
+    for state, expected in (("running", ["all-1"]), ("exited", [])):
+        (before,) = jobs.parse(line(state))
+        assert before.command == "fractal run --stage all"
+        assert waiting.waits_for([before, waiting]) == expected
+
+
 @given(st.text(max_size=80))
 def test_no_words_of_an_engine_give_a_traceback(text: str) -> None:
     try:
@@ -52,6 +62,12 @@ def test_a_failure_is_named_with_its_remedy() -> None:
     for code, out_of_memory, tail, text in FAILURES:
         (job,) = jobs.parse(line("exited", code, out_of_memory))
         assert text in (jobs.diagnose(job, tail) or ""), tail
+
+
+def test_the_remedy_for_a_command_of_the_users_is_a_commands() -> None:
+    (job,) = jobs.parse(line(code=1, **jobs.job_labels("b", "mine", ("python",), is_command=True)))
+    assert "--package=wandb==VERSION" in (jobs.diagnose(job, "ModuleNotFoundError: No module named 'wandb'") or "")
+    assert "exec --resume=mine" in (jobs.diagnose(job, "torch.OutOfMemoryError: CUDA out of memory.") or "")
 
 
 def test_success_and_what_explained_itself_get_no_diagnosis() -> None:

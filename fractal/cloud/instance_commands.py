@@ -23,8 +23,7 @@ LIST_PROCESSES = "ps -eo pid,etime,pcpu,pmem,args --sort=-pcpu | grep -E 'PID|[p
 
 def launch(session: Session, task_options: Options, *, wait: bool = True) -> None:
     """Rent an instance, or find that one is rented; wait until it is ready, unless a later task does."""
-    later = session.options_of("run")
-    terminate_after = bool(task_options.get("terminate") or (later and later["terminate"]))
+    terminate_after = bool(task_options.get("terminate") or session.ends_instance())
     account = session.account()
     request = _with_types(account, options.launch_request(task_options))
     check_request(account.client, request)  # before the user is asked for a key
@@ -32,7 +31,7 @@ def launch(session: Session, task_options: Options, *, wait: bool = True) -> Non
     entry = launch_instance(account, request, key, terminate_after=terminate_after)
     if terminate_after:
         session.to_terminate.add(entry.name)
-    if wait and not session.has_later("launch", "build", "push", "run"):
+    if wait and not session.has_later("launch", "build", "push", "run", "exec"):
         session.start_watchdog(session.make_ready(account, instance.current(account)))
     elif not entry.ready_at:
         log("it boots while the next task runs")
@@ -108,8 +107,9 @@ def ps(session: Session) -> None:
         listed_jobs = jobs.list_jobs(remote)
         for job in listed_jobs:
             state = job.state if not job.ended else f"ended with {job.exit_code}"
-            arguments = " ".join(job.arguments)
-            console.say(f"job {job.id}: runs/{job.run}, {state}, since {job.started[:19]}Z: fractal run {arguments}")
+            if waits_for := job.waits_for(listed_jobs):
+                state = f"number {len(waits_for)} in the queue, behind {', '.join(waits_for)}"
+            console.say(f"job {job.id}: runs/{job.run}, {state}, since {job.started[:19]}Z: {job.command}")
         if not listed_jobs:
             console.say("no job is there")
         console.say(remote.check("list processes", LIST_PROCESSES).rstrip())

@@ -10,8 +10,9 @@ from typing import Any
 
 from fractal.cloud.launch import LaunchRequest
 from fractal.cloud.ledger import Watchdog, limits_text
+from fractal.cloud.project import check_pattern, check_script, read_project
 from fractal.errors import InputError
-from fractal.images import containers, recipes
+from fractal.images import containers, packages, recipes
 from fractal.problems import sets
 
 # A100 with 80 GB, the project's first; what is listed at https://lambda.ai/service/gpu-cloud as next in price and size.
@@ -40,6 +41,23 @@ class RunRequest:
     folder: Path
     image: str  # key of the recipe
     arguments: tuple[str, ...]  # of `fractal run`, without --run; paths are those of this machine
+    terminate: bool
+    secrets: tuple[str, ...] = ()  # names of environment variables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecRequest:
+    """A command of the user's on the instance."""
+
+    command: tuple[str, ...]
+    name: str  # of the folder below runs/; "": one is made from the command and the time
+    resume: bool  # go on in the folder of this name, which is there
+    image: str  # key of the recipe
+    packages: tuple[str, ...]  # NAME==VERSION
+    include: tuple[str, ...]  # patterns of files that git does not track
+    fetch: tuple[str, ...]  # patterns of files that come home
+    secrets: tuple[str, ...]  # names of environment variables
+    beside: bool  # start at once, beside other jobs
     terminate: bool
 
 
@@ -131,7 +149,54 @@ def run_request(options: Options, pipeline: Pipeline) -> RunRequest:
             pipeline.check_model(path)
     image = options["image"] or "pipeline"
     containers.pipeline(image)
-    return RunRequest(Path(options["run"]), image, tuple(arguments), bool(options.get("terminate", True)))
+    secrets = _list(options["secret"])
+    secret_values(secrets)
+    return RunRequest(Path(options["run"]), image, tuple(arguments), bool(options.get("terminate", True)), secrets)
+
+
+def exec_request(options: Options) -> ExecRequest:
+    """Raises InputError, also for a script or a secret that is not there."""
+    command = tuple(options["command"])
+    if not command or not command[0]:
+        raise InputError("exec: there is no command. Write it behind two dashes, as: invoke exec -- python train.py")
+    name, resume = options["name"], options["resume"]
+    if name and resume:
+        raise InputError(f"--name={name} and --resume={resume} exclude each other.")
+    for option, value in (("--name", name), ("--resume", resume)):
+        if value and not RUN_NAME.fullmatch(value):
+            raise InputError(f"{option}={value}: no name of a job. Use letters, digits, '-', '_', '.'.")
+    image = options["image"] or "pipeline"
+    containers.pipeline(image)
+    request = ExecRequest(
+        command=command,
+        name=name or resume,
+        resume=bool(resume),
+        image=image,
+        packages=packages.parse(given, "--package") if (given := ",".join(_list(options["package"]))) else (),
+        include=_list(options["include"]),
+        fetch=_list(options["fetch"]),
+        secrets=_list(options["secret"]),
+        beside=options["beside"],
+        terminate=options["terminate"],
+    )
+    for pattern in request.fetch:
+        check_pattern("--fetch", pattern)
+    secret_values(request.secrets)
+    check_script(read_project(Path.cwd(), request.include), command)
+    return request
+
+
+def secret_values(given: str | Iterable[str]) -> dict[str, str]:
+    """The values of these environment variables, for a job. Raises InputError for one that is not set."""
+    found = {}
+    for name in _list(given):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            shown = f"{name[:4]}..." if len(name) > 4 else name  # perhaps the secret itself
+            raise InputError(f"--secret={shown}: not the name of an environment variable. Write it, not the value.")
+        if not os.environ.get(name):
+            raise InputError(f"--secret={name}: this variable is not set here. Run: export {name}=...")
+        found[name] = os.environ[name]
+    return found
 
 
 def check_name(run: Path) -> str:
@@ -164,8 +229,10 @@ def local_path(arguments: Iterable[str], option: str) -> Path | None:
     return path if path.exists() or value.startswith((".", "/", "~")) else None
 
 
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _list(given: str | Iterable[str]) -> tuple[str, ...]:
+    """The parts of a text with commas, or of several."""
+    texts = [given] if isinstance(given, str) else given
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
 def _number(text: str, option: str, unit: str) -> float | None:

@@ -7,7 +7,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import docker.errors
@@ -127,64 +128,90 @@ def check_disk(
 def run(session: Session, options: Options) -> int:
     """Run the stages on the instance and follow the job; returns the exit code of the stage."""
     request = run_request(options, session.pipeline)
+    with job_instance(session, f"--run={request.folder.absolute()}", terminate=request.terminate) as (remote, entry):
+        return _run_and_follow(session, remote, entry, request)
+
+
+@contextmanager
+def job_instance(session: Session, *fetch: str, terminate: bool) -> Iterator[tuple[Remote, Entry]]:
+    """The instance for a job that this process follows. `fetch`: what the guard fetches before it ends the instance."""
     entry = instance.current(session.account())
-    if request.terminate:
+    if terminate:
         session.ledger.change(entry.name, terminate_after=True)
         session.to_terminate.add(entry.name)
-    # The guard runs this before it terminates the instance at a limit.
-    fetch_command = [sys.executable, "-m", "invoke", "--search-root", str(recipes.ROOT), "fetch"]
-    fetch_command.append(f"--run={request.folder.absolute()}")
-    session.ledger.change(entry.name, owner=Process.current(), rescue=tuple(fetch_command))
+    # The guard's folder is not this one, below which results of all runs come home.
+    command = ["sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd())]
+    command += [sys.executable, "-m", "invoke", "--search-root", str(recipes.ROOT), "fetch", *fetch]
+    session.ledger.change(entry.name, owner=Process.current(), rescue=tuple(command))
     with session.remote(entry) as (remote, entry):
-        code = _run_and_follow(session, remote, entry, request)
+        yield remote, entry
     if entry.name not in session.to_terminate:
         log(
             f"{entry.type_name} goes on and costs {entry.usd_per_hour:.2f} $/h "
             f"({entry.dollars(time.time()):.2f} $ so far). End it: invoke terminate"
         )
-    return code
 
 
 def _run_and_follow(session: Session, remote: Remote, entry: Entry, request: RunRequest) -> int:
     folder = request.folder
     user = transfer.prepare(remote, folder.name)
-    job = _running_job(remote, request)
-    if job is None:
-        collect_ended_jobs(remote, folder.parent)
-        jobs.remove_orphaned_sandboxes(remote)
-        with session.timed("inputs", entry):
-            transfer.exchange(remote, folder, log)
-            job = jobs.start_job(session, remote, entry, request, user)
-    else:
-        log(f"{job} runs already: following it")
+    with jobs.one_start_at_a_time(session.ledger):
+        job = _running_job(remote, request)
+        if job is None:
+            collect_ended_jobs(remote, folder.parent)
+            jobs.remove_orphaned_sandboxes(remote)
+            with session.timed("inputs", entry):
+                transfer.exchange(remote, folder, log)
+                job = jobs.start_job(session, remote, entry, request, user)
+        else:
+            log(f"{job} runs already: following it")
+    code = follow_to_end(session, remote, entry, folder, job, f"run {' '.join(request.arguments[:2])}")
+    report = folder / "report/index.html"
+    console.say(f"run: {folder}; report: {report if report.exists() else 'none yet'}; logs: {folder / 'logs'}")
+    return code
+
+
+def follow_to_end(session: Session, remote: Remote, entry: Entry, folder: Path, job: str, what: str) -> int:
+    """Follow a job, fetch its results meanwhile and at the end, remove it; returns its exit code.
+
+    `what`: as the bill names it. The instance is not ended under other jobs.
+    """
     log_file = jobs.log_file(folder, job)
     gpus = ", ".join(remote.driver.gpus) or "no GPU"
     log(f"{folder} runs on {remote.host} ({gpus}), its output is in {log_file}")
-    what = f"run {' '.join(request.arguments[:2])}"
     try:
         with session.timed(what, entry), transfer.periodic_fetch(remote, folder):
             ended = jobs.follow(remote, job, log_file, _to_screen)
     except BaseException:
-        _stop_following(session, remote, entry, folder)
+        _stop_following(session, remote, entry, folder, job)
         raise
+    _keep_for_others(session, remote, entry, job)
     _fetch_all(remote, folder, retries_s=FETCH_RETRIES_S if entry.name in session.to_terminate else ())
     _log_diagnosis(ended, log_file)
     jobs.remove(remote, job)
     session.show_bill(entry.name, _stage_seconds(folder), _start_up(folder))
-    report = folder / "report/index.html"
-    console.say(f"run: {folder}; report: {report if report.exists() else 'none yet'}; logs: {folder / 'logs'}")
     return ended.exit_code
+
+
+def _keep_for_others(session: Session, remote: Remote, entry: Entry, job: str) -> None:
+    """Do not end the instance as asked for if other jobs run or wait there."""
+    if entry.name in session.to_terminate:
+        others = [other.id for other in jobs.list_jobs(remote) if not other.ended and other.id != job]
+        if others:
+            session.to_terminate.discard(entry.name)
+            session.ledger.change(entry.name, terminate_after=False)
+            log(f"the instance is NOT ended, it has other jobs: {', '.join(others)}. Then: invoke terminate")
 
 
 def _running_job(remote: Remote, request: RunRequest) -> str | None:
     """The id of this very job, if it is running. Raises InputError if another one is: there is one instance."""
     for job in jobs.list_jobs(remote):
         if job.state == "running":
-            if job.run == request.folder.name and job.arguments == request.arguments:
+            if job.run == request.folder.name and job.arguments == request.arguments and not job.is_command:
                 return job.id
             raise InputError(
-                f"The instance is running runs/{job.run} ({' '.join(job.arguments)}). Follow it: invoke logs "
-                "--follow; end it: invoke stop. Then run this again."
+                f"The instance is running runs/{job.run} ({job.command}). Follow it: invoke logs --follow; end it: "
+                "invoke stop. Then run this again."
             )
     return None
 
@@ -202,29 +229,35 @@ def _fetch_all(remote: Remote, folder: Path, *, retries_s: tuple[float, ...] = (
             time.sleep(pause_s)
 
 
-def _stop_following(session: Session, remote: Remote, entry: Entry, folder: Path) -> None:
+def _stop_following(session: Session, remote: Remote, entry: Entry, folder: Path, job: str) -> None:
     """This process ends before the job: fetch what there is if the instance ends with it, else say what continues."""
     if entry.name in session.to_terminate:
-        log("fetching what there is, then the instance is terminated")
         remote.patience_s = 20.0
         with contextlib.suppress(OutsideError, InputError):
+            _keep_for_others(session, remote, entry, job)
+        if entry.name in session.to_terminate:
+            log("fetching what there is, then the instance is terminated")
+        with contextlib.suppress(OutsideError, InputError):
             transfer.fetch(remote, folder)
-        return
-    log(
-        f"the job goes on there, at {entry.usd_per_hour:.2f} $/h. Follow it: invoke logs --follow; end the job: "
-        "invoke stop; end the instance: invoke terminate"
-    )
+    if entry.name not in session.to_terminate:
+        log(
+            f"the job goes on there, at {entry.usd_per_hour:.2f} $/h. Follow it: invoke logs --follow --job={job}; end "
+            f"the job: invoke stop --job={job}; end the instance: invoke terminate"
+        )
 
 
 def collect_ended_jobs(remote: Remote, runs: Path) -> None:
-    """Fetch the output of ended jobs, also of those whose follower was killed, then remove them."""
+    """Fetch output and results of ended jobs that nobody follows, since their follower was killed, and remove them."""
     for job in jobs.list_jobs(remote):
-        if job.state != "running":
-            if job.ended and RUN_NAME.fullmatch(job.run):
-                log_file = jobs.log_file(runs / job.run, job.id)
-                with contextlib.suppress(jobs.JobRemovedError):  # its own follower was quicker
-                    jobs.follow(remote, job.id, log_file, lambda _: None, once=True)
-            jobs.remove(remote, job.id)
+        log_file = jobs.log_file(runs / job.run, job.id)
+        if job.state == "running" or jobs.is_followed(log_file):
+            continue
+        if job.ended and RUN_NAME.fullmatch(job.run):
+            with contextlib.suppress(jobs.JobRemovedError):  # its own follower was quicker
+                jobs.follow(remote, job.id, log_file, lambda _: None, once=True)
+            with contextlib.suppress(OutsideError, InputError):  # what is there can be fetched later
+                transfer.fetch(remote, runs / job.run)
+        jobs.remove(remote, job.id)
 
 
 def fetch(session: Session, run: str) -> None:
@@ -267,7 +300,7 @@ def logs(session: Session, run: str, job: str, follow: bool) -> int:
             with transfer.periodic_fetch(remote, folder) if follow else contextlib.nullcontext():
                 state = jobs.follow(remote, last.id, log_file, _to_screen, once=not follow)
         except BaseException:
-            _stop_following(session, remote, entry, folder)
+            _stop_following(session, remote, entry, folder, last.id)
             raise
         if not state.ended:
             return 0
@@ -275,16 +308,18 @@ def logs(session: Session, run: str, job: str, follow: bool) -> int:
         return state.exit_code if follow else 0
 
 
-def stop(session: Session) -> None:
-    """Stop the running job; what it finished is kept and fetched."""
+def stop(session: Session, job: str = "") -> None:
+    """Stop the jobs that run or wait, or this one; what they finished is kept and fetched. Raises InputError."""
     with session.remote() as (remote, _):
-        running = [job for job in jobs.list_jobs(remote) if not job.ended]
-        for job in running:
-            remote.check("stop the job", 'docker stop -t 30 "$1" > /dev/null', jobs.container_name(job.id))
-            log(f"{job.id} is stopped")
-            _fetch_all(remote, Path("runs") / job.run)
+        living = [found for found in jobs.list_jobs(remote) if not found.ended and job in ("", found.id)]
+        if job and not living:
+            raise InputError(f"--job={job}: no such job runs there. See: invoke ps")
+        for found in reversed(living):  # the last first: none starts because another ends
+            remote.check("stop the job", 'docker stop -t 30 "$1" > /dev/null', jobs.container_name(found.id))
+            log(f"{found.id} is stopped")
+            _fetch_all(remote, Path("runs") / found.run)
         collect_ended_jobs(remote, Path("runs"))
-        if not running:
+        if not living:
             log("no job is running there")
 
 

@@ -23,7 +23,7 @@ from fractal.cloud.ledger import Entry, Ledger, Process, state_dir
 from fractal.cloud.options import Options, Pipeline
 from fractal.cloud.remote_host import Remote
 from fractal.errors import InputError, OutsideError
-from fractal.images import driver_compatibility, push, recipes
+from fractal.images import driver_compatibility, packages, push, recipes
 from fractal.install import docker_engine
 
 
@@ -57,13 +57,14 @@ class Session:
             work()
             return
         self._check_programs()
+        self._check_packages()
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             work()
         finally:
-            if any(task_options.get("terminate", name == "up") for name, task_options in self.tasks):
+            if self.ends_instance():
                 self._terminate_instances()
 
     def check_options(self) -> None:
@@ -82,8 +83,11 @@ class Session:
                     push.target("fractal:check", task_options["to"])
             if name in ("run", "up"):
                 options.more_arguments(task_options["more"])
+                options.secret_values(task_options["secret"])
             if name == "up" or (name == "run" and self.runs_on_instance(task_options["where"])):
                 options.run_request(task_options, self.pipeline)
+            if name == "exec":
+                options.exec_request(task_options)
 
     def _check_types(self, types: Sequence[str]) -> None:
         """Raises InputError for an instance type whose processor the images of this command line would not fit."""
@@ -122,11 +126,16 @@ class Session:
             return on != "here"
         pushed, run = self.options_of("push"), self.options_of("run")
         needed = (pushed and pushed["host"] in ("", ssh_config.ALIAS)) or (run and self.runs_on_instance(run["where"]))
+        needed = needed or self.options_of("exec")
         return bool(needed and self.ledger.open_entries())
 
     def options_of(self, name: str) -> Options | None:
         """The options of the first task of that name; None if the command line has none."""
         return next((task_options for task, task_options in self.tasks if task == name), None)
+
+    def ends_instance(self) -> bool:
+        """Whether a task of the command line asks for the instance's end."""
+        return any(task_options.get("terminate", name == "up") for name, task_options in self.tasks)
 
     def has_later(self, name: str, *later: str) -> bool:
         """Whether one of the tasks `later` comes after the task `name`."""
@@ -233,6 +242,14 @@ class Session:
         for program, package in (("ssh", "openssh-client"), ("rsync", "rsync")):
             if shutil.which(program) is None:
                 raise OutsideError(f"There is no {program} here. On Debian or Ubuntu run: apt-get install {package}.")
+
+    def _check_packages(self) -> None:
+        """Raises InputError or PackagesError, before money is spent, for packages that cannot be had."""
+        launch = None if self.ledger.open_entries() else self.options_of("launch")
+        for name, task_options in self.tasks:
+            if name == "exec" and (asked := options.exec_request(task_options)).packages:
+                processor = options.processor(launch["type"]) if launch else self.processor
+                packages.pipeline_recipe(asked.image, asked.packages, processor)
 
     def _terminate_instances(self) -> None:
         """Also those whose launch was interrupted before this process knew of it. After SIGKILL the guard does it."""

@@ -23,10 +23,13 @@ LOCK_TIMEOUT_S = 30.0
 RECORDS = ("samples.jsonl", "labels.jsonl", "outputs.jsonl", "scores.jsonl", "selection.jsonl")  # these only grow
 EXCLUDES = tuple(f"--exclude={name}" for name in (".lock", ".rsync-partial", ".*.lock", ".manifest.json.*"))
 PREPARE = """\
-cd && mkdir -p "fractal/runs/$1" fractal/inputs fractal/models || exit 1
+cd && mkdir -p "fractal/runs/$1" fractal/inputs fractal/models fractal/queue || exit 1
 echo "$(id -u):$(id -g)"; pwd
 """
-LIST_RUNS = "cd fractal/runs 2> /dev/null && find . -mindepth 2 -maxdepth 2 -name manifest.json | cut -d/ -f2"
+LIST_RUNS = """\
+cd fractal 2> /dev/null || exit 0
+{ find runs -mindepth 2 -maxdepth 2 -name manifest.json; ls -d exec/*/work; } 2> /dev/null | cut -d/ -f2 | sort -u
+"""
 
 
 class RemoteUser(NamedTuple):
@@ -145,6 +148,7 @@ def fetch(remote: Remote, folder: Path, *options: str) -> str:
 
     `options`: further options of rsync.
     """
+    remote.check("collect the job's files", script("collect_job_files"), folder.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=LOCK_TIMEOUT_S):  # no stage works in the folder meanwhile
@@ -181,7 +185,7 @@ def fetch_verified(remote: Remote, folder: Path) -> str:
 
 def digests(remote: Remote, run: str) -> dict[str, str]:
     """sha256 of every file of the run on the instance, by its path in the run."""
-    lines = remote.check("read the run's files", script("digest_run_files"), run, timeout_s=600).splitlines()
+    lines = remote.check("read the run's files", script("digest_run_files"), run, timeout_s=600).split("\0")
     pairs = (line.split("  ", 1) for line in lines if "  " in line)
     return {name.removeprefix("./"): digest for digest, name in pairs}
 

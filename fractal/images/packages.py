@@ -31,6 +31,7 @@ from fractal.sandbox.host import engine
 from fractal.sandbox.host.source import content_hash
 
 LOCK = "packages.lock"
+MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}  # processors, as Docker and as wheels name them
 GLIBC = "manylinux_2_28"  # of wheels; the image's Debian 12 has 2.36
 
 
@@ -106,12 +107,13 @@ def recipe(packages: tuple[str, ...], locked: Path) -> Recipe:
     return Recipe("sandbox-packages", recipes.sandbox(packages, locked), "", True, packages=packages)
 
 
-def pipeline_recipe(key: str, packages: tuple[str, ...], machine: str) -> Recipe:
+def pipeline_recipe(key: str, packages: tuple[str, ...], processor: str) -> Recipe:
     """The pipeline's image of this key with these packages as a layer more; they are locked for this processor.
 
-    Raises InputError for another version of a package that the image has, PackagesError.
+    `processor`: as Docker names it. Raises InputError for another version of a package that the image has,
+    PackagesError.
     """
-    (pipeline,) = recipes.choose(key)
+    (pipeline,) = recipes.choose(key, processor)
     assert pipeline.accelerator is not None
     locks = [recipes.ROOT / name for name in recipes.LOCKS[pipeline.accelerator]]
     present = dict(re.findall(r"^([\w.\-]+)==([^\s;]+)", "".join(path.read_text() for path in locks), re.MULTILINE))
@@ -122,7 +124,7 @@ def pipeline_recipe(key: str, packages: tuple[str, ...], machine: str) -> Recipe
         if Version(has) != Version(version):
             raise InputError(f"--package={package}: the image has {has}, which the rest of it needs. Leave it out.")
     target = Target(
-        machine,
+        MACHINES[processor],
         "--package",
         recipes.PYTHON[pipeline.accelerator],
         constraints=tuple(locks),
@@ -153,7 +155,7 @@ def _machine() -> str:
         machine = str(engine.request("GET", "/info").get("Architecture"))
     except (engine.RequestError, OSError) as error:
         raise PackagesError(docker_engine.problem() or f"--packages: the Docker engine fails: {error}.") from error
-    return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+    return MACHINES.get(machine, machine)
 
 
 def resolve(packages: tuple[str, ...], target: Target) -> str:
