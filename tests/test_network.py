@@ -8,6 +8,7 @@ import pytest
 
 from fractal.errors import InputError
 from fractal.images import network
+from fractal.images.image import Image
 from fractal.images.network import Network, build_secrets
 
 PEM = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
@@ -117,3 +118,13 @@ def test_wrong_options_are_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_mirror_becomes_a_line_of_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRACTAL_DEBIAN_MIRROR", "http://m.example/debian")
     assert network.of_this_machine(sources=True).secrets["sources"] == b"deb http://m.example/debian bookworm main\n"
+
+
+def test_of_a_folder_of_wheels_only_those_that_an_image_asks_for_are_taken() -> None:
+    image = Image.debian_slim().pip_install("torch==2.13.0", "Some.Thing[extra]==1.0").run_commands("true")
+    wanted = [pin for step in image.steps if step.kind == "python" for pin in network.pins(step)]
+    assert wanted == [("some-thing", "==1.0"), ("torch", "==2.13.0")]
+    tag = "py3-none-any.whl"
+    for name, taken in (("torch-2.13.0+cpu", True), ("torch-2.14.0", False), ("some_thing-1.0", True), ("x-1", False)):
+        assert network.is_wanted(f"{name}-{tag}", wanted) is taken
+    assert not network.is_wanted("torch.whl", wanted)

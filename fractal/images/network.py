@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import docker
-from packaging.utils import canonicalize_name
+from packaging.specifiers import Specifier
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion
 
 from fractal.errors import InputError
 from fractal.images import debian
@@ -124,8 +126,8 @@ def import_wheels(client: docker.DockerClient, folder: Path, image: Image) -> st
 
     Returns its name, None if there are none.
     """
-    wanted = {name for step in image.steps if step.kind == "python" for name in package_names(step)}
-    files = [file for file in sorted(folder.glob("*.whl")) if canonicalize_name(file.name.split("-")[0]) in wanted]
+    wanted = [pin for step in image.steps if step.kind == "python" for pin in pins(step)]
+    files = [file for file in sorted(folder.glob("*.whl")) if is_wanted(file.name, wanted)]
     if not files:
         return None
     sizes = {file.name: str(file.stat().st_size).encode() for file in files}
@@ -145,7 +147,17 @@ def import_wheels(client: docker.DockerClient, folder: Path, image: Image) -> st
     return name
 
 
-def package_names(step: Step) -> set[str]:
-    """Canonical names of the Python packages that a step installs."""
+def pins(step: Step) -> list[tuple[str, str]]:
+    """Canonical names of the Python packages that a step installs, each with its version, as ==1.2."""
     requirements = "\n".join([*step.text, *(local.source.read_text() for local in step.locals)])
-    return {canonicalize_name(name) for name in re.findall(r"^[A-Za-z0-9][\w.\-]*", requirements, re.MULTILINE)}
+    found = re.findall(r"^([A-Za-z0-9][\w.\-]*)(?:\[[^]]*\])?\s*(===?[^\s;,\\]+)", requirements, re.MULTILINE)
+    return [(canonicalize_name(name), version) for name, version in found]
+
+
+def is_wanted(wheel: str, wanted: Iterable[tuple[str, str]]) -> bool:
+    """Whether a wheel's file is of one of the packages, in its version."""
+    try:
+        name, version, _, _ = parse_wheel_filename(wheel)
+    except (InvalidWheelFilename, InvalidVersion):
+        return False
+    return any(name == pinned and version in Specifier(specifier) for pinned, specifier in wanted)
