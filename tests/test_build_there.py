@@ -232,6 +232,7 @@ def test_a_step_that_fails_there_is_one_line(remote: Remote, machine: Machine, m
     nothing_left(machine)
 
 
+@pytest.mark.long
 def test_a_build_whose_connection_is_cut_is_repeated_and_goes_on(
     remote: Remote, machine: Machine, make: Make, logged: list[str]
 ) -> None:
