@@ -44,6 +44,15 @@ def test_a_file_system_saves_weights_and_kernels() -> None:
     found = {phase.what: phase.next_run for phase in phases(rented(*EVENTS, file_systems=(system,)), START_UP)}
     assert found["weights"] == "nothing, with the file system models"
     assert "without compiling, with the file system models" in found["load"]
+    assert found["build"] == "what changed"  # before the instance was ready: here
+
+
+def test_a_build_on_the_instance_is_needed_again_on_another_without_a_file_system() -> None:
+    system = FileSystemMount("models", "/lambda/nfs/models")
+    events = (*EVENTS[:1], *EVENTS[3:5], Event("build", 1166.0, 3.0), EVENTS[5])
+    for systems, text in (((), "on another instance all"), ((system,), "with the file system models")):
+        found = {phase.what: phase.next_run for phase in phases(rented(*events, file_systems=systems), START_UP)}
+        assert text in found["build"]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,7 @@ from fractal.cloud.ledger import Entry, Event
 RUN = "run"  # first word of the events of jobs
 NEXT_RUN = {  # event -> what a next run needs of it
     "ready": "the checks, on another instance",
-    "build": "what changed",
     "push": "what changed; on another instance all",
-    "build there": "what changed; on another instance all",
     "inputs": "what changed",
 }
 SAME_INSTANCE = "nothing while this instance lives"
@@ -45,9 +43,9 @@ def phases(entry: Entry, start_up: Mapping[str, object]) -> list[Phase]:
     weights_s, load_s, sample_at = (float(value) if isinstance(value, int | float) else -1.0 for value in values)
     if len(runs) != 1 or min(weights_s, load_s) < 0 or sample_at < runs[0].at:
         return []
-    found = [_before_job(entry, event) for event in entry.timeline if event.at < runs[0].at]
     system = f"the file system {entry.file_systems[0].name}" if entry.file_systems else ""
-    weights_text = f"nothing, with {system}" if system else f"{SAME_INSTANCE}"
+    found = [_before_job(entry, event, system) for event in entry.timeline if event.at < runs[0].at]
+    weights_text = f"nothing, with {system}" if system else SAME_INSTANCE
     load_text = f"a load without compiling, with {system}" if system else "a load without compiling, on this instance"
     at = runs[0].at - entry.asked_at
     found.append(Phase("weights", at, weights_s, weights_text))
@@ -57,16 +55,14 @@ def phases(entry: Entry, start_up: Mapping[str, object]) -> list[Phase]:
     return sorted(found, key=lambda phase: phase.began_s)
 
 
-def _before_job(entry: Entry, event: Event) -> Phase:
-    began = event.at
+def _before_job(entry: Entry, event: Event, system: str) -> Phase:
+    began, next_run = event.at, NEXT_RUN.get(event.what, SAME_INSTANCE)
+    if event.what == "build":  # on the ready instance, or before it was needed
+        there = any(other.what == "ready" and other.at < event.at for other in entry.timeline)
+        next_run = f"what changed, with {system}" if there and system else NEXT_RUN["push"] if there else "what changed"
     if event.what == "boot" and entry.launched_at is not None:
         began = entry.launched_at  # the event is the wait for its end, which may begin after a build
-    return Phase(
-        event.what,
-        began - entry.asked_at,
-        event.at + event.seconds - began,
-        NEXT_RUN.get(event.what, SAME_INSTANCE),
-    )
+    return Phase(event.what, began - entry.asked_at, event.at + event.seconds - began, next_run)
 
 
 def overlap_s(found: list[Phase]) -> float:
@@ -75,7 +71,7 @@ def overlap_s(found: list[Phase]) -> float:
     for phase in sorted(found, key=lambda phase: phase.began_s):
         covered_s += max(0.0, phase.ended_s - max(until_s, phase.began_s))
         until_s = max(until_s, phase.ended_s)
-    return sum(phase.seconds for phase in found) - covered_s
+    return max(0.0, sum(phase.seconds for phase in found) - covered_s)
 
 
 def table(entry: Entry, found: list[Phase]) -> Table:

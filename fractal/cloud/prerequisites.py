@@ -25,6 +25,7 @@ DOCKER_HUB = "https://registry-1.docker.io/v2/"
 BUILD_BYTES = {"pipeline": 25e9, "pipeline-cpu": 8e9, "sandbox": 0.5e9}
 UPDATE_BYTES = 1e9  # of an image whose packages are there: our code's layer, and what a build writes meanwhile
 BYTES_PER_PARAMETER = 2.0  # bfloat16
+PROGRAM = re.compile(r"^(curl: \(\d+\)|bash:( line \d+:)?) ")  # before its message
 
 
 class Address(NamedTuple):
@@ -83,7 +84,7 @@ def parse(text: str) -> Found:
         elif word == "address" and " " in rest:
             url, reason = rest.split(" ", 1)
             if reason != "ok":
-                unreachable[url] = reason.rstrip(". ")[:150]
+                unreachable[url] = PROGRAM.sub("", reason).rstrip(". ")[:150]
     free = values.get("disk", math.nan) * 1024
     return Found(values.get("clock", math.nan), free, frozenset(repositories), unreachable)
 
