@@ -13,8 +13,8 @@ FROM base AS part1
 # Debian packages, as the base's release has them; which ones: /usr/share/fractal/debian-packages.
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
-    { dpkg -s python3 > /dev/null 2>&1 \
-   || { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3; }; } \
+    { dpkg -s python3 python3-distutils > /dev/null 2>&1 \
+   || { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 python3-distutils; }; } \
  && mkdir -p /usr/share/fractal \
  && dpkg-query -W > /usr/share/fractal/debian-packages \
  && find /var/log /var/cache -xdev -type f ! -path '*/debconf/*' -exec truncate -s 0 {} +

@@ -47,7 +47,7 @@ KINDS = {
     # tzdata: zoneinfo reads it, and debian:bookworm-slim has it. No interpreter but Python and the shell.
     "small": Kind(
         "essential",
-        ("python3", "tzdata"),
+        ("python3", "python3-distutils", "tzdata"),
         rf"{LISTS}|{DOCS}|etc/apt/.|usr/share/perl5?/.|usr/lib/[^/]+/(perl[^/]*|gconv)/.|usr/bin/(perl|localedef)"
         r"|var/lib/apt/(?!lists$).|var/lib/dpkg/info/.",
         0o1777,  # no program changes the user who runs it

@@ -148,7 +148,7 @@ def sandbox(packages: tuple[str, ...] = (), locked: Path | None = None) -> Image
             "Options of `docker run` wall it in (fractal/sandbox/host/container.py). The supervisor starts as root,\n"
             "because each untrusted program gets a user of its own."
         )
-        .apt_install("python3")
+        .apt_install("python3", "python3-distutils")  # which Debian keeps apart from the library
         .pipe(lambda image: image if locked is None else _packages(image, packages, locked))
         .env({"LANG": "C.UTF-8"})
         .add_local_file("fractal/__init__.py", "/sandbox/fractal/__init__.py", copy=True)
