@@ -429,12 +429,13 @@ FULL_DF = b"#!/bin/sh\nprintf 'Filesystem 1024-blocks Used Available Capacity Mo
 def test_too_little_disk_is_an_error_before_anything_is_sent(rented: RentedInstance) -> None:
     rented.machine.machine.put("/usr/local/bin/df", FULL_DF, 0o755)
     try:
-        pushed = rented.invoke("push", "--image=sandbox")
+        done = [rented.invoke("push", "--image=sandbox"), rented.invoke("build", "--image=sandbox", "--on=there")]
     finally:
         rented.machine.machine.sh("rm /usr/local/bin/df")
-    assert pushed.returncode == 3
-    assert "The instance has 0.0 GB of free disk, 1.0 GB are needed: sandbox" in pushed.stderr
-    assert "invoke terminate" in pushed.stderr
+    for one in done:
+        assert one.returncode == 3
+        assert "The instance has 0.0 GB of free disk, 1.0 GB are needed: sandbox" in one.stderr
+        assert "invoke terminate" in one.stderr
 
 
 @pytest.mark.long
