@@ -18,6 +18,7 @@ STAGE_MODULES = {f"fractal.{name}.stage" for name in STAGES} | {
     "fractal.critic.train_stage",
     "fractal.critic.score_stage",
 }
+WATCHDOG = "fractal.cloud.watchdog_service"  # sent to instances as it is
 SHARED = {"records", "errors", "jsonl", "rundir", "console", "options"}
 # What each package may import beside itself and the shared modules.
 MAY_IMPORT = {
@@ -121,7 +122,8 @@ def test_there_is_no_import_circle_even_among_late_imports() -> None:
 
 def test_what_runs_in_the_sandbox_and_what_set_up_needs_import_the_standard_library_and_their_own_package() -> None:
     seen = set()
-    todo = [name for name in MODULES if name.startswith("fractal.sandbox.inside")] + ["fractal.install.setup"]
+    todo = [name for name in MODULES if name.startswith("fractal.sandbox.inside")]
+    todo += ["fractal.install.setup", WATCHDOG]
     wrong = []
     while todo:
         name = todo.pop()
@@ -135,6 +137,10 @@ def test_what_runs_in_the_sandbox_and_what_set_up_needs_import_the_standard_libr
             elif other.split(".")[0] not in sys.stdlib_module_names:
                 wrong.append(f"{name} imports {other}")
     assert wrong == []
+
+
+def test_the_watchdog_is_read_by_the_python_of_old_images() -> None:
+    ast.parse(MODULES[WATCHDOG].read_text(), feature_version=(3, 8))
 
 
 @pytest.mark.parametrize(
