@@ -425,7 +425,7 @@ def up(c, type="", region="", max_price="", wait_for_capacity="", max_hours="4",
       help={"name": "of the folder below runs/; default: from the script and the time", "resume": "go on with the job of this name",
             "fetch": "files that come home as the job makes them, as 'checkpoints_*,*.png'",
             "include": "files to send that git does not track, as 'data/*.jsonl'",
-            "package": "Python packages that the image lacks, as wandb==0.22.3", "secret": WORK_HELP["secret"],
+            "package": "Python packages that the image lacks, as wandb==0.28.0", "secret": WORK_HELP["secret"],
             "image": "pipeline (default) or pipeline-cpu", "beside": "start at once; default: after the jobs that are there",
             "terminate": "end the instance after the command, on every way out"})  # fmt: skip
 def execute(c, name="", resume="", fetch=None, include=None, package=None, secret=None, image="", beside=False,
@@ -433,7 +433,7 @@ def execute(c, name="", resume="", fetch=None, include=None, package=None, secre
     """Run a command of yours on the rented instance, in the pipeline's image, with the files that git tracks here.
 
     Examples: invoke exec -- python experiments/train_my_critic.py --lr 1e-4
-    invoke exec --fetch='checkpoints_*,*.png' --package=wandb==0.22.3 --secret=WANDB_API_KEY -- python train.py
+    invoke exec --fetch='checkpoints_*,*.png' --package=wandb==0.28.0 --secret=WANDB_API_KEY -- python train.py
     invoke launch build push exec --terminate -- python train.py
     It goes on if this command ends: invoke logs --follow. Options may be repeated, or hold several with commas.
     """

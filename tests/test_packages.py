@@ -12,7 +12,7 @@ import pytest
 
 from fractal.__main__ import run_command
 from fractal.errors import InputError
-from fractal.images import packages
+from fractal.images import packages, recipes
 from fractal.sandbox.host import lacking
 
 REFUSED = {
@@ -129,3 +129,28 @@ def test_an_image_with_packages_is_locked_built_named_and_used(
         client.images.remove(name, force=True)
     finally:
         client.close()
+
+
+def test_a_layer_over_the_pipeline_holds_what_the_image_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wheels").mkdir()
+    wheel(tmp_path / "wheels", "slowly", "")
+    monkeypatch.setenv("FRACTAL_WHEELS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (plain,) = recipes.choose("pipeline-cpu", "amd64")
+    has = packages.versions("cpu", "x86_64")
+    assert packages.pipeline_recipe("pipeline-cpu", (f"pyyaml=={has['pyyaml']}",), "amd64") == plain
+    with pytest.raises(InputError, match=f"--package=numpy==1.0: the image has {has['numpy']}"):
+        packages.pipeline_recipe("pipeline-cpu", ("numpy==1.0",), "amd64")
+    assert has["protobuf"] == "7.36.2"  # the lock has another one for another processor
+    more = packages.pipeline_recipe("pipeline-cpu", (f"numpy=={has['numpy']}", "slowly==1.0"), "amd64")
+    (lock,) = (tmp_path / "cache").rglob("packages.lock")
+    assert [line.split()[0] for line in lock.read_text().splitlines() if "==" in line] == ["slowly==1.0"]
+    assert more.name.startswith("fractal-pipeline-cpu-packages:")
+    before, after = (recipe.image.dockerfile().splitlines() for recipe in (plain, more))
+    first = next(number for number, (one, other) in enumerate(zip(before, after, strict=False)) if one != other)
+    assert "-r /run/cpu.lock" in "\n".join(before[:first])  # the large layers are shared
+    assert "packages.lock" in "\n".join(after[first : first + 4])
+    with pytest.raises(
+        packages.PackagesError, match=r"--package absent-of-all==1.0: no index has a package absent-of-all"
+    ):
+        packages.pipeline_recipe("pipeline-cpu", ("absent-of-all==1.0",), "amd64")

@@ -99,6 +99,8 @@ def _image(session: Session, remote: Remote, entry: Entry, request: ExecRequest)
     if not request.packages:
         return session.image_name(request.image)
     recipe = packages.pipeline_recipe(request.image, request.packages, session.processor)
+    if recipe.key == request.image:  # it has them all
+        return session.image_name(request.image)
     with session.timed("build", entry):
         built = remote_build.ensure(remote, recipe, images.Options(), file_system.folder(entry) or "")
     images.show(built, host=remote.host, as_json=False)

@@ -13,7 +13,7 @@ import tempfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import platformdirs
 from packaging.requirements import InvalidRequirement, Requirement
@@ -47,6 +47,7 @@ class Target(NamedTuple):
     python: str = "3.11"
     constraints: tuple[Path, ...] = ()  # requirements files that bound versions, and
     overrides: tuple[Path, ...] = ()  # that replace what other packages ask for
+    present: tuple[str, ...] = ()  # packages that are there, and not locked again
     without: tuple[str, ...] = ()  # packages that are left out, with what only they need
 
 
@@ -108,32 +109,49 @@ def recipe(packages: tuple[str, ...], locked: Path) -> Recipe:
 
 
 def pipeline_recipe(key: str, packages: tuple[str, ...], processor: str) -> Recipe:
-    """The pipeline's image of this key with these packages as a layer more; they are locked for this processor.
+    """The pipeline's image of this key with what it lacks of these packages, and of what they need, as a layer more.
 
     `processor`: as Docker names it. Raises InputError for another version of a package that the image has,
     PackagesError.
     """
     (pipeline,) = recipes.choose(key, processor)
     assert pipeline.accelerator is not None
-    locks = [recipes.ROOT / name for name in recipes.LOCKS[pipeline.accelerator]]
-    present = dict(re.findall(r"^([\w.\-]+)==([^\s;]+)", "".join(path.read_text() for path in locks), re.MULTILINE))
-    present["torch"] = setup.TORCH[pipeline.accelerator]
+    has = versions(pipeline.accelerator, MACHINES[processor])
+    lacking = []
     for package in packages:
         name, _, version = package.partition("==")
-        has = present.get(name.partition("[")[0], version)
-        if Version(has) != Version(version):
-            raise InputError(f"--package={package}: the image has {has}, which the rest of it needs. Leave it out.")
+        if (present := has.get(canonicalize_name(name.partition("[")[0]))) is None:
+            lacking.append(package)
+        elif Version(present) != Version(version):
+            raise InputError(f"--package={package}: the image has {present}, which the rest of it needs. Leave it out.")
+    if not lacking:
+        return pipeline
     target = Target(
         MACHINES[processor],
         "--package",
         recipes.PYTHON[pipeline.accelerator],
-        constraints=tuple(locks),
+        constraints=tuple(recipes.ROOT / name for name in recipes.LOCKS[pipeline.accelerator]),
         overrides=(recipes.ROOT / f"docker/{pipeline.accelerator}.overrides.txt",),
+        present=tuple(sorted(has)),
         without=("torch",) if pipeline.accelerator == "cpu" else (),  # the image's build of it is not on PyPI
     )
-    locked = lock_file(packages, target)
-    image = recipes.pipeline(pipeline.accelerator, locked)
+    image = recipes.pipeline(pipeline.accelerator, lock_file(tuple(lacking), target))
     return replace(pipeline, key=f"{key}-packages", image=image, packages=packages)
+
+
+def versions(accelerator: Literal["cuda", "cpu"], machine: str) -> dict[str, str]:
+    """The versions of the Python packages in the pipeline's image, by canonical names."""
+    python = recipes.PYTHON[accelerator]
+    here = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
+    linux = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
+    found = {"torch": setup.TORCH[accelerator]}
+    for path in recipes.LOCKS[accelerator]:
+        for text in lock.split_requirements((recipes.ROOT / path).read_text()):
+            requirement = Requirement(text.partition("\\")[0])
+            if requirement.marker is None or requirement.marker.evaluate({**here, **linux}):
+                (pin,) = requirement.specifier
+                found[canonicalize_name(requirement.name)] = pin.version
+    return found
 
 
 def lock_file(packages: tuple[str, ...], target: Target) -> Path:
@@ -170,6 +188,7 @@ def resolve(packages: tuple[str, ...], target: Target) -> str:
         options += ["--python-platform", f"{target.machine}-{GLIBC}"]
         options += [word for path in target.constraints for word in ("--constraint", str(path))]
         options += [word for path in (*target.overrides, without) for word in ("--override", str(path))]
+        options += [word for name in target.present for word in ("--no-emit-package", name)]
         settings, environment = _network()
         command = [lock.install_uv(folder), "pip", "compile", *options, *lock.OUTPUT_OPTIONS, *settings]
         command += [str(source), "-o", str(out)]
@@ -181,7 +200,7 @@ def resolve(packages: tuple[str, ...], target: Target) -> str:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise PackagesError(f"{asked}: uv failed: {error}. Check the network.") from error
         if done.returncode:
-            raise PackagesError(f"{asked}: {_reason(done.stderr, target.python)}")
+            raise PackagesError(f"{asked}: {_reason(done.stderr, target)}")
         return out.read_text()
 
 
@@ -201,14 +220,17 @@ def _network() -> tuple[list[str], dict[str, str]]:
     return options, {name: value for name, value in environment.items() if value}
 
 
-def _reason(output: str, python: str) -> str:
+def _reason(output: str, target: Target) -> str:
     """One line of what uv says, with what to do."""
     text = " ".join(without_passwords(output).split())
     if match := re.search(r"there is no version of (\S+==\S+?),? and|there are no versions of (\S+)", text):
-        return f"no index has {match[1] or match[2]} for Python {python}. Check name and version."
+        return f"no index has {match[1] or match[2]} for Python {target.python}. Check name and version."
     if match := re.search(r"(\S+) was not found in the package registry", text):
         return f"no index has a package {match[1]}. Check its name."
     if match := re.search(r"Because (\S+) has no usable wheels", text):
         return f"{match[1]} has no wheel, and nothing is compiled. Name another version, or FRACTAL_WHEELS."
+    if target.present and "No solution found" in text:
+        named = [name for name in target.present if re.search(rf"\b{re.escape(name)}(?:{{[^}}]*}})?==", text)]
+        return f"it needs other versions than the image has of: {', '.join(named) or 'its packages'}. Try a newer one."
     reason = text.removeprefix("error: ")[:400].rstrip(".")
     return f"{reason}. Check versions and network."
