@@ -42,7 +42,7 @@ WRONG = [
     (LaunchRequest((TYPE,), ("mars-1",)), "no region mars-1. .*europe-central-1.*us-west-1.*CAPACITY NOW"),
     (LaunchRequest((TYPE, A100), max_price_usd=0.5), "0.50 USD/h or less; the cheapest costs 0.75.*CAPACITY NOW"),
     (LaunchRequest((TYPE,), image="lambda-stack-99"), "no image lambda-stack-99. .*lambda-stack-24-04"),
-    (LaunchRequest((TYPE,), file_systems=("other",)), "no file system other"),
+    (LaunchRequest((TYPE,), file_systems=("other",)), "no file system other. There is: models in us-east-1"),
     (LaunchRequest((TYPE,), file_systems=("models",)), "--region=us-east-1"),
 ]
 

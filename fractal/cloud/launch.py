@@ -90,7 +90,11 @@ def check_request(client: Client, request: LaunchRequest) -> Offered:
         check("image", [request.image], {image.family for image in images})
     systems = {system.name: system for system in client.file_systems()} if request.file_systems else {}
     if request.file_systems:
-        check("file system", request.file_systems, systems)
+        if unknown := [name for name in request.file_systems if name not in systems]:
+            valid = ", ".join(f"{name} in {system.region.name}" for name, system in sorted(systems.items())) or "none"
+            raise InputError(
+                f"Lambda has no file system {', '.join(unknown)}. There is: {valid}. They are made on its website."
+            )
         where = ",".join(sorted({systems[name].region.name for name in request.file_systems}))
         if ",".join(request.regions) != where:  # the launch must not end up in another
             raise InputError(
