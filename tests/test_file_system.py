@@ -43,7 +43,9 @@ def test_its_folders_belong_to_the_user_of_jobs_whoever_made_them(remote: Remote
     machine.sh(f"chown -R 4242:4242 {MOUNT}")
     assert prepare(remote) == ""
     assert machine.sh(f"stat -c %U {MOUNT}/fractal/cache") == "ubuntu\n"
+    machine.sh(f"mkdir {MOUNT}/fractal/layers")  # what is not of jobs is left alone
     assert prepare(remote) == ""
+    assert machine.sh(f"stat -c %U {MOUNT}/fractal/layers") == "root\n"
 
 
 BROKEN = [  # how, back again, what is said

@@ -175,6 +175,8 @@ def _setup(
         log(f"{', '.join(secrets)}: the values go into the job's environment, by memory alone")
     if problem := file_system.prepare(remote.run, entry):
         raise RemoteError(f"{problem}. Look there: invoke ssh")
+    if entry.file_systems:
+        log(f"weights, compiled kernels and inputs lie on the file system {entry.file_systems[0].name}")
     (recipe,) = recipes.choose(key)
     home = f"{user.home}/{ROOT}"
     root = file_system.folder(entry) or home
