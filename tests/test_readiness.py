@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from fractal.cloud.prerequisites import Address
 from fractal.cloud.readiness import Readiness
 from fractal.cloud.remote_host import Driver
 from fractal.cloud.ssh_keys import make_host_key
+from fractal.images.ssh import SshHostKeyError
 from tests.machine import GOOD, Condition, Machine, Unavailable
 from tests.test_ledger import entry as ledger_entry
 
@@ -355,6 +357,39 @@ def test_an_instance_that_is_gone_is_not_waited_for(instance: Instance, monkeypa
 
     with pytest.raises(CloudError, match="has ended"):
         readiness.wait_ready(instance.folder, entry(instance.machine, "127.0.0.2"), instance.logged.append, gone)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "asked"),
+    [
+        (["10.0.0.1", "10.0.0.2"], ["10.0.0.1", "10.0.0.2"]),  # Lambda names the new one a moment later
+        (["10.0.0.1"] * 9, None),
+    ],
+)
+def test_another_machine_at_the_address_is_refused_unless_the_instance_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], asked: list[str] | None
+) -> None:
+    seen: list[str] = []
+
+    def run(checks: Any, ip: str) -> None:
+        seen.append(ip)
+        if ip == "10.0.0.1":
+            raise SshHostKeyError("another key")
+
+    monkeypatch.setattr(readiness, "wait_port", lambda ip, port, log, refresh: ip)
+    monkeypatch.setattr(readiness, "POLL_S", 0.01)
+    monkeypatch.setattr(readiness, "MOVED_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(readiness._Checks, "run", run)
+    instance = replace(ledger_entry(), id="i-1", ip="10.0.0.1")
+    later = iter(addresses)
+    ask = lambda: readiness.wait_ready(tmp_path, instance, lambda _: None, lambda: next(later, addresses[-1]))  # noqa: E731
+    if asked:
+        ask()
+        assert seen == asked
+    else:
+        with pytest.raises(CloudError, match="another machine has this address now"):
+            ask()
+        assert seen == ["10.0.0.1"]
 
 
 def after(seconds: float, work: Callable[[], object]) -> None:

@@ -31,6 +31,7 @@ REPAIR_TIMEOUT_S = 150.0  # of one command that repairs; a check runs three at m
 GPU_TIMEOUT_S = 120.0  # a driver without persistence takes seconds for each GPU
 POLL_S = 1.0
 ADDRESS_POLL_S = 15.0  # between two requests for the address while the port is closed
+MOVED_TIMEOUT_S = 1.5  # for Lambda to name another address, where another machine answers at this one
 ATTEMPTS = 3
 BILLED = "It is billed: try again with `invoke wait`, or end it with `invoke terminate`"
 PROBE_LACKS = ("loading shared libraries", "couldn't find libnvidia", "no such file or directory")
@@ -63,8 +64,15 @@ def wait_ready(
     checks, ip = _Checks(folder, entry, log, lambda_offset_s), entry.ip
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            checks.run(wait_port(ip, 22, log, refresh))
+            ip = wait_port(ip, 22, log, refresh)
+            checks.run(ip)
             break
+        except ssh.SshHostKeyError as error:
+            if (present := _present_address(ip, refresh)) == ip or attempt == ATTEMPTS:
+                raise checks.other_host_key() from error
+            log(f"the instance is at {present} now, and another machine at {ip}: starting again with the first check")
+            ip = present
+            continue
         except ssh.SshConnectionError as error:
             if attempt == ATTEMPTS:
                 raise CloudError(
@@ -95,6 +103,16 @@ class _Checks:
             else:
                 self._check_gpu(link)
             self._probe_prerequisites(link)
+
+    def other_host_key(self) -> CloudError:
+        """The error where the instance's address shows another host key than it had."""
+        known = shlex.quote(str(ssh_config.known_hosts(self._folder)))
+        return CloudError(
+            f"The host key at the address of {self._entry.id} is not the one of its first contact: another machine "
+            "has this address now, or someone intercepts the connection. Nothing was sent there. If you gave "
+            f"the instance a new key yourself, forget the old one: ssh-keygen -R {self._entry.id} -f {known}. "
+            f"{BILLED}."
+        )
 
     def _error(self, problem: str, command: str) -> CloudError:
         """`problem` ends with what the command, which the user runs there, is for."""
@@ -138,7 +156,11 @@ class _Checks:
             time.sleep(POLL_S)
 
     def _login(self) -> ssh.SshConnection:
-        """Connect. Raises SshConnectionError if the instance does not answer, CloudError if it refuses the login."""
+        """Connect.
+
+        Raises SshConnectionError if the instance does not answer, CloudError if it refuses the login, SshHostKeyError
+        if another machine answers.
+        """
         deadline = time.time() + LOGIN_TIMEOUT_S
         entry, config = self._entry, ssh_config.config_file(self._folder)
         while True:
@@ -146,14 +168,8 @@ class _Checks:
                 link = ssh.SshConnection(ssh_config.ALIAS, ssh.WAIT_FOR_HEARTBEATS, config=config)
                 link.send_lines()
                 return link
-            except ssh.SshHostKeyError as error:  # waiting changes nothing
-                known = shlex.quote(str(ssh_config.known_hosts(self._folder)))
-                raise CloudError(
-                    f"The host key at the address of {entry.id} is not the one of its first contact: another machine "
-                    "has this address now, or someone intercepts the connection. Nothing was sent there. If you gave "
-                    f"the instance a new key yourself, forget the old one: ssh-keygen -R {entry.id} -f {known}. "
-                    f"{BILLED}."
-                ) from error
+            except ssh.SshHostKeyError:  # waiting changes nothing
+                raise
             except ssh.SshConnectionError:
                 if time.time() > deadline:
                     raise
@@ -269,6 +285,14 @@ def wait_port(ip: str, port: int, log: Log, refresh: Callable[[], str]) -> str:
         time.sleep(POLL_S)
         if time.time() - asked_at > ADDRESS_POLL_S:
             ip, asked_at = refresh(), time.time()
+
+
+def _present_address(ip: str, refresh: Callable[[], str]) -> str:
+    """The instance's address, which Lambda may name a moment after it has changed."""
+    deadline = time.time() + MOVED_TIMEOUT_S
+    while (present := refresh()) == ip and time.time() < deadline:
+        time.sleep(POLL_S)
+    return present
 
 
 def _scan_host_keys(ip: str) -> list[str]:
