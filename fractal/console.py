@@ -230,3 +230,6 @@ def report_errors(work: Callable[[], int | None], what: str = "image") -> int:
     except KeyboardInterrupt:
         note("interrupted. Run the command again, it goes on where it stopped.", what)
         return 130
+    except BrokenPipeError:  # what reads our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE

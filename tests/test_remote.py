@@ -188,6 +188,21 @@ def test_a_second_follower_sees_all_and_writes_nothing(remote: Remote, machine: 
     jobs.remove(remote, job)
 
 
+def test_a_follower_of_a_quiet_job_leaves_nothing_there(remote: Remote, machine: Machine, tmp_path: Path) -> None:
+    job = begin(remote, "echo once; exec sleep 600")
+    seen: list[bytes] = []
+
+    def stop(data: bytes) -> None:
+        seen.append(data)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.follow(remote, job, jobs.log_file(tmp_path, job), stop)
+    assert seen == [b"once\n"]  # at once, though it is short
+    until(lambda: "docker logs" not in machine.sh("ps axww -o args | grep -v grep"))
+    jobs.remove(remote, job)
+
+
 def test_one_look_does_not_wait_for_the_end(remote: Remote, tmp_path: Path) -> None:
     job = begin(remote, "echo begun; sleep 60")
     time.sleep(0.5)

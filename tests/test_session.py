@@ -210,6 +210,8 @@ def test_without_an_instance_each_task_says_what_to_do(invoke: Invoke) -> None:
     for task in ("wait", "setup-ssh", "gpu", "logs", "fetch", "stop", "ssh", "sync"):
         invoke(task).check(3, "invoke launch")
     invoke("run", "--where=lambda").check(3, "invoke launch")
+    invoke("exec", "--", "true").check(3, "invoke launch")
+    invoke("grep", "(").check(2, "'(' is no regular expression")
     invoke("ps").check(0, "no instance")
     invoke("cost").check(0, "total")
     invoke("terminate").check(0, "no living instance")

@@ -45,7 +45,10 @@ def execute(session: Session, options: Options) -> int:
             project.send_results(remote, folder / FILES, request.name)
         job = _start(session, remote, entry, request, image, prepared, files)
         log(f"{job}: {shlex.join(request.command)}")
-        code = run_commands.follow_to_end(session, remote, entry, folder, job, f"exec {request.name}")
+        try:
+            code = run_commands.follow_to_end(session, remote, entry, folder, job, f"exec {request.name}")
+        except KeyboardInterrupt:  # what goes on is said; the same command again would start another job
+            return 130
     console.say(f"exec: {folder}; logs: {folder / 'logs'}; files: {_files_text(folder, request)}")
     return code
 

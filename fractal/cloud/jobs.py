@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -338,7 +339,9 @@ def follow(remote: Remote, job: str, log: Path, write: Callable[[bytes], None], 
 
         def copy_output(option: str) -> None:
             nonlocal offset
-            stream = link.stream(script("job_output"), container_name(job), str(offset + 1), option)
+            output = script("job_output")
+            stream = link.stream(output, container_name(job), str(offset + 1), option, stdin=subprocess.PIPE)
+            assert stream.stdin is not None
             assert stream.stdout is not None
             try:
                 while data := stream.stdout.read(65536):
@@ -349,6 +352,7 @@ def follow(remote: Remote, job: str, log: Path, write: Callable[[bytes], None], 
             finally:
                 stream.kill()
                 stream.wait()
+                stream.stdin.close()
                 stream.stdout.close()
             link.check_alive()
 

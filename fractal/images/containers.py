@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
@@ -307,12 +308,14 @@ def deliver_secrets(client: docker.DockerClient, container: str, setup: Setup) -
     write = f"umask 077; head -c {len(data)} > {part} && mv {part} {enter_job.DELIVERED}"
     process = client.api.exec_create(container, ["sh", "-c", write], stdin=True, user=setup.user)["Id"]
     stream = client.api.exec_start(process, socket=True)
+    connection = getattr(stream, "_sock", stream)  # docker-py wraps a Unix socket for reading only
     try:
-        connection = getattr(stream, "_sock", stream)  # docker-py wraps a Unix socket for reading only
         connection.sendall(data)
         while connection.recv(4096):
             pass
     finally:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)  # close() alone leaves it to docker-py's response
         stream.close()
     if code := client.api.exec_inspect(process)["ExitCode"]:
         raise ContainerError(f"The job's secrets cannot be handed over: exit code {code}. Run the command again.")
