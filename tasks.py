@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
 BENCHES = ("verify", "images", "generate", "critic", "gpu")
 RUN_HELP = {"run": "the run folder", "stage": "all, generate, verify, train, score, select or report"}
-RENTS = {"launch", "up", "run", "exec"}  # tasks that make a chain one that may cost money
+SHARING = {"launch", "up", "push", "run", "exec"}  # what such a task does depends on the others of its chain
 
 
 class Chain(Executor):
-    """Where a task may cost money, the options of all tasks are checked first, and what was rented to be ended is ended."""
+    """Of such a chain the options of all tasks are checked first, and what was rented to be ended is ended."""
 
     def execute(self, *tasks):
-        if not RENTS & {one.name for one in tasks}:
+        if not SHARING & {one.name for one in tasks}:
             return super().execute(*tasks)
         results = {}
 

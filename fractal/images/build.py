@@ -169,7 +169,7 @@ def build(
         image_config.pin(client, image_id, name)
         image = client.images.get(name)
     finally:
-        if wheels is not None:
+        if wheels is not None and not builder.host:  # there, the next build would have to be sent them again
             remove_unused(client, wheels)
     return Built(name, image.id, base.origin, image.attrs["Size"], True, steps, time.monotonic() - start)
 
