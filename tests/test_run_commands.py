@@ -387,7 +387,7 @@ def test_a_token_of_the_hub_reaches_the_job_and_nothing_else(
         "docker ps -aq | while read id; do docker logs $id 2>&1; docker top $id axeww; done; cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | tr '\\0' '\\n'"
     )
     assert "FRACTAL_SOCKET" in there
-    files = sh("grep -rl hf_Qz7 /home/ubuntu /tmp /var/log /dev/shm /run 2> /dev/null || true")
+    files = sh("grep -rl hf_Qz7 /home/ubuntu /tmp /var /dev/shm /run 2> /dev/null || true")
     code, out, err = rented.finish(process)
     assert code == 0, err
     assert f"token {hashlib.sha256(token.encode()).hexdigest()}" in out
@@ -662,19 +662,23 @@ def test_a_script_that_was_stopped_goes_on_also_on_another_instance(rented: Rent
 
 
 @pytest.mark.long
-def test_jobs_side_by_side_do_not_disturb_each_other(rented: RentedInstance, user_project: Path) -> None:
-    write = "import time; open('train.py', 'a').write('# {}'); time.sleep(3); print(open('train.py').read()[-4:])"
-    first = rented.start("exec", "--name=one", "--", "python", "-c", write.format("aa"), folder=user_project)
-    until(lambda: "runs/one, running" in rented.invoke("ps").stdout)
-    second = rented.start(
-        "exec", "--beside", "--name=two", "--", "python", "-c", write.format("bb"), folder=user_project
-    )
-    assert [rented.finish(process)[1].splitlines()[0] for process in (first, second)] == ["# aa", "# bb"]
-    assert (user_project / "train.py").read_text() == TRAIN
+def test_a_command_waits_for_the_stages_and_reads_their_run(
+    rented: RentedInstance, run: Path, user_project: Path
+) -> None:
+    stages = rented.begin(run, n=150)
+    until(seen(run, 1))
+    command = rented.start("exec", "--", "wc", "-l", f"/work/runs/{run.name}/samples.jsonl", folder=user_project)
+    code, out, err = rented.finish(command)
+    assert code == 0, err
+    assert "waiting for the job all-" in out
+    assert f"\n150 /work/runs/{run.name}/samples.jsonl\n" in out
+    code, _, err = rented.finish(stages)
+    assert code == 0, err
+    rented.whole(run, n=150)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("command", "code"), [("exit 124", 124), ("kill -9 $$", 137), ("kill -2 $$", 130)])
+@pytest.mark.parametrize(("command", "code"), [("exit 124", 124), ("kill -2 $$", 130)])
 def test_the_exit_code_of_a_command_is_passed_on(
     rented: RentedInstance, user_project: Path, command: str, code: int
 ) -> None:
@@ -683,17 +687,20 @@ def test_the_exit_code_of_a_command_is_passed_on(
 
 
 @pytest.mark.long
-def test_the_end_of_one_command_does_not_end_the_instance_under_another(
+def test_jobs_side_by_side_do_not_disturb_each_other_and_the_last_ends_the_instance(
     rented: RentedInstance, user_project: Path
 ) -> None:
-    first = rented.start("exec", "--terminate", "--", "sleep", "8", folder=user_project)
-    until(lambda: "sleep 8" in rented.invoke("ps").stdout)
-    second = rented.start("exec", "--terminate", "--", "sleep", "8", folder=user_project)
-    code, _, err = rented.finish(first)
-    assert code == 0, err
+    write = "import time; open('train.py', 'a').write('# {0}'); time.sleep({1}); print(open('train.py').read()[-4:])"
+    options = ["--beside", "--terminate", "--", "python", "-c"]
+    first = rented.start("exec", "--name=one", *options, write.format("aa", 6), folder=user_project)
+    until(lambda: list(user_project.glob("runs/one/logs/*.log")))
+    second = rented.start("exec", "--name=two", *options, write.format("bb", 12), folder=user_project)
+    code, out, err = rented.finish(first)
+    assert (code, out.splitlines()[0]) == (0, "# aa"), err
     assert "is NOT ended, it has other jobs" in err
     assert len(rented.fake.living()) == 1
-    code, _, err = rented.finish(second)
-    assert code == 0, err
+    code, out, err = rented.finish(second)
+    assert (code, out.splitlines()[0]) == (0, "# bb"), err
     assert "is terminated" in err
     assert rented.fake.living() == []
+    assert (user_project / "train.py").read_text() == TRAIN

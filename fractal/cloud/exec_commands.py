@@ -70,7 +70,8 @@ def _check_folder(remote: Remote, request: ExecRequest, prepared: JobFolder, fol
             f"--name={request.name}: the instance has one of that name. To go on: --resume={request.name}."
         )
     if request.resume and not prepared.exists and not folder.is_dir():
-        raise InputError(f"--resume={request.name}: neither here nor on the instance. There: {', '.join(names)}.")
+        there = ", ".join(names) or "none"
+        raise InputError(f"--resume={request.name}: neither here nor on the instance. There: {there}.")
     for job in jobs.list_jobs(remote):
         if job.run == request.name and not job.ended:
             raise InputError(f"{folder} is at work as {job.id}. Follow it: invoke logs --follow --job={job.id}")
