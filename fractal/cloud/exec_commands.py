@@ -36,9 +36,11 @@ def execute(session: Session, options: Options) -> int:
     if folder.exists() and not request.resume:
         raise InputError(f"{folder} is there already. To go on with it: --resume={request.name}; else another --name.")
     with run_commands.job_instance(session, terminate=request.terminate) as (remote, entry):
-        image = _image(session, remote, entry, request)
         prepared = project.make_folder(remote, request.name)
         _check_folder(remote, request, prepared, folder)
+        image = _image(session, remote, entry, request)
+        with remote.engine() as engine:  # before files are sent, with which the name is taken
+            jobs.need_images(session, engine, image, request.image)
         _say_what_stays(files)
         project.send(remote, files, request.name, prepared, project.fetch_patterns(files.folder, request.fetch), log)
         if not prepared.exists and (folder / FILES).is_dir():
@@ -55,10 +57,10 @@ def execute(session: Session, options: Options) -> int:
 
 def default_name(command: tuple[str, ...]) -> str:
     """A name for runs/, from the script or program, and the time."""
-    words = [Path(project.script_of(command) or command[0]).stem]
+    word = Path(project.script_of(command) or command[0]).stem
     if "-m" in command[:-1]:
-        words = [command[command.index("-m") + 1]]
-    word = re.sub(r"[^A-Za-z0-9_.-]+", "-", words[0]).strip("-.")[:32]
+        word = command[command.index("-m") + 1]
+    word = re.sub(r"[^A-Za-z0-9_.-]+", "-", word).strip("-.")[:32]
     return jobs.new_id(word if RUN_NAME.fullmatch(word) else "command")
 
 

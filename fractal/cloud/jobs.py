@@ -215,11 +215,9 @@ def _start(
     """Start the containers of a job; what it gets from this instance is added to the set-up."""
     (recipe,) = recipes.choose(key)
     sandbox = session.image_name("sandbox")
-    pushed = session.options_of("push") or session.options_of("up")
-    registry = (pushed["to"] if pushed else "") or os.environ.get("FRACTAL_REGISTRY", "")
     remote.check("make a place in the queue", 'mkdir -p fractal/queue && : >> "fractal/queue/$1"', setup.job)
     with remote.engine() as engine:
-        need_images(engine, (image, sandbox), key, registry)
+        need_images(session, engine, image, key)
         compatibility = check_driver(remote, key, engine.images.get(image).labels.get(images.BASE_LABEL, ""))
         if compatibility:
             log("the driver is older than the image's CUDA: CUDA's compatibility libraries are used")
@@ -238,9 +236,11 @@ def _start(
         )
 
 
-def need_images(engine: docker.DockerClient, names: Iterable[str], key: str, registry: str) -> None:
-    """Check that the instance has the images; what a registry has is pulled. Raises OutsideError."""
-    for name in names:
+def need_images(session: Session, engine: docker.DockerClient, image: str, key: str) -> None:
+    """Check that the instance has a job's images; what a registry has is pulled. Raises OutsideError."""
+    pushed = session.options_of("push") or session.options_of("up")
+    registry = (pushed["to"] if pushed else "") or os.environ.get("FRACTAL_REGISTRY", "")
+    for name in (image, session.image_name("sandbox")):
         with suppress(docker.errors.ImageNotFound):
             engine.images.get(name)
             continue
