@@ -231,9 +231,8 @@ class Bench:
         files = models.resolve(plan.model)
         self.sampling = Sampling(plan.n, plan.temperature, 1.0, plan.max_tokens, plan.seed)
         tokenizer = prompts.load_tokenizer(str(files.path))
-        wanted = [(p, i) for p in self.problems for i in range(plan.n)]
         context = models.context_length(files.path)
-        self.requests = prompts.build_requests(wanted, tokenizer, context, self.sampling, {})
+        self.requests = list(prompts.build_requests(self.problems, tokenizer, context, self.sampling, {}))
         if not self.requests:
             raise InputError(f"--problems {plan.problems}: no prompt fits the model's context.")
         dtype, length = models.preferred_dtype(), max(len(r.prompt) for r in self.requests) + plan.max_tokens

@@ -223,6 +223,14 @@ def unique(records: Iterable[K], path: Path) -> dict[tuple[str, int], K]:
     return by_key
 
 
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a record of one sample is known by; the record's other fields are skipped when it is read as this."""
+
+    task_id: str
+    sample_id: int
+
+
 class KeySet:
     """A set of (task_id, sample_id), in few bytes: for each problem a count of those from 0 on, and the others.
 
@@ -263,6 +271,28 @@ class KeySet:
 
     def __len__(self) -> int:
         return self._size
+
+    def missing(self, task_id: str, n: int) -> Iterator[int]:
+        """Which of sample_id 0..n-1 the problem lacks, in order; the set must not change meanwhile."""
+        others = self._others.get(task_id, ())
+        return (i for i in range(self._count.get(task_id, 0), n) if i not in others)
+
+    def count_missing(self, task_id: str, n: int) -> int:
+        """How many `missing` gives, without counting up to n."""
+        present = sum(0 <= i < n for i in self._others.get(task_id, ()))
+        return max(0, n - self._count.get(task_id, 0)) - present
+
+
+def read_keys(path: Path) -> KeySet:
+    """The keys of one of our own files, read line by line. Raises RecordError on a duplicate."""
+    keys = KeySet()
+    for line in iter_lines(path, own=True):
+        key = decode(line, Key)
+        if not keys.add(key.task_id, key.sample_id):
+            raise line.error(
+                f"task_id {key.task_id}, sample_id {key.sample_id} stands twice", "Delete one of the lines."
+            )
+    return keys
 
 
 class Appender:

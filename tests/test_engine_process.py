@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from fractal.errors import InputError, OutsideError
 from fractal.generate.engine import Request, Sampling
+from fractal.generate.memory import REQUESTS_AHEAD
 from fractal.generate.prompts import load_tokenizer
 from fractal.generate.vllm_processes import (
     Completions,
@@ -168,11 +170,18 @@ def test_a_lost_engine_gives_its_requests_to_the_others(small_model: Path, capfd
 def test_stopped_it_hands_out_what_is_finished_and_closes(small_model: Path) -> None:
     pytest.importorskip("vllm")
     pool = engines(small_model, 1)
-    requests = [Request("1", i, [1, 2, 3], i) for i in range(10_000)]
+    made: list[Request] = []
+
+    def requests() -> Iterator[Request]:
+        for i in range(10_000):
+            made.append(Request("1", i, [1, 2, 3], i))
+            yield made[-1]
+
     came: list[int] = []
     stopped = lambda: len(came) > 20  # noqa: E731
-    for done in pool.generate(requests, stopped):
+    for done in pool.generate(requests(), stopped):
         came += [c.request.sample_id for c in done]
+        assert len(made) - len(came) <= 2 * REQUESTS_AHEAD * pool.batch
     assert 20 < len(came) < 10_000
     assert len(set(came)) == len(came)
     pool.close()

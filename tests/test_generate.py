@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fractal.generate.backends import choose_backend
 from fractal.generate.engine import Completion, Request, Sampling, never_stop
 from fractal.generate.interrupt import DeferredInterrupt
 from fractal.generate.prompts import sample_seed
-from fractal.jsonl import read_jsonl
+from fractal.jsonl import KeySet, read_jsonl
 from fractal.problems.sets import ProblemSet, load
 from fractal.records import Sample, task_order
 from fractal.rundir import RunDir
@@ -62,7 +62,7 @@ class Counting:
     def close(self) -> None:
         pass
 
-    def generate(self, requests: list[Request], stopped: object = None) -> Iterator[list[Completion]]:
+    def generate(self, requests: Iterable[Request], stopped: object = None) -> Iterator[list[Completion]]:
         for number, request in enumerate(requests):
             if number == self._stop_after:
                 raise KeyboardInterrupt
@@ -87,7 +87,7 @@ class Signalled(Counting):
     """A SIGTERM arrives after some samples; what is finished then is still handed out, as an engine has to."""
 
     def generate(
-        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
+        self, requests: Iterable[Request], should_stop: Callable[[], bool] = never_stop
     ) -> Iterator[list[Completion]]:
         for done in super().generate(requests):
             if len(self.asked) == 5:
@@ -104,6 +104,19 @@ def test_what_is_finished_when_a_signal_comes_is_written(tmp_path: Path, starter
         stage.draw(Signalled(), requests, starter.by_id(), tmp_path / "s", Sampling(), "m", entry)
     assert [s.sample_id for s in read_jsonl(tmp_path / "s", Sample)] == [0, 1, 2, 3, 4]
     assert entry["tokens"] == 25
+
+
+def test_requests_are_made_as_an_engine_takes_them(tmp_path: Path, starter: ProblemSet) -> None:
+    """10^10 samples are asked for: a list of their requests would not fit into memory."""
+    path = tmp_path / "samples.jsonl"
+    sampling, done = Sampling(n=2 * 10**9), KeySet()
+    for sample_id in (0, 1, 5, 3 * 10**9):
+        done.add(starter.problems[0].task_id, sample_id)
+    requests = prompts.build_requests(starter.problems, None, 10**6, sampling, {}, done)
+    assert len(requests) == 10**10 - 3
+    with pytest.raises(KeyboardInterrupt):
+        stage.draw(Signalled(), requests, starter.by_id(), path, sampling, "m", {})
+    assert [s.sample_id for s in read_jsonl(path, Sample)] == [2, 3, 4, 6, 7]
 
 
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, starter: ProblemSet) -> None:
@@ -224,7 +237,7 @@ from fractal.problems.sets import load
 path = Path(sys.argv[1])
 problem = load("starter", "train", 1).problems[0]
 sampling = Sampling(n=1, temperature=0, max_tokens=40)
-requests = prompts.build_requests([(problem, 0)], prompts.load_tokenizer(str(path)), 4096, sampling, {})
+requests = prompts.build_requests([problem], prompts.load_tokenizer(str(path)), 4096, sampling, {})
 for backend in ("vllm", "transformers"):
     engine = load_engine(backend, path, sampling, "float32", requests)
     (batch,) = engine.generate(requests)

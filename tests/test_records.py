@@ -20,6 +20,7 @@ from fractal.jsonl import (
     decode_object,
     encode,
     read_jsonl,
+    read_keys,
     read_lines,
     unique,
     write_jsonl,
@@ -367,6 +368,25 @@ def test_a_key_set_is_a_set(pairs):
         assert len(keys) == len(plain)
     for pair in {(task_id, i) for task_id in ("1", "2", "3") for i in range(-3, 12)} | plain:
         assert (pair in keys) == (pair in plain)
+    for task_id in ("1", "2", "3"):
+        for n in (0, 3, 10):
+            missing = [i for i in range(n) if (task_id, i) not in plain]
+            assert list(keys.missing(task_id, n)) == missing
+            assert keys.count_missing(task_id, n) == len(missing)
+
+
+def test_keys_are_read_without_the_rest_of_their_records(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    assert len(read_keys(path)) == 0
+    path.write_bytes(encode(score(1)) + b'{"sample_id": 3, "task_id": 1, "more": [{}]}\n\n' + encode(score(2))[:-1])
+    keys = read_keys(path)
+    assert [("1", 0) in keys, ("1", 3) in keys, ("2", 0) in keys, len(keys)] == [True, True, False, 2]
+    path.write_bytes(encode(score(1)) + encode(score(2)) + encode(score(1)))
+    with pytest.raises(RecordError, match=r"s\.jsonl: line 3: task_id 1, sample_id 0 stands twice. Delete one of"):
+        read_keys(path)
+    path.write_bytes(b'{"task_id": "1"}\n')
+    with pytest.raises(RecordError, match="line 1: not a Key: Object missing required field `sample_id`"):
+        read_keys(path)
 
 
 @settings(deadline=None)

@@ -3,7 +3,7 @@
 The engines are vllm_processes.py (vllm.py in processes of their own), transformers.py and openai.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +61,14 @@ class Request:
     text: str = ""  # what the model continues; for a server with its own chat template, the user's message
 
 
+class SizedRequests(Protocol):
+    """A known number of requests, which may be made only as they are iterated."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Request]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One completion drawn."""
@@ -80,11 +88,11 @@ class Engine(Protocol):
     """A model that decodes.
 
     `generate` yields completions as they finish, in batches, in any order. Once `should_stop` returns True, it yields
-    what is finished and ends.
+    what is finished and ends. It takes requests as it needs them, so that millions need no memory.
     """
 
     def generate(
-        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
+        self, requests: Iterable[Request], should_stop: Callable[[], bool] = never_stop
     ) -> Iterator[list[Completion]]: ...
 
     def close(self) -> None: ...

@@ -6,7 +6,7 @@ fence, and no stop text, because the first fence of a chat reply opens the progr
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -80,7 +80,7 @@ class OpenAiEngine:
         self._client.close()
 
     def generate(
-        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
+        self, requests: Iterable[Request], should_stop: Callable[[], bool] = never_stop
     ) -> Iterator[list[Completion]]:
         waiting = iter(requests)
         in_flight: set[Future[Completion]] = set()

@@ -6,12 +6,14 @@ sampling can stop at the closing fence.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fractal.errors import InputError
 from fractal.generate import models
 from fractal.generate.engine import Request, Sampling
+from fractal.jsonl import KeySet
 from fractal.problems.visible import visible_test
 from fractal.records import Problem
 
@@ -79,31 +81,65 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+class Prompt(NamedTuple):
+    """What the samples of one problem continue."""
+
+    task_id: str
+    text: str
+    token_ids: list[int]  # empty where the server has the tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class MissingRequests:
+    """The requests for the samples 0..n-1 of each prompt that are not in `done`, problem by problem.
+
+    Each is made when it is iterated, so memory does not grow with n; they may be iterated more than once.
+    """
+
+    prompts: list[Prompt]
+    n: int
+    seed: int  # the run's
+    done: KeySet
+
+    def __len__(self) -> int:
+        return sum(self.done.count_missing(prompt.task_id, self.n) for prompt in self.prompts)
+
+    def __iter__(self) -> Iterator[Request]:
+        for task_id, text, token_ids in self.prompts:
+            for sample_id in self.done.missing(task_id, self.n):
+                yield Request(task_id, sample_id, token_ids, sample_seed(self.seed, task_id, sample_id), text)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt; 0 where there is none."""
+        return max((len(prompt.token_ids) for prompt in self.prompts), default=0)
+
+
 def build_requests(
-    missing: list[tuple[Problem, int]], tokenizer: Any, context: int, sampling: Sampling, skipped: dict[str, str]
-) -> list[Request]:
-    """The requests for `missing` (problem, sample_id) pairs, in their order.
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    context: int,
+    sampling: Sampling,
+    skipped: dict[str, str],
+    done: KeySet | None = None,
+) -> MissingRequests:
+    """The requests for the samples of `problems` that are not in `done`, in the problems' order.
 
     Problems whose prompt and completion exceed `context` tokens get none; the reason is added to `skipped` by task id.
     With `tokenizer` None (a server has it) a request's text is the question itself.
     """
-    rendered: dict[str, tuple[str, list[int]]] = {}
-    for problem, _ in missing:
-        if problem.task_id in rendered or problem.task_id in skipped:
+    done = done or KeySet()
+    found = []
+    for problem in problems:
+        if problem.task_id in skipped or not done.count_missing(problem.task_id, sampling.n):
             continue
         if tokenizer is None:
-            rendered[problem.task_id] = (question(problem), [])
+            found.append(Prompt(problem.task_id, question(problem), []))
             continue
         text = render(problem, tokenizer.apply_chat_template)
         token_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if len(token_ids) + sampling.max_tokens > context:
             skipped[problem.task_id] = f"{len(token_ids)} + {sampling.max_tokens} tokens, context {context}"
         else:
-            rendered[problem.task_id] = (text, token_ids)
-    requests = []
-    for problem, sample_id in missing:
-        if problem.task_id in rendered:
-            text, token_ids = rendered[problem.task_id]
-            seed = sample_seed(sampling.seed, problem.task_id, sample_id)
-            requests.append(Request(problem.task_id, sample_id, token_ids, seed, text))
-    return requests
+            found.append(Prompt(problem.task_id, text, token_ids))
+    return MissingRequests(found, sampling.n, sampling.seed, done)

@@ -1,7 +1,8 @@
 """Stage 1: problems -> samples.jsonl. Draws n completions for each problem and extracts the program from each.
 
-It decides which samples are missing and with which seed; an engine decodes. Engines are imported only when a sample is
-missing, because importing vLLM takes ten seconds.
+It decides which samples are missing and with which seed; an engine decodes. Its memory grows with the problems, not
+with the samples: of those that are there it holds the keys (KeySet), and requests are made as the engine takes them.
+Engines are imported only when a sample is missing, because importing vLLM takes ten seconds.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ from fractal import console
 from fractal.errors import InputError
 from fractal.generate import memory, models, prompts
 from fractal.generate.backends import choose_backend
-from fractal.generate.engine import Completion, Engine, Request, Sampling, Server
+from fractal.generate.engine import Completion, Engine, Sampling, Server, SizedRequests
 from fractal.generate.extraction import extract_code
 from fractal.generate.interrupt import DeferredInterrupt
 from fractal.generate.vllm_processes import EngineProcess, EngineProcesses
-from fractal.jsonl import Appender, read_jsonl, unique
+from fractal.jsonl import Appender, read_keys
 from fractal.problems.sets import ProblemSet
 from fractal.records import Problem, Sample
 from fractal.rundir import RunDir
@@ -89,21 +90,20 @@ def run(
     folder.keep_model_path(name, server.tokenizer if server and server.tokenizer and not files else model)
     folder.set_problems(problem_set.problems)
     path = folder.file("samples.jsonl")
-    done = unique(read_jsonl(path, Sample), path)
+    done = read_keys(path)
     skipped: dict[str, str] = folder.manifest["stages"].get("generate", {}).get("skipped", {})
-    missing = [
-        (problem, sample_id)
+    missing = {
+        problem.task_id: count
         for problem in problem_set.problems
-        for sample_id in range(sampling.n)
-        if (problem.task_id, sample_id) not in done and problem.task_id not in skipped
-    ]
+        if problem.task_id not in skipped and (count := done.count_missing(problem.task_id, sampling.n))
+    }
     if not missing:
         console.say(f"generate: {len(done)} samples are there, nothing to do")
         return
     follower = follow() if follow else None
     with folder.stage("generate", "samples.jsonl") as entry, ExitStack() as cleanup:
         console.say(
-            f"generate: {len(missing)} samples of {len({p.task_id for p, _ in missing})} problems with {name} "
+            f"generate: {sum(missing.values())} samples of {len(missing)} problems with {name} "
             f"({backend}{f', {dtype}' if dtype else ''}); {len(done)} are there"
         )
         began, process = time.monotonic(), None
@@ -115,11 +115,11 @@ def run(
         # model_max_length is huge where a tokenizer states none
         context = models.context_length(files.path) if files else int(getattr(tokenizer, "model_max_length", 1 << 40))
         skipped = dict(skipped)
-        requests = prompts.build_requests(missing, tokenizer, context, sampling, skipped)
+        requests = prompts.build_requests(problem_set.problems, tokenizer, context, sampling, skipped, done)
         if skipped:
             entry["skipped"] = skipped
         folder.save()
-        if requests:
+        if requests.prompts:
             if files and dtype:
                 engine = load_engine(backend, files.path, sampling, dtype, requests, batch, engines, process)
             else:
@@ -145,7 +145,7 @@ def load_engine(
     path: Path,
     sampling: Sampling,
     dtype: str,
-    requests: list[Request],
+    requests: prompts.MissingRequests,
     batch: int | None = None,
     engines: int | None = None,
     process: EngineProcess | None = None,
@@ -154,7 +154,7 @@ def load_engine(
 
     What the libraries print while they load goes to the stage's log.
     """
-    length = max(len(request.prompt) for request in requests) + sampling.max_tokens
+    length = requests.longest + sampling.max_tokens
     with console.quiet("loading the model"):
         if backend == "vllm":
             count = engines or memory.engines_here(path, dtype, len(requests))
@@ -178,7 +178,7 @@ def connect(model: str, sampling: Sampling, server: Server) -> Engine:
 
 def draw(
     engine: Engine,
-    requests: list[Request],
+    requests: SizedRequests,
     problems: dict[str, Problem],
     path: Path,
     sampling: Sampling,
@@ -194,9 +194,10 @@ def draw(
     start = time.monotonic()
     entry |= {name: value for name in ("batch", "engines") if (value := getattr(engine, name, None))}
     try:
-        with DeferredInterrupt() as interrupt, Appender(path) as out, console.bar("generate", len(requests)) as bar:
+        total = len(requests)
+        with DeferredInterrupt() as interrupt, Appender(path) as out, console.bar("generate", total) as bar:
             if follower:
-                follower.update(bar, len(requests), 0)
+                follower.update(bar, total, 0)
             for completions in engine.generate(requests, interrupt.received):
                 if not count:
                     entry.setdefault("start_up", {})["first_sample_at"] = round(time.time(), 3)
@@ -204,7 +205,7 @@ def draw(
                 count += len(completions)
                 tokens += sum(completion.tokens for completion in completions)
                 if follower:
-                    follower.update(bar, len(requests), len(completions))
+                    follower.update(bar, total, len(completions))
                 bar.advance(len(completions), f"{tokens / (time.monotonic() - start):.0f} tokens/s")
     finally:
         seconds = time.monotonic() - start

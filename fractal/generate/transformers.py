@@ -5,7 +5,8 @@ is a draw from softmax(logit / T). The noise comes from a generator of the sampl
 does not depend on the batch that it is decoded in, but for the rounding of sums of another shape.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,15 @@ class TransformersEngine:
         memory.release()
 
     def generate(
-        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
+        self, requests: Iterable[Request], should_stop: Callable[[], bool] = never_stop
     ) -> Iterator[list[Completion]]:
-        done = 0
-        while done < len(requests) and not should_stop():
-            batch = requests[done : done + self.batch]
+        source = iter(requests)
+        waiting: list[Request] = []  # more than a batch after it was halved
+        while not should_stop():
+            waiting += itertools.islice(source, max(0, self.batch - len(waiting)))
+            batch = waiting[: self.batch]
+            if not batch:
+                return
             try:
                 completions = self._decode(batch, should_stop)
             except Exception as error:
@@ -74,7 +79,7 @@ class TransformersEngine:
                 console.warn(f"generate: out of memory; goes on with {self.batch} samples at once")
                 continue
             yield completions
-            done += len(batch)
+            del waiting[: len(batch)]
 
     @torch.inference_mode()
     def _decode(self, batch: list[Request], should_stop: Callable[[], bool]) -> list[Completion]:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
@@ -129,10 +129,15 @@ class EngineProcesses:
         return len(self._processes)
 
     def generate(
-        self, requests: list[Request], should_stop: Callable[[], bool] = never_stop
+        self, requests: Iterable[Request], should_stop: Callable[[], bool] = never_stop
     ) -> Iterator[list[Completion]]:
-        waiting = deque(requests)
-        while waiting or any(process.under_way for process in self._processes):
+        source = iter(requests)
+        waiting: deque[Request] = deque()
+        while True:
+            ahead = REQUESTS_AHEAD * sum(process.batch for process in self._processes)
+            waiting.extend(itertools.islice(source, max(0, max(1, ahead) - len(waiting))))
+            if not waiting and not any(process.under_way for process in self._processes):
+                return
             stop = should_stop()
             if not stop:
                 for process in self._processes:
