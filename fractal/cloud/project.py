@@ -36,7 +36,6 @@ class Project:
     root: Path
     folder: str  # the present folder below the root, where the command runs; "" for the root itself
     files: tuple[str, ...]
-    bytes: int
     untracked: tuple[str, ...]  # that git neither tracks nor ignores, and no --include names
     outward_links: tuple[str, ...]  # symbolic links that lead out of the root; they are copied as links
 
@@ -76,7 +75,6 @@ def read_project(present: Path, include: Iterable[str] = ()) -> Project:
         root,
         "" if folder == "." else folder,
         tuple(sorted(sizes)),
-        sum(sizes.values()),
         tuple(sorted(untracked - sizes.keys())),
         outward,
     )
