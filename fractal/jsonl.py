@@ -2,6 +2,9 @@
 
 `read_jsonl` reads one of our own files, `iter_lines` any JSON or JSONL file, gzipped or not. `Appender` adds lines so
 that a kill or a full disk never leaves half a line behind a whole one. What the records hold is in records.py.
+
+A run's samples.jsonl is written in parts: once one has PART_BYTES, the next is samples-00001.jsonl, and so on. Reading
+samples.jsonl reads all its parts, as if they were one file.
 """
 
 import errno
@@ -13,7 +16,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -22,6 +25,9 @@ import msgspec
 from fractal.errors import InputError, OutsideError, RecordError
 
 BLOCK = 1 << 18  # bytes read or written at once
+PARTED = "samples.jsonl"  # the file of a run that is written in parts
+PART_BYTES = 256 << 20  # from which on no more is added to a part
+LATER_PARTS = "samples-[0-9][0-9][0-9][0-9][0-9].jsonl"  # names of its parts but the first, for glob and fnmatch
 _encoder = msgspec.json.Encoder()
 # First bytes of files that people give for JSON, and what to do with them.
 OTHER_FORMATS = {
@@ -62,13 +68,73 @@ class Line:
         return RecordError(f"{self.path}: {self.kind} {self.number}: {message}. {remedy}")
 
 
+def part_path(path: Path, number: int) -> Path:
+    """The name of a part: samples.jsonl, samples-00001.jsonl, …"""
+    return path.with_name(f"{path.stem}-{number:05}{path.suffix}") if number else path
+
+
+def part_files(path: Path) -> list[Path]:
+    """The files that samples.jsonl consists of, in order; of another name, and where there is none, the file itself.
+
+    Raises RecordError where one is missing among them.
+    """
+    if path.name != PARTED:
+        return [path]
+    numbers = [int(file.stem[-5:]) for file in path.parent.glob(LATER_PARTS)]
+    files = [part_path(path, number) for number in range(max(numbers, default=0) + 1)]
+    for file in files if numbers else ():
+        if not file.exists():
+            raise RecordError(f"{file}: is missing, and {files[-1].name} is there. Restore it from a copy.")
+    return files
+
+
 def iter_lines(path: Path, *, own: bool = False, watch: Callable[[float], None] | None = None) -> Iterator[Line]:
     """The records of a JSONL file, or of a JSON array, one by one and not yet decoded; gzipped or not, by content.
 
     Raises RecordError if there are none. In one of our `own` files a torn last line (a killed writer) is left out, and
     a file that is missing or empty holds no records: that is how every stage starts. `watch` is called now and then
-    with the share of the file that has been read. An array is read as a whole.
+    with the share of the file that has been read. An array is read as a whole. Of a file in parts all are read; only
+    the last one can have a torn line, so one at the end of another is damage: RecordError.
     """
+    files = part_files(path)
+    if len(files) == 1:
+        yield from _iter_file(path, own, watch)
+        return
+    sizes = [file.stat().st_size for file in files]
+    for number, file in enumerate(files):
+        if number < len(files) - 1 and not _ends_whole(file):
+            raise RecordError(
+                f"{file}: its last line is cut off, and {files[number + 1].name} goes on. Restore it from a copy, "
+                "or delete that line: its sample is drawn again."
+            )
+        if sizes[number]:  # a writer was killed where it had begun the last part
+            share = partial(_watch_part, watch, sum(sizes[:number]), sizes[number], sum(sizes)) if watch else None
+            yield from _iter_file(file, own, share)
+
+
+def _watch_part(watch: Callable[[float], None], before: int, size: int, total: int, share: float) -> None:
+    """Tell `watch` the share of all parts, from that of one with `size` bytes and `before` in front of it."""
+    watch((before + share * size) / total)
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a file ends with a whole line; an empty one does."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        return file.read() in (b"", b"\n")
+
+
+def iter_blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, of all its parts one after the other, in blocks; none where there is no file."""
+    for part in part_files(path):
+        if part.exists():
+            with part.open("rb", buffering=0) as file:
+                while block := file.read(BLOCK):
+                    yield block
+
+
+def _iter_file(path: Path, own: bool, watch: Callable[[float], None] | None) -> Iterator[Line]:
     if own and not path.exists():
         return
     empty = True
@@ -298,11 +364,17 @@ def read_keys(path: Path) -> KeySet:
 class Appender:
     """Appends records to a JSONL file, each batch with one write; a torn last line is cut off at opening.
 
+    Of a file in parts it appends to the last one, and begins another before the batch that finds `part_bytes` there.
     Raises OutsideError when the disk is full; the file then ends with its last whole line.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, part_bytes: int | None = None) -> None:
+        self.path, self._part_bytes = path, part_bytes or PART_BYTES
+        files = part_files(path)
+        self._part = len(files) - 1
+        self._open(files[-1])
+
+    def _open(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -327,6 +399,10 @@ class Appender:
 
     def write(self, records: Iterable[object]) -> None:
         data = encode_all(records)
+        if data and self._size >= self._part_bytes and self.path.name == PARTED:
+            self.close()
+            self._part += 1
+            self._open(part_path(self.path, self._part))
         view = memoryview(data)
         try:
             while view:

@@ -25,7 +25,7 @@ import fractal
 from fractal import console
 from fractal.errors import InputError, OutsideError, RecordError
 from fractal.install import gpu
-from fractal.jsonl import read_jsonl, write_jsonl, write_whole
+from fractal.jsonl import iter_blocks, part_files, read_jsonl, write_jsonl, write_whole
 from fractal.records import Label, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -163,11 +163,16 @@ class RunDir:
             write_jsonl(self.file("problems.jsonl"), problems)
 
     def digest(self, *names: str) -> str:
-        """sha256 over some files of the run, a missing one being as empty: has anything changed since?"""
+        """sha256 over some files of the run, a missing one being as empty: has anything changed since?
+
+        That of samples.jsonl is over the bytes of all its parts, wherever one ends.
+        """
         total = hashlib.sha256()
         for name in names:
-            content = self.file(name).read_bytes() if self.file(name).exists() else b""
-            total.update(hashlib.sha256(content).digest())
+            content = hashlib.sha256()
+            for block in iter_blocks(self.file(name)):
+                content.update(block)
+            total.update(content.digest())
         return total.hexdigest()
 
     @contextmanager
@@ -177,7 +182,7 @@ class RunDir:
         Seconds add up over resumed calls; of a killed call, those until its output file's last change are counted.
         """
         entry = self.manifest["stages"].setdefault(name, {"seconds": 0.0})
-        file = self.file(output)
+        file = part_files(self.file(output))[-1]
         if entry.get("running_since") and file.exists():
             entry["seconds"] += max(0.0, file.stat().st_mtime - entry["running_since"])
         entry.setdefault("start", now())

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fractal import jsonl
 from fractal.generate import stage as generate_stage
 from fractal.generate.engine import Completion, Request, Sampling
-from fractal.jsonl import Appender, encode, read_jsonl
+from fractal.jsonl import Appender, encode, part_files, read_jsonl
 from fractal.records import Label, Problem, Sample, code_sha256
 from fractal.rundir import RunDir
 from fractal.sandbox.host.client import SandboxError
@@ -196,27 +197,46 @@ def test_what_an_earlier_call_left_is_made_good(tmp_path: Path) -> None:
     assert {v.status for v in read_jsonl(tmp_path / "r/labels.jsonl", Label)} == {"passed"}
 
 
+def test_parts_are_verified_like_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted and continued, beside generation and alone: what a run in one file has."""
+    run(tmp_path / "one", Engine())
+    monkeypatch.setattr(jsonl, "PART_BYTES", 2000)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", Engine(stop_after=75))
+    with part_files(tmp_path / "r/samples.jsonl")[-1].open("ab") as file:
+        file.write(b'{"task_id": 11, "sam')
+    run(tmp_path / "r", Engine())
+    assert len(part_files(tmp_path / "r/samples.jsonl")) > 10
+    whole(tmp_path / "r", 200)
+    assert keys(tmp_path / "r", "samples.jsonl", Sample) == keys(tmp_path / "one", "samples.jsonl", Sample)
+    labels = (tmp_path / "r/labels.jsonl").read_bytes()
+    assert labels == (tmp_path / "one/labels.jsonl").read_bytes()
+    (tmp_path / "r/labels.jsonl").unlink()
+    with RunDir(tmp_path / "r") as folder:
+        verify_stage.run(folder, Limits())
+    assert (tmp_path / "r/labels.jsonl").read_bytes() == labels
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_a_growing_file_is_read_whole_line_by_whole_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:  # fmt: skip
-    path = tmp_path_factory.getbasetemp() / "grows.jsonl"
-    path.unlink(missing_ok=True)
-    skip = data.draw(st.integers(0, 5))
+    path = tmp_path_factory.mktemp("grows") / "samples.jsonl"
+    skip, part_bytes = data.draw(st.integers(0, 5)), data.draw(st.sampled_from([1, 300, 1000]))
     growing, found, written = GrowingFile(path, skip), [], []
     assert growing.read(0, 9) == []
     for _ in range(data.draw(st.integers(1, 5))):
         more = [Sample("11", len(written) + i, "c\n", "é\ud800", "stop", 1, None, 1, "m") for i in range(data.draw(st.integers(0, 4)))]  # fmt: skip
-        with Appender(path) as out:
+        with Appender(path, part_bytes) as out:
             out.write(more)
         written += more
-        with path.open("ab") as file:  # half a line of a writer that is at work: not yet acknowledged
+        with part_files(path)[-1].open("ab") as file:  # half a line of a writer that is at work: not yet acknowledged
             end = file.tell()
             file.write(data.draw(st.sampled_from([b"", b'{"task', encode(written[0]) if written else b""])))
         most = data.draw(st.integers(1, 3))
-        while one := growing.read(end, most):
+        while one := growing.read(len(written), most):
             assert len(one) <= most
             found += one
-        with path.open("ab") as file:
+        with part_files(path)[-1].open("ab") as file:
             file.truncate(end)
     assert found == written[skip:]
 

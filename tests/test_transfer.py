@@ -14,6 +14,7 @@ from fractal.errors import InputError
 
 NAMES = [
     *transfer.RECORDS,
+    "samples-00001.jsonl",
     "manifest.json",
     "critic/best/head.safetensors",
     "critic/metrics.jsonl",
@@ -50,7 +51,7 @@ def test_nothing_that_has_more_is_replaced(local: RunState, remote: RunState) ->
     if target.created is None:
         return
     for name, file in target.files.items():
-        if name in transfer.RECORDS:
+        if name in transfer.RECORDS or name == "samples-00001.jsonl":
             assert name in source.files or file.size == 0
             assert source.files.get(name, file).size >= file.size
         elif name.startswith("critic/"):  # the source has it, and not an older one
@@ -70,6 +71,17 @@ def test_what_was_made_here_after_a_job_there_is_sent() -> None:
     assert direction(there, there, "demo") == "fetch"
     # a report and notes made here, of a run that went on there, decide nothing
     assert direction(run(samples=8, manifest=9, report=9, notes=1), run(samples=9, manifest=3), "demo") == "fetch"
+
+
+def test_a_part_of_the_samples_counts_as_they_do() -> None:
+    first, second = (
+        run(samples=9, labels=5),
+        RunState("a", {**run(samples=9).files, "samples-00001.jsonl": FileState(2, 2)}),
+    )
+    assert direction(first, RunState("a", {**second.files, **first.files}), "demo") == "fetch"
+    assert direction(RunState("a", {**second.files, **first.files}), first, "demo") == "send"
+    with pytest.raises(InputError, match=r"here labels\.jsonl, on the instance samples-00001\.jsonl"):
+        direction(first, second, "demo")
 
 
 def test_two_runs_and_a_run_continued_in_both_places_are_refused() -> None:

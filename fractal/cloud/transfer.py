@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from fractal.cloud.remote_host import ROOT, Log, Remote, RemoteError, script, transferred
 from fractal.errors import InputError, OutsideError
+from fractal.jsonl import LATER_PARTS
 
 FETCH_INTERVAL_S = 20.0
 LOCK_TIMEOUT_S = 30.0
@@ -120,12 +122,17 @@ def direction(local: RunState, remote: RunState, run: str) -> Literal["fetch", "
 
 def _decides(name: str) -> bool:
     """Whether it is a record file or a file of the critic; drafts of a killed training are not."""
-    return name in RECORDS or (name.startswith("critic/") and "/." not in name)
+    return _is_record(name) or (name.startswith("critic/") and "/." not in name)
+
+
+def _is_record(name: str) -> bool:
+    """Whether it is a record file, or a part of one."""
+    return name in RECORDS or fnmatchcase(name, LATER_PARTS)
 
 
 def _ahead(name: str, side: RunState, other: RunState) -> bool:
     """Whether this side's file has more than the other's."""
-    if name in RECORDS:
+    if _is_record(name):
         empty = FileState(0, 0)
         return side.files.get(name, empty).size > other.files.get(name, empty).size
     if name not in side.files or name not in other.files:

@@ -7,7 +7,7 @@ from fractal import console
 from fractal.errors import InputError
 from fractal.generate import models
 from fractal.generate.sample_files import read_samples
-from fractal.jsonl import write_jsonl
+from fractal.jsonl import iter_blocks, write_jsonl
 from fractal.problems.sets import ProblemSet
 from fractal.rundir import RunDir
 
@@ -21,8 +21,9 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
     if not samples.is_file():
         raise InputError(f"--samples {samples}: no such file.")
     files = models.resolve(model)
-    with samples.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for block in iter_blocks(samples):
+        digest.update(block)
     known = problem_set.by_id()
     with console.quiet("reading the samples"):
         adopted = [file_sample.extracted() for file_sample in read_samples(samples, known)]
@@ -39,7 +40,7 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
             "revision": files.revision,
             "weights_sha256": files.digest,
             "backend": "adopted",
-            "samples_sha256": digest,
+            "samples_sha256": digest.hexdigest(),
             "n": max(counts.values()),
             "temperature": temperatures.pop() if len(temperatures) == 1 else None,
         },

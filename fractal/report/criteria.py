@@ -16,6 +16,7 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 import msgspec
 
 from fractal.errors import InputError, RecordError
+from fractal.jsonl import iter_blocks
 from fractal.report.number_text import DASH, percent, span
 from fractal.report.strategies import StrategyResult
 from fractal.report.summary import Summary
@@ -166,8 +167,7 @@ def record(folder: RunDir, criteria: Iterable[Criterion]) -> list[Recorded]:
     """Add to the manifest those that it does not hold, at once; return these."""
     before = recorded(folder.manifest)
     known = {entry.text for entry in before}
-    file = folder.file("samples.jsonl")
-    samples = file.read_bytes().count(b"\n") if file.exists() else 0
+    samples = sum(block.count(b"\n") for block in iter_blocks(folder.file("samples.jsonl")))
     added = [
         Recorded(**asdict(entry), recorded=now(), samples=samples) for entry in criteria if entry.text not in known
     ]

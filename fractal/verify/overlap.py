@@ -1,7 +1,7 @@
 """Verification beside generation (`fractal run --stage all`): a thread that labels samples while others are drawn.
 
 It reads samples.jsonl up to where the generator has written, and appends to labels.jsonl in the order of the samples,
-as the stage does: `fractal verify` alone continues after any kill. The two share nothing but a position in a file, so a
+as the stage does: `fractal verify` alone continues after any kill. The two share nothing but a number of samples, so a
 slow sandbox costs the engine no memory and no wait, and one that fails only the head start.
 
 The sandbox is fed in bursts. A program that loops takes a processor for seconds, and an engine on a CPU waits for its
@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fractal import console
-from fractal.jsonl import Line, decode
+from fractal.jsonl import Line, decode, part_path
 from fractal.records import Sample
 from fractal.rundir import RunDir
 from fractal.sandbox.host.container import Sandbox
@@ -50,7 +50,7 @@ class Overlap:
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._new = 0  # samples written since the last burst
-        self._readable = 0  # bytes of samples.jsonl that may be read
+        self._readable = 0  # samples that are whole on disk
         self._ending = self._stopping = False
         self._bar: console.Bar | None = None
         self._verdicts_before = 0  # labels with a verdict at the start
@@ -86,7 +86,7 @@ class Overlap:
         self._verdicts_before = plan.samples - plan.todo
         record_sandbox(folder, self._limits, self._sandbox, self._verdicts_before)
         self._left_before = self._total = plan.samples - plan.end
-        self._readable = samples.stat().st_size if samples.exists() else 0
+        self._readable = plan.samples
         self._thread = threading.Thread(target=self._work, args=(source, plan.end), daemon=True, name="verify")
         self._thread.start()
         return Follower(self)
@@ -97,7 +97,7 @@ class Overlap:
             self._bar = bar.beside("verify", self._total)
             self._bar.advance(self.labels)
         if written:
-            self._readable = self._folder.file("samples.jsonl").stat().st_size
+            self._readable += written
             self._new += written
             if self._new >= BURST:
                 self._wake.set()
@@ -161,30 +161,30 @@ class Follower:
 
 
 class GrowingFile:
-    """The samples of a file that grows, from the `skip`th on."""
+    """The samples of a file that grows, from the `skip`th on; it may grow by another part (jsonl.py)."""
 
     def __init__(self, path: Path, skip: int) -> None:
         self._path, self._skip = path, skip
-        self._offset = 0  # bytes read
-        self._number = 0  # lines read
+        self._count = 0  # samples read
+        self._part = self._offset = self._line = 0  # where to go on: the part, and what was read of it
 
     def read(self, end: int, most: int) -> list[Sample]:
-        """Up to `most` more samples that end before byte `end`. Raises RecordError."""
+        """Up to `most` more of the file's first `end` samples. Raises RecordError."""
         samples: list[Sample] = []
-        if self._offset >= end:
-            return samples
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            while len(samples) < most and self._offset < end:
-                data = file.readline()
-                if not data.endswith(b"\n"):
+        while self._count < end and len(samples) < most:
+            path = part_path(self._path, self._part)
+            with path.open("rb") as file:
+                file.seek(self._offset)
+                while self._count < end and len(samples) < most and (data := file.readline()).endswith(b"\n"):
+                    self._offset += len(data)
+                    self._line += 1
+                    if data.isspace():
+                        continue
+                    self._count += 1
+                    if self._count > self._skip:
+                        samples.append(decode(Line(path, self._line, "line", data), Sample))
+            if self._count < end and len(samples) < most:
+                if not part_path(self._path, self._part + 1).exists():
                     break
-                self._offset += len(data)
-                self._number += 1
-                if data.isspace():
-                    continue
-                if self._skip:
-                    self._skip -= 1
-                    continue
-                samples.append(decode(Line(self._path, self._number, "line", data), Sample))
+                self._part, self._offset, self._line = self._part + 1, 0, 0
         return samples
