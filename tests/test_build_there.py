@@ -22,6 +22,7 @@ from fractal.images.build_errors import BuildError
 from fractal.images.image import Image
 from fractal.images.placement import Facts
 from fractal.images.recipes import Recipe
+from fractal.images.rendering import SHELL
 from tests.conftest import until
 from tests.machine import Condition, Machine
 
@@ -117,10 +118,11 @@ def test_images_of_two_processors_have_two_names(client: docker.DockerClient) ->
 
 
 def test_layers_that_differ_are_named_with_their_commands() -> None:
-    commands = ["ADD file", "RUN uv pip install", "COPY /local"]
+    commands = ["", f"RUN /bin/sh -c {SHELL} uv pip install", "COPY /local"]
     assert "all 3 layers are those" in remote_build.difference("x:1", ["a", "b", "c"], ["a", "b", "c"], commands)
     said = remote_build.difference("x:1", ["a", "b", "c"], ["a", "z", "c"], commands)
     assert said.endswith("2 (RUN uv pip install)")
+    assert remote_build.difference("x:1", ["y", "b", "c"], ["a", "b", "c"], commands).endswith("1 (the base)")
     assert "bases differ" in remote_build.difference("x:1", ["a", "b"], ["a", "b", "c"], commands)
 
 

@@ -342,5 +342,5 @@ def difference(name: str, here: list[str], there: list[str], commands: list[str]
         return f"{name} has {len(there)} layers there and {len(here)} here: the bases differ"
     if not differing:
         return f"{name}: all {len(here)} layers are those of the image built here"
-    shown = ", ".join(f"{i + 1} ({buildkit.shorten(commands[i])})" for i in differing)
+    shown = ", ".join(f"{i + 1} ({buildkit.shorten(commands[i]) or 'the base'})" for i in differing)
     return f"{name}: of {len(here)} layers, these differ from the image built here: {shown}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from fractal import console
 from fractal.images.build_errors import BuildError, error_message, without_passwords
 from fractal.images.image import Image
-from fractal.images.rendering import Rendering
+from fractal.images.rendering import SHELL, Rendering
 
 CANCEL_TIMEOUT_S = 3  # a tenth of it as a rule
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -232,4 +232,5 @@ class BuildOutput:
 
 def shorten(title: str) -> str:
     """A step's title without what we add to each."""
+    title = title.replace(f"/bin/sh -c {SHELL} ", "")  # as an image's history has it
     return re.sub(r"--mount=\S+\s*|\. /run/secrets/settings\s+&&\s*", "", title)[:100]

@@ -117,8 +117,8 @@ def bootstrap(client: docker.DockerClient, kind: Kind, log: Path) -> str:
 
 
 def left_out(kind: Kind, *, own_sources: bool) -> str:
-    """The pattern of what a base does not keep. A mirror of this network reaches the builds as a secret."""
-    return kind.left_out + r"|etc/apt/sources\.list" * own_sources
+    """The pattern of what a base does not keep: options of mmdebstrap, and mirrors, which reach builds as a secret."""
+    return rf"{kind.left_out}|etc/apt/apt\.conf\.d/99mmdebstrap" + r"|etc/apt/sources\.list" * own_sources
 
 
 def run(argv: list[str], log: Path) -> None:
