@@ -16,6 +16,9 @@ from fractal.images.recipes import Recipe
 
 FOLDER = "layers"  # below Fractal's on the file system
 START_TIMEOUT_S = 60.0
+# The registry's own image lies there, too: where no public registry answers, it would be sent to each instance.
+LOAD = '[ ! -e "$2" ] || $1 inspect fractal-layers > /dev/null 2>&1 || $1 load -q -i "$2"'
+SAVE = '[ -e "$2" ] || { $1 save "$3" > "$2.new" && mv "$2.new" "$2"; }'
 
 
 def start(remote: Remote, sudo: str, program: str, folder: str) -> str:
@@ -27,9 +30,13 @@ def start(remote: Remote, sudo: str, program: str, folder: str) -> str:
     command = f"{sudo} {program}".strip()
     platform = remote.check("ask its engine", "$1 version --format '{{.Server.Os}}/{{.Server.Arch}}'", command).strip()
     engine = remote_engine.Engine(command, platform)
+    layers = PurePosixPath(folder) / FOLDER
+    archive = str(layers / f"registry-{platform.replace('/', '-')}.tar")
+    remote.run(LOAD, command, archive)
     image = remote_engine.ensure_registry_image(remote.link, engine, lambda text: note(text, "lambda"))
-    arguments = (sudo, program, image, str(PurePosixPath(folder) / FOLDER))
+    arguments = (sudo, program, image, str(layers))
     port = remote.check("keep layers", script("layer_registry"), *arguments, timeout_s=START_TIMEOUT_S).split()[-1]
+    remote.run(SAVE, command, archive, image)
     return f"127.0.0.1:{port.rpartition(':')[2]}/fractal"
 
 
