@@ -98,12 +98,13 @@ def push(session: Session, image: str, registry: str, host: str, *, as_json: boo
         chosen = recipes.choose(image, session.processor)
         with session.remote() as (remote, entry):
             present = session.built_there | remote_build.only_there(remote, chosen)
-            for recipe in (recipe for recipe in chosen if recipe.key in present):
-                log(f"{session.image_name(recipe.key)} is on {host}, where it was built")
-            chosen = [recipe for recipe in chosen if recipe.key not in present]
             for recipe in chosen:
+                name = session.image_name(recipe.key)
                 if recipe.accelerator == "cuda":
-                    remote.driver.environment(_base_label(session.image_name(recipe.key)))
+                    remote.driver.environment("" if recipe.key in present else _base_label(name))
+                if recipe.key in present:
+                    log(f"{name} is on {host}, where it was built")
+            chosen = [recipe for recipe in chosen if recipe.key not in present]
             if chosen:
                 check_disk(session, remote, entry, chosen, _sizes(session, chosen))
         config = ssh_config.config_file(session.ledger.folder)
