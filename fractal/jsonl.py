@@ -256,9 +256,14 @@ def _decoder(kind: Any) -> "msgspec.json.Decoder[Any]":
     return msgspec.json.Decoder(kind)
 
 
+def iter_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
+    """The records of one of our own files one by one, see `iter_lines`. Raises RecordError."""
+    return (decode(line, kind) for line in iter_lines(path, own=True))
+
+
 def read_jsonl(path: Path, kind: type[T]) -> list[T]:
-    """All records of one of our own files, see `iter_lines`. Raises RecordError."""
-    return [decode(line, kind) for line in iter_lines(path, own=True)]
+    """All of `iter_jsonl`."""
+    return list(iter_jsonl(path, kind))
 
 
 def encode(record: object) -> bytes:

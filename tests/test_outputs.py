@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fractal.jsonl import encode, read_jsonl, write_jsonl
-from fractal.records import Label, Output, Problem, Sample
+from fractal.records import Label, Output, Problem, Sample, code_sha256
 from fractal.rundir import RunDir
 from fractal.sandbox.host.limits import Limits
 from fractal.verify import outputs as verify_outputs
@@ -151,7 +151,7 @@ def test_the_stage_fills_what_is_missing_and_skips_the_silent(tmp_path, place):
     samples = [program(body, i) for i, body in enumerate(bodies)] + [program(bodies[0], 0, task_id="2")]
     firsts = ["passed", "passed", "failed", "error", "not_run", "passed"]
     labels = [
-        Label(s.task_id, s.sample_id, "failed", False, [first, "not_run"], 0, 0, "", "")
+        Label(s.task_id, s.sample_id, "failed", False, [first, "not_run"], 0, 0, "", code_sha256(s.code))
         for s, first in zip(samples, firsts, strict=True)
     ]
     outputs_of_1 = ["(4,)", "(4,)", "(5,)", None, None]

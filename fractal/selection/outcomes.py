@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fractal.jsonl import Keyed, read_jsonl, unique
+from fractal.jsonl import Keyed, iter_jsonl, unique
 from fractal.records import Label, Output, Sample, Score, task_order
 from fractal.rundir import RunDir
 
@@ -53,15 +53,19 @@ class LeftOut:
 
 
 def read_outcomes(folder: RunDir, splits: Sequence[str]) -> dict[str, list[Outcome]]:
-    """The usable samples of a run's splits. Raises InputError where two records have the same key."""
+    """The usable samples of a run's splits. Raises InputError where two records of these have the same key."""
+    inside = {task_id for task_id, problem in folder.problems().items() if problem.split in splits}
 
     def records(name: str, kind: type[K]) -> Iterable[K]:
-        return unique(read_jsonl(folder.file(name), kind), folder.file(name)).values()
+        path = folder.file(name)
+        return unique((record for record in iter_jsonl(path, kind) if record.task_id in inside), path).values()
 
-    inside = {task_id for task_id, problem in folder.problems().items() if problem.split in splits}
-    samples = (sample for sample in records("samples.jsonl", Sample) if sample.task_id in inside)
-    labels, scores = records("labels.jsonl", Label), records("scores.jsonl", Score)
-    return outcomes(samples, labels, scores, records("outputs.jsonl", Output))
+    return outcomes(
+        records("samples.jsonl", Sample),
+        records("labels.jsonl", Label),
+        records("scores.jsonl", Score),
+        records("outputs.jsonl", Output),
+    )
 
 
 def outcomes(

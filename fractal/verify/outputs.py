@@ -13,12 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 from fractal import console
-from fractal.jsonl import Appender, KeySet, decode, iter_lines
+from fractal.jsonl import read_keys
 from fractal.records import Label, Output, Problem, Sample
 from fractal.rundir import RunDir
 from fractal.sandbox.host.container import Sandbox
 from fractal.sandbox.host.limits import Limits
-from fractal.verify.labelling import append_records
+from fractal.verify.counts import count
+from fractal.verify.labelling import SampleFile, append_records
+from fractal.verify.resume import labelled
 
 WRAPPERS = ("set", "frozenset", "sorted", "list", "tuple", "dict")  # the test says so which results are the same
 NO_ANSWER = ("not_run", "missing", "timeout", "memory", "crashed", "forbidden")  # of the first test
@@ -77,46 +79,38 @@ def fractal_report(fractal_values):
 def run(folder: RunDir, limits: Limits, **options: Any) -> None:
     """Write what is missing of the run's outputs.jsonl: one Output for each labelled sample. `options`: of Sandbox.
 
+    Samples and labels are read side by side: labels stand in the order of their samples, as `make_plan` leaves them.
     Killed, it goes on at the first missing one. A program that gave no answer to the first test is not run again, and
     has no output; neither has one whose first test has no call of the entry point that can be taken out of it.
     """
-    path = folder.file("outputs.jsonl")
-    done, no_answer, labelled = KeySet(), KeySet(), KeySet()
-    for line in iter_lines(path, own=True):
-        output = decode(line, Output)
-        done.add(output.task_id, output.sample_id)
-    for line in iter_lines(folder.file("labels.jsonl"), own=True):
-        label = decode(line, Label)
-        if label.status != "sandbox_error":
-            labelled.add(label.task_id, label.sample_id)
-            if label.tests and label.tests[0] in NO_ANSWER:
-                no_answer.add(label.task_id, label.sample_id)
-    if len(done) >= len(labelled):
+    path, labels = folder.file("outputs.jsonl"), folder.file("labels.jsonl")
+    done, tally = read_keys(path), count(labels)
+    if len(done) >= tally.total - tally.errors:
         return
+    source = SampleFile(folder.file("samples.jsonl"), folder.problems(), own=True)
     problems = {
-        task_id: changed for task_id, problem in folder.problems().items() if (changed := output_problem(problem))
+        task_id: changed for task_id, problem in source.problems.items() if (changed := output_problem(problem))
     }
 
-    def missing() -> Iterator[Sample]:
-        for line in iter_lines(folder.file("samples.jsonl"), own=True):
-            sample = decode(line, Sample)
-            key = (sample.task_id, sample.sample_id)
-            if key in labelled and key not in done:
+    def missing(is_run: bool) -> Iterator[Sample]:
+        """The labelled samples without an output whose program has to be run for it, or those whose has not."""
+        for sample, label in labelled(source.read(), labels):
+            if label.status == "sandbox_error" or (sample.task_id, sample.sample_id) in done:
+                continue
+            answered = not label.tests or label.tests[0] not in NO_ANSWER
+            if (sample.task_id in problems and answered) == is_run:
                 yield sample
 
-    def is_run(sample: Sample) -> bool:
-        return sample.task_id in problems and (sample.task_id, sample.sample_id) not in no_answer
-
     with folder.stage("verify", "outputs.jsonl"):
-        with Appender(path) as file:
-            file.write(Output(sample.task_id, sample.sample_id, None) for sample in missing() if not is_run(sample))
-        count = sum(map(is_run, missing()))
-        if not count:
+        none = (Output(sample.task_id, sample.sample_id, None) for sample in missing(is_run=False))
+        append_records(none, path, lambda *_: None)
+        total = sum(1 for _ in missing(is_run=True))
+        if not total:
             return
         begin = time.monotonic()
-        with Sandbox(limits=limits, **options) as sandbox, console.bar("outputs", count) as bar:
-            append_records(_outputs(sandbox.verify(filter(is_run, missing()), problems)), path, bar.advance)
-        console.say(f"verify: outputs of {count:,} samples on the visible inputs, {time.monotonic() - begin:.1f} s")
+        with Sandbox(limits=limits, **options) as sandbox, console.bar("outputs", total) as bar:
+            append_records(_outputs(sandbox.verify(missing(is_run=True), problems)), path, bar.advance)
+        console.say(f"verify: outputs of {total:,} samples on the visible inputs, {time.monotonic() - begin:.1f} s")
 
 
 def _outputs(labels: Iterable[Label]) -> Iterator[Output]:
