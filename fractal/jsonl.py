@@ -84,7 +84,9 @@ def part_files(path: Path) -> list[Path]:
     files = [part_path(path, number) for number in range(max(numbers, default=0) + 1)]
     for file in files if numbers else ():
         if not file.exists():
-            raise RecordError(f"{file}: is missing, and {files[-1].name} is there. Restore it from a copy.")
+            raise RecordError(
+                f"{file}: is missing, and {files[-1].name} is there. Restore it from a copy, or fetch the run again."
+            )
     return files
 
 
@@ -104,8 +106,8 @@ def iter_lines(path: Path, *, own: bool = False, watch: Callable[[float], None] 
     for number, file in enumerate(files):
         if number < len(files) - 1 and not _ends_whole(file):
             raise RecordError(
-                f"{file}: its last line is cut off, and {files[number + 1].name} goes on. Restore it from a copy, "
-                "or delete that line: its sample is drawn again."
+                f"{file}: its last line is cut off, and {files[number + 1].name} goes on. Restore it from a copy, or "
+                "fetch the run again."
             )
         if sizes[number]:  # a writer was killed where it had begun the last part
             share = partial(_watch_part, watch, sum(sizes[:number]), sizes[number], sum(sizes)) if watch else None
@@ -444,7 +446,14 @@ def write_whole(path: Path, data: bytes, *, mode: int | None = None) -> None:
 
 
 def write_parts(path: Path, parts: Iterable[bytes], *, mode: int | None = None) -> None:
-    """`write_whole` for what need not be in memory at once; if `parts` raises, the file stays as it was."""
+    """`write_whole` for what need not be in memory at once; if `parts` raises, the file stays as it was.
+
+    Raises InputError for a file that has further parts, with which the new one would be read.
+    """
+    if later := part_files(path)[1:]:
+        raise InputError(
+            f"{path}: goes on in {later[0].name}. Name another file, or move this one away with its parts."
+        )
     target = path.resolve()  # what a link points to, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fractal.errors import RecordError
+from fractal.errors import InputError, RecordError
 from fractal.generate.sample_files import read_samples
-from fractal.jsonl import Appender, encode_all, iter_blocks, iter_lines, part_files, read_jsonl, read_keys
+from fractal.jsonl import Appender, encode_all, iter_blocks, iter_lines, part_files, read_jsonl, read_keys, write_jsonl
 from fractal.records import Problem, Sample
 from fractal.report import check, criteria
 from fractal.report import stage as report_stage
@@ -92,6 +92,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
     last.touch()
     assert len(list(iter_lines(path))) == 4, "a writer was killed where it had begun a part"
     last.unlink()
+    with pytest.raises(InputError, match=r"samples\.jsonl: goes on in samples-00001\.jsonl"):
+        write_jsonl(path, [sample(9)])
     second = tmp_path / "samples-00001.jsonl"
     whole = second.read_bytes()
     second.write_bytes(whole[:-5])

@@ -1,6 +1,7 @@
 """Samples that were drawn elsewhere -> a run folder: stage 1 for files of our own or other tools. Draws nothing."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 from fractal import console
@@ -25,13 +26,13 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
     for block in iter_blocks(samples):
         digest.update(block)
     known = problem_set.by_id()
+    counts: Counter[str] = Counter()
+    temperatures: set[float | None] = set()
     with console.quiet("reading the samples"):
-        adopted = [file_sample.extracted() for file_sample in read_samples(samples, known)]
-    counts: dict[str, int] = {}
-    for sample in adopted:
-        counts[sample.task_id] = counts.get(sample.task_id, 0) + 1
+        for sample, _ in read_samples(samples, known):
+            counts[sample.task_id] += 1
+            temperatures.add(sample.temperature)
     chosen = [problem for problem in problem_set.problems if problem.task_id in counts]
-    temperatures = {sample.temperature for sample in adopted}
     folder.configure("problems", {"name": problem_set.name, "digest": problem_set.digest})
     folder.configure(
         "generate",
@@ -49,12 +50,13 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
     folder.save()
     folder.set_problems(chosen)
     if folder.file("samples.jsonl").exists():
-        console.say(f"adopt: {len(adopted)} samples are there, nothing to do")
+        console.say(f"adopt: {counts.total()} samples are there, nothing to do")
         return
     with folder.stage("adopt", "samples.jsonl"):
+        adopted = (file_sample.extracted() for file_sample in read_samples(samples, known))
         write_jsonl(folder.file("samples.jsonl"), adopted)
         missing = len(problem_set.problems) - len(chosen)
         console.say(
-            f"adopt: {len(adopted)} samples of {len(chosen)} problems from {samples}"
+            f"adopt: {counts.total()} samples of {len(chosen)} problems from {samples}"
             + (f"; {missing} problems without a sample left out" if missing else "")
         )
