@@ -345,6 +345,16 @@ class KeySet:
     def __len__(self) -> int:
         return self._size
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KeySet):
+            return NotImplemented
+        return self._size == other._size and self._count == other._count and self._gaps() == other._gaps()
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def _gaps(self) -> dict[str, set[int]]:
+        return {task_id: others for task_id, others in self._others.items() if others}
+
     def missing(self, task_id: str, n: int) -> Iterator[int]:
         """Which of sample_id 0..n-1 the problem lacks, in order; the set must not change meanwhile."""
         others = self._others.get(task_id, ())

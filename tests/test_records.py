@@ -366,6 +366,12 @@ def test_a_key_set_is_a_set(pairs):
         assert keys.add(*pair) is (pair not in plain)
         plain.add(pair)
         assert len(keys) == len(plain)
+    backwards = KeySet()
+    for pair in reversed(pairs):
+        assert (backwards == keys) == (len(backwards) == len(plain))
+        backwards.add(*pair)
+    assert backwards == keys
+    assert keys != plain
     for pair in {(task_id, i) for task_id in ("1", "2", "3") for i in range(-3, 12)} | plain:
         assert (pair in keys) == (pair in plain)
     for task_id in ("1", "2", "3"):

@@ -9,8 +9,8 @@ from fractal.errors import InputError
 from fractal.generate import models
 from fractal.generate.backends import why_no_vllm
 from fractal.install import gpu
-from fractal.jsonl import read_jsonl, unique, write_jsonl
-from fractal.records import Sample, Score
+from fractal.jsonl import iter_jsonl, read_keys, write_jsonl
+from fractal.records import Sample
 from fractal.rundir import RunDir
 
 BACKENDS = ("auto", "transformers", "vllm")
@@ -25,20 +25,19 @@ def run(folder: RunDir, critic_dir: Path | None = None, backend: str = "auto", b
         )
     info = checkpoint.verify(critic_dir)
     backend = choose_backend(backend, info.mode)
-    path = folder.file("samples.jsonl")
-    samples = unique(read_jsonl(path, Sample), path)
-    if not samples:
+    keys = read_keys(folder.file("samples.jsonl"))
+    if not keys:
         raise InputError(f"{folder.path}: has no samples yet. Run `fractal generate --run {folder.path}` first.")
     problems = folder.problems()
     digest = checkpoint.digest(critic_dir)
     previous = folder.manifest["config"].get("score", {})
-    done = unique(read_jsonl(folder.file("scores.jsonl"), Score), folder.file("scores.jsonl"))
-    if previous.get("critic_sha256") == digest and done.keys() == samples.keys():
+    done = read_keys(folder.file("scores.jsonl"))
+    if previous.get("critic_sha256") == digest and done == keys:
         console.say(f"score: {len(done)} scores are there, nothing to do")
         return
     files = models.resolve(base or folder.model_path(info.base))
     checkpoint.check_base(critic_dir, info, files)
-    pairs = [(problems[sample.task_id], sample) for sample in samples.values()]
+    pairs = [(problems[sample.task_id], sample) for sample in iter_jsonl(folder.file("samples.jsonl"), Sample)]
     with folder.stage("score", "scores.jsonl") as entry:
         from fractal.critic import scorers
 
