@@ -91,6 +91,9 @@ HELP = {
     "batch": "Samples decoded together. Default: what free memory holds; halved once if it does not.",
     "engines": "vLLM engines that share one GPU, each in a process of its own: a small model leaves a GPU idle with "
     "one engine. Default: by the sizes of model, GPU and run; 1 on a CPU.",
+    "ray": "Engines as actors of Ray: local:N, N of them on this machine, one on each GPU if it has any; auto, in the "
+    "cluster that this node belongs to. A lost one's samples go to the others (docs/scale.md).",
+    "gpus": "One engine on each of N GPUs, or all: --ray local:N, refused where there are fewer.",
     "base_url": "--backend openai: its server, as http://localhost:8000/v1. OPENAI_API_KEY holds the key, if any.",
     "tokenizer": "--backend openai: the served model's tokenizer, a folder or hub id: prompts as for the other "
     "backends, by /completions. Without it: /chat/completions.",
@@ -125,6 +128,8 @@ class GenerateOptions:
     backend: Annotated[str, Option(help=HELP["backend"])] = "auto"
     batch: Annotated[int | None, Option(help=HELP["batch"])] = None
     engines: Annotated[int | None, Option(help=HELP["engines"])] = None
+    ray: Annotated[str | None, Option(help=HELP["ray"])] = None
+    gpus: Annotated[str | None, Option(help=HELP["gpus"])] = None
     base_url: Annotated[str | None, Option(envvar="OPENAI_BASE_URL", help=HELP["base_url"])] = None
     tokenizer: Annotated[str | None, Option(help=HELP["tokenizer"])] = None
     concurrency: Annotated[int, Option(help="--backend openai: requests in flight at most.")] = 32
@@ -282,7 +287,7 @@ def _record_criteria(folder: "RunDir", options: CriteriaOptions) -> None:
 def _generate(folder: "RunDir", problem_set: "ProblemSet", options: GenerateOptions, follow: Any = None) -> None:
     """Options that are not given are the run's own, else DEFAULTS. `follow` labels samples while others are drawn."""
     from fractal.generate import models, stage
-    from fractal.generate.engine import Sampling, Server
+    from fractal.generate.engine import RayCluster, Sampling, Server
 
     known = folder.manifest["config"].get("generate", {})
     given = {name: getattr(options, name) for name in DEFAULTS}
@@ -301,7 +306,8 @@ def _generate(folder: "RunDir", problem_set: "ProblemSet", options: GenerateOpti
         model = folder.model_path(known.get("model", models.EMBEDDED))
     stage.run(
         folder, problem_set, model, Sampling(**values), options.backend,
-        batch=options.batch, engines=options.engines, server=server, follow=follow,
+        batch=options.batch, engines=options.engines, server=server,
+        cluster=RayCluster.parse(options.ray, options.gpus), follow=follow,
     )  # fmt: skip
 
 

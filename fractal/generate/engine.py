@@ -5,9 +5,11 @@ The engines are vllm_processes.py (vllm.py in processes of their own), transform
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, Self
 
 from fractal.errors import InputError
+
+MOST_ENGINES = 1024  # in one cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,35 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class RayCluster:
+    """Where Ray runs engines, one on each GPU where there are any."""
+
+    address: Literal["local", "auto"]  # started on this machine, or the cluster that this node belongs to
+    engines: int | None = None  # None: as many as there are GPUs, without any as there are nodes
+    gpus: bool = False  # a GPU is asked for each
+
+    @classmethod
+    def parse(cls, ray: str | None, gpus: str | None) -> Self | None:
+        """Of --ray and --gpus; None without either. Raises InputError."""
+        if ray is None and gpus is None:
+            return None
+        address: Literal["local", "auto"] = "local"
+        count: str | None = gpus
+        if ray == "auto":
+            address = "auto"
+        elif ray is not None:
+            name, _, count = ray.partition(":")
+            if name != "local" or gpus is not None:
+                raise InputError(f"--ray {ray}: expected local:N, as local:2, or auto; with --gpus, auto alone.")
+        if count in (None, "all") and ray in (None, "auto"):
+            return cls(address, None, gpus is not None)
+        option = f"--gpus {gpus}: expected all, or a number" if gpus is not None else f"--ray {ray}: expected a number"
+        if not count or not count.isdecimal() or not 1 <= int(count) <= MOST_ENGINES:
+            raise InputError(f"{option} from 1 to {MOST_ENGINES}.")
+        return cls(address, int(count), gpus is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One completion to draw."""
 
@@ -78,6 +109,7 @@ class Completion:
     stopped: bool  # the model ended it: at a stop text or an end token
     tokens: int
     sum_logprob: float | None  # None: the server sent no log-probabilities
+    code: str | None = None  # the program in it, where the engine's process has extracted it
 
 
 def never_stop() -> bool:

@@ -6,19 +6,20 @@ Engines are imported only when a sample is missing, because importing vLLM takes
 """
 
 import hashlib
+import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from fractal import console
-from fractal.errors import InputError
+from fractal.errors import InputError, OutsideError
 from fractal.generate import memory, models, prompts
 from fractal.generate.backends import choose_backend
-from fractal.generate.engine import Completion, Engine, Sampling, Server, SizedRequests
+from fractal.generate.engine import Completion, Engine, RayCluster, Sampling, Server, SizedRequests
 from fractal.generate.extraction import extract_code
 from fractal.generate.interrupt import DeferredInterrupt
 from fractal.generate.vllm_processes import EngineProcess, EngineProcesses
@@ -45,13 +46,15 @@ def run(
     batch: int | None = None,
     engines: int | None = None,
     server: Server | None = None,
+    cluster: RayCluster | None = None,
     follow: Callable[[], SampleFollower] | None = None,
 ) -> None:
     """Draw the samples that are missing.
 
     batch: samples decoded together; None to derive it from free memory. engines: of vLLM that share the GPU; None to
-    derive it from the model's size. server: for backend openai. follow: called before the model is loaded, if samples
-    are missing; what it returns is updated as they are written.
+    derive it from the model's size. server: for backend openai. cluster: where Ray runs the engines; None: this process
+    runs them. follow: called before the model is loaded, if samples are missing; what it returns is updated as they are
+    written.
 
     Raises InputError, OutsideError, and KeyboardInterrupt; finished samples are written in each case.
     """
@@ -63,6 +66,8 @@ def run(
     backend = choose_backend(backend, previous.get("backend"))
     if engines is not None and backend != "vllm":
         raise InputError(f"--engines {engines}: goes with --backend vllm, and here {backend} draws. Leave it out.")
+    if cluster:
+        check_ray(backend, engines)
     files: models.ModelFiles | None = None
     dtype = None
     began = time.monotonic()
@@ -107,7 +112,7 @@ def run(
             f"({backend}{f', {dtype}' if dtype else ''}); {len(done)} are there"
         )
         began, process = time.monotonic(), None
-        if backend == "vllm":  # it imports vLLM while the prompts are tokenised here
+        if backend == "vllm" and not cluster:  # it imports vLLM while the prompts are tokenised here
             with console.quiet("starting vLLM"):
                 process = cleanup.enter_context(EngineProcess())
         tokenizer_name = str(files.path) if files else server.tokenizer if server else None
@@ -120,7 +125,11 @@ def run(
             entry["skipped"] = skipped
         folder.save()
         if requests.prompts:
-            if files and dtype:
+            if files and dtype and cluster:
+                length = requests.longest + sampling.max_tokens
+                load = partial(load_here, backend, files.path, sampling, dtype, length, batch)
+                engine = start_cluster(cluster, load, problem_set.problems)
+            elif files and dtype:
                 engine = load_engine(backend, files.path, sampling, dtype, requests, batch, engines, process)
             else:
                 assert server is not None
@@ -162,9 +171,36 @@ def load_engine(
             return EngineProcesses(
                 path, sampling, dtype, length, batch, engines=count, budget_bytes=budget, first=process
             )
-        from fractal.generate.transformers import TransformersEngine
+        return load_here(backend, path, sampling, dtype, length, batch)
 
-        return TransformersEngine(path, sampling, dtype, length, batch)
+
+def load_here(backend: str, path: Path, sampling: Sampling, dtype: str, length: int, batch: int | None) -> Engine:
+    """Load the model in `path` in this process. Raises OutsideError."""
+    if backend == "vllm":
+        from fractal.generate.vllm import VllmEngine
+
+        return VllmEngine(path, sampling, dtype, length, batch)
+    from fractal.generate.transformers import TransformersEngine
+
+    return TransformersEngine(path, sampling, dtype, length, batch)
+
+
+def check_ray(backend: str, engines: int | None) -> None:
+    """Raises InputError for options that do not go with Ray's, OutsideError where it is not installed."""
+    if backend == "openai":
+        raise InputError("--ray, --gpus: go with --backend vllm or transformers; a server spreads its requests itself.")
+    if engines is not None:
+        raise InputError(f"--engines {engines}: does not go with --ray and --gpus: each GPU has one engine.")
+    if importlib.util.find_spec("ray") is None:
+        raise OutsideError("--ray, --gpus: the package ray is not installed; pip install 'fractal[fleet]' installs it.")
+
+
+def start_cluster(cluster: RayCluster, load: Callable[[], Engine], problems: list[Problem]) -> Engine:
+    """Engines that Ray runs. Raises OutsideError."""
+    with console.quiet("starting Ray"):
+        from fractal.generate.ray import RayEngines
+
+        return RayEngines(cluster, load, CodeExtractor({p.task_id: (p.entry_point, p.prefix) for p in problems}))
 
 
 def connect(model: str, sampling: Sampling, server: Server) -> Engine:
@@ -211,6 +247,8 @@ def draw(
         seconds = time.monotonic() - start
         entry["tokens"] = int(entry.get("tokens", 0)) + tokens
         entry["decode_seconds"] = round(float(entry.get("decode_seconds", 0.0)) + seconds, 3)
+        if placement := getattr(engine, "ray", None):
+            entry["ray"] = placement
     console.say(
         f"generate: {count} samples, {tokens} tokens in {seconds:.0f} s "
         f"({tokens / seconds:.1f} tokens/s, {count / seconds:.2f} samples/s)"
@@ -219,15 +257,30 @@ def draw(
         raise KeyboardInterrupt
 
 
+def reply_of(completion: Completion) -> str:
+    """The model's reply, with the fence that the prompt opened."""
+    if completion.request.prompt:  # the prompt was rendered here, and its last line opened a fence
+        return prompts.OPENING + completion.text + (prompts.FENCE_END if completion.stopped else "")
+    return completion.text
+
+
+@dataclass(frozen=True)
+class CodeExtractor:
+    """Takes the program out of a completion, in the process of the engine that drew it."""
+
+    problems: dict[str, tuple[str, str]]  # entry point and prefix by task_id
+
+    def __call__(self, completion: Completion) -> str:
+        return extract_code(reply_of(completion), *self.problems[completion.request.task_id])
+
+
 def to_sample(completion: Completion, problem: Problem, sampling: Sampling, model: str) -> Sample:
-    reply, request = completion.text, completion.request
-    if request.prompt:  # the prompt was rendered here, and its last line opened a fence
-        reply = prompts.OPENING + reply + (prompts.FENCE_END if completion.stopped else "")
+    reply, request, code = reply_of(completion), completion.request, completion.code
     return Sample(
         task_id=problem.task_id,
         sample_id=request.sample_id,
         completion=reply,
-        code=extract_code(reply, problem.entry_point, problem.prefix),
+        code=extract_code(reply, problem.entry_point, problem.prefix) if code is None else code,
         finish_reason="stop" if completion.stopped else "length",
         tokens=completion.tokens,
         sum_logprob=None if completion.sum_logprob is None else round(completion.sum_logprob, 6),
