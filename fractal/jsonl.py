@@ -9,6 +9,7 @@ samples.jsonl reads all its parts, as if they were one file.
 
 import errno
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -134,6 +135,14 @@ def iter_blocks(path: Path) -> Iterator[bytes]:
             with part.open("rb", buffering=0) as file:
                 while block := file.read(BLOCK):
                     yield block
+
+
+def file_digest(path: Path) -> "hashlib._Hash":
+    """sha256 over the bytes of a file, of all its parts, wherever one ends; of nothing where there is no file."""
+    total = hashlib.sha256()
+    for block in iter_blocks(path):
+        total.update(block)
+    return total
 
 
 def _iter_file(path: Path, own: bool, watch: Callable[[float], None] | None) -> Iterator[Line]:

@@ -25,7 +25,7 @@ import fractal
 from fractal import console
 from fractal.errors import InputError, OutsideError, RecordError
 from fractal.install import gpu
-from fractal.jsonl import iter_blocks, part_files, read_jsonl, write_jsonl, write_whole
+from fractal.jsonl import file_digest, part_files, read_jsonl, write_jsonl, write_whole
 from fractal.records import Label, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -163,16 +163,10 @@ class RunDir:
             write_jsonl(self.file("problems.jsonl"), problems)
 
     def digest(self, *names: str) -> str:
-        """sha256 over some files of the run, a missing one being as empty: has anything changed since?
-
-        That of samples.jsonl is over the bytes of all its parts, wherever one ends.
-        """
+        """sha256 over some files of the run, a missing one being as empty: has anything changed since?"""
         total = hashlib.sha256()
         for name in names:
-            content = hashlib.sha256()
-            for block in iter_blocks(self.file(name)):
-                content.update(block)
-            total.update(content.digest())
+            total.update(file_digest(self.file(name)).digest())
         return total.hexdigest()
 
     @contextmanager

@@ -213,6 +213,20 @@ def simulated_machine(openssh: None) -> Iterator[Any]:
 
 
 @pytest.fixture
+def logged() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def remote(machine: Any, logged: list[str]) -> Iterator[Any]:
+    """A connection to the module's `machine`; what it says is in `logged`."""
+    from fractal.cloud.remote_host import Remote
+
+    with Remote(machine.ssh_config, lambda: None, logged.append, host=machine.alias, patience_s=30) as connected:
+        yield connected
+
+
+@pytest.fixture
 def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of other things: a guard's process costs a third of a second."""
     from fractal.cloud import guard

@@ -5,7 +5,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import docker
@@ -140,17 +140,6 @@ def machine(simulated_machine: Machine) -> Machine:
     """The shared machine, with a base image of its own files."""
     simulated_machine.sh(MAKE_BASE)
     return simulated_machine
-
-
-@pytest.fixture
-def logged() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def remote(machine: Machine, logged: list[str]) -> Iterator[Remote]:
-    with Remote(machine.ssh_config, lambda: None, logged.append, host=machine.alias, patience_s=30) as connected:
-        yield connected
 
 
 @pytest.fixture

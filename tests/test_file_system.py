@@ -25,12 +25,6 @@ def machine(simulated_machine: Machine) -> Iterator[Machine]:
     simulated_machine.sh(f"while umount {MOUNT} 2> /dev/null; do :; done")
 
 
-@pytest.fixture
-def remote(machine: Machine) -> Iterator[Remote]:
-    with Remote(machine.ssh_config, lambda: None, print, host=machine.alias, patience_s=30) as connected:
-        yield connected
-
-
 def prepare(remote: Remote, rented: Entry = WITH_MODELS) -> str:
     return file_system.prepare(remote.run, rented)
 

