@@ -83,6 +83,8 @@ REACHING = [
     "__builtins__",
     "__builtins__ = {}",
     "__doc__.join('x')",
+    "__doc__ = 1",
+    "x = 1\n__doc__ = 'y'",
     "def f():\n    global __doc__\n    __doc__ = 1",
     "__import__('os')",
     "def f():\n    global __name__\n    __name__ = 1",

@@ -104,10 +104,18 @@ def reason_against(code: types.CodeType) -> str:
         code = todo.pop()
         if code.co_flags & ASYNC:
             return "a coroutine"
-        if reason := _reason_in(code.co_code, code.co_names):
+        if reason := _reason_in(_without_docstring(code), code.co_names):
             return reason
         todo += [constant for constant in code.co_consts if type(constant) is types.CodeType]
     return ""
+
+
+def _without_docstring(code: types.CodeType) -> bytes:
+    """The byte code behind the text that a module begins with, which sets __doc__ in its own globals."""
+    text = code.co_code
+    if text[:5] == _DOCSTRING and code.co_names[text[5]] == "__doc__" and type(code.co_consts[0]) is str:
+        return text[6:]
+    return text
 
 
 def _reason_in(text: bytes, names: tuple[str, ...]) -> str:
@@ -129,13 +137,12 @@ def _reason_in(text: bytes, names: tuple[str, ...]) -> str:
                 return f"name {name}"
         elif operation in _NAMED:
             name = names[argument]
-            own = operation == _DUNDER_USES.get(name)
-            if (name in FORBIDDEN_GLOBALS or name[:2] == "__") and not own:
+            if name in FORBIDDEN_GLOBALS or (name[:2] == "__" and (name != "__name__" or operation != _LOAD_NAME)):
                 return f"name {name}"
         elif operation == _MODULE and names[argument] not in MODULES:
             return f"module {names[argument]}"
     return ""
 
 
-# A program may ask for its name, and the text that it begins with goes into its own globals.
-_DUNDER_USES = {"__name__": opcode.opmap["LOAD_NAME"], "__doc__": opcode.opmap["STORE_NAME"]}
+_LOAD_NAME = opcode.opmap["LOAD_NAME"]
+_DOCSTRING = bytes([opcode.opmap["RESUME"], 0, opcode.opmap["LOAD_CONST"], 0, opcode.opmap["STORE_NAME"]])
